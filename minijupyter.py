@@ -1,0 +1,1795 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["pyzmq"]
+# ///
+"""The notebook server: it serves the page, keeps the files, and stands between page and kernels.
+
+Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
+
+    browser                    this server                                   kernel process
+    index.html  -- REST -->    Handler -> Contents, Kernels, Sessions
+                <- WebSocket ->  Bridge  <- five ZeroMQ channels, signed ->  kernel.py, or any other
+                                 Watcher <- iopub, the process's end ------
+
+Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
+7 The bridge · 8 HTTP · 9 main
+
+Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
+`Bridge.to_kernel` signs the request and sends it down its channel, `Bridge.from_kernel` takes what
+comes back, checks the signature and hands the JSON on without reading it.
+
+Left out on purpose: users, extensions, a database, a terminal. One person, one folder, one token.
+
+Threads: *main* accepts connections; one thread per HTTP connection, which becomes the bridge's
+when the connection turns into a WebSocket and then owns its ZeroMQ sockets; one *watcher* per
+kernel process. Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC
+9110 (HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
+"""
+import argparse
+import base64
+import binascii
+import contextlib
+import errno
+import hashlib
+import hmac
+import html
+import json
+import mimetypes
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+try:
+    import zmq
+except ImportError:
+    sys.exit("MiniJupyter needs pyzmq: run `pip install pyzmq`.")
+
+import kernel as our_kernel
+from kernel import BadMessage, Session, to_json
+
+__version__ = our_kernel.__version__
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Problem(Exception):
+    """A request that cannot be done: becomes a JSON error `{"message", "reason"}` with `status`."""
+
+    def __init__(self, status, message, reason=None):
+        super().__init__(message)
+        self.status, self.message, self.reason = status, message, reason
+
+
+def iso(seconds):
+    """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def log(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- 1. Documents: notebook files, bytes <-> dict ---------------------------------------------
+#
+# A notebook is a JSON file (nbformat 4). On disk long strings are lists of lines, so that a diff
+# reads well; in the API they are whole strings. Reading joins them, writing splits them. Versions
+# 2 and 3 are upgraded when read; a newer minor version than ours is kept as it is. What we do not
+# know (keys, output types, MIME types) is carried along untouched.
+#
+# A browser cannot keep a file byte for byte: to JavaScript 1.0 and 1 are the same number. So a
+# save is compared with what the file says: cells that nobody changed are written as they stood.
+
+SHORT_MIME = {   # nbformat 3's names
+    "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
+    "jpeg": "image/jpeg", "latex": "text/latex", "json": "application/json",
+    "javascript": "application/javascript"}
+CELL_FIELDS = {  # cell_type -> what it must have, of which type
+    "code": {"source": (str, list), "outputs": list},
+    "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
+ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+
+
+class NotANotebook(ValueError):
+    """The text is no notebook that we can read; says what is wrong and where (a JSON pointer)."""
+
+
+def is_json_mime(mime):
+    return mime == "application/json" or mime.endswith("+json")
+
+
+def is_split_mime(mime):
+    """True for the types that are written as lists of lines."""
+    return mime.startswith("text/") or mime in ("application/javascript", "image/svg+xml")
+
+
+def join(text):
+    is_split = isinstance(text, list) and all(isinstance(line, str) for line in text)
+    return "".join(text) if is_split else text
+
+
+def split(text):
+    """A string as its lines. Only \\n ends one: U+2028 and the like are part of a line."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text) if isinstance(text, str) else text
+
+
+def map_strings(cell, convert, is_converted=lambda mime: not is_json_mime(mime)):
+    """A copy of `cell` with `convert` applied to its source and to the text in its outputs."""
+    if "source" in cell:
+        cell = {**cell, "source": convert(cell["source"])}
+    if isinstance(cell.get("outputs"), list):
+        cell["outputs"] = [map_output(output, convert, is_converted) for output in cell["outputs"]]
+    return cell
+
+
+def map_output(output, convert, is_converted):
+    if output["output_type"] == "stream" and "text" in output:
+        return {**output, "text": convert(output["text"])}
+    if isinstance(output.get("data"), dict):
+        return {**output, "data": {mime: convert(data) if is_converted(mime) else data
+                                   for mime, data in output["data"].items()}}
+    return output
+
+
+def parse_notebook(data):
+    """The JSON object in the bytes of a notebook file, of version 4 and of a sound structure.
+
+    An empty file is a new notebook. Raises NotANotebook.
+    """
+    if not data.strip():
+        return new_notebook()
+    try:
+        notebook = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as problem:
+        raise NotANotebook(f"the file is not JSON: {problem}") from None
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("nbformat"), int):
+        raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
+    if notebook["nbformat"] in (2, 3):
+        notebook = upgrade(notebook)
+    if notebook["nbformat"] != 4:
+        raise NotANotebook(f"this is nbformat {notebook['nbformat']}; versions 2 to 4 can be read")
+    validate(notebook)
+    return notebook
+
+
+def validate(notebook):
+    """Raise NotANotebook with the JSON pointer of the first part that nobody could draw."""
+    expect(notebook, "", {"cells": list, "metadata": dict})
+    for i, cell in enumerate(notebook["cells"]):
+        where = f"/cells/{i}"
+        expect(cell, where, {"cell_type": str, "metadata": dict})
+        if cell["cell_type"] in CELL_FIELDS:   # other types may come with a later minor version
+            expect(cell, where, CELL_FIELDS[cell["cell_type"]])
+        for j, output in enumerate(cell.get("outputs", ())):
+            expect(output, f"{where}/outputs/{j}", {"output_type": str})
+
+
+def expect(value, where, types):
+    if not isinstance(value, dict):
+        raise NotANotebook(f"{where} must be an object")
+    for key, kind in types.items():
+        if not isinstance(value.get(key), kind):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            problem = f"must be of type {names}" if key in value else "is missing"
+            raise NotANotebook(f"{where}/{key} {problem}")
+
+
+def upgrade(notebook):
+    """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
+    try:
+        cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets", [])
+                 for cell in sheet["cells"]]
+        metadata = {k: v for k, v in notebook.get("metadata", {}).items()
+                    if k not in ("name", "signature")}
+    except (TypeError, KeyError, AttributeError) as problem:
+        raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
+                           f"{problem!r}") from None
+    return {"cells": with_ids(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def upgrade_cell(cell):
+    kind, metadata = cell["cell_type"], dict(cell.get("metadata", {}))
+    if kind == "code":
+        if "collapsed" in cell:
+            metadata["collapsed"] = bool(cell["collapsed"])
+        return {"cell_type": "code", "metadata": metadata, "source": join(cell.get("input", "")),
+                "execution_count": cell.get("prompt_number"),
+                "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
+    source = join(cell.get("source", ""))
+    if kind == "heading":
+        source = "#" * int(cell.get("level", 1)) + " " + " ".join(source.split("\n"))
+    return {"cell_type": "raw" if kind == "raw" else "markdown", "metadata": metadata,
+            "source": source}
+
+
+def upgrade_output(old):
+    kind = {"pyout": "execute_result", "pyerr": "error"}.get(old["output_type"], old["output_type"])
+    if kind == "stream":
+        return {"output_type": kind, "name": old.get("stream", "stdout"), "text": join(old["text"])}
+    if kind == "error":
+        return {"output_type": kind, **{k: old[k] for k in ("ename", "evalue", "traceback")}}
+    data = {SHORT_MIME[key]: join(value) for key, value in old.items() if key in SHORT_MIME}
+    if "application/json" in data:
+        data["application/json"] = json.loads(data["application/json"])
+    count = {"execution_count": old.get("prompt_number")} if kind == "execute_result" else {}
+    return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
+
+
+def with_ids(cells):
+    """The cells, each with a unique id; a missing one is made from place and source, so the same
+    file gives the same ids every time."""
+    seen, result = set(), []
+    for number, cell in enumerate(cells):
+        if not isinstance(cell.get("id"), str) or cell["id"] in seen:
+            text = f"{number} {join(cell.get('source', ''))}"
+            cell = {**cell, "id": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]}
+        seen.add(cell["id"])
+        result.append(cell)
+    return result
+
+
+def read_notebook(data):
+    """The notebook in the bytes of a file, as the API gives it: strings joined, ids in 4.5."""
+    return as_served(parse_notebook(data))
+
+
+def as_served(notebook):
+    cells = [map_strings(cell, join) for cell in notebook["cells"]]
+    if notebook.get("nbformat_minor", 0) >= ID_MINOR:
+        cells = with_ids(cells)
+    return {**notebook, "cells": cells}
+
+
+def new_notebook():
+    return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": ID_MINOR}
+
+
+def write_notebook(notebook, old=None):
+    """The bytes of a notebook file that says what `notebook` says. What `old`, the bytes that are
+    on disk now, says already is left as it stands there. Raises NotANotebook."""
+    validate(notebook)
+    cells = [map_strings(cell, split, is_split_mime) for cell in notebook["cells"]]
+    on_disk = parse_or_none(old)
+    if on_disk is not None:
+        served = as_served(on_disk)
+        if fingerprint(served) == fingerprint(notebook):
+            return old
+        unchanged = {fingerprint(s): cell
+                     for s, cell in zip(served["cells"], on_disk["cells"], strict=True)}
+        cells = [unchanged.get(fingerprint(cell), new)
+                 for cell, new in zip(notebook["cells"], cells, strict=True)]
+    text = json.dumps({**notebook, "cells": cells}, indent=1, sort_keys=True, ensure_ascii=False)
+    return (text + "\n").encode("utf-8", "surrogatepass")
+
+
+def parse_or_none(data):
+    try:
+        return parse_notebook(data) if data else None
+    except NotANotebook:
+        return None
+
+
+def fingerprint(value):
+    """A text that is the same for all values that a JavaScript client cannot tell apart."""
+    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
+
+
+# ---- 2. Contents: files and folders below the root --------------------------------------------
+#
+# The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
+# path to the disk: nothing outside the root, no hidden file and no link that leads out passes it.
+# A file is written whole or not at all: into a temporary file beside it, which then takes its
+# place.
+
+UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
+            "directory": ("Untitled Folder", "")}
+
+
+class Contents:
+    """Files as the models of Jupyter's contents API. Every method raises Problem."""
+
+    def __init__(self, root):
+        self.root = os.path.realpath(root)
+        self.lock = threading.Lock()   # between the look at a file and its replacement
+
+    def resolve(self, path):
+        """The absolute path on disk of an API path that need not exist."""
+        names = [name for name in path.split("/") if name]
+        absolute = os.path.join(self.root, *names)
+        is_inside = is_within(os.path.realpath(absolute), self.root)
+        if not is_inside or any(not is_visible(name) for name in names):
+            raise Problem(404, f"No such file or folder: {path}")
+        return absolute
+
+    def existing(self, path):
+        absolute = self.resolve(path)
+        if not os.path.exists(absolute):
+            raise Problem(404, f"No such file or folder: {path}")
+        return absolute
+
+    def get(self, path, kind=None, form=None, content=True, with_hash=False):
+        """The model of a file or folder; `kind` and `form` insist on a type or format."""
+        absolute = self.existing(path)
+        model = self.model(path, absolute)
+        if kind and kind != model["type"]:
+            if "directory" in (kind, model["type"]):
+                raise Problem(400, f"{path} is a {model['type']}, not a {kind}", "bad type")
+            model["type"] = kind
+        if content and model["type"] == "directory":
+            model.update(format="json", content=self.listing(path, absolute))
+        elif model["type"] != "directory" and (content or with_hash):
+            data = self.read(absolute)
+            if with_hash:
+                model.update(hash=hashlib.sha256(data).hexdigest(), hash_algorithm="sha256")
+            if content:
+                model.update(self.content(path, model["type"], form, data))
+        return model
+
+    def model(self, path, absolute):
+        """The contents model of something that exists, without its content."""
+        info = os.stat(absolute)
+        path = "/".join(name for name in path.split("/") if name)
+        kind = ("directory" if stat.S_ISDIR(info.st_mode) else
+                "notebook" if path.endswith(".ipynb") else "file")
+        return {"name": path.rpartition("/")[2], "path": path, "type": kind,
+                "created": iso(info.st_ctime), "last_modified": iso(info.st_mtime),
+                "size": None if kind == "directory" else info.st_size,
+                "writable": os.access(absolute, os.W_OK),
+                "mimetype": (mimetypes.guess_type(path)[0] if kind == "file" else None),
+                "content": None, "format": None, "hash": None, "hash_algorithm": None}
+
+    def listing(self, path, absolute):
+        """Models of a folder's visible files and folders, in the order of their names."""
+        models = []
+        for name in sorted(os.listdir(absolute), key=str.casefold):
+            below = os.path.join(absolute, name)
+            is_ours = is_within(os.path.realpath(below), self.root)
+            if is_visible(name) and is_ours and (os.path.isdir(below) or os.path.isfile(below)):
+                models.append(self.model(f"{path}/{name}", below))
+        return models
+
+    def content(self, path, kind, form, data):
+        """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
+        if kind == "notebook":
+            try:
+                return {"content": read_notebook(data), "format": "json"}
+            except NotANotebook as problem:
+                text = f"Unreadable notebook {path}: {problem}"
+                raise Problem(400, text, "bad notebook") from None
+        guessed = mimetypes.guess_type(path)[0]
+        if form != "base64":
+            try:
+                return {"content": data.decode(), "format": "text",
+                        "mimetype": guessed or "text/plain"}
+            except UnicodeDecodeError:
+                if form == "text":
+                    raise Problem(400, f"{path} is not UTF-8 text", "bad format") from None
+        return {"content": base64.b64encode(data).decode(), "format": "base64",
+                "mimetype": guessed or "application/octet-stream"}
+
+    def read(self, absolute):
+        with open(absolute, "rb") as file:
+            return file.read()
+
+    def save(self, path, model, expected=None):
+        """Write a model's content. `expected` is the hash that the file must have now ("*": it must
+        not exist); otherwise Problem 412. Returns (new model, was it created)."""
+        absolute, kind = self.resolve(path), model.get("type")
+        if kind not in UNTITLED:
+            raise Problem(400, "type must be notebook, file or directory")
+        with self.lock:
+            is_new = not os.path.exists(absolute)
+            if kind == "directory":
+                os.makedirs(absolute, exist_ok=True)
+                return self.model(path, absolute), is_new
+            if os.path.isdir(absolute):
+                raise Problem(400, f"{path} is a folder")
+            old = None if is_new else self.read(absolute)
+            self.refuse_conflict(path, old, expected)
+            data = self.encode(path, model, old)
+            if data != old:
+                write_atomically(absolute, data)
+        new = self.model(path, absolute)
+        new.update(type=kind, hash=hashlib.sha256(data).hexdigest(), hash_algorithm="sha256")
+        return new, is_new
+
+    def refuse_conflict(self, path, old, expected):
+        if expected == "*" and old is not None:
+            raise Problem(412, f"{path} exists already", "conflict")
+        if expected not in (None, "*"):
+            if old is None:
+                raise Problem(412, f"{path} is no longer on disk", "conflict")
+            if hashlib.sha256(old).hexdigest() != expected:
+                raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
+
+    def encode(self, path, model, old):
+        """The bytes that a model's content becomes on disk."""
+        content, kind, form = model.get("content"), model["type"], model.get("format")
+        try:
+            if kind == "notebook":
+                return write_notebook(new_notebook() if content is None else content, old)
+            if form == "base64":
+                return base64.b64decode(content or "", validate=True)
+            return (content or "").encode()
+        except NotANotebook as problem:
+            raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
+        except (binascii.Error, TypeError, AttributeError, UnicodeEncodeError) as problem:
+            raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
+                               f"{problem}") from None
+
+    def create(self, folder, kind="file", extension=""):
+        """A new, empty file, notebook or folder with a name of its own."""
+        stem, usual = UNTITLED.get(kind, UNTITLED["file"])
+        if not os.path.isdir(self.existing(folder)):
+            raise Problem(400, f"{folder} is not a folder")
+        with self.lock:
+            space = " " if kind == "directory" else ""
+            path = self.free_name(folder, stem, extension or usual, space, 0)
+            if kind == "directory":
+                os.mkdir(self.resolve(path))
+            else:
+                write_atomically(self.resolve(path),
+                                 write_notebook(new_notebook()) if kind == "notebook" else b"")
+        return self.model(path, self.resolve(path))
+
+    def free_name(self, folder, stem, extension, joint, number):
+        while True:
+            name = f"{stem}{joint}{number}{extension}" if number else stem + extension
+            path = f"{folder}/{name}".lstrip("/")
+            if not os.path.lexists(self.resolve(path)):
+                return path
+            number += 1
+
+    def copy(self, source, folder):
+        """A copy of a file, named `name-Copy1.ext`."""
+        absolute = self.existing(source)
+        if os.path.isdir(absolute):
+            raise Problem(400, f"{source} is a folder")
+        stem, extension = os.path.splitext(os.path.basename(source))
+        stem = re.sub(r"-Copy\d*$", "", stem)
+        with self.lock:
+            path = self.free_name(folder, f"{stem}-Copy", extension, "", 1)
+            write_atomically(self.resolve(path), self.read(absolute))
+        return self.model(path, self.resolve(path))
+
+    def rename(self, path, new_path):
+        """Move a file or folder; never over another one."""
+        old, new = self.existing(path), self.resolve(new_path)
+        if not new_path.strip("/") or os.path.realpath(old) == self.root:
+            raise Problem(400, "A new path is needed")
+        with self.lock:
+            if os.path.lexists(new) and not os.path.samefile(old, new):
+                raise Problem(409, f"{new_path} exists already")
+            if not os.path.isdir(os.path.dirname(new)):
+                raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
+            os.rename(old, new)
+        return self.model(new_path, new)
+
+    def delete(self, path):
+        """Delete a file or an empty folder."""
+        absolute = self.existing(path)
+        if os.path.realpath(absolute) == self.root:
+            raise Problem(400, "The root folder stays")
+        if not os.path.isdir(absolute) or os.path.islink(absolute):
+            return os.remove(absolute)
+        if any(is_visible(name) for name in os.listdir(absolute)):
+            raise Problem(400, f"{path} is not empty: delete what is in it first")
+        shutil.rmtree(absolute)
+
+
+def is_within(real, root):
+    """True when `real` is `root` or below it; both are real paths."""
+    return real == root or real.startswith(os.path.join(root, ""))
+
+
+def is_visible(name):
+    return not name.startswith(".") and "\0" not in name and "\\" not in name \
+        and name != "__pycache__"
+
+
+def write_atomically(path, data):
+    """Replace a file's bytes or, if that fails, change nothing. Mode and symbolic link stay."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".saving", dir=folder)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode_for(target))
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def mode_for(path):
+    """The permissions of the file at `path`, or what a new file gets there."""
+    if os.path.exists(path):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    return 0o666 & ~UMASK
+
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+# ---- 3. Kernel specs: which kernels there are -------------------------------------------------
+#
+# A kernel spec is a folder `kernels/NAME/` with a `kernel.json` in one of Jupyter's data folders:
+# the command that starts a kernel, its language, its name for people. Our own needs no folder.
+
+JUPYTER_DATA = os.environ.get("JUPYTER_DATA_DIR") or {
+    "darwin": os.path.expanduser("~/Library/Jupyter"),
+    "win32": os.path.join(os.environ.get("APPDATA", ""), "jupyter"),
+}.get(sys.platform) or os.path.join(
+    os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
+RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
+DEFAULT_KERNEL = "python3"
+
+
+def built_in_spec():
+    return {"argv": our_kernel.command(), "display_name": "Python 3", "language": "python",
+            "interrupt_mode": "signal", "env": {}, "metadata": {},
+            "kernel_protocol_version": f"{our_kernel.PROTOCOL_VERSION}.0"}
+
+
+def spec_folders():
+    """Every data folder's `kernels`, in Jupyter's order: the first that has a name wins."""
+    listed = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
+    own = [os.path.join(sys.prefix, "share", "jupyter"), JUPYTER_DATA]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
+    return [os.path.join(path, "kernels") for path in (*listed, *own, *system)]
+
+
+def find_specs():
+    """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
+    specs = {DEFAULT_KERNEL: (built_in_spec(), None)}
+    for folder in spec_folders():
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            spec = read_spec(os.path.join(folder, name, "kernel.json"))
+            key = name.lower() if name.lower() != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
+            if spec and key not in specs:
+                specs[key] = (spec, os.path.join(folder, name))
+    return specs
+
+
+def read_spec(path):
+    """A kernel.json with all of its fields, or None: a broken one must not hide the others."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            spec = json.load(file)
+        if not isinstance(spec["argv"], list) or not spec["argv"]:
+            raise ValueError("argv must be a list of words")
+        return {"interrupt_mode": "signal", "env": {}, "metadata": {}, **spec,
+                "display_name": str(spec["display_name"]), "language": str(spec["language"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        log(f"Ignored the kernel spec {path}: {problem!r}")
+        return None
+
+
+def fill_in(argv, values):
+    """argv with `{connection_file}` and the like replaced; a plain `python` is this Python."""
+    words = [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in argv]
+    if words[0] in ("python", "python3", f"python3.{sys.version_info[1]}"):
+        words[0] = sys.executable
+    return words
+
+
+# ---- 4. Kernels: processes, and who watches them ----------------------------------------------
+#
+# A kernel is started with a connection file that names five ports and a key. From then on one
+# thread watches that process: it hears iopub (busy or idle?), what the process writes on its own
+# stderr, and its end. What the watcher has to say to the pages (that the kernel died) it publishes
+# on an in-process socket as a signed `status` message; the bridges listen there as they listen to
+# iopub.
+
+CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
+    "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER}
+ZMQ = zmq.Context()
+ZMQ.set(zmq.MAX_SOCKETS, 65_536)
+SHUTDOWN_SECONDS = 2.5    # after each of: request, SIGTERM; as jupyter_client does
+NOTICE = b"minijupyter"   # the iopub topic of what the watcher says in the kernel's stead
+TAIL = 4_000              # characters of a kernel's own stderr that are kept for an explanation
+QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
+                  "complete_request", "inspect_request", "history_request", "interrupt_request",
+                  "shutdown_request"}   # their busy and idle say nothing about running code
+
+
+class Kernel:
+    """One kernel: its process, its connection, its state."""
+
+    def __init__(self, name, spec, folder, cwd, path=""):
+        self.id = str(uuid.uuid4())
+        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
+        self.state, self.reason, self.connections = "starting", None, 0
+        self.last_activity = time.time()
+        self.intent = None        # why the process is about to end: "restart", "shutdown" or None
+        self.is_gone = False      # it will not be started again
+        self.lock = threading.Lock()
+        self.connection = new_connection(name, path)
+        self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
+        self.session = Session(self.connection["key"], username="server")
+        self.notices = ZMQ.socket(zmq.PUB)   # the watcher's voice
+        self.notices.bind(self.notices_endpoint)
+        self.launch()
+
+    @property
+    def notices_endpoint(self):
+        return f"inproc://kernel-{self.id}"
+
+    def model(self):
+        model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
+                 "execution_state": self.state, "connections": self.connections}
+        return {**model, "reason": self.reason} if self.reason else model
+
+    def launch(self):
+        """Write the connection file and start the process. Raises Problem 500."""
+        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
+        argv = fill_in(self.spec["argv"], {
+            "connection_file": self.connection_file, "resource_dir": self.folder or HERE,
+            "prefix": sys.prefix})
+        try:
+            self.process = subprocess.Popen(
+                argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as problem:
+            self.forget()
+            raise Problem(500, f"The kernel {self.name} cannot be started: {problem}") from None
+        self.state, self.reason, self.intent = "starting", None, None
+        self.ended = threading.Event()
+        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
+
+    def environment(self):
+        env = {**os.environ, "JPY_PARENT_PID": str(os.getpid()), "JPY_SESSION_NAME": self.path}
+        for name, value in self.spec["env"].items():   # $NAME stands for a variable's value
+            env[name] = re.sub(r"\$\{(\w+)\}|\$(\w+)",
+                               lambda m: os.environ.get(m[1] or m[2], m[0]), value)
+        return env
+
+    def connect(self, channel, identity=b""):
+        """A client's socket, connected to a channel; it belongs to the calling thread."""
+        new = ZMQ.socket(CHANNELS[channel])
+        new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
+        new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
+        if channel == "iopub":
+            new.subscribe(b"")
+        elif identity:
+            new.identity = identity
+        port = self.connection[f"{channel}_port"]
+        new.connect(f"{self.connection['transport']}://{self.connection['ip']}:{port}")
+        return new
+
+    def request_on_control(self, msg_type, content, seconds):
+        """Send a request on control and wait for its reply; True when one came in time."""
+        with contextlib.closing(self.connect("control")) as control:
+            message = self.session.message(msg_type, content)
+            control.send_multipart(self.session.pack(message))
+            return bool(control.poll(int(seconds * 1000)))
+
+    def interrupt(self):
+        """Interrupt the running cell, by signal or by message as the spec says."""
+        if self.spec["interrupt_mode"] == "message":
+            self.request_on_control("interrupt_request", {}, 1)
+        else:
+            self.send_signal(signal.SIGINT)
+
+    def send_signal(self, number):
+        """Signal the kernel and its children; they are a process group of their own."""
+        with contextlib.suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, number)
+            else:
+                self.process.send_signal(number)
+
+    def stop(self, intent):
+        """End the process in the specification's order: request, SIGTERM, SIGKILL."""
+        self.intent = intent
+        if not self.ended.is_set():
+            self.request_on_control("shutdown_request", {"restart": intent == "restart"}, 1)
+        for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+            if self.ended.wait(SHUTDOWN_SECONDS):
+                break
+            self.send_signal(number)
+        self.ended.wait()
+
+    def restart(self):
+        """A new process on the same ports: the clients stay connected."""
+        with self.lock:
+            self.state = "restarting"
+            self.stop("restart")
+            self.launch()
+
+    def shutdown(self):
+        with self.lock:
+            self.is_gone = True
+            self.stop("shutdown")
+            self.forget()
+
+    def forget(self):
+        self.notices.close(linger=1000)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.connection_file)
+
+
+class Watcher:
+    """The thread that follows one process of a kernel from its start to its end."""
+
+    def __init__(self, kernel):
+        self.kernel, self.process = kernel, kernel.process
+        self.tail = ""   # the last that the process wrote on its own stdout or stderr
+
+    def run(self):
+        iopub, output = self.kernel.connect("iopub"), self.process.stdout
+        os.set_blocking(output.fileno(), False)
+        poller = zmq.Poller()
+        poller.register(iopub, zmq.POLLIN)
+        poller.register(output.fileno(), zmq.POLLIN)
+        end = watch_process(self.process, poller)
+        while self.process.poll() is None:
+            # Without a pidfd the end is looked for twice a second.
+            ready = dict(poller.poll(None if end else 500))
+            if iopub in ready:
+                self.hear(iopub)
+            if output.fileno() in ready and not self.read(output):
+                poller.unregister(output.fileno())
+        self.read(output)
+        if end:
+            os.close(end)
+        output.close()
+        iopub.close()
+        self.tell_end()
+
+    def hear(self, iopub):
+        """Learn the kernel's state from the `status` messages that running code causes."""
+        try:
+            message = self.kernel.session.unpack(iopub.recv_multipart())
+        except BadMessage as problem:
+            return log(f"kernel {self.kernel.id}: dropped a message on iopub: {problem}")
+        if message["header"]["msg_type"] != "status":
+            return
+        state = message["content"].get("execution_state")
+        parent = message["parent_header"].get("msg_type")
+        if self.kernel.state == "starting" and state in ("busy", "idle"):
+            self.kernel.state = "idle"      # it answers: it has started
+        if parent not in QUIET_REQUESTS and state in ("busy", "idle"):
+            self.kernel.state, self.kernel.last_activity = state, time.time()
+
+    def read(self, output):
+        """Pass on what the process says itself; False at the end of the file."""
+        try:
+            data = os.read(output.fileno(), 65_536)
+        except BlockingIOError:
+            return True
+        text = data.decode("utf-8", "replace")
+        self.tail = (self.tail + text)[-TAIL:]
+        if text.strip():
+            log(text.rstrip())
+        return bool(data)
+
+    def tell_end(self):
+        """Publish that the process has ended, and why, to every page."""
+        kernel = self.kernel
+        if kernel.intent == "restart":
+            self.publish({"execution_state": "restarting"})
+        else:
+            if kernel.intent is None:
+                kernel.reason = self.explain()
+                log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
+            kernel.state = "dead"
+            self.publish({"execution_state": "dead",
+                          "reason": kernel.reason or "It was shut down."})
+        kernel.ended.set()
+
+    def explain(self):
+        code, said = self.process.returncode, self.tail.strip()
+        how = (f"was ended by signal {signal.Signals(-code).name}" if code < 0
+               else f"ended with exit code {code}")
+        return f"The kernel process {how}" + (f":\n{said}" if said else ".")
+
+    def publish(self, content):
+        message = self.kernel.session.message("status", content)
+        message["identities"] = [NOTICE]
+        self.kernel.notices.send_multipart(self.kernel.session.pack(message))
+
+
+def watch_process(process, poller):
+    """Let `poller` wake when the process ends, where the system can; returns a descriptor."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:
+        return None
+    poller.register(descriptor, zmq.POLLIN)
+    return descriptor
+
+
+def new_connection(name, path):
+    """The fields of a connection file, with five free ports."""
+    ports = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
+    with contextlib.ExitStack() as open_sockets:
+        taken = [open_sockets.enter_context(socket.socket()) for _ in ports]
+        for sock in taken:   # all open at once, so that no two get the same port
+            sock.bind(("127.0.0.1", 0))
+        numbers = [sock.getsockname()[1] for sock in taken]
+    return {**dict(zip(ports, numbers, strict=True)), "ip": "127.0.0.1", "transport": "tcp",
+            "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256", "kernel_name": name,
+            "jupyter_session": path}
+
+
+def write_secret(path, text):
+    """Write a file that only its owner may read."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+class Kernels:
+    """All kernels, by id. Used from every connection's thread."""
+
+    def __init__(self, contents):
+        self.contents = contents
+        self.all = {}
+
+    def start(self, name=None, path=""):
+        """Start the kernel called `name` in the folder of `path`. Raises Problem."""
+        name = name or DEFAULT_KERNEL
+        specs = find_specs()
+        if name not in specs:
+            raise Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
+        new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path)
+        self.all[new.id] = new
+        return new
+
+    def folder_of(self, path):
+        """The nearest existing folder on the way to `path`: where a kernel starts."""
+        try:
+            folder = self.contents.resolve(path)
+        except Problem:
+            return self.contents.root
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        return folder
+
+    def get(self, id):
+        if id not in self.all:
+            raise Problem(404, f"Kernel does not exist: {id}")
+        return self.all[id]
+
+    def shutdown(self, id):
+        self.get(id).shutdown()
+        self.all.pop(id, None)
+
+    def shutdown_all(self):
+        """End all kernels at the same time."""
+        threads = [threading.Thread(target=kernel.shutdown) for kernel in self.all.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.all.clear()
+
+
+# ---- 5. Sessions: which file belongs to which kernel ------------------------------------------
+#
+# REST calls the tie between a path and a kernel a session. (A message's session is another thing:
+# the id of the process that sent it.) Opening the same notebook again finds its session and its
+# kernel.
+
+class Sessions:
+    """The ties, by id: {"id", "path", "name", "type", "kernel": a Kernel}."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+        self.all = {}
+        self.lock = threading.Lock()
+
+    def model(self, session):
+        model = {**session, "kernel": session["kernel"].model()}
+        if session["type"] == "notebook":
+            model["notebook"] = {"path": session["path"], "name": session["name"]}
+        return model
+
+    def list(self):
+        return [self.model(session) for session in list(self.all.values())
+                if session["kernel"].id in self.kernels.all]
+
+    def get(self, id):
+        session = self.all.get(id)
+        if session is None or session["kernel"].id not in self.kernels.all:
+            raise Problem(404, f"Session does not exist: {id}")
+        return session
+
+    def create(self, wish):
+        """A session for `wish["path"]`: the one it has, or a new one with its kernel."""
+        path, kind = wish.get("path"), wish.get("type")
+        if not isinstance(path, str) or not isinstance(kind, str):
+            raise Problem(400, "A session needs a path and a type")
+        with self.lock:
+            for session in self.all.values():
+                if session["path"] == path and session["kernel"].id in self.kernels.all:
+                    return session
+            kernel = self.kernel_for(wish.get("kernel") or {}, path)
+            name = wish.get("name") or path.rpartition("/")[2]
+            session = {"id": str(uuid.uuid4()), "path": path, "name": name, "type": kind,
+                       "kernel": kernel}
+            self.all[session["id"]] = session
+            return session
+
+    def kernel_for(self, wish, path):
+        if wish.get("id"):
+            return self.kernels.get(wish["id"])
+        return self.kernels.start(wish.get("name"), path)
+
+    def change(self, id, wish):
+        """Change path, name, type or kernel; a kernel that is replaced is shut down."""
+        session = self.get(id)
+        session.update({key: wish[key] for key in ("path", "name", "type") if wish.get(key)})
+        if wish.get("kernel"):
+            old, session["kernel"] = session["kernel"], self.kernel_for(wish["kernel"],
+                                                                        session["path"])
+            is_used = any(s["kernel"] is old for s in self.all.values())
+            if not is_used and old.id in self.kernels.all:
+                self.kernels.shutdown(old.id)
+        return session
+
+    def follow_rename(self, old, new):
+        """Keep sessions with their files when a file or one of its folders is renamed."""
+        for session in self.all.values():
+            if session["path"] == old or session["path"].startswith(f"{old}/"):
+                session["path"] = new + session["path"][len(old):]
+                session["name"] = session["path"].rpartition("/")[2]
+
+    def delete(self, id):
+        session = self.get(id)
+        self.kernels.shutdown(session["kernel"].id)
+        self.all.pop(id, None)
+
+
+# ---- 6. WebSocket: RFC 6455 -------------------------------------------------------------------
+#
+# A WebSocket is a TCP connection that began as an HTTP request. After the handshake both sides
+# send frames: two bytes (FIN and opcode, mask bit and length), perhaps a longer length, perhaps a
+# mask, then the payload. `FrameParser` turns bytes into messages and knows no socket, so every
+# rule of the RFC can be tested with two strings of bytes; `WebSocket` reads and writes.
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"   # RFC 6455 1.3
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG = 1000, 1001, 1002, 1007, 1009
+MOST_BYTES = 256 << 20    # of one message; jupyter_server's default is 10 MiB for one frame
+CLOSE_CODES = {*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)}   # RFC 6455 7.4
+
+
+class WebSocketError(Exception):
+    """The peer broke a rule: the connection is closed with `code` (RFC 6455 7.4.1)."""
+
+    def __init__(self, code, reason):
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+def accept_key(key):
+    """What proves to the client that we speak WebSocket (RFC 6455 4.2.2)."""
+    return base64.b64encode(hashlib.sha1((key + GUID).encode()).digest()).decode()
+
+
+def apply_mask(data, mask):
+    """XOR with the repeated four-byte mask, as one big number: at the speed of memory."""
+    repeated = (mask * (len(data) // 4 + 1))[:len(data)]
+    number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
+    return number.to_bytes(len(data), "little")
+
+
+def encode_frame(opcode, payload, mask=None):
+    """One unfragmented frame; a client must mask, a server must not (RFC 6455 5.2, 5.3)."""
+    masked = 0b1000_0000 if mask else 0
+    if len(payload) < 126:
+        head = bytes([0b1000_0000 | opcode, masked | len(payload)])
+    elif len(payload) < 1 << 16:
+        head = struct.pack("!BBH", 0b1000_0000 | opcode, masked | 126, len(payload))
+    else:
+        head = struct.pack("!BBQ", 0b1000_0000 | opcode, masked | 127, len(payload))
+    return head + mask + apply_mask(payload, mask) if mask else head + payload
+
+
+class FrameParser:
+    """Bytes in, messages out: `feed` returns (opcode, payload) of messages and control frames.
+
+    Raises WebSocketError. TEXT payloads are str, all others bytes.
+    """
+
+    def __init__(self, most_bytes=MOST_BYTES):
+        self.most_bytes = most_bytes
+        self.bytes = bytearray()     # not yet a whole frame
+        self.opcode = None           # of the fragmented message that is under way
+        self.fragments = []
+
+    def feed(self, data):
+        self.bytes += data
+        messages = []
+        while (frame := self.next_frame()) is not None:
+            message = self.message(*frame)
+            if message is not None:
+                messages.append(message)
+        return messages
+
+    def next_frame(self):
+        """(is it the last fragment, opcode, payload), or None while bytes are missing."""
+        if len(self.bytes) < 2:
+            return None
+        first, second = self.bytes[:2]
+        opcode, length, head = first & 0b1111, second & 0b0111_1111, 2
+        self.check_head(first, opcode, second, length)
+        if length >= 126:
+            size, layout = (2, "!H") if length == 126 else (8, "!Q")
+            if len(self.bytes) < 2 + size:
+                return None
+            length, head = struct.unpack_from(layout, self.bytes, 2)[0], 2 + size
+        if length + sum(map(len, self.fragments)) > self.most_bytes:
+            raise WebSocketError(TOO_BIG, f"a message may have {self.most_bytes} bytes")
+        end = head + 4 + length
+        if len(self.bytes) < end:
+            return None
+        # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
+        payload = apply_mask(self.bytes[head + 4:end], bytes(self.bytes[head:head + 4]))
+        del self.bytes[:end]
+        return bool(first & 0b1000_0000), opcode, payload
+
+    def check_head(self, first, opcode, second, length):
+        if first & 0b0111_0000:
+            raise WebSocketError(PROTOCOL_ERROR, "reserved bits are set")
+        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            raise WebSocketError(PROTOCOL_ERROR, f"unknown opcode {opcode}")
+        if not second & 0b1000_0000:
+            raise WebSocketError(PROTOCOL_ERROR, "a client's frame must be masked")
+        if opcode >= CLOSE and (length > 125 or not first & 0b1000_0000):
+            raise WebSocketError(PROTOCOL_ERROR, "a control frame must be short and whole")
+
+    def message(self, is_last, opcode, payload):
+        """The message that a frame completes; control frames may stand between fragments."""
+        if opcode >= CLOSE:
+            return opcode, payload
+        if (opcode == CONTINUATION) != (self.opcode is not None):
+            raise WebSocketError(PROTOCOL_ERROR, "a fragment out of order")
+        self.opcode = self.opcode or opcode
+        self.fragments.append(payload)
+        if not is_last:
+            return None
+        opcode, payload = self.opcode, b"".join(self.fragments)
+        self.opcode, self.fragments = None, []
+        return opcode, decode(payload) if opcode == TEXT else payload
+
+
+def decode(payload):
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        raise WebSocketError(INVALID_DATA, "a text message must be UTF-8") from None
+
+
+class WebSocket:
+    """One accepted connection. It belongs to one thread: its handler's."""
+
+    def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES):
+        self.socket, self.parser = sock, FrameParser(most_bytes)
+        self.first_bytes = first_bytes   # came glued to the handshake
+        self.waiting = []                # whole messages that nobody has taken
+        self.is_closed = self.close_sent = False
+        self.last_heard = time.monotonic()
+
+    @classmethod
+    def accept(cls, handler):
+        """Answer the handshake of a BaseHTTPRequestHandler. Raises Problem 400 (RFC 6455 4.2)."""
+        headers = handler.headers
+        key, version = headers.get("Sec-WebSocket-Key"), headers.get("Sec-WebSocket-Version")
+        if "websocket" not in headers.get("Upgrade", "").lower() or not key or version != "13":
+            raise Problem(400, "This address speaks WebSocket (RFC 6455, version 13) only")
+        handler.send_response(101)
+        handler.send_header("Upgrade", "websocket")
+        handler.send_header("Connection", "Upgrade")
+        handler.send_header("Sec-WebSocket-Accept", accept_key(key))
+        handler.end_headers()
+        handler.wfile.flush()
+        handler.close_connection = True
+        # What the client sent right behind its handshake is in rfile's buffer, not in the socket.
+        handler.connection.setblocking(False)
+        first_bytes = handler.rfile.read1(len(handler.rfile.peek() or b"")) or b""
+        handler.connection.settimeout(60)   # seconds a peer may take to accept what we send
+        return cls(handler.connection, first_bytes)
+
+    def fileno(self):
+        return self.socket.fileno()
+
+    def receive(self):
+        """The next message, str or bytes; None when the connection is closed. Waits."""
+        while not self.waiting and not self.is_closed:
+            self.waiting += self.arrived()
+        return self.waiting.pop(0) if self.waiting else None
+
+    def arrived(self):
+        """The messages in what has arrived; waits for the next bytes. Answers pings and closes."""
+        try:
+            data, self.first_bytes = self.first_bytes or self.socket.recv(1 << 18), b""
+            if not data:
+                self.is_closed = True
+            self.last_heard = time.monotonic()
+            return [payload for opcode, payload in self.parser.feed(data)
+                    if opcode in (TEXT, BINARY) or self.control(opcode, payload)]
+        except TimeoutError:
+            return []
+        except OSError:
+            self.is_closed = True
+        except WebSocketError as problem:
+            self.close(problem.code, problem.reason)
+            self.is_closed = True
+        return []
+
+    def control(self, opcode, payload):
+        """Obey a control frame; False, because it is no message."""
+        if opcode == PING:
+            self.write(encode_frame(PONG, payload))
+        elif opcode == CLOSE:
+            # RFC 6455 5.5.1: a close is answered once, with the same code.
+            code = struct.unpack("!H", payload[:2])[0] if len(payload) >= 2 else NORMAL
+            is_fine = len(payload) != 1 and code in CLOSE_CODES
+            decode(payload[2:])
+            self.close(code if is_fine else PROTOCOL_ERROR)
+            self.is_closed = True
+        return False
+
+    def send(self, message):
+        """Send a str as a text message, bytes as a binary one."""
+        self.write(message_frame(message))
+
+    def write(self, data):
+        """Send finished frames; a peer that is gone or does not read closes the connection."""
+        try:
+            if not self.close_sent:
+                self.socket.sendall(data)
+        except OSError:
+            self.is_closed = True
+
+    def close(self, code=NORMAL, reason=""):
+        """Send a close frame, once."""
+        self.write(encode_frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
+        self.close_sent = True
+
+
+def message_frame(message):
+    if isinstance(message, str):
+        return encode_frame(TEXT, message.encode())
+    return encode_frame(BINARY, bytes(message))
+
+
+# ---- 7. The bridge: WebSocket <-> ZeroMQ ------------------------------------------------------
+#
+# One thread, one poller over the TCP socket and four ZeroMQ sockets; what arrives on one side
+# leaves on the other. Only what comes from a browser is parsed: a kernel's message is four JSON
+# parts already, so its bytes are put between braces and sent on.
+#
+# A kernel publishes to those who have subscribed *by then*. So a new bridge lets no request
+# through until it has heard something on iopub: the welcome of a modern kernel, or what a
+# `kernel_info_request` stirs up in an older one.
+
+NUDGE_MS = 500        # between two kernel_info_requests to a kernel that is silent
+PING_SECONDS = 30     # between pings; a peer silent for three of them is gone
+
+
+class Bridge:
+    """Carries messages between one WebSocket and one kernel until either is gone."""
+
+    def __init__(self, websocket, kernel):
+        self.websocket, self.kernel = websocket, kernel
+        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
+        identity = secrets.token_bytes(16)
+        self.sockets = {channel: kernel.connect(channel, identity) for channel in CHANNELS}
+        self.sockets["iopub"].connect(kernel.notices_endpoint)
+        self.session = Session(kernel.connection["key"], username="page")
+        self.process = kernel.process
+        self.is_heard = kernel.state == "busy"   # then it cannot answer, and has long been running
+        self.last_ping = time.monotonic()
+
+    def run(self):
+        poller, by_socket = zmq.Poller(), {s: channel for channel, s in self.sockets.items()}
+        for sock in by_socket:
+            poller.register(sock, zmq.POLLIN)
+        self.kernel.connections += 1
+        try:
+            while not self.websocket.is_closed:
+                self.step(poller, by_socket)
+        finally:
+            self.kernel.connections -= 1
+            for sock in by_socket:
+                sock.close()
+
+    def step(self, poller, by_socket):
+        """Wait for either side and carry what has come."""
+        if self.kernel.process is not self.process:   # restarted: iopub must be heard anew
+            self.process, self.is_heard = self.kernel.process, False
+        if self.websocket.first_bytes and self.is_heard:
+            return self.carry_up()
+        page = self.websocket.fileno()
+        poller.register(page, zmq.POLLIN if self.is_heard else 0)
+        ready = dict(poller.poll(PING_SECONDS * 1000 if self.is_heard else NUDGE_MS))
+        frames = [frame for sock, channel in by_socket.items() if sock in ready
+                  for frame in self.from_kernel(channel, sock)]
+        if frames:
+            self.websocket.write(b"".join(frames))
+        if page in ready and self.kernel.process is self.process:
+            self.carry_up()
+        if not ready and not self.is_heard:
+            nudge = self.session.message("kernel_info_request", {})
+            self.sockets["shell"].send_multipart(self.session.pack(nudge))
+        if self.kernel.is_gone and self.kernel.ended.is_set():
+            self.websocket.close(GOING_AWAY, "the kernel was shut down")
+            self.websocket.is_closed = True
+        self.ping_or_give_up()
+
+    def carry_up(self):
+        for message in self.websocket.arrived():
+            try:
+                self.to_kernel(message)
+            except (ValueError, KeyError, TypeError, AttributeError) as problem:
+                log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
+
+    def to_kernel(self, message):
+        """Send a page's message down its channel; raises ValueError for anything else."""
+        message = decode_message(message)
+        channel = message.get("channel", "shell")
+        if channel not in ("shell", "control", "stdin"):
+            raise ValueError(f"there is no channel {channel!r} to a kernel")
+        parts = {"header": message["header"], "parent_header": message.get("parent_header") or {},
+                 "metadata": message.get("metadata") or {}, "content": message["content"],
+                 "buffers": message.get("buffers", ())}
+        # Journey 3: the request is signed and leaves on the ZeroMQ socket of its channel.
+        self.sockets[channel].send_multipart(self.session.pack(parts))
+
+    def from_kernel(self, channel, sock):
+        """WebSocket frames of what has come on a channel, as long as there is more."""
+        frames, size = [], 0
+        while size < 1 << 20:
+            try:
+                parts = sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                _, json_parts, buffers = self.session.verify(parts)
+            except BadMessage as problem:
+                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem}")
+                continue
+            self.is_heard = self.is_heard or channel == "iopub" and parts[0] != NOTICE
+            # Journey 11: verified, marked with its channel, and on its way to the page.
+            frames.append(splice(channel, json_parts, buffers))
+            size += len(frames[-1])
+        return frames
+
+    def ping_or_give_up(self):
+        now = time.monotonic()
+        if now - self.websocket.last_heard > 3 * PING_SECONDS and self.is_heard:
+            self.websocket.is_closed = True
+        elif now - self.last_ping > PING_SECONDS:
+            self.last_ping = now
+            self.websocket.write(encode_frame(PING, b""))
+
+
+def splice(channel, json_parts, buffers):
+    """The WebSocket frame of a kernel's message in Jupyter's default protocol: its JSON as it came.
+
+    `msg_id` and `msg_type` stand at the top level, too: Python clients look there.
+    """
+    header, parent_header, metadata, content = json_parts
+    about = json.loads(header)
+    text = b"".join((
+        b'{"header":', header, b',"parent_header":', parent_header, b',"metadata":', metadata,
+        b',"content":', content, b',"buffers":[],"channel":"', channel.encode(),
+        b'","msg_id":', to_json(about["msg_id"]),
+        b',"msg_type":', to_json(about["msg_type"]), b"}"))
+    if not buffers:
+        return encode_frame(TEXT, text)
+    return encode_frame(BINARY, join_parts([text, *buffers]))
+
+
+def join_parts(parts):
+    """Binary layout of the default protocol: n, n offsets (big-endian u32), then the n parts."""
+    offsets, at = [], 4 * (len(parts) + 1)
+    for part in parts:
+        offsets.append(at)
+        at += len(part)
+    return struct.pack(f"!{len(parts) + 1}I", len(parts), *offsets) + b"".join(parts)
+
+
+def decode_message(message):
+    """The dict in a page's WebSocket message, text or binary; raises ValueError."""
+    if isinstance(message, str):
+        return json.loads(message)
+    try:
+        count = struct.unpack_from("!I", message)[0]
+        offsets = [*struct.unpack_from(f"!{count}I", message, 4), len(message)]
+    except struct.error as problem:
+        raise ValueError(f"a truncated binary message: {problem}") from None
+    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    return {**json.loads(parts[0]), "buffers": parts[1:]}
+
+
+# ---- 8. HTTP: access, routes, handlers --------------------------------------------------------
+#
+# ROUTES is the whole API: method, pattern, name of the handler. A handler gets the pattern's
+# groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
+# nothing. To add an endpoint, add a row and a method.
+#
+# Three questions come before any handler: is the Host one of ours (else a foreign name may point
+# here: DNS rebinding), does the client know the token, and does a browser's request come from our
+# own page?
+
+ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
+    ("GET", r"/", "home"),
+    ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
+    ("GET", r"/files/(.+)", "file"),
+    ("GET", r"/api", "version"),
+    ("GET", r"/api/status", "status"),
+    ("GET", r"/api/contents(?:/(.*))?", "get_contents"),
+    ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
+    ("PUT", r"/api/contents/(.+)", "save_contents"),
+    ("PATCH", r"/api/contents/(.+)", "rename_contents"),
+    ("DELETE", r"/api/contents/(.+)", "delete_contents"),
+    ("GET", r"/api/kernelspecs", "list_kernelspecs"),
+    ("GET", r"/api/kernels", "list_kernels"),
+    ("POST", r"/api/kernels", "start_kernel"),
+    ("GET", rf"/api/kernels/{ID}", "get_kernel"),
+    ("DELETE", rf"/api/kernels/{ID}", "shutdown_kernel"),
+    ("POST", rf"/api/kernels/{ID}/interrupt", "interrupt_kernel"),
+    ("POST", rf"/api/kernels/{ID}/restart", "restart_kernel"),
+    ("GET", rf"/api/kernels/{ID}/channels", "channels"),
+    ("GET", r"/api/sessions", "list_sessions"),
+    ("POST", r"/api/sessions", "create_session"),
+    ("GET", rf"/api/sessions/{ID}", "get_session"),
+    ("PATCH", rf"/api/sessions/{ID}", "change_session"),
+    ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
+)]
+OPEN_TO_ALL = {"version"}             # handlers that need no token
+PAGES = {"home", "page"}              # handlers whose refusal is a page for people, not JSON
+MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
+STATUS_OF = {   # errno -> HTTP status of what the disk refuses
+    errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
+    errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
+    errno.ENOTDIR: 400, errno.EISDIR: 400}
+API_POLICY = "default-src 'none'; frame-ancestors 'self'"
+FILE_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'unsafe-inline' 'self'; "
+    "img-src 'self' data: blob: https: http:; media-src 'self' data: blob: https: http:; "
+    "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'")
+LOCKED_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
+                 "frame-ancestors 'none'")
+LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MiniJupyter: token</title>
+<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto}}
+input{{font:inherit;width:100%;padding:.4rem;margin:.5rem 0}}</style>
+<h1>MiniJupyter</h1><form method="get" action="{action}"><label for="token">{why} The terminal that
+started the server shows its address with the token.</label><input id="token" name="token"
+type="password" autofocus><button>Open</button></form></html>"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One HTTP connection; the requests on it come one after the other."""
+
+    protocol_version, server_version, sys_version = "HTTP/1.1", f"MiniJupyter/{__version__}", ""
+    disable_nagle_algorithm = True   # otherwise small answers wait 40 ms for an acknowledgement
+    timeout = 75                     # seconds of silence before a kept-alive connection is closed
+    wbufsize = 1 << 16               # headers and body leave together
+
+    def answer(self):
+        """Read the request, check it, find its route, send what the handler returns."""
+        url = urlsplit(re.sub("^/{2,}", "/", self.path))   # "//host/" is a path here, never a host
+        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        self.is_answered = False
+        try:
+            self.body = self.read_body()
+            name, groups = self.find_route()
+            if self.admit(name):
+                result = getattr(self, name)(*groups)
+                if not self.is_answered:
+                    status, value = result if isinstance(result, tuple) else (200, result)
+                    self.send_json(status, value)
+        except Problem as problem:
+            self.send_problem(problem)
+        except OSError as problem:
+            if isinstance(problem, (ConnectionError, TimeoutError)):
+                raise   # the client is gone: `handle` ends the connection
+            self.send_problem(Problem(STATUS_OF.get(problem.errno, 500),
+                                      problem.strerror or type(problem).__name__))
+        except Exception as problem:
+            import traceback
+            log(traceback.format_exc())
+            self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
+
+    def handle(self):
+        """Serve a connection to its end; a client that vanishes is no error."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def finish(self):
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    # -- the request --
+
+    def read_body(self):
+        """The body's bytes. It is read before anything is refused, or the next request on this
+        connection would begin in its middle."""
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not length.isdigit() or int(length) > MOST_BODY:
+            self.close_connection = True
+            raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
+                          "A body needs a Content-Length, and not too large a one")
+        return self.rfile.read(int(length))
+
+    def json_body(self):
+        """The JSON object in the body; an empty body is an empty object."""
+        try:
+            value = json.loads(self.body or b"{}")
+        except (ValueError, RecursionError) as problem:
+            raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
+        if not isinstance(value, dict):
+            raise Problem(400, "The body must be a JSON object")
+        return value
+
+    def find_route(self):
+        """(handler name, groups of its pattern); Problem 404, or 405 with the methods there are."""
+        method = "GET" if self.command == "HEAD" else self.command
+        allowed = []
+        for route_method, pattern, name in ROUTES:
+            if match := pattern.match(self.route):
+                if route_method == method:
+                    return name, [group or "" for group in match.groups()]
+                allowed.append(route_method)
+        if not allowed:
+            raise Problem(404, f"There is nothing at {self.route}")
+        problem = Problem(405, f"{self.command} is not possible at {self.route}")
+        problem.allow = ", ".join(sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])}))
+        raise problem
+
+    # -- access --
+
+    def admit(self, name):
+        """True when the request may pass; raises Problem 403 or answers with the token page."""
+        server = self.server
+        if not server.is_our_host(self.headers.get("Host", "")):
+            raise Problem(403, "This server does not answer to that Host name")
+        if name in OPEN_TO_ALL:
+            return True
+        given = self.given_token()
+        if given is not None and same_secret(given, server.token):
+            return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
+        if given is None and same_secret(self.cookie(), server.cookie_value):
+            self.check_origin()
+            return True
+        if name not in PAGES:
+            raise Problem(403, "Forbidden: a valid token is needed")
+        why = "This token is not right." if given else "A token is needed."
+        page = LOCKED.format(action=html.escape(self.path.partition("?")[0]), why=why)
+        self.send(403, page.encode(), "text/html; charset=utf-8",
+                  {"Content-Security-Policy": LOCKED_POLICY})
+        return False
+
+    def given_token(self):
+        """The token of the Authorization header or of the query; None when there is none."""
+        scheme, _, value = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() in ("token", "bearer"):
+            return value.strip()
+        return self.query["token"][0] if "token" in self.query else None
+
+    def cookie(self):
+        found = re.search(rf"{self.server.cookie_name}=([0-9a-f]+)", self.headers.get("Cookie", ""))
+        return found[1] if found else ""
+
+    def check_origin(self):
+        """A request that a cookie admits must come from our own page, not from another site's."""
+        origin, is_write = self.headers.get("Origin"), self.command not in ("GET", "HEAD")
+        is_foreign = origin is not None and urlsplit(origin).netloc != self.headers.get("Host")
+        if is_foreign or is_write and origin is None:
+            raise Problem(403, "The request comes from another site")
+        if self.headers.get("Sec-Fetch-Site") == "cross-site" and self.route.startswith(
+                ("/api", "/files")):
+            raise Problem(403, "The request comes from another site")
+
+    def move_token_to_cookie(self):
+        """Answer so that a cookie keeps the token and the address bar loses it; returns False."""
+        query = "&".join(f"{quote(k)}={quote(v)}" for k, values in self.query.items()
+                         for v in values if k != "token")
+        self.send(302, b"", "text/plain", {
+            "Location": quote(self.route) + ("?" + query if query else ""),
+            "Set-Cookie": f"{self.server.cookie_name}={self.server.cookie_value}; "
+                          "Path=/; HttpOnly; SameSite=Strict"})
+        return False
+
+    # -- the response --
+
+    def send(self, status, data, content_type, headers=()):
+        """Send a whole response; HEAD gets the same headers and no body."""
+        self.is_answered = True
+        self.send_response(status)
+        for name, value in {"Content-Type": content_type, "Content-Length": str(len(data)),
+                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                            "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
+                            **dict(headers)}.items():
+            if status != 204 or name != "Content-Length":
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD" and status != 204:
+            self.wfile.write(data)
+
+    def send_json(self, status, value, headers=()):
+        self.send(status, b"" if value is None else to_json(value), "application/json", headers)
+
+    def send_problem(self, problem):
+        """The one place where an error becomes an answer."""
+        if self.is_answered:     # its answer has begun: all that is left is to end the connection
+            self.close_connection = True
+            return
+        allow = {"Allow": problem.allow} if hasattr(problem, "allow") else {}
+        self.send_json(problem.status, {"message": problem.message, "reason": problem.reason},
+                       allow)
+
+    def created(self, model, kind, id):
+        self.send_json(201, model, {"Location": f"/api/{kind}/{quote(id)}"})
+
+    def log_message(self, format, *values):
+        """Requests are not logged: the terminal is for what a person needs to know."""
+
+    # -- pages and files --
+
+    def home(self):
+        self.send(302, b"", "text/plain", {"Location": "/tree"})
+
+    def page(self):
+        """index.html, for every page; its one script is named in the policy by its hash."""
+        with open(os.path.join(HERE, "index.html"), "rb") as file:
+            data = file.read()
+        script = re.search(rb"<script[^>]*>(.*?)</script>", data, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        self.send(200, data, "text/html; charset=utf-8",
+                  {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
+
+    def file(self, path):
+        """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
+        absolute = self.server.contents.existing(path)
+        if os.path.isdir(absolute):
+            raise Problem(404, f"{path} is a folder")
+        headers = {"Content-Security-Policy": FILE_POLICY, "Cache-Control": "no-cache"}
+        if "download" in self.query or path.endswith(".ipynb"):
+            name = quote(os.path.basename(path), safe="")
+            headers["Content-Disposition"] = f"attachment; filename*=utf-8''{name}"
+        self.send(200, self.server.contents.read(absolute),
+                  mimetypes.guess_type(path)[0] or "application/octet-stream", headers)
+
+    # -- /api --
+
+    def version(self):
+        return {"version": __version__}
+
+    def status(self):
+        kernels = list(self.server.kernels.all.values())
+        latest = max([self.server.started, *(kernel.last_activity for kernel in kernels)])
+        return {"started": iso(self.server.started), "last_activity": iso(latest),
+                "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
+
+    def asked(self, name, default=None, choices=None):
+        """A query parameter; Problem 400 when it is not one of the choices."""
+        value = self.query.get(name, [default])[0]
+        if choices and value not in (None, *choices):
+            raise Problem(400, f"{name} must be one of {', '.join(choices)}")
+        return value
+
+    def get_contents(self, path):
+        return self.server.contents.get(
+            path, self.asked("type", choices=("notebook", "file", "directory")),
+            self.asked("format", choices=("text", "base64", "json")),
+            content=self.asked("content", "1", "01") == "1", with_hash=self.asked("hash") == "1")
+
+    def create_contents(self, path):
+        body = self.json_body()
+        if body.get("copy_from"):
+            model = self.server.contents.copy(body["copy_from"], path)
+        else:
+            model = self.server.contents.create(path, body.get("type", "file"), body.get("ext", ""))
+        self.created(model, "contents", model["path"])
+
+    def save_contents(self, path):
+        expected = self.headers.get("If-Match", "").strip('"') or self.headers.get("If-None-Match")
+        model, is_new = self.server.contents.save(path, self.json_body(), expected)
+        if self.asked("hash") != "1":
+            model.update(hash=None, hash_algorithm=None)
+        if is_new:
+            return self.created(model, "contents", model["path"])
+        return model
+
+    def rename_contents(self, path):
+        new_path = self.json_body().get("path")
+        if not isinstance(new_path, str):
+            raise Problem(400, "The body must name the new path")
+        model = self.server.contents.rename(path, new_path)
+        self.server.sessions.follow_rename(path.strip("/"), model["path"])
+        return model
+
+    def delete_contents(self, path):
+        self.server.contents.delete(path)
+        return 204, None
+
+    def list_kernelspecs(self):
+        specs = {name: {"name": name, "spec": spec, "resources": {}}
+                 for name, (spec, _) in find_specs().items()}
+        return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
+
+    def list_kernels(self):
+        return [kernel.model() for kernel in list(self.server.kernels.all.values())]
+
+    def start_kernel(self):
+        body = self.json_body()
+        new = self.server.kernels.start(body.get("name"), body.get("path") or "")
+        self.created(new.model(), "kernels", new.id)
+
+    def get_kernel(self, id):
+        return self.server.kernels.get(id).model()
+
+    def shutdown_kernel(self, id):
+        self.server.kernels.shutdown(id)
+        return 204, None
+
+    def interrupt_kernel(self, id):
+        self.server.kernels.get(id).interrupt()
+        return 204, None
+
+    def restart_kernel(self, id):
+        self.server.kernels.get(id).restart()
+        return self.server.kernels.get(id).model()
+
+    def channels(self, id):
+        """From here on the connection is a WebSocket, and this thread is its bridge."""
+        kernel = self.server.kernels.get(id)
+        websocket = WebSocket.accept(self)
+        self.is_answered = True
+        Bridge(websocket, kernel).run()
+
+    def list_sessions(self):
+        return self.server.sessions.list()
+
+    def create_session(self):
+        session = self.server.sessions.create(self.json_body())
+        self.created(self.server.sessions.model(session), "sessions", session["id"])
+
+    def get_session(self, id):
+        return self.server.sessions.model(self.server.sessions.get(id))
+
+    def change_session(self, id):
+        return self.server.sessions.model(self.server.sessions.change(id, self.json_body()))
+
+    def delete_session(self, id):
+        self.server.sessions.delete(id)
+        return 204, None
+
+
+def same_secret(given, secret):
+    """Compare without telling by the time it takes how much was right."""
+    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+
+
+class Server(ThreadingHTTPServer):
+    """The listening socket and what all connections share."""
+
+    daemon_threads = True       # connections do not keep the program alive
+    request_queue_size = 128    # connections that may wait to be accepted
+
+    def __init__(self, root, ip, port, token):
+        super().__init__((ip, port), Handler)
+        self.ip, self.token, self.started = ip, token, time.time()
+        self.contents = Contents(root)
+        self.kernels = Kernels(self.contents)
+        self.sessions = Sessions(self.kernels)
+        self.cookie_name = f"minijupyter-{self.server_port}"   # cookies do not know ports
+        self.cookie_value = hmac.new(token.encode(), b"cookie", "sha256").hexdigest()
+
+    def server_bind(self):
+        """Without HTTPServer's look-up of the host's full name, which can take seconds."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def is_our_host(self, host):
+        """Bound to loopback, the server answers only to names that mean loopback."""
+        if not self.ip.startswith("127.") and self.ip not in ("localhost", "::1"):
+            return True
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+
+    def address(self):
+        host = "127.0.0.1" if self.ip in ("", "0.0.0.0") else self.ip
+        return f"http://{host}:{self.server_port}/tree?token={quote(self.token)}"
+
+    def handle_error(self, request, client_address):
+        log(f"A connection failed: {sys.exc_info()[1]!r}")
+
+
+# ---- 9. main ----------------------------------------------------------------------------------
+
+FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
+
+
+def open_server(root, ip, port, token):
+    """A server at the wished port, or at the next free one when none was wished for."""
+    for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        try:
+            return Server(root, ip, candidate, token)
+        except OSError as problem:
+            if port is not None or problem.errno != errno.EADDRINUSE:
+                sys.exit(f"Cannot listen on {ip}:{candidate}: {problem.strerror}")
+    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="A notebook server, a kernel and a page.")
+    parser.add_argument("folder", nargs="?", default=".",
+                        help="what the server shows (default: the current folder)")
+    parser.add_argument("--ip", default="127.0.0.1", metavar="ADDRESS",
+                        help="where it listens (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, help=f"default: {FIRST_PORT}, or the next that is free")
+    parser.add_argument("--token", default=os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24),
+                        help="the secret that opens the server (default: a new one)")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    arguments = parser.parse_args()
+    if not os.path.isdir(arguments.folder):
+        parser.error(f"there is no folder {arguments.folder}")
+    if not arguments.token:
+        parser.error("the token must not be empty")
+    return arguments
+
+
+def stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main():
+    """Serve until Ctrl-C or SIGTERM; then end every kernel."""
+    arguments = parse_arguments()
+    server = open_server(arguments.folder, arguments.ip, arguments.port, arguments.token)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    {server.address()}\n\n"
+          "Ctrl-C stops it and its kernels.", flush=True)
+    if not arguments.no_browser:
+        import webbrowser
+        threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # a second one must not leave kernels behind
+        print("\nStopping the kernels …", flush=True)
+    finally:
+        server.kernels.shutdown_all()
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()
