@@ -412,6 +412,7 @@ class DisplayHandle:
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
 MOST_WAITING = 200_000      # entries; a thread that prints faster than they can be sent waits
 MOST_TEXT = 1 << 20         # characters in one stream message, for the browser's sake
+STREAMS = ("stdout", "stderr")
 SILENT = {}                 # the parent_header of a silent request: known by identity, never sent
 
 
@@ -446,9 +447,9 @@ class Outbox:
         message["identities"] = [f"kernel.{self.session.session}.{msg_type}".encode()]
         self.put("iopub", message)
 
-    def write(self, name, text, parent=None):
-        """Queue text for a stream."""
-        self.queue.append((name, self.parent.get(self.latest) if parent is None else parent, text))
+    def write(self, name, parent, text):
+        """Queue text for a stream. Half the cost of a print is here, so it does no more."""
+        self.queue.append((name, parent, text))
         if self.is_asleep:
             self.wake()
         elif len(self.queue) > MOST_WAITING:
@@ -491,18 +492,23 @@ class Outbox:
         return list(self.joined(entries))
 
     def joined(self, entries):
-        for (where, _), group in itertools.groupby(entries, lambda e: (e[0], id(e[1]))):
-            if where not in ("stdout", "stderr"):
-                yield from ((channel, parts) for channel, _, parts in group)
-                continue
-            group = list(group)
-            self.last_flush = time.monotonic()
-            if group[0][1] is not SILENT:
-                yield from self.streams(where, group[0][1], "".join(text for _, _, text in group))
+        """(channel, parts) of each entry, with the texts of equal neighbours as one message."""
+        entries.append((None, None, None))   # so that the last text has an end, too
+        texts, of, below = [], None, None
+        for where, parent, payload in entries:
+            if texts and (where is not of or parent is not below):
+                yield from self.streams(of, below, "".join(texts))
+                texts = []
+            if where in STREAMS:
+                of, below = where, parent
+                texts.append(payload)
+            elif where:
+                yield where, payload
 
     def streams(self, name, parent, text):
-        """`stream` messages of a bounded size."""
-        for start in range(0, len(text), MOST_TEXT):
+        """`stream` messages of a bounded size; none below a silent request."""
+        self.last_flush = time.monotonic()
+        for start in range(0, len(text) if parent is not SILENT else 0, MOST_TEXT):
             message = self.session.message(
                 "stream", {"name": name, "text": text[start:start + MOST_TEXT]}, parent)
             message["identities"] = [f"stream.{name}".encode()]
@@ -516,18 +522,21 @@ class Stream(io.TextIOBase):
 
     def __init__(self, name, outbox, descriptor):
         self.name, self.outbox, self.descriptor = name, outbox, descriptor
-        self.process = os.getpid()
+        self.is_child = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: setattr(self, "is_child", True))
         self.buffer = io.FileIO(descriptor, "w", closefd=False)   # sys.stdout.buffer
 
     def write(self, text):
         # Journey 8: printed text joins the outbox under the parent header of its cell, as `stream`.
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        if self.process != os.getpid():
+        if self.is_child:
             # A forked child has no io thread: its text goes through the pipe to the parent's.
             self.buffer.write(text.encode(self.encoding, self.errors))
         elif text:
-            self.outbox.write(self.name, text)
+            outbox = self.outbox
+            outbox.write(self.name, outbox.parent.get(outbox.latest), text)
         return len(text)
 
     def writable(self):
@@ -564,7 +573,7 @@ class Descriptor:
                     return   # empty
                 text = self.decoder.decode(data)
                 if text:
-                    self.outbox.write(self.name, text, self.outbox.latest)
+                    self.outbox.write(self.name, self.outbox.latest, text)
 
 
 def flush_c_output():
@@ -1277,6 +1286,7 @@ def hook_imports(interpreter):
 # becomes of it. To answer a new message, write its method and add its row.
 
 REPLY_STATUS = {"status": "ok"}
+RETRY_MS = 50   # until an undelivered question is tried again
 HANDLERS = {   # msg_type -> thread
     "kernel_info_request": "io",
     "interrupt_request": "io",
@@ -1300,6 +1310,7 @@ class Kernel:
         self.cells = collections.deque()      # execute_requests that wait for the main thread
         self.questions = queue.SimpleQueue()  # requests that wait for the helper
         self.answers = queue.SimpleQueue()    # input_replies
+        self.unasked = []                     # an input_request that could not be delivered yet
         self.running = None                   # the execute_request being run, or run last
         self.loop = None                      # the main thread's asyncio loop, once it runs
         self.is_awaiting = False              # a cell is being run
@@ -1316,6 +1327,7 @@ class Kernel:
             new.sndhwm = 0       # nothing is dropped; the outbox bounds what may wait
             if kind == zmq.ROUTER:
                 new.router_handover = 1   # a client that comes back under its old identity is heard
+                new.router_mandatory = channel == "stdin"   # see `send_due`
             else:
                 new.xpub_verbose = 1      # every subscriber gets its welcome, not just the first
             new.bind(self.endpoint(channel))
@@ -1397,7 +1409,7 @@ class Kernel:
         parent = watch_parent(poller)
         channels = {socket: channel for channel, socket in self.sockets.items()}
         while not self.is_finished:
-            for source, _ in poller.poll(self.outbox.rest()):
+            for source, _ in poller.poll(RETRY_MS if self.unasked else self.outbox.rest()):
                 if source in channels:
                     self.receive(channels[source], source)
                 elif source in pipes:
@@ -1410,8 +1422,15 @@ class Kernel:
         self.io_done.set()
 
     def send_due(self):
-        for channel, parts in self.outbox.take():
-            self.sockets[channel].send_multipart(parts, copy=len(parts[-1]) < 65_536)
+        """Send what is due; a question whose client is not yet on stdin is kept for later."""
+        due, self.unasked = [*self.unasked, *self.outbox.take()], []
+        for channel, parts in due:
+            try:
+                self.sockets[channel].send_multipart(parts, copy=len(parts[-1]) < 65_536)
+            except zmq.ZMQError as problem:
+                if problem.errno != zmq.EHOSTUNREACH:
+                    raise
+                self.unasked = [(channel, parts)]   # the latest: older ones were interrupted
 
     def receive(self, channel, source):
         """Take one message off a socket. A bad one is logged and dropped: no busy, no reply."""
@@ -1506,11 +1525,13 @@ class Kernel:
         self.is_awaiting = False
         self.forget_cancel()
         self.drain()
-        self.finish(request, reply)
+        # Taken before the reply leaves: what a client sends when it has seen the error is run.
+        waiting = []
         if reply["status"] == "error" and stops:
             waiting, self.cells = self.cells, collections.deque()
-            for request in waiting:
-                self.abort(request)
+        self.finish(request, reply)
+        for request in waiting:
+            self.abort(request)
 
     async def execute_request(self, request):
         """Content: code, silent, store_history, allow_stdin, stop_on_error, user_expressions."""

@@ -1,0 +1,2820 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "pyzmq",           # all that the code under test needs
+#     "jupyter_client",  # oracle of the wire; drives the kernel
+#     "nbclient",        # runs whole notebooks on the kernel
+#     "nbformat",        # oracle of the documents
+#     "ipykernel",       # the kernel to compare with
+#     "jupyter_server",  # the server to compare with
+#     "websockets",      # a WebSocket client written by others
+#     "playwright",      # drives the page in Chromium
+#     "matplotlib",      # a plot, as users make them
+# ]
+# ///
+"""The tests and the benchmark of MiniJupyter: what it promises, proved on the real thing.
+
+Run:  python test_minijupyter.py              all tests; the last line counts them
+      python test_minijupyter.py NAME...      the tests whose name contains NAME
+      python test_minijupyter.py bench        how fast, beside the physical limit and the others
+      python test_minijupyter.py bench quick  the same with few repetitions
+
+    Chromium ---- page ----+
+    HTTP client -----------+--> minijupyter.py --> kernel.py <--+-- Frontend over ZeroMQ
+    WebSocket client ------+      (a process)     (a process)   +-- jupyter_client, nbclient
+
+Nothing is faked: kernels and servers are processes, sockets are sockets, the page runs in
+Chromium. A test's name is the promise, in a sentence; read the names first. The journey of a
+cell is walked in full in section 8, station by station in sections 2 to 7.
+
+Sections:
+    1 Harness: a process, a frontend, an HTTP and a WebSocket client
+    2 The wire
+    3 The kernel, over real sockets
+    4 The kernel, driven by jupyter_client and nbclient
+    5 Documents and contents
+    6 HTTP, access, kernels and sessions
+    7 WebSocket frames and the bridge
+    8 The page, in Chromium
+    9 Documentation under test
+    10 Bench
+    11 main
+
+Left out on purpose: assertions about time (the benchmark measures, it does not judge), and
+anything that needs a network. Tests that need a package, Chromium or the sample notebooks
+are skipped with the reason; with REQUIRE_ALL=1 a missing package is a failure.
+
+Threads: the tests run one after another in the main thread; each Process has one more that
+reads its output. No test sleeps: it waits for a message, a line or a file, with a deadline.
+Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import http.client
+import importlib.util
+import itertools
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import zmq
+
+import kernel
+import minijupyter
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = Path(os.environ.get("NOTEBOOKS", HERE.parent / "shared" / "notebooks"))
+REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
+OURS = [sys.executable, str(HERE / "kernel.py"), "-f", "{connection_file}"]
+IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
+             "-f", "{connection_file}"]
+SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
+
+
+# ---- 1. Harness: a process, a frontend, an HTTP and a WebSocket client -----------------
+#
+# A Frontend asks and files what comes back: each request has an Answer, which holds the reply
+# and everything iopub said with that request as parent. A test then reads like the protocol:
+#
+#     cell = self.run_cell("print(1); 2")
+#     self.assertMessages(cell, "busy execute_input stream execute_result idle")
+#
+# What carries the messages is a wire: ZeroMQWire talks to a kernel, WebSocketWire to a server.
+
+
+def needs(*modules):
+    """Skip a test when one of these modules is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return unittest.skipIf(missing, "needs " + ", ".join(missing))
+
+
+def needs_notebooks(function):
+    """Skip a test when the sample notebooks are not there: they are not part of the project."""
+    return unittest.skipUnless(NOTEBOOKS.is_dir(), "no sample notebooks; set NOTEBOOKS")(function)
+
+
+def wait_until(condition, seconds=SECONDS):
+    """The first true value of condition(), asked again and again until the deadline."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not true within {seconds} s: {condition}")
+        time.sleep(0.01)
+    return value
+
+
+def free_ports(count):
+    """Port numbers that were free a moment ago on the loopback interface."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def is_alive(pid):
+    """True while a process runs; one that ended but was not yet collected does not count."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()
+
+
+def clean_environment(folder, **variables):
+    """The environment with every Jupyter folder moved below `folder`."""
+    own = {name: str(Path(folder) / name.lower()) for name in (
+        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
+    outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in outside}
+    return {**kept, **own, **variables}
+
+
+def bare_python(folder):
+    """(python, environment) that sees the standard library and pyzmq, nothing else installed."""
+    site = Path(zmq.__file__).parent.parent
+    for name in ("zmq", "pyzmq.libs"):
+        if (site / name).exists():
+            (Path(folder) / name).symlink_to(site / name)
+    return [sys.executable, "-S"], clean_environment(folder, PYTHONPATH=str(folder))
+
+
+class Process:
+    """A program under test; its output is collected line by line; it is ended by its own id."""
+
+    def __init__(self, argv, **options):
+        self.lines, self.news = [], threading.Condition()
+        self.popen = subprocess.Popen(
+            [str(word) for word in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            **options)
+        self.pid, self.ended = self.popen.pid, False
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        for line in self.popen.stdout:
+            with self.news:
+                self.lines.append(line)
+                self.news.notify_all()
+        with self.news:
+            self.ended = True
+            self.news.notify_all()
+
+    @property
+    def output(self):
+        return "".join(self.lines)
+
+    def wait_for(self, pattern, seconds=SECONDS):
+        """The match of `pattern` in the output, as soon as it is there."""
+        with self.news:
+            self.news.wait_for(lambda: self.ended or re.search(pattern, self.output), seconds)
+            match = re.search(pattern, self.output)
+        if not match:
+            raise AssertionError(f"no {pattern!r} in the output:\n{self.output}")
+        return match
+
+    def exit_code(self, seconds=SECONDS):
+        code = self.popen.wait(seconds)
+        self.reader.join(2)  # a grandchild may hold the pipe open longer
+        return code
+
+    def end(self):
+        """SIGINT, as Ctrl-C does, then SIGKILL for what does not listen."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(10)
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        self.reader.join(2)
+        if not self.reader.is_alive():
+            self.popen.stdout.close()
+
+
+class KernelProcess:
+    """A kernel in its own process, with its connection file in a temporary folder."""
+
+    def __init__(self, argv=OURS, cwd=None, env=None, **connection):
+        self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-kernel-")
+        names = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
+        self.connection = {
+            **dict(zip(names, free_ports(5), strict=True)), "transport": "tcp",
+            "ip": "127.0.0.1", "key": secrets.token_hex(), "signature_scheme": "hmac-sha256",
+            **connection}
+        self.file = Path(self.folder.name, "connection.json")
+        self.file.write_text(json.dumps(self.connection))
+        self.process = Process(
+            [word.format(connection_file=self.file) for word in argv],
+            cwd=cwd or self.folder.name, env=env or clean_environment(self.folder.name))
+
+    def connect(self):
+        """A Frontend whose iopub subscription is known to be in force."""
+        frontend = Frontend(ZeroMQWire(self.connection))
+        frontend.greet()
+        return frontend
+
+    def interrupt(self):
+        """SIGINT to the process group, as Jupyter's clients send it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self):
+        if self.process.popen.poll() is None:
+            self.process.popen.kill()
+        self.process.end()
+        self.folder.cleanup()
+
+
+class ZeroMQWire:
+    """The four channels of a kernel that carry messages; what arrives is verified."""
+
+    TYPES = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB}
+
+    def __init__(self, connection):
+        self.connection, self.session = connection, kernel.Session(connection["key"])
+        self.context, self.poller = zmq.Context(), zmq.Poller()
+        self.sockets = {name: self.connect(name, kind) for name, kind in self.TYPES.items()}
+
+    def connect(self, channel, kind):
+        channel_socket = self.context.socket(kind)
+        channel_socket.linger = 0
+        channel_socket.rcvhwm = 0  # a SUB socket would silently drop what passes its limit
+        if kind == zmq.SUB:
+            channel_socket.subscribe(b"")
+        else:
+            channel_socket.identity = self.session.session.encode()
+        channel_socket.connect("tcp://{}:{}".format(
+            self.connection["ip"], self.connection[channel + "_port"]))
+        self.poller.register(channel_socket, zmq.POLLIN)
+        return channel_socket
+
+    def send(self, channel, message):
+        self.send_parts(channel, self.session.pack(message))
+
+    def send_parts(self, channel, parts):
+        self.sockets[channel].send_multipart(parts)
+
+    def receive(self, seconds):
+        """(channel, message); TimeoutError when nothing comes."""
+        ready = dict(self.poller.poll(max(0, seconds) * 1000))
+        for channel, channel_socket in self.sockets.items():
+            if channel_socket in ready:
+                return channel, self.session.unpack(channel_socket.recv_multipart())
+        raise TimeoutError(f"no message within {seconds:.1f} s")
+
+    def close(self):
+        self.context.destroy(linger=0)
+
+
+def merged(words):
+    """The words, neighbouring streams as one: how a kernel cuts its output is its own affair."""
+    return [word for word, group in itertools.groupby(words)
+            for _ in (range(1) if word.startswith("stream") else group)]
+
+
+class Answer:
+    """What one request led to: its reply, and what iopub said about it, in order of arrival."""
+
+    def __init__(self, request):
+        self.request = request
+        self.reply = None    # the message on shell or control
+        self.messages = []   # from iopub, this request as their parent
+        self.questions = []  # contents of input_request
+
+    @property
+    def is_idle(self):
+        return any(m["content"].get("execution_state") == "idle" for m in self.messages)
+
+    @property
+    def is_done(self):
+        return self.reply is not None and self.is_idle
+
+    @property
+    def story(self):
+        """The message types in order, a status by its state, neighbouring streams as one."""
+        return " ".join(merged(m["content"].get("execution_state", m["header"]["msg_type"])
+                               for m in self.messages))
+
+    def of(self, msg_type):
+        """The contents of all messages of one type."""
+        return [m["content"] for m in self.messages if m["header"]["msg_type"] == msg_type]
+
+    def text(self, name="stdout"):
+        return "".join(c["text"] for c in self.of("stream") if c["name"] == name)
+
+    @property
+    def status(self):
+        return self.reply["content"]["status"]
+
+    @property
+    def result(self):
+        """text/plain of the result, None when the cell had none."""
+        return next((c["data"]["text/plain"] for c in self.of("execute_result")), None)
+
+    @property
+    def display(self):
+        """The MIME bundle of the only display_data or execute_result."""
+        (content,) = self.of("display_data") + self.of("execute_result")
+        return content["data"]
+
+    @property
+    def error(self):
+        """Content of the error message, {} when the cell had none."""
+        return next(iter(self.of("error")), {})
+
+    @property
+    def traceback(self):
+        return re.sub(r"\x1b\[[\d;]*m", "", "\n".join(self.error["traceback"]))
+
+    def __repr__(self):
+        return f"{self.story or '-'}; reply {self.reply and self.reply['content']}; {self.error}"
+
+
+class Frontend:
+    """Asks, and files what comes back under the request it belongs to."""
+
+    def __init__(self, wire):
+        self.wire, self.session = wire, kernel.Session("")  # the wire signs
+        self.answers = {}  # msg_id -> Answer
+        self.unasked = []  # messages that no request of ours caused
+        self.typed = []    # what the user will type when the kernel asks
+
+    def ask(self, msg_type, channel="shell", **content):
+        """Send a request, return its Answer, which fills as messages come in."""
+        message = self.session.message(msg_type, content)
+        answer = self.answers[message["header"]["msg_id"]] = Answer(message)
+        self.wire.send(channel, message)
+        return answer
+
+    def pump(self, seconds=SECONDS):
+        """Take one message and file it."""
+        channel, message = self.wire.receive(seconds)
+        answer = self.answers.get(message["parent_header"].get("msg_id"))
+        if answer is None:
+            self.unasked.append(message)
+        elif channel == "iopub":
+            answer.messages.append(message)
+        elif channel == "stdin":
+            self.question(answer, message)
+        else:
+            answer.reply = message
+
+    def question(self, answer, message):
+        answer.questions.append(message["content"])
+        if self.typed:
+            self.type(self.typed.pop(0), message["header"])
+
+    def type(self, text, parent_header=None):
+        reply = self.session.message("input_reply", {"value": text}, parent_header or {})
+        self.wire.send("stdin", reply)
+
+    def until(self, condition, seconds=SECONDS):
+        """Take messages until condition() holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.pump(deadline - time.monotonic())
+
+    def finish(self, *answers, seconds=SECONDS):
+        self.until(lambda: all(answer.is_done for answer in answers), seconds)
+        return answers[0]
+
+    def request(self, msg_type, channel="shell", **content):
+        return self.finish(self.ask(msg_type, channel, **content))
+
+    def start(self, code, **options):
+        """Ask for the execution of a cell, without waiting for its end."""
+        defaults = {"silent": False, "store_history": True, "user_expressions": {},
+                    "allow_stdin": True, "stop_on_error": True}
+        return self.ask("execute_request", code=code, **{**defaults, **options})
+
+    def greet(self, seconds=SECONDS):
+        """Ask kernel_info until reply and status arrive: then no later message can be missed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                return self.finish(self.ask("kernel_info_request"), seconds=0.5)
+        raise TimeoutError("the kernel does not answer")
+
+
+class Case(unittest.TestCase):
+    """A test case with asserts in the field's words."""
+
+    maxDiff = 2000
+
+    def folder(self):
+        """A temporary folder that lasts as long as the test."""
+        return Path(self.enterContext(tempfile.TemporaryDirectory(prefix="minijupyter-test-")))
+
+    def enterContext(self, context):  # TestCase has it from Python 3.11 on
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def assertMessages(self, answer, story):
+        """The types of the messages on iopub are these, in this order."""
+        self.assertEqual(answer.story, story, answer)
+
+    def assertFails(self, cell, ename):
+        """The cell ended with this error, on iopub and in its reply."""
+        self.assertEqual((cell.status, cell.error.get("ename")), ("error", ename), cell)
+        self.assertEqual(cell.reply["content"]["ename"], ename)
+
+
+class KernelCase(Case):
+    """Tests that share one kernel; their cells run in one namespace."""
+
+    options = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.kernel = KernelProcess(**cls.options)
+        cls.addClassCleanup(cls.kernel.end)
+        cls.frontend = cls.kernel.connect()
+        cls.addClassCleanup(cls.frontend.wire.close)
+
+    def setUp(self):
+        """After a failed test a cell may still run: the next test gets a new kernel."""
+        unfinished = [a for a in self.frontend.answers.values() if not a.is_idle]
+        if unfinished:
+            self.kernel.end()
+            self.setUpClass()
+
+    def run_cell(self, code, seconds=SECONDS, **options):
+        return self.frontend.finish(self.frontend.start(code, **options), seconds=seconds)
+
+    def request(self, msg_type, channel="shell", **content):
+        return self.frontend.request(msg_type, channel, **content)
+
+    def assertWorks(self):
+        """The kernel still answers."""
+        self.assertEqual(self.run_cell("6 * 7").result, "42")
+
+# ---- 2. The wire ------------------------------------------------------------
+#
+# A message is identities, a delimiter, a signature, four JSON parts and any buffers. The
+# signature is an HMAC of the four parts as they travel. Each refusal has a row of its own:
+# what cannot be trusted must not be parsed, and must not disturb what follows.
+
+CONTENT = {"code": "print('naïve ☃ 𝄞')", "silent": False}
+
+
+def packed(session, **fields):
+    """The parts of a message as `session` would send it, some of its fields replaced."""
+    return session.pack({**session.message("execute_request", CONTENT), **fields})
+
+
+def signed(key, *parts):
+    """Parts with a good signature, whatever stands in them."""
+    digest = hmac.new(key.encode(), b"".join(parts[:4]), hashlib.sha256).hexdigest()
+    return [b"<IDS|MSG>", digest.encode(), *parts]
+
+
+class Wire(Case):
+    def setUp(self):
+        self.sender, self.receiver = kernel.Session("secret"), kernel.Session("secret")
+
+    def assertRefused(self, parts):
+        with self.assertRaises(kernel.BadMessage, msg=parts):
+            self.receiver.unpack(parts)
+
+    def test_a_message_survives_packing_and_unpacking(self):
+        message = self.sender.message("execute_request", CONTENT, {"msg_id": "1"}, {"a": 1})
+        received = self.receiver.unpack(self.sender.pack(message))
+        for field in ("header", "parent_header", "metadata", "content"):
+            self.assertEqual(received[field], message[field])
+
+    def test_a_header_has_the_six_required_fields(self):
+        header = self.sender.message("status", {})["header"]
+        self.assertLessEqual(
+            {"msg_id", "session", "username", "date", "msg_type", "version"}, set(header))
+        self.assertRegex(header["date"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d)")
+
+    def test_every_message_has_its_own_id(self):
+        ids = {self.sender.message("status", {})["header"]["msg_id"] for _ in range(100)}
+        self.assertEqual(len(ids), 100)
+
+    def test_parent_and_metadata_left_out_are_empty_objects(self):
+        self.assertEqual(packed(self.sender)[3:5], [b"{}", b"{}"])
+
+    def test_the_signature_is_the_hmac_of_the_four_parts(self):
+        delimiter, signature, *four = packed(self.sender)
+        self.assertEqual([delimiter, signature, *four], signed("secret", *four))
+        self.assertEqual(self.sender.sign(four), signature)
+
+    def test_key_as_bytes_signs_like_key_as_text(self):
+        self.assertEqual(
+            kernel.Session(b"secret").sign([b"{}"] * 4), self.sender.sign([b"{}"] * 4))
+
+    def test_identities_and_buffers_travel_around_the_signed_parts(self):
+        parts = packed(self.sender, identities=[b"a", b"b"], buffers=[b"\0\xff", b""])
+        self.assertEqual(parts[:3], [b"a", b"b", b"<IDS|MSG>"])
+        received = self.receiver.unpack(parts)
+        self.assertEqual(received["identities"], [b"a", b"b"])
+        self.assertEqual([bytes(each) for each in received["buffers"]], [b"\0\xff", b""])
+
+    def test_a_changed_part_is_refused(self):
+        for i in range(1, 6):
+            with self.subTest(part=i):
+                parts = packed(self.sender)
+                parts[i] = parts[i][:-1] + b" "
+                self.assertRefused(parts)
+
+    def test_a_forged_or_missing_signature_is_refused(self):
+        good = packed(self.sender)
+        other = packed(kernel.Session("other key"))
+        for signature in (b"", b"0" * 64, good[1].upper(), good[1][:-1], b"\xff", other[1]):
+            with self.subTest(signature=signature):
+                self.assertRefused([good[0], signature, *good[2:]])
+
+    def test_a_replayed_message_is_refused(self):
+        parts = packed(self.sender)
+        self.receiver.unpack(parts)
+        self.assertRefused(parts)
+
+    def test_a_forgery_does_not_use_up_the_signature_of_the_true_message(self):
+        parts = packed(self.sender)
+        self.assertRefused([*parts[:5], b'{"code": "forged"}'])
+        self.assertEqual(self.receiver.unpack(parts)["content"], CONTENT)
+
+    def test_a_truncated_message_is_refused(self):
+        parts = packed(self.sender)
+        for length in range(len(parts)):
+            with self.subTest(parts=length):
+                self.assertRefused(parts[:length])
+
+    def test_a_message_without_delimiter_is_refused(self):
+        self.assertRefused(packed(self.sender)[1:])
+        self.assertRefused([b"", b"\0", b"<IDS|MSG> "])
+
+    def test_parts_that_are_not_json_objects_are_refused(self):
+        header = json.dumps(self.sender.message("execute_request", {})["header"]).encode()
+        for bad in (b"", b"{", b"\xff\xfe", b"[]", b"null", b"1", b"{} {}"):
+            for i in range(4):
+                parts = [header, b"{}", b"{}", b"{}"]
+                parts[i] = bad
+                with self.subTest(part=i, bad=bad):
+                    self.assertRefused(signed("secret", *parts))
+
+    def test_with_an_empty_key_nothing_is_signed_and_nothing_checked(self):
+        for key in ("", b""):
+            session = kernel.Session(key)
+            parts = packed(session)
+            self.assertEqual(parts[1], b"")
+            for _again in range(2):
+                self.assertEqual(session.unpack(parts)["content"], CONTENT)
+
+    @needs("jupyter_client")
+    def test_jupyter_client_reads_what_we_write(self):
+        from jupyter_client.session import Session
+        parts = packed(self.sender, identities=[b"me"], buffers=[b"buffer"])
+        theirs = Session(key=b"secret")
+        identities, rest = theirs.feed_identities(parts)
+        message = theirs.deserialize(rest)
+        self.assertEqual((identities, message["content"]), ([b"me"], CONTENT))
+        self.assertEqual(bytes(message["buffers"][0]), b"buffer")
+
+    @needs("jupyter_client")
+    def test_we_read_what_jupyter_client_writes(self):
+        from jupyter_client.session import Session
+        theirs = Session(key=b"secret")
+        message = theirs.msg("execute_request", CONTENT)
+        received = self.receiver.unpack(theirs.serialize(message, ident=b"me"))
+        self.assertEqual((received["identities"], received["content"]), ([b"me"], CONTENT))
+        self.assertEqual(received["header"]["msg_id"], message["header"]["msg_id"])
+
+# ---- 3. The kernel, over real sockets -----------------------------------------
+#
+# A kernel process, and a Frontend on its five sockets. Status busy and status idle bracket
+# every request; what a cell says stands between them, under the cell that caused it.
+
+
+class KernelProtocol(KernelCase):
+    def test_kernel_info_says_what_the_kernel_speaks(self):
+        info = self.request("kernel_info_request").reply["content"]
+        self.assertEqual((info["status"], info["language_info"]["name"]), ("ok", "python"))
+        self.assertEqual(info["language_info"]["file_extension"], ".py")
+        self.assertRegex(info["protocol_version"], r"^5\.\d")
+
+    def test_every_message_names_one_protocol_version(self):
+        cell = self.run_cell("1")
+        info = self.request("kernel_info_request").reply["content"]
+        versions = {m["header"]["version"] for m in [cell.reply, *cell.messages]}
+        self.assertEqual(versions, {info["protocol_version"]})
+
+    def test_busy_and_idle_bracket_every_request(self):
+        for msg_type, content in [
+                ("kernel_info_request", {}), ("is_complete_request", {"code": "1"})]:
+            for channel in ("shell", "control"):
+                with self.subTest(msg_type, channel=channel):
+                    answer = self.request(msg_type, channel, **content)
+                    self.assertMessages(answer, "busy idle")
+                    self.assertEqual(answer.reply["header"]["msg_type"],
+                                     msg_type.replace("request", "reply"))
+
+    def test_an_unknown_message_type_gets_busy_and_idle_and_harms_nothing(self):
+        for msg_type in ("no_such_request", "__init__", "execute_reply", ""):
+            with self.subTest(msg_type=msg_type):
+                answer = self.frontend.ask(msg_type)
+                self.frontend.until(lambda answer=answer: answer.is_idle)
+                self.assertMessages(answer, "busy idle")
+        self.assertWorks()
+
+    def test_a_reply_names_its_request_as_parent(self):
+        cell = self.run_cell("print(1)")
+        for message in (cell.reply, *cell.messages):
+            self.assertEqual(message["parent_header"], cell.request["header"])
+
+    def test_is_complete_tells_a_whole_cell_from_a_begun_one(self):
+        for code, status, indent in [
+                ("", "complete", None), ("1 + 1", "complete", None),
+                ("x = [1,\n2]", "complete", None), ("await f()", "complete", None),
+                ("if x:\n    y\n\n", "complete", None), ("!ls", "complete", None),
+                ("%time 1", "complete", None), ("%%time\n1\n\n", "complete", None),
+                ("if x:\n    y", "incomplete", "    "), ("%%time\n1", "incomplete", ""),
+                ("def f():", "incomplete", "    "), ("if x:\n    if y:", "incomplete", " " * 8),
+                ("f(1,", "incomplete", None), ("'''text", "incomplete", None),
+                ("x = = 1", "invalid", None), ("1 1", "invalid", None), (")", "invalid", None)]:
+            with self.subTest(code=code):
+                reply = self.request("is_complete_request", code=code).reply["content"]
+                self.assertEqual(reply["status"], status)
+                if indent is not None:
+                    self.assertEqual(reply["indent"], indent)
+
+    def test_kernel_info_on_control_is_answered_while_a_cell_runs(self):
+        cell = self.frontend.start("input()")
+        self.frontend.until(lambda: cell.questions)
+        for channel in ("control", "shell"):
+            self.assertEqual(self.request("kernel_info_request", channel).status, "ok")
+        self.frontend.type("done")
+        self.assertEqual(self.frontend.finish(cell).result, "'done'")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "the platform has no named pipes")
+    def test_the_heartbeat_answers_while_a_cell_holds_the_interpreter_lock(self):
+        folder = self.folder()
+        for name in ("ready", "go"):
+            os.mkfifo(folder / name)
+        ready, go = (os.open(folder / name, os.O_RDWR) for name in ("ready", "go"))
+        cell = self.frontend.start(
+            f"import ctypes, os\nfd = os.open({str(folder / 'go')!r}, os.O_RDONLY)\n"
+            f"buffer = ctypes.create_string_buffer(1)\n"
+            f"with open({str(folder / 'ready')!r}, 'w') as f: f.write('!')\n"
+            "ctypes.PyDLL(None).read(fd, buffer, 1)")  # PyDLL keeps the lock for the call
+        self.assertTrue(select.select([ready], [], [], SECONDS)[0], cell)
+        try:
+            self.ping(20)
+            self.assertIsNone(cell.reply)
+        finally:
+            os.write(go, b"!")
+        self.assertEqual(self.frontend.finish(cell).result, "1")
+
+    def ping(self, times):
+        wire = self.frontend.wire
+        with wire.context.socket(zmq.REQ) as heartbeat:
+            heartbeat.linger = 0
+            heartbeat.connect("tcp://127.0.0.1:{hb_port}".format(**wire.connection))
+            for _ in range(times):
+                heartbeat.send(b"ping")
+                self.assertTrue(heartbeat.poll(SECONDS * 1000), "no heartbeat")
+                self.assertEqual(heartbeat.recv(), b"ping")
+
+
+class KernelExecution(KernelCase):
+    def test_a_cell_that_prints_and_ends_in_a_value(self):
+        cell = self.run_cell("print('hello')\n6 * 7")
+        self.assertMessages(cell, "busy execute_input stream execute_result idle")
+        self.assertEqual((cell.text(), cell.result, cell.status), ("hello\n", "42", "ok"))
+
+    def test_input_result_and_reply_show_the_same_execution_count(self):
+        first, second = self.run_cell("1"), self.run_cell("2")
+        counts = [second.of("execute_input")[0], second.of("execute_result")[0],
+                  second.reply["content"]]
+        expected = first.reply["content"]["execution_count"] + 1
+        self.assertEqual([c["execution_count"] for c in counts], [expected] * 3)
+
+    def test_what_is_no_result_publishes_none(self):
+        for code in ("", "# only a comment", "x = 1", "None", "7;", "7;  # muted", "pass",
+                     "def f(): return 1", "for i in [1]: i"):
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertEqual((cell.result, cell.status), (None, "ok"), cell)
+
+    def test_what_is_a_result_publishes_it(self):
+        for code, result in [
+                ("1 # comment;", "1"), ("'a;'", "'a;'"), ("(\n1,\n2\n)", "(1, 2)"),
+                ("x = 3; x", "3"), ("'naïve ☃ 𝄞'", "'naïve ☃ 𝄞'"), ("[None]", "[None]"),
+                ("1\n\n\n", "1"), ("lambda: 1\n0", "0"), ("{'b': 1, 'a': 2}", None)]:
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertEqual(cell.result, result or cell.result)
+                self.assertIsNotNone(cell.result)
+
+    def test_stdout_and_stderr_are_told_apart(self):
+        cell = self.run_cell("import sys\nprint('out')\nprint('err', file=sys.stderr)")
+        self.assertEqual((cell.text(), cell.text("stderr")), ("out\n", "err\n"))
+
+    def test_names_live_from_cell_to_cell(self):
+        self.run_cell("def double(x): return 2 * x")
+        self.assertEqual(self.run_cell("double(21)").result, "42")
+
+    def test_the_last_results_and_inputs_are_remembered(self):
+        count = self.run_cell("'first'").reply["content"]["execution_count"]
+        self.run_cell("'second'")
+        for code, result in [
+                ("_, __", "('second', 'first')"), (f"Out[{count}]", "'first'"),
+                (f"_{count}", "'first'"), (f"In[{count}]", '"\'first\'"')]:
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).result, result)
+                self.run_cell("'first'"), self.run_cell("'second'")
+
+    def test_the_kernel_runs_cells_as_main_in_its_folder(self):
+        cell = self.run_cell("import os\n__name__, os.getcwd()")
+        self.assertEqual(cell.result, repr(("__main__", os.path.realpath(self.kernel.folder.name))))
+
+    def test_a_class_of_a_cell_can_be_pickled(self):
+        cell = self.run_cell("import pickle\nclass Point: pass\n"
+                             "type(pickle.loads(pickle.dumps(Point()))) is Point")
+        self.assertEqual(cell.result, "True")
+
+    def test_modules_beside_the_notebook_can_be_imported(self):
+        Path(self.kernel.folder.name, "beside_the_notebook.py").write_text("value = 42")
+        self.assertEqual(self.run_cell("from beside_the_notebook import value; value").result, "42")
+
+    def test_await_works_at_the_top_of_a_cell(self):
+        cell = self.run_cell("import asyncio\nawait asyncio.sleep(0.01, 'slept')")
+        self.assertEqual((cell.result, cell.status), ("'slept'", "ok"))
+        cell = self.run_cell("async def count():\n    yield 1\n[i async for i in count()]")
+        self.assertEqual(cell.result, "[1]")
+
+    def test_a_task_goes_on_between_cells(self):
+        cell = self.run_cell(
+            "import asyncio\nasync def work():\n    for i in range(3):\n"
+            "        await asyncio.sleep(0.01)\n        print('step', i)\n"
+            "task = asyncio.create_task(work())")
+        self.frontend.until(lambda: "step 2" in cell.text())
+        self.assertEqual(self.run_cell("await task\ntask.done()").result, "True")
+
+    def test_magics_and_shell_commands_that_notebooks_use(self):
+        for code, expected in [
+                ("!echo shell", "shell\n"), ("!printf 'no newline'", "no newline"),
+                ("%time x = sum(range(10))", "time: "), ("%%time\nprint('timed')", "timed\n"),
+                ("%timeit -n 1 -r 1 1", "loop"), ("for i in [1, 2]:\n    !echo {i}", "1\n2\n")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertEqual(cell.status, "ok", cell)
+                self.assertIn(expected, cell.text())
+
+    def test_a_failing_shell_command_is_no_error(self):
+        cell = self.run_cell("!false\n!echo after >&2")
+        self.assertEqual((cell.status, cell.text() + cell.text("stderr")), ("ok", "after\n"))
+
+    def test_a_large_result_arrives_whole(self):
+        self.assertEqual(len(self.run_cell("'x' * 10_000_000").result), 10_000_002)
+
+
+class KernelErrors(KernelCase):
+    def test_an_error_is_published_and_replied(self):
+        cell = self.run_cell("1/0")
+        self.assertMessages(cell, "busy execute_input error idle")
+        self.assertFails(cell, "ZeroDivisionError")
+        self.assertEqual(cell.error["evalue"], "division by zero")
+
+    def test_a_traceback_shows_the_lines_of_the_cell_in_colour(self):
+        self.run_cell("def divide(x):\n    # far away\n    return 1 / x\n")
+        cell = self.run_cell("first = 1\ndivide(0)")
+        for line in ("divide(0)", "return 1 / x", "ZeroDivisionError: division by zero"):
+            self.assertIn(line, cell.traceback)
+        self.assertIn("\x1b[", "".join(cell.error["traceback"]))
+
+    def test_a_traceback_shows_no_frame_of_the_kernel(self):
+        for code in ("1/0", "1 +", "await nothing", "raise ValueError", "import no_such_module",
+                     "import asyncio\nasync def f(): 1/0\nawait f()", "exec('1/0')",
+                     "class R:\n    def __repr__(self): 1/0\nR()", "%nosuchmagic", "open('none')"):
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                text = cell.traceback if cell.error else cell.text("stderr")
+                self.assertNotIn(str(HERE), text)
+                self.assertNotIn("asyncio/", text)
+
+    def test_a_syntax_error_shows_the_line_and_a_caret(self):
+        cell = self.run_cell("x = 1\ny = = 2")
+        self.assertFails(cell, "SyntaxError")
+        self.assertRegex(cell.traceback, r"y = = 2\s*\n\s*\^")
+
+    def test_a_chained_error_shows_its_cause(self):
+        cell = self.run_cell("try:\n    1/0\nexcept ZeroDivisionError as e:\n"
+                             "    raise ValueError('outer') from e")
+        self.assertRegex(cell.traceback, r"(?s)ZeroDivisionError.*direct cause.*ValueError: outer")
+
+    def test_output_before_an_error_is_kept(self):
+        cell = self.run_cell("print('before')\n1/0\nprint('after')")
+        self.assertMessages(cell, "busy execute_input stream error idle")
+        self.assertEqual(cell.text(), "before\n")
+
+    def test_an_error_without_text_or_with_a_broken_text_is_shown(self):
+        cell = self.run_cell("class Odd(Exception):\n    def __str__(self): raise RuntimeError\n"
+                             "raise Odd")
+        self.assertFails(cell, "Odd")
+        self.assertWorks()
+
+    def test_exceptions_that_end_a_program_do_not_end_the_kernel(self):
+        for code in ("raise SystemExit(3)", "import sys; sys.exit('bye')",
+                     "raise GeneratorExit", "raise BaseException"):
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).status, "error")
+        self.assertWorks()
+
+    def test_endless_recursion_is_an_error_like_any_other(self):
+        self.assertFails(self.run_cell("def f(): return f()\nf()"), "RecursionError")
+        self.assertWorks()
+
+    def test_cells_queued_behind_an_error_are_aborted(self):
+        cells = [self.frontend.start(code) for code in (
+            "import time\ntime.sleep(0.5)\n1/0", "print('never')", "never = True")]
+        self.frontend.finish(*cells)
+        self.assertEqual([cell.status for cell in cells], ["error", "aborted", "aborted"])
+        for cell in cells[1:]:
+            self.assertMessages(cell, "busy idle")
+            self.assertIsInstance(cell.reply["content"]["execution_count"], int)
+        self.assertFails(self.run_cell("never"), "NameError")
+
+    def test_an_error_aborts_nothing_that_came_later(self):
+        for _ in range(50):
+            self.assertEqual(self.run_cell("1/0").status, "error")
+            self.assertEqual(self.run_cell("1").status, "ok")
+
+    def test_other_requests_queued_behind_an_error_are_answered(self):
+        failing = self.frontend.start("import time\ntime.sleep(0.3)\n1/0")
+        other = self.frontend.ask("is_complete_request", code="1")
+        self.frontend.finish(failing, other)
+        self.assertEqual(other.status, "complete")
+
+    def test_with_stop_on_error_false_the_queue_goes_on(self):
+        cells = [self.frontend.start("import time\ntime.sleep(0.3)\n1/0", stop_on_error=False),
+                 self.frontend.start("'went on'")]
+        self.frontend.finish(*cells)
+        self.assertEqual(cells[1].result, "'went on'")
+
+
+class KernelDisplay(KernelCase):
+    def test_a_value_is_shown_in_every_form_it_has(self):
+        for method, value, mime, data in [
+                ("_repr_html_", "<b>x</b>", "text/html", "<b>x</b>"),
+                ("_repr_markdown_", "*x*", "text/markdown", "*x*"),
+                ("_repr_latex_", "$x$", "text/latex", "$x$"),
+                ("_repr_svg_", "<svg/>", "image/svg+xml", "<svg/>"),
+                ("_repr_json_", {"a": [1]}, "application/json", {"a": [1]}),
+                ("_repr_png_", b"\x89PNG", "image/png", "iVBORw=="),
+                ("_repr_jpeg_", b"\xff\xd8", "image/jpeg", "/9g="),
+                ("_repr_javascript_", "1", "application/javascript", "1"),
+                ("_repr_mimebundle_", {"x/y": "z"}, "x/y", "z")]:
+            with self.subTest(method):
+                cell = self.run_cell(
+                    f"class Rich:\n    def {method}(self, *args, **options): return {value!r}\n"
+                    "    def __repr__(self): return 'plain'\nRich()")
+                self.assertEqual(cell.display[mime].strip() if mime == "image/png"
+                                 else cell.display[mime], data)
+                self.assertEqual(cell.display["text/plain"], "plain")
+
+    def test_data_may_come_with_metadata(self):
+        cell = self.run_cell("class Wide:\n    def _repr_png_(self): return b'x', {'width': 9}\n"
+                             "Wide()")
+        self.assertEqual(cell.of("execute_result")[0]["metadata"], {"image/png": {"width": 9}})
+
+    def test_a_form_that_is_not_available_is_left_out(self):
+        cell = self.run_cell("class Poor:\n    def _repr_html_(self): return None\n"
+                             "    def __repr__(self): return 'poor'\nPoor()")
+        self.assertEqual(cell.display, {"text/plain": "poor"})
+
+    def test_a_class_is_not_shown_by_the_methods_of_its_instances(self):
+        cell = self.run_cell("class Rich:\n    def _repr_html_(self): return '<b>'\nRich")
+        self.assertEqual(list(cell.display), ["text/plain"])
+
+    def test_an_object_that_answers_every_attribute_is_shown_as_text(self):
+        cell = self.run_cell("class Any:\n    def __getattr__(self, name): return lambda *a: name\n"
+                             "    def __repr__(self): return 'any'\nAny()")
+        self.assertEqual((cell.display, cell.status), ({"text/plain": "any"}, "ok"))
+
+    def test_one_failing_form_does_not_lose_the_others(self):
+        cell = self.run_cell("class Half:\n    def _repr_html_(self): 1/0\n"
+                             "    def _repr_latex_(self): return '$x$'\n"
+                             "    def __repr__(self): return 'half'\nHalf()")
+        self.assertEqual(cell.display, {"text/plain": "half", "text/latex": "$x$"})
+        self.assertIn("ZeroDivisionError", json.dumps([m["content"] for m in cell.messages]))
+
+    def test_an_object_may_display_itself(self):
+        cell = self.run_cell("class Own:\n    def _ipython_display_(self): print('own way')\nOwn()")
+        self.assertMessages(cell, "busy execute_input stream idle")
+
+    def test_display_publishes_each_object_in_order_with_the_streams(self):
+        cell = self.run_cell("print('a')\ndisplay(1, 'two')\nprint('b')")
+        self.assertMessages(
+            cell, "busy execute_input stream display_data display_data stream idle")
+        self.assertEqual([c["data"]["text/plain"] for c in cell.of("display_data")],
+                         ["1", "'two'"])
+
+    def test_a_display_with_an_id_can_be_updated(self):
+        cell = self.run_cell("handle = display('old', display_id='spot')\nhandle.update('new')")
+        (new,) = cell.of("update_display_data")
+        self.assertEqual((new["transient"]["display_id"], new["data"]["text/plain"]),
+                         ("spot", "'new'"))
+
+    def test_the_display_module_of_ipython_works(self):
+        cell = self.run_cell(
+            "from IPython.display import HTML, Markdown, clear_output, display, display_html\n"
+            "display(HTML('<i>h</i>'))\ndisplay(Markdown('*m*'))\nclear_output(wait=True)\n"
+            "display_html('<u>raw</u>', raw=True)")
+        self.assertMessages(cell, "busy execute_input display_data display_data clear_output "
+                                  "display_data idle")
+        shown = [c["data"] for c in cell.of("display_data")]
+        self.assertEqual((shown[0]["text/html"], shown[1]["text/markdown"], shown[2]["text/html"]),
+                         ("<i>h</i>", "*m*", "<u>raw</u>"))
+        self.assertEqual(cell.of("clear_output"), [{"wait": True}])
+
+    def test_an_image_is_sent_as_base64(self):
+        cell = self.run_cell("from IPython.display import Image\n"
+                             "Image(data=b'\\x89PNG\\r\\n\\x1a\\n', format='png')")
+        self.assertEqual(base64.b64decode(cell.display["image/png"]), b"\x89PNG\r\n\x1a\n")
+
+    @needs("matplotlib")
+    def test_a_plot_is_shown_as_a_picture_with_no_configuration(self):
+        cell = self.run_cell("import matplotlib.pyplot as plt\nplt.plot([1, 2]);", seconds=60)
+        self.assertEqual(base64.b64decode(cell.display["image/png"])[:4], b"\x89PNG")
+
+
+class KernelWithPyzmqAlone(KernelCase):
+    """The same kernel where nothing but pyzmq is installed."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        python, env = bare_python(folder.name)
+        cls.options = {"argv": [*python, *OURS[1:]], "env": env}
+        super().setUpClass()
+
+    def test_no_other_package_is_there(self):
+        self.assertFails(self.run_cell("import jupyter_client"), "ModuleNotFoundError")
+        self.assertWorks()
+
+    def test_the_display_module_of_ipython_has_a_stand_in(self):
+        KernelDisplay.test_the_display_module_of_ipython_works(self)
+        KernelDisplay.test_an_image_is_sent_as_base64(self)
+
+    def test_magics_need_nothing_either(self):
+        KernelExecution.test_magics_and_shell_commands_that_notebooks_use(self)
+
+
+class KernelOutput(KernelCase):
+    def test_two_hundred_thousand_lines_arrive_whole_and_in_order(self):
+        cell = self.run_cell("for i in range(200_000): print(i)", seconds=60)
+        self.assertTrue(cell.text() == "".join(f"{i}\n" for i in range(200_000)),
+                        f"{len(cell.text())} characters arrived")
+
+    def test_the_first_output_comes_before_the_cell_ends(self):
+        cell = self.frontend.start("print('early')\ninput()")
+        self.frontend.until(lambda: cell.text() == "early\n")
+        self.frontend.until(lambda: cell.questions)
+        self.frontend.type("")
+        self.frontend.finish(cell)
+
+    def test_output_without_newline_comes_too(self):
+        cell = self.frontend.start("print('50 %', end='')\ninput()")
+        self.frontend.until(lambda: cell.text() == "50 %" and cell.questions)
+        self.frontend.type("")
+        self.frontend.finish(cell)
+
+    def test_stdout_and_stderr_keep_their_order(self):
+        cell = self.run_cell("import sys\nfor i in range(5):\n    print(i)\n"
+                             "    print(i, file=sys.stderr)")
+        texts = "".join(c["text"] for c in cell.of("stream"))
+        self.assertEqual(texts, "".join(f"{i}\n{i}\n" for i in range(5)))
+
+    def test_nothing_comes_after_idle(self):
+        code = ("import os, subprocess, sys\nprint('python')\nos.write(1, b'descriptor\\n')\n"
+                "subprocess.run([sys.executable, '-S', '-c', 'print(\"child\")'])\n"
+                "os.write(2, b'error\\n');")
+        cells = [self.run_cell(code) for _ in range(10)]
+        self.assertWorks()
+        for cell in cells:
+            self.assertTrue(cell.story.endswith(" idle"), cell)
+            self.assertEqual(sorted(cell.text().split()), ["child", "descriptor", "python"])
+
+    def test_a_threads_output_belongs_to_the_cell_that_started_it(self):
+        first = self.run_cell(
+            "import threading\nlater = threading.Event()\n"
+            "thread = threading.Thread(target=lambda: (later.wait(), print('from thread')))\n"
+            "thread.start()")
+        second = self.run_cell("print('second')\nlater.set()\nthread.join()")
+        self.frontend.until(lambda: first.text() == "from thread\n")
+        self.assertEqual(second.text(), "second\n")
+
+    def test_a_pools_output_belongs_to_the_cell_that_submitted_the_work(self):
+        cell = self.run_cell(
+            "from concurrent.futures import ThreadPoolExecutor\n"
+            "with ThreadPoolExecutor(2) as pool: list(pool.map(print, 'ab'))")
+        self.assertEqual(sorted(cell.text().split()), ["a", "b"])
+
+    def test_output_of_child_processes_and_c_code_is_shown(self):
+        for code, expected in [
+                ("import os; os.write(1, b'descriptor\\n');", "descriptor\n"),
+                ("import os; os.system('echo shell');", "shell\n"),
+                ("import ctypes; c = ctypes.CDLL(None); c.puts(b'c'); c.fflush(None);", "c\n"),
+                ("import subprocess; subprocess.run(['echo', 'child']);", "child\n")]:
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).text(), expected)
+
+    def test_a_forked_child_prints_once(self):
+        cell = self.run_cell("import os, sys\nprint('parent')\npid = os.fork()\nif not pid:\n"
+                             "    print('child', flush=True)\n    os._exit(0)\nos.waitpid(pid, 0);")
+        self.assertEqual(sorted(cell.text().split()), ["child", "parent"])
+        self.assertWorks()
+
+    def test_a_character_split_over_two_writes_arrives_whole(self):
+        cell = self.run_cell(
+            "import os, time\nfor byte in 'é☃𝄞\\n'.encode():\n"
+            "    os.write(1, bytes([byte]))\n    time.sleep(0.02)")
+        self.assertEqual(cell.text(), "é☃𝄞\n")
+
+    def test_many_characters_from_a_child_arrive_whole(self):
+        cell = self.run_cell("import subprocess, sys\nsubprocess.run([sys.executable, '-S', '-X', "
+                             "'utf8', '-c', 'print(\"é☃\" * 300_000)']);", seconds=60)
+        self.assertTrue(cell.text() == "é☃" * 300_000 + "\n")
+
+    def test_bytes_that_are_no_text_do_no_harm(self):
+        self.assertIn("�", self.run_cell("import os; os.write(1, b'\\xff\\xfe\\n');").text())
+        self.assertWorks()
+
+    def test_the_streams_answer_what_libraries_ask(self):
+        cell = self.run_cell("import sys\n(sys.stdout.isatty(), sys.stdout.encoding.lower(), "
+                             "sys.stdout.writable(), sys.stdout.write('12'), sys.stdout.flush())")
+        self.assertEqual(cell.result, "(False, 'utf-8', True, 2, None)")
+
+
+class KernelStdin(KernelCase):
+    def ask_user(self, code, *typed, **options):
+        self.frontend.typed = list(typed)
+        return self.run_cell(code, **options)
+
+    def test_input_asks_the_frontend(self):
+        cell = self.ask_user("input('Name? ')", "Ada ☃")
+        self.assertEqual(cell.questions, [{"prompt": "Name? ", "password": False}])
+        self.assertEqual(cell.result, "'Ada ☃'")
+
+    def test_getpass_asks_for_a_hidden_answer(self):
+        cell = self.ask_user("import getpass\ngetpass.getpass('Word? ')", "secret")
+        self.assertEqual(cell.questions, [{"prompt": "Word? ", "password": True}])
+        self.assertEqual(cell.result, "'secret'")
+
+    def test_input_may_ask_again_and_again(self):
+        cell = self.ask_user("[input() for _ in range(3)]", "a", "", "c")
+        self.assertEqual(cell.result, "['a', '', 'c']")
+
+    def test_a_question_waits_for_a_frontend_that_connects_late(self):
+        nowhere = free_ports(1)[0]
+        wire = ZeroMQWire({**self.kernel.connection, "stdin_port": nowhere})
+        self.addCleanup(wire.close)
+        frontend = Frontend(wire)
+        frontend.greet()
+        cell = frontend.start("print('asking')\ninput()")
+        frontend.until(lambda: cell.text())
+        wire.sockets["stdin"].disconnect(f"tcp://127.0.0.1:{nowhere}")
+        wire.sockets["stdin"].connect("tcp://{ip}:{stdin_port}".format(**self.kernel.connection))
+        frontend.until(lambda: cell.questions)
+        frontend.type("late")
+        self.assertEqual(frontend.finish(cell).result, "'late'")
+
+    def test_what_was_printed_is_shown_before_the_question(self):
+        cell = self.frontend.start("print('read this')\ninput()")
+        self.frontend.until(lambda: cell.questions and cell.text())
+        self.frontend.type("")
+        self.assertEqual(self.frontend.finish(cell).text(), "read this\n")
+
+    def test_a_control_d_is_the_end_of_input(self):
+        self.assertFails(self.ask_user("input()", "\x04"), "EOFError")
+
+    def test_a_frontend_that_cannot_answer_is_not_asked(self):
+        for code in ("input()", "import getpass; getpass.getpass()"):
+            with self.subTest(code=code):
+                cell = self.run_cell(code, allow_stdin=False)
+                self.assertEqual((cell.status, cell.questions), ("error", []))
+
+    def test_an_answer_nobody_waits_for_is_forgotten(self):
+        self.frontend.type("stale")
+        self.assertWorks()
+        self.assertEqual(self.ask_user("input()", "fresh").result, "'fresh'")
+
+
+class KernelInterrupt(KernelCase):
+    SITUATIONS = {
+        "running": "print('ready')\nwhile True: pass",
+        "sleeping": "import time\nprint('ready')\ntime.sleep(60)",
+        "awaiting": "import asyncio\nprint('ready')\nawait asyncio.sleep(60)",
+        "running in async code": "async def spin():\n    print('ready')\n    while True: pass\n"
+                                 "await spin()",
+        "sleeping in async code": "import asyncio, time\nasync def f():\n"
+                                  "    await asyncio.sleep(0)\n    print('ready')\n"
+                                  "    time.sleep(60)\nawait f()",
+        "waiting for a child": "import subprocess\nprint('ready')\nsubprocess.run(['sleep', '60'])",
+        "waiting for a thread": "import threading\nprint('ready')\nthreading.Event().wait()",
+        "input": "print('ready')\ninput()",
+    }
+
+    def interrupted(self, code, interrupt):
+        cell = self.frontend.start(code)
+        self.frontend.until(lambda: "ready" in cell.text())
+        if "input()" in code:
+            self.frontend.until(lambda: cell.questions)
+        interrupt()
+        return self.frontend.finish(cell)
+
+    def test_a_signal_stops_a_cell(self):
+        for situation, code in self.SITUATIONS.items():
+            with self.subTest(situation):
+                cell = self.interrupted(code, self.kernel.interrupt)
+                self.assertFails(cell, "KeyboardInterrupt")
+
+    def test_an_interrupt_request_stops_a_cell(self):
+        for situation, code in self.SITUATIONS.items():
+            with self.subTest(situation):
+                cell = self.interrupted(
+                    code, lambda: self.request("interrupt_request", "control"))
+                self.assertFails(cell, "KeyboardInterrupt")
+
+    def test_an_interrupt_is_answered_between_busy_and_idle(self):
+        answer = self.request("interrupt_request", "control")
+        self.assertMessages(answer, "busy idle")
+        self.assertEqual(answer.status, "ok")
+
+    def test_an_interrupt_does_nothing_to_an_idle_kernel(self):
+        self.run_cell("kept = 'kept'")
+        for _ in range(3):
+            self.kernel.interrupt()
+            self.request("interrupt_request", "control")
+        self.assertEqual(self.run_cell("kept").result, "'kept'")
+
+    def test_a_cell_may_catch_its_interrupt(self):
+        cell = self.interrupted("import time\ntry:\n    print('ready')\n    time.sleep(60)\n"
+                                "except KeyboardInterrupt:\n    'caught'\nfinally:\n"
+                                "    print('cleaned')\n'went on'", self.kernel.interrupt)
+        self.assertEqual((cell.text(), cell.result), ("ready\ncleaned\n", "'went on'"))
+
+    def test_an_interrupt_drops_the_queued_cells(self):
+        first = self.frontend.start("import time\nprint('ready')\ntime.sleep(60)")
+        second = self.frontend.start("'never'")
+        self.frontend.until(lambda: first.text())
+        self.kernel.interrupt()
+        self.frontend.finish(first, second)
+        self.assertEqual((first.status, second.status), ("error", "aborted"))
+
+    def test_a_background_task_survives_an_interrupt(self):
+        self.run_cell("import asyncio\ntask = asyncio.create_task(asyncio.sleep(60))")
+        self.interrupted("print('ready')\nwhile True: pass", self.kernel.interrupt)
+        self.assertEqual(self.run_cell("task.done()").result, "False")
+
+
+class KernelBadMessages(KernelCase):
+    """Bad messages get no answer, are logged in one line, and the next good one works."""
+
+    def parts(self, **fields):
+        return packed(kernel.Session(self.kernel.connection["key"]), **fields)
+
+    def assertShruggedOff(self, *messages):
+        lines = len(self.kernel.process.lines)
+        for channel in ("shell", "control", "stdin"):
+            for parts in messages:
+                self.frontend.wire.send_parts(channel, parts)
+        self.assertWorks()
+        self.assertEqual(self.request("kernel_info_request", "control").status, "ok")
+        self.assertNotIn("Traceback", "".join(self.kernel.process.lines[lines:]))
+
+    def test_a_forged_message_is_ignored(self):
+        self.assertShruggedOff([b"<IDS|MSG>", b"0" * 64, *self.parts()[2:]],
+                               packed(kernel.Session("other key")),
+                               [b"<IDS|MSG>", b"", *self.parts()[2:]])
+
+    def test_a_replayed_message_is_ignored(self):
+        session = self.frontend.session
+        message = session.message("execute_request", {"code": "times = globals().get('times', 0)"
+                                                              " + 1", "allow_stdin": False})
+        parts = self.frontend.wire.session.pack(message)
+        self.assertShruggedOff(parts, parts)
+        self.assertEqual(self.run_cell("times").result, "1")
+
+    def test_a_truncated_message_is_ignored(self):
+        parts = self.parts()
+        self.assertShruggedOff(*[parts[:n] for n in range(1, len(parts))])
+
+    def test_a_message_without_delimiter_is_ignored(self):
+        self.assertShruggedOff(self.parts()[1:], [b""], [b"", b"", b""])
+
+    def test_a_message_that_is_not_json_is_ignored(self):
+        key = self.kernel.connection["key"]
+        self.assertShruggedOff(
+            signed(key, b"{", b"{}", b"{}", b"{}"), signed(key, b"\xff", b"{}", b"{}", b"{}"),
+            signed(key, b"{}", b"{}", b"{}", b"{}"), signed(key, b"[]", b"[]", b"[]", b"[]"))
+
+    def test_fields_of_a_wrong_type_do_no_harm(self):
+        for content in ({}, {"code": None}, {"code": 7}, {"code": ["1"]},
+                        {"code": "1", "user_expressions": []}):
+            with self.subTest(content=content):
+                answer = self.frontend.ask("execute_request", **content)
+                self.frontend.until(lambda answer=answer: answer.is_idle)
+                self.assertWorks()
+
+    def test_a_huge_message_is_read(self):
+        self.assertEqual(self.run_cell("len(" + repr("x" * 20_000_000) + ")").result, "20000000")
+
+
+class KernelLife(Case):
+    """Each test has a kernel of its own, for it ends it."""
+
+    def start(self, **options):
+        own = KernelProcess(**options)
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        return own, frontend
+
+    def test_a_shutdown_request_ends_the_process(self):
+        for restart in (False, True):
+            with self.subTest(restart=restart):
+                own, frontend = self.start()
+                answer = frontend.ask("shutdown_request", "control", restart=restart)
+                frontend.until(lambda answer=answer: answer.reply)
+                self.assertEqual(answer.reply["content"], {"status": "ok", "restart": restart})
+                self.assertEqual(own.process.exit_code(), 0)
+
+    def test_a_shutdown_request_ends_even_a_busy_kernel(self):
+        own, frontend = self.start()
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        frontend.ask("shutdown_request", "control", restart=False)
+        own.process.exit_code()
+
+    def test_an_unsigned_kernel_answers(self):
+        _, frontend = self.start(key="")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_two_frontends_see_each_others_cells(self):
+        own, first = self.start()
+        second = own.connect()
+        self.addCleanup(second.wire.close)
+        cell = first.finish(first.start("print('for all')"))
+        second.until(lambda: any(m["header"]["msg_type"] == "stream" for m in second.unasked))
+        self.assertEqual(cell.text(), "for all\n")
+
+    def test_an_interrupt_while_starting_up_does_not_stop_the_kernel(self):
+        own, frontend = self.start()
+        for _ in range(20):
+            own.interrupt()
+            self.assertEqual(frontend.finish(frontend.start("1")).status, "ok")
+
+    def test_output_at_exit_reaches_nobody_and_harms_nobody(self):
+        own, frontend = self.start()
+        frontend.finish(frontend.start("import atexit; atexit.register(print, 'bye')"))
+        frontend.ask("shutdown_request", "control", restart=False)
+        self.assertEqual(own.process.exit_code(), 0)
+
+# ---- 4. The kernel, driven by jupyter_client and nbclient ------------------------
+#
+# What Jupyter's own clients do with a kernel. A kernel spec in a temporary folder is all they
+# are told. ipykernel runs the same notebooks, and its outcome is the expectation.
+
+
+def outcome(nb):
+    """Per code cell: how its outputs look, without what differs from run to run."""
+    return [merged([shape(output) for output in cell["outputs"]])
+            for cell in nb["cells"] if cell["cell_type"] == "code"]
+
+
+def shape(output):
+    """An output in a word: stream stdout, error NameError, execute_result text/plain ..."""
+    detail = output.get("name") or output.get("ename") or " ".join(sorted(output.get("data", [])))
+    return f"{output['output_type']} {detail}"
+
+
+def prepared(name, folder):
+    """A sample notebook as JSON, made fit for a test: nothing to download, nobody to wait for."""
+    nb = json.loads((NOTEBOOKS / name).read_text("utf-8"))
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        cell["source"] = re.sub("from time +import sleep", "sleep = lambda seconds: None", source)
+    (folder / "npdict.txt").write_text("a man\na plan\na canal\nPanama\n" * 3)
+    (folder / "anpdict.txt").write_text("a man\na plan\na canal\nPanama\n" * 3)
+    return nb
+
+
+def install_kernelspec(folder, name, argv, **fields):
+    """A kernel spec below `folder`, which then serves as an entry of JUPYTER_PATH."""
+    spec = {"argv": argv, "display_name": name, "language": "python", **fields}
+    (folder / "kernels" / name).mkdir(parents=True)
+    (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
+
+
+@needs("jupyter_client")
+class JupyterClient(Case):
+    def setUp(self):
+        from jupyter_client.manager import KernelManager
+        folder = self.folder()
+        install_kernelspec(folder, "mini", OURS)
+        self.manager = KernelManager(kernel_name="mini")
+        self.manager.kernel_spec_manager.kernel_dirs = [str(folder / "kernels")]
+        self.manager.start_kernel(cwd=str(folder), env=clean_environment(folder))
+        self.addCleanup(self.manager.shutdown_kernel, now=True)
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.addCleanup(self.client.stop_channels)
+        self.client.wait_for_ready(timeout=SECONDS)
+
+    def execute(self, code, **options):
+        streams = []
+        reply = self.client.execute_interactive(
+            code, timeout=SECONDS, output_hook=streams.append, **options)
+        return reply["content"], [m["header"]["msg_type"] for m in streams]
+
+    def test_execute_interactive_sees_output_and_reply(self):
+        reply, types = self.execute("print(1); 2")
+        self.assertEqual(reply["status"], "ok")
+        self.assertEqual([t for t in types if t != "status"],
+                         ["execute_input", "stream", "execute_result"])
+
+    def test_the_client_answers_input(self):
+        reply, _ = self.execute("assert input('? ') == 'yes'", allow_stdin=True,
+                                stdin_hook=lambda message: self.client.input("yes"))
+        self.assertEqual(reply["status"], "ok")
+
+    def test_the_client_sees_the_heartbeat(self):
+        self.assertTrue(self.client.is_alive())
+
+    def test_the_manager_interrupts(self):
+        msg_id = self.client.execute("print('ready')\nwhile True: pass")
+        wait_until(lambda: self.client.get_iopub_msg(timeout=SECONDS)["msg_type"] == "stream")
+        self.manager.interrupt_kernel()
+        reply = self.client.get_shell_msg(timeout=SECONDS)
+        self.assertEqual((reply["parent_header"]["msg_id"], reply["content"]["ename"]),
+                         (msg_id, "KeyboardInterrupt"))
+
+    def test_the_manager_restarts(self):
+        self.execute("old = 1")
+        self.manager.restart_kernel()
+        self.client.wait_for_ready(timeout=SECONDS)
+        self.assertEqual(self.execute("old")[0]["ename"], "NameError")
+
+    def test_the_manager_shuts_down_without_force(self):
+        process = self.manager.provisioner.process
+        self.manager.shutdown_kernel()
+        self.assertEqual(process.returncode, 0)
+
+
+@needs("nbclient", "nbformat", "ipykernel")
+class Nbclient(Case):
+    def execute(self, nb, argv, folder):
+        import nbformat
+        from jupyter_client.manager import AsyncKernelManager
+        from nbclient import NotebookClient
+        install_kernelspec(folder, "python3", argv)
+        manager = AsyncKernelManager(kernel_name="python3")
+        manager.kernel_spec_manager.kernel_dirs = [str(folder / "kernels")]
+        nb = nbformat.from_dict(nb)
+        NotebookClient(nb, km=manager, timeout=120, allow_errors=True,
+                       resources={"metadata": {"path": str(folder)}}).execute()
+        return nb
+
+    @needs_notebooks
+    def test_real_notebooks_run_as_on_ipykernel(self):
+        for path in sorted(NOTEBOOKS.glob("pytudes-*.ipynb")):
+            with self.subTest(path.name):
+                ours, theirs = (
+                    self.execute(prepared(path.name, folder), argv, folder)
+                    for argv, folder in ((OURS, self.folder()), (IPYKERNEL, self.folder())))
+                self.assertEqual(outcome(ours), outcome(theirs))
+
+# ---- 5. Documents and contents -----------------------------------------------------
+#
+# Files through the REST API. A notebook that nobody changed goes back to disk byte for byte,
+# even through a client that speaks JavaScript's JSON; a file that cannot be saved stays whole.
+
+
+class Reply:
+    """Status, headers and body of an HTTP reply."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"{self.status} {self.body[:500]!r}"
+
+
+class Server:
+    """minijupyter.py in its own process, with a root and Jupyter folders of its own."""
+
+    def __init__(self, root=None, options=None, env=None, **process):
+        self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-server-")
+        self.root = Path(root or self.folder.name) / "root"
+        self.root.mkdir()
+        self.token = secrets.token_hex(8)
+        options = ["--port", free_ports(1)[0]] if options is None else options
+        self.process = Process(
+            [sys.executable, HERE / "minijupyter.py", self.root, "--token", self.token,
+             "--no-browser", *options],
+            env=clean_environment(self.folder.name, **(env or {})), **process)
+        try:
+            self.url = self.process.wait_for(r"http://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
+        except AssertionError:
+            self.end()
+            raise
+        self.port = int(self.url[1])
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+
+    def request(self, method, path, body=None, headers=None, connection=None):
+        """One request with the token; `headers` may replace it, or leave it out with None."""
+        if body is not None and not isinstance(body, bytes | str):
+            body = json.dumps(body)
+        headers = {"Authorization": f"token {self.token}", **(headers or {})}
+        kept = {name: value for name, value in headers.items() if value is not None}
+        own = connection or self.connect()
+        try:
+            own.request(method, path, body.encode() if isinstance(body, str) else body, kept)
+            return Reply(own.getresponse())
+        finally:
+            if not connection:
+                own.close()
+
+    def get(self, path, **headers):
+        return self.request("GET", path, headers=headers)
+
+    def put(self, path, body, **headers):
+        return self.request("PUT", path, body, headers)
+
+    def post(self, path, body=None):
+        return self.request("POST", path, body)
+
+    def patch(self, path, body):
+        return self.request("PATCH", path, body)
+
+    def delete(self, path):
+        return self.request("DELETE", path)
+
+    def connection_files(self):
+        """Files below our folders that hold a kernel's ports and key."""
+        return [path for path in Path(self.folder.name).rglob("*.json")
+                if b'"shell_port"' in path.read_bytes()]
+
+    def frontend(self, kernel_id):
+        """A Frontend on the kernel's WebSocket."""
+        frontend = Frontend(WebSocketWire(self, kernel_id))
+        frontend.greet()
+        return frontend
+
+    def end(self):
+        self.process.end()
+        self.folder.cleanup()
+
+
+class ServerCase(Case):
+    """Tests that share one server and its root."""
+
+    options = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server(**cls.options)
+        cls.addClassCleanup(cls.server.end)
+        cls.root = cls.server.root
+
+    def own_server(self, *args, **options):
+        server = Server(*args, **options)
+        self.addCleanup(server.end)
+        return server
+
+    def assertReply(self, reply, status):
+        """The status is one of these; an error carries a message in JSON."""
+        self.assertIn(reply.status, [status] if isinstance(status, int) else status, reply)
+        if reply.status >= 400:
+            self.assertTrue(reply.json["message"], reply)
+            self.assertNotIn(str(self.root), reply.body.decode())
+            self.assertNotIn("Traceback", reply.body.decode())
+        return reply
+
+    def start_kernel(self, server=None, **body):
+        """(kernel id, frontend, process id) of a new kernel."""
+        server = server or self.server
+        kernel_id = self.assertReply(server.post("/api/kernels", body), 201).json["id"]
+        self.addCleanup(server.delete, f"/api/kernels/{kernel_id}")
+        frontend = server.frontend(kernel_id)
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("import os; os.getpid()"))
+        return kernel_id, frontend, int(cell.result)
+
+
+def through_javascript(value):
+    """A JSON value as a browser gives it back: one kind of number, integer-like keys first."""
+    if isinstance(value, dict):
+        first = sorted((key for key in value if key.isdecimal() and key.isascii()), key=int)
+        return {key: through_javascript(value[key]) for key in dict.fromkeys([*first, *value])}
+    if isinstance(value, list):
+        return [through_javascript(item) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(float(value)) if float(value).is_integer() else value
+    return value
+
+
+def notebook(*sources, **metadata):
+    """A notebook as a dict, a code cell for each source."""
+    cells = [{"cell_type": "code", "execution_count": None, "id": f"cell-{i}", "metadata": {},
+              "outputs": [], "source": source} for i, source in enumerate(sources)]
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def jupyter_bytes(nb):
+    """A notebook as Jupyter writes it to a file."""
+    return (json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+class Documents(ServerCase):
+    INVALID = ("nbformat-invalid.ipynb", "nbformat-no_min_version.ipynb")
+
+    def save_untouched(self, name):
+        """Open and save `name` as a browser would, return the reply of the save."""
+        opened = self.assertReply(self.server.get(f"/api/contents/{quote(name)}?content=1"), 200)
+        model = through_javascript(opened.json)
+        return self.server.put(f"/api/contents/{quote(name)}", {
+            "type": "notebook", "format": "json", "content": model["content"]})
+
+    def assertUntouched(self, data):
+        (self.root / "same.ipynb").write_bytes(data)
+        self.assertReply(self.save_untouched("same.ipynb"), 200)
+        self.assertEqual((self.root / "same.ipynb").read_bytes(), data)
+
+    @needs_notebooks
+    def test_saving_an_untouched_notebook_that_jupyter_wrote_changes_no_byte(self):
+        for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+            data = path.read_bytes()
+            nb = json.loads(data)
+            if nb["nbformat"] == 4 and data == jupyter_bytes(nb) and path.name not in self.INVALID:
+                with self.subTest(path.name):
+                    self.assertUntouched(data)
+
+    def test_numbers_and_keys_that_javascript_cannot_keep_are_kept(self):
+        nb = notebook("1", numbers={"float": 1.0, "big": 12345678901234567890, "small": 1e-9},
+                      keys={"b": 1, "10": 2, "9": 3})
+        nb["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {
+            "application/json": {"one": 1.0, "list": ["kept", "apart\n"]}}}]
+        self.assertUntouched(jupyter_bytes(nb))
+
+    def test_a_change_of_one_cell_leaves_the_numbers_of_the_others(self):
+        nb = notebook("first", "second")
+        nb["cells"][1]["metadata"]["number"] = 1.0
+        (self.root / "two.ipynb").write_bytes(jupyter_bytes(nb))
+        changed = through_javascript(nb)
+        changed["cells"][0]["source"] = "changed"
+        self.assertReply(self.server.put("/api/contents/two.ipynb", {
+            "type": "notebook", "format": "json", "content": changed}), 200)
+        text = (self.root / "two.ipynb").read_text("utf-8")
+        self.assertIn('"number": 1.0', text)
+        self.assertIn('"changed"', text)
+
+    def test_every_way_to_write_a_cell_is_kept(self):
+        for source in ("", [], "one string", ["one\n", "list"], ["split ", "in a line"],
+                       ["a\r\n", "b"], ["line\u2028separator"], ["page\x0cfeed"], ["☃ 𝄞 é"]):
+            with self.subTest(source=source):
+                self.assertUntouched(jupyter_bytes(notebook(source)))
+
+    def test_every_minor_version_is_kept(self):
+        for minor in range(5):
+            nb = {**notebook("1"), "nbformat_minor": minor}
+            del nb["cells"][0]["id"]
+            with self.subTest(minor=minor):
+                self.assertUntouched(jupyter_bytes(nb))
+
+    def test_unknown_fields_and_mime_types_are_kept(self):
+        nb = notebook("1", vendor={"deep": [1, {"x": None}]})
+        nb["cells"][0]["metadata"] = {"tags": ["a"], "vendor": {"b": True}}
+        nb["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {
+            "application/vnd.unknown+json": [1, 2], "x/unknown": "text", "text/plain": ["a"]}}]
+        self.assertUntouched(jupyter_bytes(nb))
+
+    def test_a_changed_notebook_is_written_as_jupyter_writes_it(self):
+        nb = notebook("x = 1\ny = 2", "")
+        self.assertReply(self.server.put("/api/contents/written.ipynb", {
+            "type": "notebook", "format": "json", "content": nb}), 201)
+        nb["cells"][0]["source"], nb["cells"][1]["source"] = ["x = 1\n", "y = 2"], []
+        self.assertEqual((self.root / "written.ipynb").read_bytes(), jupyter_bytes(nb))
+
+    @needs("nbformat")
+    @needs_notebooks
+    def test_every_sample_opens_valid_or_is_refused_with_a_message(self):
+        import nbformat
+        for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+            with self.subTest(path.name):
+                shutil.copy(path, self.root / path.name)
+                reply = self.server.get(f"/api/contents/{quote(path.name)}")
+                if path.name in self.INVALID:
+                    self.assertReply(reply, [200, 400])
+                    self.assertTrue(reply.status == 200 or reply.json["message"], reply)
+                else:
+                    self.assertReply(reply, 200)
+                    nbformat.validate(nbformat.from_dict(reply.json["content"]))
+
+    @needs("nbformat")
+    @needs_notebooks
+    def test_versions_2_and_3_are_upgraded_and_saved_valid(self):
+        import nbformat
+        for name in ("nbformat-test2.ipynb", "nbformat-test3.ipynb"):
+            with self.subTest(name):
+                (self.root / name).write_bytes((NOTEBOOKS / name).read_bytes())
+                content = self.server.get(f"/api/contents/{name}").json["content"]
+                content["cells"][0]["source"] += " edited"
+                self.assertReply(self.server.put(f"/api/contents/{name}", {
+                    "type": "notebook", "format": "json", "content": content}), 200)
+                saved = nbformat.read(self.root / name, as_version=nbformat.NO_CONVERT)
+                nbformat.validate(saved)
+                theirs = nbformat.read(NOTEBOOKS / name, as_version=4)
+                theirs.cells[0].source += " edited"
+                self.assertEqual((saved.nbformat, saved.nbformat_minor), (4, 5))
+                self.assertEqual([(cell.cell_type, cell.source) for cell in saved.cells],
+                                 [(cell.cell_type, cell.source) for cell in theirs.cells])
+
+    def test_a_notebook_that_cannot_be_one_is_refused_with_a_message(self):
+        for data in (b"{", b"not json", b"[]", b"null", b"{}", b"\xff\xfe", b'{"nbformat": 5}',
+                     b'{"cells": 1, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'):
+            with self.subTest(data=data):
+                (self.root / "bad.ipynb").write_bytes(data)
+                self.assertReply(self.server.get("/api/contents/bad.ipynb"), 400)
+                self.assertEqual((self.root / "bad.ipynb").read_bytes(), data)
+
+    def test_what_is_no_notebook_is_not_saved_as_one(self):
+        (self.root / "good.ipynb").write_bytes(jupyter_bytes(notebook("kept")))
+        for content in (None, [], "text", {}, {"nbformat": 4}, {"cells": None, "nbformat": 4}):
+            with self.subTest(content=content):
+                self.assertReply(self.server.put("/api/contents/good.ipynb", {
+                    "type": "notebook", "format": "json", "content": content}), 400)
+                kept = (self.root / "good.ipynb").read_bytes()
+                self.assertEqual(kept, jupyter_bytes(notebook("kept")))
+
+
+class Contents(ServerCase):
+    def test_a_folder_lists_what_is_in_it(self):
+        folder = self.root / "listed"
+        (folder / "sub").mkdir(parents=True)
+        (folder / "notes.txt").write_text("x")
+        (folder / "work.ipynb").write_bytes(jupyter_bytes(notebook()))
+        listing = self.assertReply(self.server.get("/api/contents/listed"), 200).json
+        self.assertEqual((listing["type"], listing["format"]), ("directory", "json"))
+        found = {(item["name"], item["path"], item["type"]) for item in listing["content"]}
+        self.assertEqual(found, {("sub", "listed/sub", "directory"),
+                                 ("notes.txt", "listed/notes.txt", "file"),
+                                 ("work.ipynb", "listed/work.ipynb", "notebook")})
+
+    def test_a_model_has_jupyters_fields(self):
+        (self.root / "model.txt").write_text("text")
+        model = self.server.get("/api/contents/model.txt?content=0").json
+        self.assertLessEqual({"name", "path", "type", "writable", "created", "last_modified",
+                              "size", "mimetype", "content", "format"}, set(model))
+        self.assertEqual((model["size"], model["content"], model["writable"]), (4, None, True))
+        self.assertRegex(model["last_modified"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")
+
+    def test_text_and_binary_files_are_read_and_saved(self):
+        for name, format, content, data in [
+                ("a.txt", "text", "naïve ☃\n", "naïve ☃\n".encode()),
+                ("b.bin", "base64", "AP+A", b"\0\xff\x80"), ("c.py", "text", "", b""),
+                ("crlf.txt", "text", "a\r\nb", b"a\r\nb")]:
+            with self.subTest(name):
+                model = {"type": "file", "format": format, "content": content}
+                self.assertReply(self.server.put(f"/api/contents/{name}", model), 201)
+                self.assertEqual((self.root / name).read_bytes(), data)
+                read = self.server.get(f"/api/contents/{name}").json
+                self.assertEqual((read["format"], read["content"].strip() or content.strip()),
+                                 (format, content.strip()))
+                self.assertReply(self.server.put(f"/api/contents/{name}", model), 200)
+
+    def test_a_new_file_gets_the_next_free_name(self):
+        names = [self.assertReply(self.server.post("/api/contents/", body), 201).json["name"]
+                 for body in ({"type": "notebook"}, {"type": "notebook"}, {"type": "directory"},
+                              {"type": "directory"}, {"type": "file", "ext": ".txt"})]
+        self.assertEqual(names, ["Untitled.ipynb", "Untitled1.ipynb", "Untitled Folder",
+                                 "Untitled Folder 1", "untitled.txt"])
+        self.assertEqual(self.server.get("/api/contents/Untitled.ipynb").json["content"]["cells"],
+                         [])
+
+    def test_a_file_is_renamed_and_keeps_its_content(self):
+        (self.root / "old.txt").write_text("content")
+        reply = self.server.patch("/api/contents/old.txt", {"path": "new name ☃.txt"})
+        self.assertEqual(self.assertReply(reply, 200).json["path"], "new name ☃.txt")
+        self.assertEqual((self.root / "new name ☃.txt").read_text(), "content")
+        self.assertReply(self.server.get("/api/contents/" + quote("new name ☃.txt")), 200)
+        self.assertReply(self.server.get("/api/contents/old.txt"), 404)
+
+    def test_a_rename_overwrites_nothing(self):
+        (self.root / "from.txt").write_text("from")
+        (self.root / "to.txt").write_text("to")
+        self.assertReply(self.server.patch("/api/contents/from.txt", {"path": "to.txt"}), 409)
+        self.assertEqual((self.root / "to.txt").read_text(), "to")
+
+    def test_a_file_and_a_folder_are_deleted(self):
+        (self.root / "gone").mkdir()
+        (self.root / "gone" / "file.txt").write_text("x")
+        self.assertReply(self.server.delete("/api/contents/gone/file.txt"), 204)
+        self.assertReply(self.server.delete("/api/contents/gone"), 204)
+        self.assertFalse((self.root / "gone").exists())
+        self.assertReply(self.server.delete("/api/contents/gone"), 404)
+
+    def test_what_does_not_exist_is_not_found(self):
+        for reply in (self.server.get("/api/contents/none.txt"),
+                      self.server.patch("/api/contents/none.txt", {"path": "x.txt"}),
+                      self.server.delete("/api/contents/none.txt"),
+                      self.server.put("/api/contents/no/folder/x.txt", {
+                          "type": "file", "format": "text", "content": ""})):
+            with self.subTest(reply=reply):
+                self.assertReply(reply, [404, 400])
+
+    def test_a_wrong_request_is_refused_with_a_message(self):
+        (self.root / "text.txt").write_text("x")
+        for body in ("{", "[]", '"x"', "7", {"type": "file", "format": "base64", "content": "?"},
+                     {"type": "file", "format": "text", "content": 7}, {"type": "nonsense"}):
+            with self.subTest(body=body):
+                self.assertReply(self.server.put("/api/contents/text.txt", body), 400)
+                self.assertEqual((self.root / "text.txt").read_text(), "x")
+
+    def test_a_saved_file_keeps_its_mode_and_its_symbolic_link(self):
+        (self.root / "target.sh").write_text("old")
+        os.chmod(self.root / "target.sh", 0o751)
+        (self.root / "link.sh").symlink_to("target.sh")
+        self.assertReply(self.server.put("/api/contents/link.sh", {
+            "type": "file", "format": "text", "content": "new"}), 200)
+        self.assertTrue((self.root / "link.sh").is_symlink())
+        self.assertEqual((self.root / "target.sh").read_text(), "new")
+        self.assertEqual((self.root / "target.sh").stat().st_mode & 0o777, 0o751)
+
+
+class ConflictsAndFullDisks(ServerCase):
+    def setUp(self):
+        self.path = self.root / "shared.txt"
+        self.path.write_text("old")
+        self.hash = self.server.get("/api/contents/shared.txt?hash=1").json["hash"]
+
+    def save(self, content, **headers):
+        return self.server.put("/api/contents/shared.txt", {
+            "type": "file", "format": "text", "content": content}, **headers)
+
+    def test_the_hash_is_the_sha256_of_the_bytes_on_disk(self):
+        self.assertEqual(self.hash, hashlib.sha256(b"old").hexdigest())
+
+    def test_a_save_over_an_unchanged_file_goes_through(self):
+        self.assertReply(self.save("new", **{"If-Match": f'"{self.hash}"'}), 200)
+        self.assertEqual(self.path.read_text(), "new")
+
+    def test_a_save_while_the_file_changed_on_disk_is_a_conflict(self):
+        self.path.write_text("from elsewhere")
+        reply = self.assertReply(self.save("new", **{"If-Match": f'"{self.hash}"'}), 412)
+        self.assertEqual(reply.json["reason"], "conflict")
+        self.assertEqual(self.path.read_text(), "from elsewhere")
+
+    def test_a_save_while_the_file_was_deleted_is_a_conflict(self):
+        self.path.unlink()
+        self.assertReply(self.save("new", **{"If-Match": f'"{self.hash}"'}), 412)
+        self.assertFalse(self.path.exists())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "the platform has no file size limit")
+    def test_on_a_full_disk_the_old_file_stays_whole(self):
+        import resource
+        limit = (500_000, 500_000)
+        server = self.own_server(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        (server.root / "work.ipynb").write_bytes(jupyter_bytes(notebook("old")))
+        for name, kind in (("work.ipynb", "notebook"), ("new.txt", "file")):
+            content = notebook("x" * 1_000_000) if kind == "notebook" else "x" * 1_000_000
+            reply = server.put(f"/api/contents/{name}", {
+                "type": kind, "format": "text" if kind == "file" else "json", "content": content})
+            self.assertReply(reply, [500, 507])
+        self.assertEqual((server.root / "work.ipynb").read_bytes(),
+                         jupyter_bytes(notebook("old")))
+        self.assertEqual([p.name for p in server.root.rglob("*") if p.is_file()], ["work.ipynb"])
+
+
+class PathsOutsideTheRoot(Case):
+    """The root's neighbours are out of reach, however the path is written."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = cls.enterClassFolder()
+        cls.server = Server(folder)
+        cls.addClassCleanup(cls.server.end)
+        cls.outside = [folder / "secret.txt", folder / "root-sibling" / "secret.txt"]
+        (folder / "root-sibling").mkdir()
+        for path in cls.outside:
+            path.write_text("SECRET")
+        (cls.server.root / "link").symlink_to(folder)
+        (cls.server.root / "inside.txt").write_text("inside")
+        cls.absolute = str(folder / "secret.txt")
+
+    @classmethod
+    def enterClassFolder(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        return Path(folder.name)
+
+    def paths(self):
+        return ["../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "%2e%2e%2fsecret.txt",
+                "a/../../secret.txt", "./../secret.txt", "..%5csecret.txt", "link/secret.txt",
+                "../root-sibling/secret.txt", "..%2froot-sibling/secret.txt", "link%2fsecret.txt",
+                self.absolute, "/" + self.absolute, quote(self.absolute, safe=""),
+                "file://" + self.absolute, "%00/../secret.txt", "secret.txt%00", "..", "%2e%2e"]
+
+    def assertNothingLeaks(self, reply, path):
+        self.assertIn(reply.status, range(400, 405), (path, reply))
+        self.assertNotIn(b"SECRET", reply.body)
+        self.assertEqual([p.read_text() for p in self.outside], ["SECRET", "SECRET"])
+
+    def test_nothing_outside_is_read(self):
+        for prefix in ("/api/contents/", "/files/"):
+            for path in self.paths():
+                with self.subTest(prefix + path):
+                    self.assertNothingLeaks(self.server.get(prefix + path), path)
+
+    def test_nothing_outside_is_written(self):
+        model = {"type": "file", "format": "text", "content": "overwritten"}
+        for path in self.paths():
+            with self.subTest(path):
+                self.assertNothingLeaks(self.server.put("/api/contents/" + path, model), path)
+
+    def test_nothing_outside_is_deleted(self):
+        for path in self.paths():
+            with self.subTest(path):
+                self.assertNothingLeaks(self.server.delete("/api/contents/" + path), path)
+
+    def test_nothing_is_moved_outside_or_inside(self):
+        for path in ("../moved.txt", "link/moved.txt", self.absolute + ".moved", "../../x"):
+            with self.subTest(path):
+                reply = self.server.patch("/api/contents/inside.txt", {"path": path})
+                self.assertTrue((self.server.root / "inside.txt").exists() or reply.status == 200)
+        self.assertEqual(sorted(p.name for p in self.server.root.parent.iterdir()),
+                         ["root", "root-sibling", "secret.txt"])
+
+    def test_a_kernel_starts_inside_the_root_whatever_the_path(self):
+        for path in ("../../x.ipynb", self.absolute, "link/x.ipynb"):
+            with self.subTest(path):
+                reply = self.server.post("/api/sessions", {"path": path, "type": "notebook"})
+                if reply.status == 201:
+                    frontend = self.server.frontend(reply.json["kernel"]["id"])
+                    cell = frontend.finish(frontend.start("import os; print(os.getcwd())"))
+                    frontend.wire.close()
+                    self.server.delete(f"/api/sessions/{reply.json['id']}")
+                    self.assertTrue(Path(cell.text().strip()).resolve().is_relative_to(
+                        self.server.root.resolve()), cell)
+
+# ---- 6. HTTP, access, kernels and sessions ----------------------------------------
+#
+# Who may talk to the server, and what becomes of the kernels it starts. Every error is a
+# JSON object with a message. A kernel that dies, or never lives, says why.
+
+
+class Http(ServerCase):
+    def test_a_connection_serves_many_requests_errors_included(self):
+        connection = self.server.connect()
+        self.addCleanup(connection.close)
+        first = None
+        for method, path, body, status in [
+                ("GET", "/api", None, 200), ("GET", "/api/contents/none", None, 404),
+                ("PUT", "/api/contents/x.txt", "{", 400), ("DELETE", "/api/kernels", None, 405),
+                ("POST", "/api/nothing", "x" * 100_000, 404), ("GET", "/api/kernels", None, 200)]:
+            with self.subTest(f"{method} {path}"):
+                reply = self.server.request(method, path, body, connection=connection)
+                self.assertEqual(reply.status, status, reply)
+                first = first or connection.sock
+                self.assertIs(connection.sock, first)
+
+    def test_an_unauthorized_request_with_a_body_keeps_the_connection_in_step(self):
+        connection = self.server.connect()
+        self.addCleanup(connection.close)
+        for token, status in ((None, 403), (f"token {self.server.token}", 201)):
+            reply = self.server.request(
+                "PUT", "/api/contents/step.txt",
+                {"type": "file", "format": "text", "content": "x" * 100_000},
+                {"Authorization": token}, connection)
+            self.assertEqual(reply.status, status, reply)
+
+    def test_the_server_says_its_version_without_a_token(self):
+        reply = self.server.get("/api", Authorization=None)
+        self.assertEqual((reply.status, type(reply.json["version"])), (200, str))
+
+    def test_errors_are_json_with_a_message(self):
+        for method, path, status in [
+                ("GET", "/api/nothing", 404), ("DELETE", "/api/kernels", 405),
+                ("GET", "/api/kernels/00000000-0000-0000-0000-000000000000", 404),
+                ("DELETE", "/api/sessions/00000000-0000-0000-0000-000000000000", 404),
+                ("GET", "/api/kernels/nonsense", 404)]:
+            with self.subTest(f"{method} {path}"):
+                self.assertReply(self.server.request(method, path), status)
+
+    def test_replies_forbid_sniffing(self):
+        for path in ("/api", "/api/contents", f"/tree?token={self.server.token}"):
+            self.assertEqual(self.server.get(path).headers["X-Content-Type-Options"], "nosniff")
+
+    def test_every_page_is_the_frontend(self):
+        (self.root / "page.ipynb").write_bytes(jupyter_bytes(notebook()))
+        for path in ("/tree", "/tree/", "/notebooks/page.ipynb", "/edit/page.txt"):
+            with self.subTest(path):
+                reply = self.server.get(path)
+                self.assertEqual(reply.status, 200)
+                self.assertTrue(reply.headers["Content-Type"].startswith("text/html"))
+                self.assertIn("Content-Security-Policy", reply.headers)
+
+    def test_nonsense_on_the_socket_harms_nobody(self):
+        for data in (b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                     b"GET / HTTP/9.9\r\n\r\n", b"POST /api HTTP/1.1\r\nHost: localhost\r\n"
+                     b"Content-Length: x\r\n\r\n", b"GET /" + b"x" * 100_000):
+            with self.subTest(data=data[:40]), socket.create_connection(
+                    ("127.0.0.1", self.server.port), SECONDS) as raw:
+                raw.sendall(data)
+                raw.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    while raw.recv(65536):
+                        pass
+                self.assertEqual(self.server.get("/api").status, 200)
+        self.assertNotIn("Traceback", self.server.process.output)
+
+
+class Access(ServerCase):
+    ENDPOINTS = [("GET", "/api/contents"), ("PUT", "/api/contents/x"), ("POST", "/api/contents"),
+                 ("PATCH", "/api/contents/x"), ("DELETE", "/api/contents/x"),
+                 ("GET", "/api/kernels"), ("POST", "/api/kernels"), ("GET", "/api/kernelspecs"),
+                 ("GET", "/api/sessions"), ("POST", "/api/sessions"), ("GET", "/files/x")]
+
+    def status(self, method, path, **headers):
+        return self.server.request(method, path, "{}", headers).status
+
+    def test_without_the_token_nothing_is_served(self):
+        wrong = (None, "token wrong", "Bearer wrong", self.server.token, "token", "token ",
+                 f"token {self.server.token}x", "Basic " + self.server.token)
+        for method, path in self.ENDPOINTS:
+            for authorization in wrong:
+                with self.subTest(f"{method} {path}", authorization=authorization):
+                    self.assertEqual(self.status(method, path, Authorization=authorization), 403)
+
+    def test_a_refusal_says_why(self):
+        self.assertReply(self.server.get("/api/contents", Authorization=None), 403)
+
+    def test_the_token_is_taken_from_header_and_query(self):
+        token = self.server.token
+        for authorization in (f"token {token}", f"Bearer {token}"):
+            self.assertEqual(self.status("GET", "/api/kernels", Authorization=authorization), 200)
+        reply = self.server.get(f"/api/kernels?token={token}", Authorization=None)
+        self.assertEqual(reply.status, 200)
+
+    def test_a_page_without_the_token_is_not_served(self):
+        for path in ("/", "/tree", "/notebooks/x.ipynb"):
+            self.assertIn(self.server.get(path, Authorization=None).status, (302, 401, 403))
+
+    def test_a_foreign_host_name_is_refused_even_with_the_token(self):
+        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil",
+                     f"evil.example:{self.server.port}"):
+            with self.subTest(host):
+                self.assertEqual(self.status("GET", "/api/kernels", Host=host), 403)
+
+    def test_every_name_of_the_loopback_interface_is_accepted(self):
+        for host in (f"localhost:{self.server.port}", f"127.0.0.1:{self.server.port}"):
+            self.assertEqual(self.status("GET", "/api/kernels", Host=host), 200)
+
+    def cookie(self):
+        """What a browser keeps after it has opened the printed address."""
+        reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
+        self.assertEqual((reply.status, reply.headers["Location"]), (302, "/tree"))
+        return reply.headers["Set-Cookie"]
+
+    def test_the_token_in_the_address_becomes_a_cookie(self):
+        cookie = self.cookie()
+        self.assertIn("; HttpOnly", cookie)
+        self.assertRegex(cookie, "; SameSite=(Strict|Lax)")
+        self.assertNotIn(self.server.token, cookie)
+        self.assertEqual(self.status("GET", "/api/kernels", Cookie=cookie.partition(";")[0],
+                                     Authorization=None), 200)
+
+    def test_another_site_may_change_nothing_with_our_cookie(self):
+        cookie, port = self.cookie().partition(";")[0], self.server.port
+        for origin in ("http://evil.example", "null", "http://localhost:1",
+                       f"http://127.0.0.1:{port}.evil.example", f"http://evil127.0.0.1:{port}"):
+            for method, path in (("POST", "/api/kernels"), ("PUT", "/api/contents/x"),
+                                 ("DELETE", "/api/contents/x")):
+                with self.subTest(f"{method} from {origin}"):
+                    self.assertEqual(self.status(method, path, Origin=origin, Cookie=cookie,
+                                                 Authorization=None), 403)
+        self.assertEqual(self.server.get("/api/kernels").json, [])
+
+    def test_our_page_may_change_what_it_likes_with_its_cookie(self):
+        host = f"127.0.0.1:{self.server.port}"
+        reply = self.server.put(
+            "/api/contents/own.txt", {"type": "file", "format": "text", "content": ""},
+            Origin=f"http://{host}", Cookie=self.cookie().partition(";")[0], Authorization=None)
+        self.assertEqual(reply.status, 201)
+
+    def test_a_forged_cookie_opens_nothing(self):
+        name = self.cookie().partition("=")[0]
+        for value in ("", "0", "0" * 64, self.server.token):
+            self.assertEqual(self.status("GET", "/api/kernels", Cookie=f"{name}={value}",
+                                         Authorization=None), 403)
+
+    def test_the_token_is_not_written_to_the_log(self):
+        self.server.get(f"/api/kernels?token={self.server.token}")
+        first_screen = self.server.process.output.count(self.server.token)
+        self.server.get(f"/api/nothing?token={self.server.token}")
+        self.assertEqual(self.server.process.output.count(self.server.token), first_screen)
+
+
+class Kernels(ServerCase):
+    def test_the_built_in_kernel_is_the_default_python3(self):
+        specs = self.server.get("/api/kernelspecs").json
+        self.assertEqual(specs["default"], "python3")
+        spec = specs["kernelspecs"]["python3"]["spec"]
+        self.assertEqual(spec["language"], "python")
+        self.assertIn("{connection_file}", " ".join(spec["argv"]))
+
+    def test_a_kernel_is_started_listed_and_shut_down(self):
+        kernel_id, _, pid = self.start_kernel()
+        model = self.server.get(f"/api/kernels/{kernel_id}").json
+        self.assertEqual((model["id"], model["name"]), (kernel_id, "python3"))
+        self.assertRegex(model["last_activity"], r"\.\d{6}Z$")
+        self.assertIn(kernel_id, [m["id"] for m in self.server.get("/api/kernels").json])
+        self.assertReply(self.server.delete(f"/api/kernels/{kernel_id}"), 204)
+        wait_until(lambda: not is_alive(pid))
+        self.assertReply(self.server.get(f"/api/kernels/{kernel_id}"), 404)
+
+    def test_the_state_of_a_kernel_follows_its_cells(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        state = lambda: self.server.get(f"/api/kernels/{kernel_id}").json["execution_state"]  # noqa: E731
+        wait_until(lambda: state() == "idle")
+        cell = frontend.start("input()")
+        frontend.until(lambda: cell.questions)
+        wait_until(lambda: state() == "busy")
+        frontend.type("")
+        frontend.finish(cell)
+        wait_until(lambda: state() == "idle")
+
+    def test_interrupt_stops_a_running_cell(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/interrupt"), 204)
+        self.assertFails(frontend.finish(cell), "KeyboardInterrupt")
+
+    def test_restart_gives_a_new_process_under_the_same_id(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        reply = self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        self.assertEqual(reply.json["id"], kernel_id)
+        again = self.server.frontend(kernel_id)
+        self.addCleanup(again.wire.close)
+        cell = again.finish(again.start("import os; os.getpid()"))
+        self.assertNotEqual(int(cell.result), pid)
+        wait_until(lambda: not is_alive(pid))
+
+    def test_restart_works_while_a_cell_runs(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        again = self.server.frontend(kernel_id)
+        self.addCleanup(again.wire.close)
+        self.assertEqual(again.finish(again.start("6 * 7")).result, "42")
+
+    def test_a_kernel_that_dies_is_noticed_and_told_to_every_frontend(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        other = self.server.frontend(kernel_id)
+        self.addCleanup(other.wire.close)
+        os.kill(pid, signal.SIGKILL)
+        for each in (frontend, other):
+            each.until(lambda each=each: any(
+                m["content"].get("execution_state") == "dead" for m in each.unasked))
+            (dead,) = [m for m in each.unasked if m["content"].get("execution_state") == "dead"]
+            self.assertEqual(dead["parent_header"], {})
+            self.assertTrue(dead["content"]["reason"])
+        model = self.server.get(f"/api/kernels/{kernel_id}").json
+        self.assertEqual(model["execution_state"], "dead")
+        self.assertTrue(model["reason"])
+
+    def test_a_dead_kernel_can_be_restarted(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        os.kill(pid, signal.SIGKILL)
+        frontend.until(lambda: any(
+            m["content"].get("execution_state") == "dead" for m in frontend.unasked))
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        again = self.server.frontend(kernel_id)
+        self.addCleanup(again.wire.close)
+        self.assertEqual(again.finish(again.start("6 * 7")).result, "42")
+
+    def test_a_cell_that_ends_the_process_is_noticed(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        frontend.start("import os; os._exit(3)")
+        frontend.until(lambda: any(
+            m["content"].get("execution_state") == "dead" for m in frontend.unasked))
+
+    def test_an_unknown_kernel_name_is_refused_with_a_message(self):
+        reply = self.assertReply(self.server.post("/api/kernels", {"name": "cobol"}),
+                                 [400, 404, 500, 501])
+        self.assertIn("cobol", reply.json["message"])
+
+    def test_a_kernel_that_cannot_start_tells_its_stderr(self):
+        folder = self.folder()
+        crash = "import sys; print('no licence for this kernel', file=sys.stderr); sys.exit(3)"
+        install_kernelspec(folder, "crash", [sys.executable, "-c", crash, "{connection_file}"])
+        install_kernelspec(folder, "absent", ["/nowhere/no-such-program", "{connection_file}"])
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        for name, expected in (("crash", "no licence for this kernel"),
+                               ("absent", "no-such-program")):
+            with self.subTest(name):
+                self.assertIn(expected, self.failure(server, name))
+
+    def failure(self, server, name):
+        """What the server says of a kernel that does not come up."""
+        reply = server.post("/api/kernels", {"name": name})
+        if reply.status != 201:
+            return self.assertReply(reply, [500, 501]).json["message"]
+        path = f"/api/kernels/{reply.json['id']}"
+        wait_until(lambda: server.get(path).json["execution_state"] == "dead")
+        return server.get(path).json["reason"]
+
+
+class Sessions(ServerCase):
+    def post(self, path, **fields):
+        reply = self.server.post("/api/sessions", {"path": path, "type": "notebook", **fields})
+        model = self.assertReply(reply, 201).json
+        self.addCleanup(self.server.delete, f"/api/sessions/{model['id']}")
+        return model
+
+    def test_the_same_path_gets_the_same_session(self):
+        first, second = self.post("a.ipynb"), self.post("a.ipynb")
+        self.assertEqual((first["id"], first["kernel"]["id"]),
+                         (second["id"], second["kernel"]["id"]))
+        self.assertNotEqual(self.post("b.ipynb")["kernel"]["id"], first["kernel"]["id"])
+
+    def test_a_session_has_jupyters_fields(self):
+        model = self.post("fields.ipynb", name="fields.ipynb")
+        self.assertLessEqual({"id", "path", "name", "type", "kernel"}, set(model))
+        self.assertIn(model["id"], [m["id"] for m in self.server.get("/api/sessions").json])
+
+    def test_a_kernel_runs_in_the_folder_of_its_notebook(self):
+        (self.root / "deep" / "er").mkdir(parents=True)
+        model = self.post("deep/er/x.ipynb")
+        frontend = self.server.frontend(model["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("import os; print(os.getcwd())"))
+        self.assertEqual(Path(cell.text().strip()), (self.root / "deep" / "er").resolve())
+
+    def test_a_session_follows_its_notebook_to_a_new_path(self):
+        model = self.post("before.ipynb")
+        path = f"/api/sessions/{model['id']}"
+        moved = self.assertReply(self.server.patch(path, {"path": "after.ipynb"}), 200).json
+        self.assertEqual((moved["path"], moved["kernel"]["id"]),
+                         ("after.ipynb", model["kernel"]["id"]))
+        self.assertEqual(self.post("after.ipynb")["id"], model["id"])
+
+    def test_deleting_a_session_ends_its_kernel(self):
+        model = self.post("end.ipynb")
+        self.assertReply(self.server.delete(f"/api/sessions/{model['id']}"), 204)
+        self.assertReply(self.server.get(f"/api/kernels/{model['kernel']['id']}"), 404)
+        self.assertReply(self.server.get(f"/api/sessions/{model['id']}"), 404)
+
+    def test_an_incomplete_session_is_refused_with_a_message(self):
+        for body in ({}, {"path": "x.ipynb"}, {"type": "notebook"}, "[]", "{"):
+            with self.subTest(body=body):
+                reply = self.server.post("/api/sessions", body)
+                if reply.status == 201:
+                    self.server.delete(f"/api/sessions/{reply.json['id']}")
+                if body != {"path": "x.ipynb"}:
+                    self.assertReply(reply, 400)
+
+
+class ServerLife(ServerCase):
+    def setUp(self):
+        self.server = self.own_server()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = Path("never")
+
+    def test_the_first_screen_shows_the_address_with_the_token(self):
+        self.assertIn(f"/tree?token={self.server.token}", self.server.url[0])
+
+    def test_control_c_leaves_no_process_and_no_connection_file(self):
+        pids = [self.start_kernel(self.server)[2] for _ in range(2)]
+        _, busy, pid = self.start_kernel(self.server)
+        cell = busy.start("print('ready')\nwhile True: pass")
+        busy.until(lambda: cell.text())
+        self.assertEqual(len(self.server.connection_files()), 3)
+        self.assertEqual({p.stat().st_mode & 0o77 for p in self.server.connection_files()}, {0})
+        os.kill(self.server.process.pid, signal.SIGINT)
+        self.server.process.exit_code()
+        self.assertEqual([p for p in [*pids, pid] if is_alive(p)], [])
+        self.assertEqual(self.server.connection_files(), [])
+        self.assertNotIn("Traceback", self.server.process.output)
+        self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+
+    def test_a_terminate_signal_ends_the_kernels_too(self):
+        _, _, pid = self.start_kernel(self.server)
+        os.kill(self.server.process.pid, signal.SIGTERM)
+        self.server.process.exit_code()
+        self.assertFalse(is_alive(pid))
+        self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+
+    def test_a_taken_port_moves_on_to_the_next_free_one(self):
+        with contextlib.ExitStack() as stack:
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # someone else has it: as good
+                taken.bind(("127.0.0.1", 8888))
+                taken.listen()
+            server = self.own_server(options=[])
+            self.assertGreater(server.port, 8888)
+            self.assertEqual(server.get("/api/kernels").status, 200)
+
+    def test_a_taken_port_that_was_asked_for_is_an_error(self):
+        again = Process([sys.executable, HERE / "minijupyter.py", self.server.root, "--port",
+                         self.server.port, "--no-browser"])
+        self.addCleanup(again.end)
+        self.assertNotEqual(again.exit_code(), 0)
+        self.assertIn(str(self.server.port), again.output)
+        self.assertNotIn("Traceback", again.output)
+
+    def test_without_pyzmq_one_line_says_what_to_install(self):
+        env = clean_environment(self.folder())
+        for program in ("minijupyter.py", "kernel.py"):
+            with self.subTest(program):
+                process = Process([sys.executable, "-S", HERE / program, "--no-browser"], env=env)
+                self.addCleanup(process.end)
+                self.assertEqual(process.exit_code(), 1)
+                self.assertEqual(len(process.lines), 1, process.output)
+                self.assertIn("pip install pyzmq", process.output)
+
+    def test_a_folder_that_does_not_exist_is_an_error(self):
+        process = Process([sys.executable, HERE / "minijupyter.py", "/no/such/folder"])
+        self.addCleanup(process.end)
+        self.assertNotEqual(process.exit_code(), 0)
+        self.assertNotIn("Traceback", process.output)
+
+# ---- 7. WebSocket frames and the bridge --------------------------------------------
+#
+# The client below can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
+# own examples; an echo server, made of WebSocket.accept alone, shows how each is obeyed. Then
+# the bridge: the same Frontend as in section 3, now through the server.
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+MASK = b"\x37\xfa\x21\x3d"  # of the RFC's masked "Hello"
+
+
+def frame(opcode, payload=b"", fin=True, mask=MASK, length=None):
+    """A frame as a client sends it (RFC 6455 5.2); `length` may lie about the payload."""
+    length = len(payload) if length is None else length
+    masked = 0x80 if mask else 0
+    head = bytes([(0x80 if fin else 0) | opcode])
+    if length < 126:
+        head += bytes([masked | length])
+    elif length < 1 << 16:
+        head += struct.pack("!BH", masked | 126, length)
+    else:
+        head += struct.pack("!BQ", masked | 127, length)
+    if not mask:
+        return head + payload
+    key = (mask * (len(payload) // 4 + 1))[:len(payload)]
+    return head + mask + (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(
+        len(payload), "big")
+
+
+def take_frame(buffer):
+    """Remove the first whole frame of a server from `buffer`: (fin, opcode, payload) or None."""
+    if len(buffer) < 2:
+        return None
+    size, start = buffer[1] & 0x7f, 2
+    if size > 125:
+        start, form = (4, "!H") if size == 126 else (10, "!Q")
+        if len(buffer) < start:
+            return None
+        (size,) = struct.unpack(form, buffer[2:start])
+    if len(buffer) < start + size:
+        return None
+    found = bool(buffer[0] & 0x80), buffer[0] & 0x0f, bytes(buffer[start:start + size])
+    del buffer[:start + size]
+    return found
+
+
+class WebSocketClient:
+    """A WebSocket client whose every byte can be chosen."""
+
+    def __init__(self, port, path="/", headers=None, first=b""):
+        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer, self.close_code = bytearray(), None
+        fields = {"Host": f"127.0.0.1:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
+                  "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",  # RFC 6455 1.3
+                  "Sec-WebSocket-Version": "13", **(headers or {})}
+        lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+        request = "\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""])
+        self.socket.sendall(request.encode() + first)
+        self.read_head()
+
+    def read_head(self):
+        while b"\r\n\r\n" not in self.buffer:
+            self.more(SECONDS)
+        head, _, rest = bytes(self.buffer).partition(b"\r\n\r\n")
+        self.buffer = bytearray(rest)
+        first, *lines = head.decode().split("\r\n")
+        self.version, self.status = first.split()[0], int(first.split()[1])
+        self.headers = {name.lower(): value.strip() for name, _, value in (
+            line.partition(":") for line in lines)}
+
+    def more(self, seconds):
+        self.socket.settimeout(max(seconds, 0.001))
+        data = self.socket.recv(1 << 20)
+        if not data:
+            raise EOFError("the server closed the connection")
+        self.buffer += data
+
+    def send(self, message):
+        binary = isinstance(message, bytes)
+        self.socket.sendall(frame(BINARY if binary else TEXT,
+                                  message if binary else message.encode()))
+
+    def receive_frame(self, seconds=SECONDS):
+        while not (found := take_frame(self.buffer)):
+            self.more(seconds)
+        return found
+
+    def receive(self, seconds=SECONDS):
+        """The next message, whole; None for a close, whose code is kept."""
+        payload, kind = b"", None
+        while True:
+            fin, opcode, data = self.receive_frame(seconds)
+            if opcode == CLOSE:
+                self.close_code = int.from_bytes(data[:2], "big")
+                return None
+            if opcode == PING:
+                self.socket.sendall(frame(PONG, data))
+            elif opcode != PONG:
+                payload, kind = payload + data, kind or opcode
+                if fin:
+                    return payload.decode() if kind == TEXT else payload
+
+    def is_at_end(self):
+        """True when the server has closed the TCP connection and said nothing more."""
+        try:
+            self.receive_frame()
+        except (EOFError, ConnectionError):
+            return True
+        return False
+
+    def close(self):
+        self.socket.close()
+
+
+class WebSocketWire:
+    """Carries messages to a kernel through the server: JSON texts that name their channel."""
+
+    def __init__(self, server, kernel_id, **headers):
+        path = f"/api/kernels/{kernel_id}/channels?session_id={secrets.token_hex(8)}"
+        self.client = WebSocketClient(
+            server.port, path, {"Authorization": f"token {server.token}", **headers})
+        if self.client.status != 101:
+            raise ConnectionError(self.client.status)
+
+    def send(self, channel, message):
+        self.client.send(json.dumps({**message, "channel": channel, "buffers": []}))
+
+    def receive(self, seconds):
+        try:
+            text = self.client.receive(max(0.001, seconds))
+        except TimeoutError:
+            raise TimeoutError(f"no message within {seconds:.1f} s") from None
+        if text is None:
+            raise EOFError(f"closed with code {self.client.close_code}")
+        message = json.loads(text)
+        return message["channel"], message
+
+    def close(self):
+        self.client.close()
+
+
+class EchoServer:
+    """WebSocket.accept on a plain http.server: what comes in goes back."""
+
+    def __init__(self):
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            log_message = lambda *values: None  # noqa: E731
+
+            def do_GET(self):
+                websocket = minijupyter.WebSocket.accept(self)
+                while (message := websocket.receive()) is not None:
+                    websocket.send(message)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def end(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class WebSocketFrames(Case):
+    """The parser alone: bytes in, messages out."""
+
+    def feed(self, *chunks, **limits):
+        parser = minijupyter.FrameParser(**limits)
+        return [message for chunk in chunks for message in parser.feed(chunk)]
+
+    def test_the_examples_of_the_rfc_are_read(self):
+        for data, message in [  # RFC 6455 5.7
+                ("818537fa213d7f9f4d5158", (TEXT, "Hello")),
+                ("898537fa213d7f9f4d5158", (PING, b"Hello")),
+                ("8a8537fa213d7f9f4d5158", (PONG, b"Hello"))]:
+            with self.subTest(data):
+                self.assertEqual(self.feed(bytes.fromhex(data)), [message])
+
+    def test_the_examples_of_the_rfc_are_written(self):
+        for data, opcode, payload, mask in [
+                ("810548656c6c6f", TEXT, b"Hello", None),
+                ("818537fa213d7f9f4d5158", TEXT, b"Hello", MASK),
+                ("890548656c6c6f", PING, b"Hello", None), ("8200", BINARY, b"", None),
+                ("827e0100" + "00" * 256, BINARY, bytes(256), None),
+                ("827f0000000000010000" + "00" * 65536, BINARY, bytes(65536), None)]:
+            with self.subTest(data[:20]):
+                written = minijupyter.encode_frame(opcode, payload, mask)
+                self.assertEqual(written.hex(), data)
+
+    def test_every_length_is_read_back(self):
+        for length in (0, 1, 3, 4, 125, 126, 127, 65535, 65536, 1_000_001):
+            payload = os.urandom(length)
+            with self.subTest(length):
+                self.assertEqual(self.feed(frame(BINARY, payload)), [(BINARY, payload)])
+
+    def test_frames_may_arrive_byte_by_byte_or_all_at_once(self):
+        data = frame(TEXT, b"one") + frame(BINARY, b"two" * 100) + frame(TEXT, "☃".encode())
+        expected = [(TEXT, "one"), (BINARY, b"two" * 100), (TEXT, "☃")]
+        self.assertEqual(self.feed(data), expected)
+        self.assertEqual(self.feed(*[bytes([byte]) for byte in data]), expected)
+
+    def test_a_fragmented_text_is_put_together_around_a_ping(self):
+        snowman = "☃".encode()
+        messages = self.feed(frame(TEXT, b"a" + snowman[:1], fin=False), frame(PING, b"?"),
+                             frame(0, snowman[1:], fin=False), frame(0, b"", fin=True))
+        self.assertEqual(messages, [(PING, b"?"), (TEXT, "a☃")])
+
+    def test_what_breaks_a_rule_is_refused_with_its_close_code(self):
+        for code, *frames in [
+                (1002, frame(TEXT, b"x", mask=None)), (1002, frame(3)), (1002, frame(11)),
+                (1002, bytes([0xc1, 0x80]) + MASK), (1002, frame(0, b"x")),
+                (1002, frame(TEXT, b"a", fin=False), frame(TEXT, b"b")),
+                (1002, frame(PING, fin=False)), (1002, frame(PING, b"x" * 126)),
+                (1007, frame(TEXT, b"\xff")), (1007, frame(TEXT, b"\xed\xa0\x80")),
+                (1007, frame(TEXT, "☃".encode()[:2])), (1009, frame(BINARY, b"", length=1001)),
+                (1009, frame(BINARY, b"x" * 900, fin=False), frame(0, b"x" * 101))]:
+            with self.subTest(code=code, frames=frames), self.assertRaises(
+                    minijupyter.WebSocketError) as caught:
+                self.feed(*frames, most_bytes=1000)
+            self.assertEqual(caught.exception.code, code)
+
+
+class WebSocketConnection(Case):
+    """The same rules on a socket, against an echo server."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = EchoServer()
+        cls.addClassCleanup(cls.server.end)
+
+    def connect(self, **options):
+        client = WebSocketClient(self.server.port, **options)
+        self.addCleanup(client.close)
+        return client
+
+    def assertClosed(self, client, code):
+        """The server sends one close frame with this code, then ends the connection."""
+        self.assertIsNone(client.receive())
+        self.assertEqual(client.close_code, code)
+        self.assertTrue(client.is_at_end())
+
+    def test_the_handshake_answers_with_the_accept_key_of_the_rfc(self):
+        client = self.connect()
+        self.assertEqual((client.version, client.status), ("HTTP/1.1", 101))
+        self.assertEqual(client.headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        self.assertEqual(client.headers["upgrade"].lower(), "websocket")
+
+    def test_text_and_binary_messages_go_both_ways(self):
+        client = self.connect()
+        for message in ("Hello", "", "☃ 𝄞", b"\0\xff", b"", "x" * 70_000, b"y" * 3_000_000):
+            client.send(message)
+            self.assertEqual(client.receive(), message)
+
+    def test_servers_do_not_mask(self):
+        client = self.connect()
+        client.send("Hello")
+        self.assertEqual(client.receive_frame(), (True, TEXT, b"Hello"))
+
+    def test_a_frame_glued_to_the_handshake_is_read(self):
+        client = self.connect(first=frame(TEXT, b"first") + frame(TEXT, b"second"))
+        self.assertEqual([client.receive(), client.receive()], ["first", "second"])
+
+    def test_a_ping_is_answered_with_its_payload_even_between_fragments(self):
+        client = self.connect()
+        client.socket.sendall(frame(TEXT, b"Hel", fin=False) + frame(PING, b"there?"))
+        self.assertEqual(client.receive_frame(), (True, PONG, b"there?"))
+        client.socket.sendall(frame(0, b"lo"))
+        self.assertEqual(client.receive(), "Hello")
+
+    def test_an_unasked_pong_is_ignored(self):
+        client = self.connect()
+        client.socket.sendall(frame(PONG, b"unasked"))
+        client.send("next")
+        self.assertEqual(client.receive(), "next")
+
+    def test_a_close_is_answered_once_with_its_code(self):
+        for payload, code in ((struct.pack("!H", 1000), 1000), (struct.pack("!H", 4001), 4001),
+                              (struct.pack("!H", 1001) + b"bye", 1001)):
+            with self.subTest(code):
+                client = self.connect()
+                client.socket.sendall(frame(CLOSE, payload))
+                self.assertClosed(client, code)
+
+    def test_an_empty_close_is_answered(self):
+        client = self.connect()
+        client.socket.sendall(frame(CLOSE))
+        self.assertIsNone(client.receive())
+        self.assertIn(client.close_code, (0, 1000))
+
+    def test_a_wrong_close_is_a_protocol_error(self):
+        for payload, code in ((b"\x03", 1002), (struct.pack("!H", 1005), 1002),
+                              (struct.pack("!H", 999), 1002), (b"\x03\xe8\xff", 1007)):
+            with self.subTest(payload):
+                client = self.connect()
+                client.socket.sendall(frame(CLOSE, payload))
+                self.assertClosed(client, code)
+
+    def test_an_unmasked_frame_closes_the_connection(self):
+        client = self.connect()
+        client.socket.sendall(frame(TEXT, b"Hello", mask=None))
+        self.assertClosed(client, 1002)
+
+    def test_an_oversized_frame_closes_the_connection_before_it_is_read(self):
+        client = self.connect()
+        client.socket.sendall(frame(BINARY, b"", length=1 << 62))
+        self.assertClosed(client, 1009)
+
+    def test_a_text_that_is_not_utf_8_closes_the_connection(self):
+        client = self.connect()
+        client.socket.sendall(frame(TEXT, b"\xff"))
+        self.assertClosed(client, 1007)
+
+    def test_a_client_that_vanishes_ends_the_conversation(self):
+        client = self.connect()
+        client.close()
+        other = self.connect()
+        other.send("still there")
+        self.assertEqual(other.receive(), "still there")
+
+    @needs("websockets")
+    def test_another_implementation_understands_us(self):
+        from websockets.sync.client import connect
+        with connect(f"ws://127.0.0.1:{self.server.port}/") as client:
+            for message in ("Hello ☃", b"\0" * 100_000, ""):
+                client.send(message)
+                self.assertEqual(client.recv(timeout=SECONDS), message)
+            client.send(iter(["frag", "mented"]))
+            self.assertEqual(client.recv(timeout=SECONDS), "fragmented")
+            self.assertTrue(client.ping().wait(SECONDS))
+
+
+class Bridge(ServerCase):
+    """A kernel through the server: the same Frontend, another wire."""
+
+    def setUp(self):
+        self.kernel_id, self.frontend, _ = self.start_kernel()
+
+    def run_cell(self, code, **options):
+        return self.frontend.finish(self.frontend.start(code, **options), seconds=60)
+
+    def handshake(self, path=None, **headers):
+        path = path or f"/api/kernels/{self.kernel_id}/channels"
+        headers = {"Authorization": f"token {self.server.token}", **headers}
+        client = WebSocketClient(self.server.port, path, headers)
+        self.addCleanup(client.close)
+        return client
+
+    def cookie(self):
+        reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
+        return reply.headers["Set-Cookie"].partition(";")[0]
+
+    def test_the_page_connects_with_its_cookie(self):
+        client = self.handshake(Cookie=self.cookie(), Authorization=None,
+                                Origin=f"http://127.0.0.1:{self.server.port}")
+        self.assertEqual(client.status, 101)
+
+    def test_a_cell_runs_through_the_server(self):
+        cell = self.run_cell("print('☃')\n6 * 7")
+        self.assertMessages(cell, "busy execute_input stream execute_result idle")
+        self.assertEqual((cell.text(), cell.result, cell.status), ("☃\n", "42", "ok"))
+
+    def test_a_message_names_its_channel_and_type_on_top(self):
+        cell = self.run_cell("1")
+        for channel, message in [("shell", cell.reply), *[("iopub", m) for m in cell.messages]]:
+            self.assertEqual(
+                (message["channel"], message["msg_type"], message["msg_id"]),
+                (channel, message["header"]["msg_type"], message["header"]["msg_id"]))
+            self.assertEqual(message["buffers"], [])
+
+    def test_input_travels_both_ways(self):
+        self.frontend.typed = ["Ada ☃"]
+        cell = self.run_cell("input('Name? ')")
+        self.assertEqual((cell.questions, cell.result),
+                         ([{"prompt": "Name? ", "password": False}], "'Ada ☃'"))
+
+    def test_control_messages_pass_while_a_cell_runs(self):
+        cell = self.frontend.start("print('ready')\nwhile True: pass")
+        self.frontend.until(lambda: cell.text())
+        self.assertEqual(self.frontend.request("interrupt_request", "control").status, "ok")
+        self.assertFails(self.frontend.finish(cell), "KeyboardInterrupt")
+
+    def test_two_hundred_thousand_lines_arrive_whole_and_in_order(self):
+        cell = self.run_cell("for i in range(200_000): print(i)")
+        self.assertTrue(cell.text() == "".join(f"{i}\n" for i in range(200_000)),
+                        f"{len(cell.text())} characters arrived")
+
+    def test_large_messages_pass_in_both_directions(self):
+        cell = self.run_cell("'" + "x" * 5_000_000 + "'")
+        self.assertEqual(len(cell.result), 5_000_002)
+
+    def test_every_frontend_sees_the_output_and_only_the_asker_the_reply(self):
+        other = self.server.frontend(self.kernel_id)
+        self.addCleanup(other.wire.close)
+        cell = self.run_cell("print('for all')")
+        other.until(lambda: any(m["content"].get("text") == "for all\n" for m in other.unasked))
+        other.request("kernel_info_request")
+        self.assertEqual([m for m in other.unasked if m["channel"] == "shell"], [])
+        self.assertEqual(cell.text(), "for all\n")
+
+    def test_a_frontend_that_leaves_harms_no_other(self):
+        other = self.server.frontend(self.kernel_id)
+        other.wire.close()
+        self.assertEqual(self.run_cell("6 * 7").result, "42")
+
+    def test_a_kernel_outlives_its_frontends(self):
+        self.run_cell("kept = 'kept'")
+        self.frontend.wire.close()
+        again = self.server.frontend(self.kernel_id)
+        self.addCleanup(again.wire.close)
+        self.assertEqual(again.finish(again.start("kept")).result, "'kept'")
+
+    def test_bad_messages_from_a_page_harm_nobody(self):
+        for text in ("", "{", "[]", "null", "7", "{}", '{"channel": "shell"}',
+                     '{"channel": "nonsense", "header": {}, "content": {}}',
+                     '{"channel": "iopub", "header": {"msg_type": "status"}, "content": {}}',
+                     '{"channel": "shell", "header": null, "content": null}'):
+            with self.subTest(text):
+                client = self.handshake()
+                client.send(text)
+                self.assertEqual(self.run_cell("6 * 7").result, "42")
+        self.assertNotIn("Traceback", self.server.process.output)
+
+    def test_wrong_frames_close_with_their_code(self):
+        for data, code in ((frame(TEXT, b"{}", mask=None), 1002), (frame(TEXT, b"\xff"), 1007),
+                           (frame(BINARY, b"", length=1 << 62), 1009)):
+            with self.subTest(code):
+                client = self.handshake()
+                client.socket.sendall(data)
+                while client.receive() is not None:
+                    pass
+                self.assertEqual(client.close_code, code)
+
+    def test_who_may_not_connect_gets_no_websocket(self):
+        for expected, headers in [
+                (403, {"Authorization": None}), (403, {"Authorization": "token wrong"}),
+                (403, {"Origin": "http://evil.example", "Cookie": self.cookie(),
+                       "Authorization": None}), (403, {"Host": "evil.example"}),
+                (400, {"Sec-WebSocket-Key": None}), (400, {"Upgrade": None})]:
+            with self.subTest(headers):
+                self.assertEqual(self.handshake(**headers).status, expected)
+        nobody = "/api/kernels/00000000-0000-0000-0000-000000000000/channels"
+        self.assertEqual(self.handshake(nobody).status, 404)
+
+    def test_the_kernels_end_closes_the_websocket(self):
+        self.server.delete(f"/api/kernels/{self.kernel_id}")
+        with self.assertRaises((EOFError, ConnectionError)):
+            self.frontend.until(lambda: False)
+
+    @needs("websockets")
+    def test_another_client_runs_code(self):
+        from websockets.sync.client import connect
+        url = f"ws://127.0.0.1:{self.server.port}/api/kernels/{self.kernel_id}/channels"
+        message = kernel.Session("").message("kernel_info_request", {})
+        with connect(url, additional_headers={
+                "Authorization": f"token {self.server.token}"}) as client:
+            client.send(json.dumps({**message, "channel": "shell", "buffers": []}))
+            types = set()
+            while "kernel_info_reply" not in types:
+                types.add(json.loads(client.recv(timeout=SECONDS))["header"]["msg_type"])
+
+# ---- 11. main ----------------------------------------------------------------
+
+
+class Result(unittest.TestResult):
+    """Prints each promise as it is kept or broken, and counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.passed, self.broken, self.skips = 0, {}, []
+
+    def startTestRun(self):
+        self.began = time.monotonic()
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.started = time.monotonic()
+
+    def stopTest(self, test):
+        mark = "FAILED" if str(test) in self.broken else "ok"
+        if not self.skips or self.skips[-1][0] != str(test):
+            sentence = test._testMethodName.removeprefix("test_").replace("_", " ")
+            seconds = time.monotonic() - self.started
+            print(f"{mark:6} {type(test).__name__}: {sentence} ({seconds:.2f} s)", flush=True)
+        super().stopTest(test)
+
+    def addSuccess(self, test):
+        self.passed += str(test) not in self.broken
+
+    def addError(self, test, error):
+        self.broken.setdefault(str(test), []).append(self._exc_info_to_string(error, test))
+
+    addFailure = addError
+
+    def addSubTest(self, test, subtest, error):
+        if error:
+            text = f"{subtest._subDescription()}\n{self._exc_info_to_string(error, test)}"
+            self.broken.setdefault(str(test), []).append(text)
+
+    def addSkip(self, test, reason):
+        self.skips.append((str(test), reason))
+        print(f"skip   {test}: {reason}", flush=True)
+        if REQUIRE_ALL and reason.startswith("needs"):
+            self.broken[str(test)] = [f"skipped, though REQUIRE_ALL=1: {reason}"]
+
+    def report(self):
+        for name, texts in self.broken.items():
+            print(f"\n---- {name} " + "-" * max(0, 80 - len(name)))
+            print("\n".join(texts))
+        skipped = len([name for name, _ in self.skips if name not in self.broken])
+        print(f"\n{time.monotonic() - self.began:.0f} s")
+        print(f"{self.passed} passed, {len(self.broken)} failed"
+              + (f", {skipped} skipped" if skipped else ""))
+        return 1 if self.broken else 0
+
+
+def all_tests(suite):
+    """The tests of a suite of suites, in the order of the file."""
+    if isinstance(suite, unittest.TestCase):
+        return [suite]
+    return [test for part in suite for test in all_tests(part)]
+
+
+def main(names):
+    """Run the tests whose name contains one of `names`; all when there are none."""
+    classes = [c for c in globals().values()
+               if isinstance(c, type) and issubclass(c, unittest.TestCase)]
+    chosen = unittest.TestSuite()
+    for case in classes:
+        methods = [name for name in vars(case) if name.startswith("test")]
+        tests = [case(name) for name in methods if not names or any(
+            word.lower() in f"{case.__name__}.{name}".lower() for word in names)]
+        chosen.addTest(unittest.TestSuite(tests))
+    result = Result()
+    result.startTestRun()
+    chosen.run(result)
+    return result.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
