@@ -187,6 +187,13 @@ def expect(value, where, types):
             raise NotANotebook(f"{where}/{key} {problem}")
 
 
+def join_old(text):
+    """As nbformat 2 and 3 joined: their lists often hold lines without their ends."""
+    if isinstance(text, list) and text and not text[0].endswith(("\n", "\r")):
+        return "\n".join(text)
+    return join(text)
+
+
 def upgrade(notebook):
     """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
     try:
@@ -205,10 +212,10 @@ def upgrade_cell(cell):
     if kind == "code":
         if "collapsed" in cell:
             metadata["collapsed"] = bool(cell["collapsed"])
-        return {"cell_type": "code", "metadata": metadata, "source": join(cell.get("input", "")),
+        return {"cell_type": "code", "metadata": metadata, "source": join_old(cell.get("input", "")),
                 "execution_count": cell.get("prompt_number"),
                 "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
-    source = join(cell.get("source", ""))
+    source = join_old(cell.get("source", ""))
     if kind == "heading":
         source = "#" * int(cell.get("level", 1)) + " " + " ".join(source.split("\n"))
     return {"cell_type": "raw" if kind == "raw" else "markdown", "metadata": metadata,
@@ -218,10 +225,11 @@ def upgrade_cell(cell):
 def upgrade_output(old):
     kind = {"pyout": "execute_result", "pyerr": "error"}.get(old["output_type"], old["output_type"])
     if kind == "stream":
-        return {"output_type": kind, "name": old.get("stream", "stdout"), "text": join(old["text"])}
+        return {"output_type": kind, "name": old.get("stream", "stdout"),
+                "text": join_old(old["text"])}
     if kind == "error":
         return {"output_type": kind, **{k: old[k] for k in ("ename", "evalue", "traceback")}}
-    data = {SHORT_MIME[key]: join(value) for key, value in old.items() if key in SHORT_MIME}
+    data = {SHORT_MIME[key]: join_old(value) for key, value in old.items() if key in SHORT_MIME}
     if "application/json" in data:
         data["application/json"] = json.loads(data["application/json"])
     count = {"execution_count": old.get("prompt_number")} if kind == "execute_result" else {}
@@ -309,10 +317,9 @@ class Contents:
         """The absolute path on disk of an API path that need not exist."""
         names = [name for name in path.split("/") if name]
         absolute = os.path.join(self.root, *names)
-        is_inside = is_within(os.path.realpath(absolute), self.root)
-        if not is_inside or any(not is_visible(name) for name in names):
-            raise Problem(404, f"No such file or folder: {path}")
-        return absolute
+        if all(map(is_visible, names)) and is_within(os.path.realpath(absolute), self.root):
+            return absolute
+        raise Problem(404, f"No such file or folder: {path}")
 
     def existing(self, path):
         absolute = self.resolve(path)
@@ -420,7 +427,8 @@ class Contents:
         content, kind, form = model.get("content"), model["type"], model.get("format")
         try:
             if kind == "notebook":
-                return write_notebook(new_notebook() if content is None else content, old)
+                is_new = content is None and not old   # without content only a new file may be
+                return write_notebook(new_notebook() if is_new else content, old)
             if form == "base64":
                 return base64.b64decode(content or "", validate=True)
             return (content or "").encode()

@@ -52,6 +52,7 @@ Sources: the messaging specification, RFC 6455 with its own examples, nbformat's
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -72,6 +73,8 @@ import tempfile
 import threading
 import time
 import unittest
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
@@ -1388,28 +1391,35 @@ class JupyterClient(Case):
         self.assertEqual(process.returncode, 0)
 
 
+def execute(name, argv):
+    """A sample notebook as nbclient runs it on a kernel, errors allowed."""
+    import nbformat
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    with tempfile.TemporaryDirectory() as folder:
+        nb = nbformat.from_dict(prepared(name, Path(folder)))
+        install_kernelspec(Path(folder), "python3", argv)
+        manager = AsyncKernelManager(kernel_name="python3")
+        manager.kernel_spec_manager.kernel_dirs = [str(Path(folder) / "kernels")]
+        NotebookClient(nb, km=manager, timeout=120, allow_errors=True,
+                       resources={"metadata": {"path": folder}}).execute()
+    return nb
+
+
+@functools.cache
+def outcome_on_ipykernel(name):
+    with ThreadPoolExecutor(1) as pool:  # a thread of its own: the page's tests run a loop here
+        return outcome(pool.submit(execute, name, IPYKERNEL).result())
+
+
 @needs("nbclient", "nbformat", "ipykernel")
 class Nbclient(Case):
-    def execute(self, nb, argv, folder):
-        import nbformat
-        from jupyter_client.manager import AsyncKernelManager
-        from nbclient import NotebookClient
-        install_kernelspec(folder, "python3", argv)
-        manager = AsyncKernelManager(kernel_name="python3")
-        manager.kernel_spec_manager.kernel_dirs = [str(folder / "kernels")]
-        nb = nbformat.from_dict(nb)
-        NotebookClient(nb, km=manager, timeout=120, allow_errors=True,
-                       resources={"metadata": {"path": str(folder)}}).execute()
-        return nb
-
     @needs_notebooks
     def test_real_notebooks_run_as_on_ipykernel(self):
         for path in sorted(NOTEBOOKS.glob("pytudes-*.ipynb")):
             with self.subTest(path.name):
-                ours, theirs = (
-                    self.execute(prepared(path.name, folder), argv, folder)
-                    for argv, folder in ((OURS, self.folder()), (IPYKERNEL, self.folder())))
-                self.assertEqual(outcome(ours), outcome(theirs))
+                self.assertEqual(outcome(execute(path.name, OURS)),
+                                 outcome_on_ipykernel(path.name))
 
 # ---- 5. Documents and contents -----------------------------------------------------
 #
@@ -2737,6 +2747,667 @@ class Bridge(ServerCase):
             types = set()
             while "kernel_info_reply" not in types:
                 types.add(json.loads(client.recv(timeout=SECONDS))["header"]["msg_type"])
+
+# ---- 8. The page, in Chromium ------------------------------------------------------
+#
+# A new user's first ten minutes, with real clicks and keys, then whole notebooks by other
+# people. Each test opens a page of its own; one browser and one server serve them all. Nothing
+# a page does may end in an error on its console, or in a request to another host.
+
+BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                   "--disable-component-update", "--disable-sync", "--no-first-run",
+                   "--disable-quic"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+IS_DONE = """() => ![...document.querySelectorAll('.cell')].some(
+    cell => ['queued', 'running'].includes(cell.dataset.state))"""
+
+
+@functools.cache
+def browser():
+    """The one Chromium of all page tests; it is closed when the last test is over."""
+    from playwright.sync_api import sync_playwright
+    playwright = sync_playwright().start()
+    unittest.addModuleCleanup(playwright.stop)
+    chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
+    unittest.addModuleCleanup(chromium.close)
+    return chromium
+
+
+class Tab:
+    """A browser tab with a page of ours, in a user's words. Cells are counted from 0."""
+
+    def __init__(self, page):
+        self.page = page
+
+    def cell(self, i):
+        return self.page.locator(".cell").nth(i)
+
+    def sources(self):
+        return self.page.eval_on_selector_all(".cell textarea.editor", "all => all.map(a => a.value)")
+
+    def types(self):
+        return self.page.eval_on_selector_all(".cell", "all => all.map(c => c.dataset.type)")
+
+    def outputs(self, i):
+        return self.cell(i).locator(".outputs")
+
+    def texts(self):
+        """What every cell shows as its output."""
+        return self.page.eval_on_selector_all(
+            ".cell .outputs", "all => all.map(o => o.textContent)")
+
+    def press(self, *keys):
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def select(self, i):
+        """Select a cell in command mode."""
+        self.cell(i).locator(".gutter").click()
+        self.press("Escape")
+
+    def write(self, i, text):
+        """Replace the source of a cell, as if pasted."""
+        self.cell(i).locator("textarea.editor").fill(text)
+
+    def run(self, i, text=None):
+        """Run a cell with Shift+Enter and wait until it is done."""
+        if text is not None:
+            self.write(i, text)
+        self.cell(i).locator("textarea.editor").focus()
+        self.press("Shift+Enter")
+        self.wait_until_done()
+
+    def wait_until_done(self, seconds=SECONDS):
+        self.page.wait_for_function(IS_DONE, timeout=seconds * 1000)
+
+    def command(self, name):
+        """Choose a command, wherever its button or menu item is."""
+        self.page.locator(f"[data-command={name}]").first.dispatch_event("click")
+
+    def choose(self, label):
+        """Press a button of the open dialog."""
+        self.page.locator("dialog[open]").get_by_role("button", name=label, exact=True).click()
+
+    def wait_for(self, **state):
+        """Wait for a state of the page: kernel="idle", saved="true"."""
+        self.page.wait_for_selector("body" + "".join(
+            f"[data-{name}={value}]" for name, value in state.items()))
+
+    def save(self):
+        self.press("Control+s")
+        self.wait_for(saved="true")
+
+
+@needs("playwright")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class PageCase(ServerCase):
+    def setUp(self):
+        self.context = browser().new_context()
+        self.addCleanup(self.context.close)
+        self.context.set_default_timeout(SECONDS * 1000)
+        self.problems = []  # what no test may cause: errors on the console, foreign requests
+        self.context.on("page", self.watch)
+        self.context.add_cookies([self.cookie()])
+
+    def cookie(self):
+        reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
+        name, _, value = reply.headers["Set-Cookie"].partition(";")[0].partition("=")
+        return {"name": name, "value": value, "url": self.address("/")}
+
+    def tearDown(self):
+        self.assertEqual(self.problems, [])
+
+    def address(self, path):
+        return f"http://127.0.0.1:{self.server.port}{path}"
+
+    def watch(self, page):
+        own = self.address("/")
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and
+                "status of 4" not in message.text and self.problems.append(message.text))
+        page.on("request", lambda request: request.url.startswith(("http", "ws")) and
+                not request.url.startswith((own, own.replace("http", "ws")))
+                and self.problems.append(f"asks {request.url}"))
+
+    def visit(self, path):
+        page = self.context.new_page()
+        page.goto(self.address(path))
+        return Tab(page)
+
+    def open(self, *sources, name=None, **metadata):
+        """A tab on a new notebook with these sources, its kernel ready."""
+        name = name or f"{self._testMethodName[5:40]}.ipynb"
+        (self.root / name).write_bytes(jupyter_bytes(notebook(*sources, **metadata)))
+        return self.reopen(name)
+
+    def reopen(self, name):
+        tab = self.visit("/notebooks/" + quote(name))
+        tab.wait_for(kernel="idle")
+        return tab
+
+    def saved(self, name=None):
+        """The notebook on disk."""
+        name = name or f"{self._testMethodName[5:40]}.ipynb"
+        return json.loads((self.root / name).read_text("utf-8"))
+
+    def assertShows(self, locator, text):
+        """Sooner or later the element shows this text."""
+        from playwright.sync_api import expect
+        expect(locator).to_contain_text(text, timeout=SECONDS * 1000)
+
+    def assertCount(self, locator, count):
+        from playwright.sync_api import expect
+        expect(locator).to_have_count(count, timeout=SECONDS * 1000)
+
+
+class PageFiles(PageCase):
+    def test_the_printed_address_shows_the_files_and_hides_the_token(self):
+        (self.root / "shown.ipynb").write_bytes(jupyter_bytes(notebook()))
+        self.context.clear_cookies()
+        tab = self.visit(f"/tree?token={self.server.token}")
+        self.assertShows(tab.page.locator("main"), "shown.ipynb")
+        self.assertEqual(tab.page.url, self.address("/tree"))
+
+    def test_without_the_token_the_page_asks_for_it(self):
+        self.context.clear_cookies()
+        tab = self.visit("/tree")
+        tab.page.locator("input").first.fill(self.server.token)
+        tab.press("Enter")
+        tab.page.wait_for_selector("body[data-page=tree]")
+        self.problems.clear()  # the browser notes the 403 of the first visit
+
+    def test_a_click_opens_a_notebook(self):
+        (self.root / "click me.ipynb").write_bytes(jupyter_bytes(notebook("'opened'")))
+        tab = self.visit("/tree")
+        with self.context.expect_page() as opened:
+            tab.page.get_by_text("click me.ipynb").click()
+        opened.value.wait_for_selector("body[data-kernel=idle]")
+        self.assertEqual(Tab(opened.value).sources(), ["'opened'"])
+
+    def test_folders_can_be_entered_and_left(self):
+        (self.root / "folder" / "inner").mkdir(parents=True)
+        tab = self.visit("/tree")
+        tab.page.get_by_role("link", name="folder", exact=True).click()
+        tab.page.get_by_role("link", name="inner", exact=True).click()
+        tab.page.wait_for_url("**/tree/folder/inner")
+        tab.page.locator(".crumbs").get_by_text("Files").click()
+        tab.page.wait_for_url("**/tree")
+
+    def test_a_new_notebook_runs_its_first_cell(self):
+        tab = self.visit("/tree")
+        tab.page.locator("[data-command=new]").click()
+        with self.context.expect_page() as opened:
+            tab.page.locator("[data-command=new-notebook]").first.click()
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        new.run(0, "6 * 7")
+        self.assertShows(new.outputs(0), "42")
+
+    def test_a_file_is_renamed_and_deleted(self):
+        (self.root / "before.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select before.txt").check()
+        tab.page.locator("[data-command=rename]").last.click()
+        tab.page.locator("dialog input").fill("after.txt")
+        tab.choose("Rename")
+        tab.page.get_by_label("Select after.txt").check()
+        tab.page.locator("[data-command=delete]").click()
+        tab.choose("Delete")
+        self.assertCount(tab.page.get_by_text("after.txt"), 0)
+        self.assertFalse((self.root / "before.txt").exists() or (self.root / "after.txt").exists())
+
+    def test_hostile_file_names_are_only_names(self):
+        name = "<img src=x onerror=document.title='owned'>.txt"
+        (self.root / name).write_text("x")
+        tab = self.visit("/tree")
+        self.assertShows(tab.page.locator("main"), name)
+        self.assertNotEqual(tab.page.title(), "owned")
+
+    def test_a_text_file_is_edited_and_saved(self):
+        (self.root / "notes.txt").write_text("old")
+        tab = self.visit("/edit/notes.txt")
+        tab.page.locator("textarea.editor").fill("new ☃\n")
+        tab.save()
+        self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
+
+    def test_running_kernels_are_listed_and_shut_down(self):
+        tab = self.open("1")
+        files = self.visit("/tree")
+        files.page.get_by_text("Running").click()
+        row = files.page.locator("tr", has_text=f"{self._testMethodName[5:40]}.ipynb")
+        row.get_by_role("button", name="Shut down").click()
+        self.assertCount(row, 0)
+        tab.page.wait_for_selector("body[data-kernel=dead], body[data-kernel=none]")
+
+    def test_a_file_that_is_no_notebook_is_refused_in_clear_words(self):
+        (self.root / "broken.ipynb").write_text("{ not json")
+        tab = self.visit("/notebooks/broken.ipynb")
+        self.assertShows(tab.page.locator("main"), "JSON")
+        self.assertEqual((self.root / "broken.ipynb").read_text(), "{ not json")
+
+
+class PageRuns(PageCase):
+    def test_shift_enter_runs_a_cell_and_goes_on(self):
+        tab = self.open("x = 6", "x * 7")
+        tab.run(0)
+        tab.press("Shift+Enter")
+        self.assertShows(tab.outputs(1), "42")
+        self.assertEqual(tab.cell(1).locator(".prompt").text_content(), "[2]")
+        self.assertEqual(len(tab.sources()), 3)  # a new cell at the end
+
+    def test_control_enter_stays_and_alt_enter_inserts(self):
+        tab = self.open("'a'", "'b'")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "'a'")
+        self.assertEqual(len(tab.sources()), 2)
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Alt+Enter")
+        self.assertEqual(tab.sources(), ["'a'", "", "'b'"])
+
+    def test_typed_code_runs(self):
+        tab = self.open("")
+        tab.cell(0).locator("textarea.editor").click()
+        tab.page.keyboard.type("for i in range(3):\nprint(i * 'ab')")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "ababab"[:4])
+
+    def test_a_running_cell_shows_a_star_and_the_kernel_is_busy(self):
+        tab = self.open("input()")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Shift+Enter")
+        tab.wait_for(kernel="busy")
+        self.assertShows(tab.cell(0).locator(".prompt"), "[*]")
+        self.assertEqual(tab.cell(0).get_attribute("data-state"), "running")
+        tab.page.locator(".stdin input").fill("")
+        tab.press("Enter")
+        tab.wait_for(kernel="idle")
+        self.assertShows(tab.cell(0).locator(".prompt"), "[1]")
+
+    def test_run_all_runs_in_order(self):
+        tab = self.open("x = [1]", "x.append(2)", "x.append(3)", "x")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(3), "[1, 2, 3]")
+
+    def test_an_error_is_shown_and_stops_the_cells_behind_it(self):
+        tab = self.open("print('before')\n1/0", "print('never')")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(0), "ZeroDivisionError")
+        tab.wait_until_done()
+        self.assertEqual([tab.cell(i).get_attribute("data-state") for i in (0, 1)],
+                         ["error", "idle"])
+        self.assertNotIn("never", tab.outputs(1).text_content())
+
+    def test_interrupt_stops_an_endless_loop(self):
+        for by in ("key", "button"):
+            with self.subTest(by):
+                tab = self.open("print('ready')\nwhile True: pass", name=f"loop-{by}.ipynb")
+                tab.select(0)
+                tab.press("Control+Enter")
+                self.assertShows(tab.outputs(0), "ready")
+                if by == "key":
+                    tab.press("Escape", "i", "i")
+                else:
+                    tab.page.locator("#toolbar [data-command=interrupt]").click()
+                self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+                tab.wait_for(kernel="idle")
+
+    def test_a_flood_of_output_leaves_the_page_alive(self):
+        tab = self.open("i = 0\nwhile True:\n    i += 1\n    print(i)", "i > 1000")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "1000")
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "True")
+
+    def test_restart_asks_and_forgets_the_variables(self):
+        tab = self.open("x = 1", "x")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(1), "1")
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "NameError")
+
+    def test_input_is_asked_in_the_cell(self):
+        tab = self.open("input('Name? ')")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.cell(0).locator(".stdin"), "Name?")
+        tab.page.locator(".stdin input").fill("Ada ☃")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(0), "'Ada ☃'")
+
+    def test_a_password_is_hidden(self):
+        tab = self.open("import getpass\nlen(getpass.getpass())")
+        tab.select(0)
+        tab.press("Control+Enter")
+        field = tab.page.locator(".stdin input")
+        self.assertEqual(field.get_attribute("type"), "password")
+        field.fill("secret")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(0), "6")
+        self.assertNotIn("secret", tab.page.content())
+
+    def test_a_kernel_that_dies_is_told_and_can_be_restarted(self):
+        tab = self.open("import os\nos._exit(3)", "'alive'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        tab.wait_for(kernel="dead")
+        self.assertShows(tab.page.locator("#notices"), "died")
+        tab.page.locator("#notices").get_by_role("button", name="Restart").click()
+        tab.wait_for(kernel="idle")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "'alive'")
+
+    @needs("matplotlib")
+    def test_a_plot_appears_as_a_picture(self):
+        tab = self.open("import matplotlib.pyplot as plt\nplt.plot([1, 4, 9]);")
+        tab.run(0)
+        picture = tab.outputs(0).locator("img")
+        picture.wait_for()
+        self.assertGreater(picture.evaluate("img => img.decode().then(() => img.naturalWidth)"),
+                           100)
+
+
+class PageEdits(PageCase):
+    def test_cells_are_inserted_deleted_and_brought_back(self):
+        tab = self.open("first", "second")
+        tab.select(0)
+        tab.press("b", "Escape", "a", "Escape")
+        self.assertEqual(tab.sources(), ["first", "", "", "second"])
+        tab.press("d", "d", "d", "d")
+        self.assertEqual(tab.sources(), ["first", "second"])
+        tab.select(0)
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["second"])
+        tab.press("z")
+        self.assertEqual(tab.sources(), ["first", "second"])
+
+    def test_cells_are_cut_copied_pasted_and_moved(self):
+        tab = self.open("a", "b", "c")
+        tab.select(0)
+        tab.press("x", "v")
+        self.assertEqual(tab.sources(), ["b", "a", "c"])
+        tab.press("c", "Shift+V")
+        self.assertEqual(tab.sources(), ["b", "a", "a", "c"])
+        tab.select(0)
+        tab.press("Control+Shift+ArrowDown")
+        self.assertEqual(tab.sources(), ["a", "b", "a", "c"])
+
+    def test_the_type_of_a_cell_is_changed(self):
+        tab = self.open("# Title")
+        tab.select(0)
+        for key, kind in (("m", "markdown"), ("r", "raw"), ("y", "code")):
+            tab.press(key, "Escape")
+            self.assertEqual(tab.types(), [kind])
+
+    def test_escape_and_enter_change_the_mode(self):
+        tab = self.open("text")
+        tab.select(0)
+        tab.press("Enter")
+        self.assertEqual(tab.page.evaluate("document.activeElement.className"), "editor")
+        tab.press("End")
+        tab.page.keyboard.type("b")
+        tab.press("Escape")
+        self.assertEqual(tab.sources(), ["textb"])
+        tab.press("b")
+        self.assertEqual(tab.sources(), ["textb", ""])
+
+    def test_markdown_is_shown_and_edited(self):
+        tab = self.open("")
+        tab.select(0)
+        tab.press("m")
+        tab.run(0, "# Title\n\n**bold** and `code`\n\n- item")
+        shown = tab.cell(0).locator(".rendered")
+        for selector, text in (("h1", "Title"), ("strong", "bold"), ("code", "code"),
+                               ("li", "item")):
+            self.assertShows(shown.locator(selector), text)
+        shown.dblclick()
+        self.assertTrue(tab.cell(0).locator("textarea.editor").is_visible())
+
+    def test_a_save_writes_the_file(self):
+        tab = self.open("old")
+        tab.write(0, "new = '☃'")
+        tab.wait_for(saved="false")
+        tab.save()
+        self.assertEqual("".join(self.saved()["cells"][0]["source"]), "new = '☃'")
+
+    def test_the_page_saves_by_itself(self):
+        tab = self.open("old")
+        tab.write(0, "new")
+        tab.wait_for(saved="false")
+        tab.wait_for(saved="true")
+        self.assertEqual("".join(self.saved()["cells"][0]["source"]), "new")
+
+    def test_opening_and_saving_changes_no_byte(self):
+        tab = self.open("1", numbers={"one": 1.0, "big": 12345678901234567890})
+        before = (self.root / f"{self._testMethodName[5:40]}.ipynb").read_bytes()
+        tab.save()
+        tab.page.wait_for_load_state("networkidle")
+        after = (self.root / f"{self._testMethodName[5:40]}.ipynb").read_bytes()
+        self.assertEqual(after, before)
+
+    def test_the_title_renames_the_notebook(self):
+        tab = self.open("x = 1")
+        tab.page.locator("#title").click()
+        tab.page.locator("dialog input").fill("new name ☃.ipynb")
+        tab.choose("Rename")
+        self.assertShows(tab.page.locator("#title"), "new name ☃")
+        self.assertTrue((self.root / "new name ☃.ipynb").exists())
+        tab.run(0)
+        tab.save()
+        self.assertEqual(self.saved("new name ☃.ipynb")["cells"][0]["execution_count"], 1)
+
+    def test_after_closing_and_reopening_outputs_and_variables_are_there(self):
+        tab = self.open("x = 'still here'\nprint('output')", "x")
+        tab.run(0)
+        tab.save()
+        tab.page.close()
+        again = self.reopen(f"{self._testMethodName[5:40]}.ipynb")
+        self.assertShows(again.outputs(0), "output")
+        again.run(1)
+        self.assertShows(again.outputs(1), "'still here'")
+
+    def conflict(self, choice):
+        """Mine and the file's version meet; returns (tab, name)."""
+        name = f"conflict-{choice}.ipynb"
+        tab = self.open("old", name=name)
+        (self.root / name).write_bytes(jupyter_bytes(notebook("theirs")))
+        tab.write(0, "mine")
+        tab.press("Control+s")
+        self.assertShows(tab.page.locator("dialog[open]"), "changed on disk")
+        tab.page.locator("dialog[open]").get_by_role("button", name=choice).click()
+        return tab, name
+
+    def test_a_save_over_a_changed_file_asks_first(self):
+        tab, name = self.conflict("Keep mine")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved(name)["cells"][0]["source"], ["mine"])
+
+    def test_the_files_version_can_be_taken(self):
+        tab, name = self.conflict("Take the file")
+        tab.page.wait_for_function("document.querySelector('.editor')?.value === 'theirs'")
+        self.assertEqual(self.saved(name)["cells"][0]["source"], ["theirs"])
+
+    def test_both_versions_can_be_kept(self):
+        tab, name = self.conflict("Keep both")
+        tab.wait_for(saved="true")
+        sources = [json.loads(path.read_text())["cells"][0]["source"]
+                   for path in self.root.glob("conflict-Keep both*.ipynb")]
+        self.assertEqual(sorted(sources), [["mine"], ["theirs"]])
+
+
+class PageShows(PageCase):
+    """One cell, one output, and what a person sees of it."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.number = 0
+
+    def output(self, code):
+        tab = self.open(code)
+        tab.run(0)
+        return tab, tab.cell(0).locator(".output").first
+
+    def test_colours_of_the_terminal_are_shown(self):
+        tab, output = self.output("print('\\x1b[31mred\\x1b[0m plain')")
+        self.assertShows(output, "red plain")
+        red, plain = (output.get_by_text(text, exact=False).last.evaluate(
+            "element => getComputedStyle(element).color") for text in ("red", "plain"))
+        self.assertNotIn("\x1b", output.text_content())
+        self.assertTrue(red != plain or "highlight" in tab.page.content())
+
+    def test_a_carriage_return_overwrites_the_line(self):
+        _, output = self.output("for i in range(101): print(f'\\r{i} %', end='')")
+        self.assertShows(output, "100 %")
+        self.assertNotIn("99 %", output.text_content())
+
+    def test_standard_error_is_told_apart(self):
+        _, output = self.output("import sys; print('careful', file=sys.stderr)")
+        self.assertShows(output, "careful")
+        self.assertIn("stderr", output.get_attribute("data-mime"))
+
+    def test_a_picture_is_shown(self):
+        pixel = base64.b64encode(one_red_pixel()).decode()
+        tab, output = self.output(
+            f"import base64\nfrom IPython.display import Image\n"
+            f"Image(data=base64.b64decode('{pixel}'), format='png')")
+        width = output.locator("img").evaluate("img => img.decode().then(() => img.naturalWidth)")
+        self.assertEqual((output.get_attribute("data-mime"), width), ("image/png", 1))
+
+    def test_html_is_shown_without_its_scripts(self):
+        tab, output = self.output(
+            "from IPython.display import HTML\nHTML('''<table><tr><td>cell</td></tr></table>"
+            "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+            "<a href=\"javascript:document.title='owned'\">link</a>"
+            "<form action=/api/shutdown><button>go</button></form>''')")
+        self.assertShows(output.locator("td"), "cell")
+        self.assertCount(output.locator("script"), 0)
+        self.assertCount(output.locator("[onerror]"), 0)
+        self.assertCount(output.locator("a[href^=javascript]"), 0)
+        self.assertNotIn("owned", tab.page.title())
+        self.problems = [text for text in self.problems if "404" not in text]
+
+    def test_markdown_and_latex_outputs_are_shown(self):
+        _, output = self.output("from IPython.display import Markdown\nMarkdown('**bold**')")
+        self.assertShows(output.locator("strong"), "bold")
+
+    def test_a_display_is_updated_in_place(self):
+        tab, _ = self.output("handle = display('old', display_id=True)\nhandle.update('new')")
+        self.assertShows(tab.outputs(0), "new")
+        self.assertNotIn("old", tab.outputs(0).text_content())
+
+    def test_clear_output_clears(self):
+        tab, _ = self.output("from IPython.display import clear_output\nprint('first')\n"
+                             "clear_output(wait=True)\nprint('second')")
+        self.assertShows(tab.outputs(0), "second")
+        self.assertNotIn("first", tab.outputs(0).text_content())
+
+    def test_ten_thousand_lines_are_all_there(self):
+        tab, _ = self.output("for i in range(10_000): print('line', i)")
+        self.assertShows(tab.outputs(0), "line 9999")
+        lines = re.findall(r"line (\d+)", tab.outputs(0).evaluate("o => o.innerText + o.textContent"))
+        self.assertEqual({int(n) for n in lines} & {0, 5000, 9999}, {0, 5000, 9999})
+
+    def test_a_kernel_that_cannot_start_says_why(self):
+        folder = self.folder()
+        crash = "import sys; print('no licence for this kernel', file=sys.stderr); sys.exit(3)"
+        install_kernelspec(folder, "crash", [sys.executable, "-c", crash, "{connection_file}"])
+        self.server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        self.root = self.server.root
+        self.context.add_cookies([self.cookie()])
+        spec = {"name": "crash", "display_name": "crash", "language": "python"}
+        (self.root / "crash.ipynb").write_bytes(jupyter_bytes(notebook("1", kernelspec=spec)))
+        tab = self.visit("/notebooks/crash.ipynb")
+        self.assertShows(tab.page.locator("#notices"), "no licence for this kernel")
+        tab.wait_for(kernel="dead")
+
+
+def one_red_pixel():
+    """A PNG file of one pixel."""
+    def chunk(kind, data):
+        return struct.pack("!I", len(data)) + kind + data + struct.pack(
+            "!I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack("!IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0")) + chunk(b"IEND", b""))
+
+
+@needs("nbclient", "nbformat", "ipykernel")
+class PageNotebooks(PageCase):
+    """Whole notebooks by other people: run, saved, valid, and the same when they come back."""
+
+    def check(self, name):
+        import nbformat
+        (self.root / name).write_bytes(jupyter_bytes(prepared(name, self.root)))
+        tab = self.reopen(name)
+        self.run_all(tab)
+        tab.save()
+        shown = tab.texts()
+        tab.page.close()
+        saved = self.saved(name)
+        nbformat.validate(nbformat.from_dict(saved))
+        self.assertEqual(outcome(saved), outcome_on_ipykernel(name))
+        again = self.reopen(name)
+        self.assertEqual(again.texts(), shown)
+
+    def run_all(self, tab):
+        """Run every cell, one after another, so that an error stops none of the others."""
+        tab.select(0)
+        for _ in range(tab.page.locator(".cell").count()):
+            tab.press("Shift+Enter")
+            tab.wait_until_done(60)
+            tab.press("Escape")
+
+    @needs_notebooks
+    def test_cheryl(self):
+        self.check("pytudes-Cheryl.ipynb")
+
+    @needs_notebooks
+    def test_differentiation(self):
+        self.check("pytudes-Differentiation.ipynb")
+
+    @needs_notebooks
+    def test_life(self):
+        self.check("pytudes-Life.ipynb")
+
+    @needs_notebooks
+    def test_lispy(self):
+        self.check("pytudes-lispy.ipynb")
+
+    @needs_notebooks
+    def test_palindrome(self):
+        self.check("pytudes-Palindrome.ipynb")
+
+    @needs_notebooks
+    def test_propositional_logic(self):
+        self.check("pytudes-PropositionalLogic.ipynb")
+
+    @needs_notebooks
+    def test_run_all_runs_from_the_first_to_the_last_cell(self):
+        (self.root / "all.ipynb").write_bytes((NOTEBOOKS / "pytudes-Cheryl.ipynb").read_bytes())
+        tab = self.reopen("all.ipynb")
+        tab.command("run-all")
+        tab.wait_until_done(60)
+        tab.save()
+        self.assertEqual(outcome(self.saved("all.ipynb")),
+                         outcome_on_ipykernel("pytudes-Cheryl.ipynb"))
+
+    @needs_notebooks
+    def test_every_sample_is_shown_or_refused_in_clear_words(self):
+        for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+            with self.subTest(path.name):
+                (self.root / path.name).write_bytes(path.read_bytes())
+                tab = self.visit("/notebooks/" + quote(path.name))
+                tab.page.wait_for_selector(".cell, [role=alert]")
+                tab.page.wait_for_load_state("networkidle")
+                tab.page.close()
+        self.problems = [text for text in self.problems if not text.startswith("asks http")]
+
 
 # ---- 11. main ----------------------------------------------------------------
 
