@@ -9,15 +9,16 @@ Run:  python kernel.py -f CONNECTION_FILE      (a server or a console writes the
             <- stream, result ---   iopub    XPUB     what everybody sees
             -- ping, pong ------->  heartbeat ROUTER  is the process alive?
 
-Sections: 1 The wire · 2 Display · 3 Output · 4 The interpreter · 5 Magics · 6 Other people's
-modules · 7 The kernel · 8 main
+Sections: 1 The wire · 2 Display · 3 Output · 4 The interpreter · 5 Questions about code · 6 Magics
+· 7 Comms · 8 Other people's modules · 9 The kernel · 10 main
 
 Of a cell's journey it holds stations 4 to 10: `Session.unpack` verifies the request,
 `Kernel.dispatch` finds its handler, `Kernel.execute_request` counts, `Interpreter.run` runs,
 `Stream.write` carries what is printed, `Display.result` shows the value, `Kernel.finish` replies.
 
-Left out on purpose: IPython. What notebooks use of it every day (`!command`, a few magics, display)
-is here; when the real one is installed and imported, its display functions speak through us.
+Left out on purpose: IPython and a debugger protocol. What notebooks use of IPython every day
+(`!command`, magics, display) is here; when the real one is imported, its shell works in our
+namespace.
 
 Threads: *main* runs the user's code, one cell at a time, inside one asyncio loop, so that tasks go
 on between cells and a SIGINT reaches the code; *io* owns every socket but the heartbeat's and
@@ -33,13 +34,16 @@ import codecs
 import collections
 import contextlib
 import contextvars
+import fnmatch
 import hashlib
 import hmac
+import importlib
 import importlib.util
 import io
 import itertools
 import json
 import linecache
+import math
 import os
 import queue
 import re
@@ -327,6 +331,7 @@ class Display:
 
     def __init__(self, publish):
         self.publish = publish
+        self.format = mime_bundle   # IPython's takes its place when somebody imports it
 
     def display(self, *values, display_id=None, raw=False, metadata=None, transient=None,
                 clear=False, update=False, include=None, exclude=None, **ignored):
@@ -338,7 +343,7 @@ class Display:
         for value in values:
             if not raw and self.shows_itself(value):
                 continue
-            data, about = (value, {}) if raw else mime_bundle(value)
+            data, about = (value, {}) if raw else self.format(value)
             data = {mime: data[mime] for mime in data
                     if (not include or mime in include) and (not exclude or mime not in exclude)}
             self.publish_display_data(data, {**about, **(metadata or {})}, update=update,
@@ -370,13 +375,14 @@ class Display:
         return True
 
     def result(self, value, execution_count):
-        """Send the value of a cell's last expression."""
+        """Send the value of a cell's last expression; returns its text/plain, if it has one."""
         if self.shows_itself(value):
-            return
+            return None
         # Journey 9: the value becomes a MIME bundle and leaves as `execute_result`.
-        data, metadata = mime_bundle(value)
+        data, metadata = self.format(value)
         self.publish("execute_result", {"data": data, "metadata": metadata,
                                         "execution_count": execution_count})
+        return data.get("text/plain")
 
 
 def with_id(transient, display_id):
@@ -409,6 +415,7 @@ class DisplayHandle:
 # takes along all that was said before it; so nothing is ever said after the `idle` that it belongs
 # before.
 
+GATHER_SECONDS = 0.001      # so that the first text comes with its line end
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
 MOST_WAITING = 200_000      # entries; a thread that prints faster than they can be sent waits
 MOST_TEXT = 1 << 20         # characters in one stream message, for the browser's sake
@@ -428,6 +435,7 @@ class Outbox:
         self.is_asleep = False             # io waits without a time limit
         self.is_urgent = False             # something else than text is waiting
         self.last_flush = 0.0
+        self.flush_at = None               # when the waiting text is due
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_receiver.setblocking(False)
         self.wake_sender.setblocking(False)
@@ -440,12 +448,16 @@ class Outbox:
 
     def publish(self, msg_type, content, parent=None, metadata=None, buffers=()):
         """Queue a message for iopub, below the running request unless a parent is given."""
-        parent = self.parent.get(self.latest) if parent is None else parent
+        parent = self.parent_header() if parent is None else parent
         if parent is SILENT:
             return
         message = self.session.message(msg_type, content, parent, metadata, buffers)
         message["identities"] = [f"kernel.{self.session.session}.{msg_type}".encode()]
         self.put("iopub", message)
+
+    def parent_header(self):
+        """The header of the request that the calling thread works for."""
+        return self.parent.get(self.latest)
 
     def write(self, name, parent, text):
         """Queue text for a stream. Half the cost of a print is here, so it does no more."""
@@ -475,7 +487,9 @@ class Outbox:
         self.is_asleep = False
         if self.is_urgent:
             return 0
-        return max(0, int((self.last_flush + FLUSH_SECONDS - time.monotonic()) * 1000))
+        now = time.monotonic()
+        self.flush_at = self.flush_at or max(now + GATHER_SECONDS, self.last_flush + FLUSH_SECONDS)
+        return max(0, math.ceil((self.flush_at - now) * 1000))
 
     def take(self):
         """All that is due, as a list of (channel, parts), neighbouring text joined."""
@@ -484,10 +498,10 @@ class Outbox:
                 pass
         except BlockingIOError:
             pass
-        due = self.last_flush + FLUSH_SECONDS <= time.monotonic()
-        if not (self.is_urgent or due):
+        is_due = self.flush_at is not None and self.flush_at <= time.monotonic()
+        if not (self.is_urgent or is_due):
             return []
-        self.is_urgent = False
+        self.is_urgent, self.flush_at = False, None
         entries = [self.queue.popleft() for _ in range(len(self.queue))]
         return list(self.joined(entries))
 
@@ -607,7 +621,16 @@ COROUTINE = 0x80      # inspect.CO_COROUTINE: the code must be awaited
 FUTURES = 0x1FF0000   # the bits of `from __future__ import …`, which hold for all later cells
 RED, GREEN, CYAN, DIM, BOLD, PLAIN = (
     f"\x1b[{code}m" for code in ("31", "32", "36", "2", "1", "0"))
+SESSION_NUMBER = 1    # in the history
+MOST_OUTPUTS = 1000   # values kept in Out, as in IPython
+MOST_RESULT = 10_000  # characters of a result kept in the history
 FRAMES_SHOWN = 6      # of a deep recursion, at either end
+
+
+def breakpoint_here(*args, **options):
+    """`breakpoint()`: Python's debugger; it leaves SIGINT to the kernel."""
+    import pdb
+    pdb.Pdb(nosigint=True).set_trace(sys._getframe(1))
 
 
 def split_cell(tree):
@@ -632,31 +655,6 @@ def is_muted(code):
     except (tokenize.TokenError, SyntaxError):   # the cell has `!ls;` or the like in it
         return code.rstrip().endswith(";")
     return last == ";"
-
-
-def is_complete(code):
-    """(status, indent) for a console that asks whether Enter should run the cell.
-
-    `complete`, `invalid`, or `incomplete` with the indentation of the next line. A block is
-    complete when an empty line ends it.
-    """
-    import codeop
-    import warnings
-    lines = code.split("\n")
-    compiler = codeop.CommandCompiler()
-    compiler.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    if code.startswith("%%"):
-        return ("complete" if lines[-1] == "" and len(lines) > 1 else "incomplete"), ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ready = compiler(translate(code), "<is_complete>", "exec")
-    except (SyntaxError, OverflowError, ValueError):
-        return "invalid", ""
-    last = lines[-1]
-    indent = last[:len(last) - len(last.lstrip())] + ("    " if last.rstrip().endswith(":") else "")
-    in_block = bool(last.strip()) and last[:1] in " \t"
-    return ("complete", "") if ready and not in_block else ("incomplete", indent)
 
 
 def format_error(error):
@@ -751,14 +749,19 @@ class Interpreter:
         "codemirror_mode": {"name": "ipython", "version": 3},
     }
 
-    def __init__(self, publish):
-        self.publish = publish
+    def __init__(self, publish, parent_header=dict):
+        self.publish, self.parent_header = publish, parent_header
         self.display = Display(publish)
-        self.execution_count = 0
+        self.execution_count = 0           # of the latest cell; in a cell, `count` has its own
+        self.count = contextvars.ContextVar("execution_count", default=0)
+        self.comms = Comms(publish)
+        self.payload = []                  # what the frontend is asked to do when the cell is done
+        self.wants_exit = False            # the user called exit()
+        self.results = {}                  # execution_count -> text/plain, for the history
         self.serial = itertools.count(1)   # one for every cell ever compiled, shown or not
         self.flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        self.after_cell = []               # functions without arguments, called when a cell is done
-        self.was_cancelled = False         # the kernel has ended the cell's await: an interrupt
+        self.before_cell = []              # functions of the cell's code, called before it runs
+        self.after_cell = []               # functions without arguments, called when it is done
         module = types.ModuleType("__main__", "The namespace of the notebook's cells.")
         self.namespace = vars(module)
         self.inputs, self.outputs = [""], {}
@@ -769,31 +772,48 @@ class Interpreter:
     def take_over(self):
         """Make this process the notebook's: `__main__`, `display`, the display hook, the magics."""
         sys.modules["__main__"] = self.module
-        sys.displayhook = self.displayhook
+        sys.displayhook, sys.breakpointhook = self.displayhook, breakpoint_here
+        builtins.exit = builtins.quit = self.exit
         builtins.display = self.display.display
         self.magics = Magics(self)
         builtins.get_ipython = lambda: self.magics
         hook_imports(self)
 
-    async def execute(self, code, store_history=True, user_expressions=()):
+    async def execute(self, code, store_history=True, user_expressions=(),
+                      was_interrupted=lambda: False):
         """Run a cell; returns the content of its `execute_reply`."""
+        self.payload = []
+        self.count.set(self.execution_count)
         if store_history:
             self.remember(code)
         try:
+            for function in self.before_cell:
+                function(code)
             await self.run(code)
-            reply = {"status": "ok", "payload": [], "user_expressions": {
+            reply = {"status": "ok", "user_expressions": {
                 name: self.evaluate(user_expressions[name]) for name in user_expressions}}
         except BaseException as error:
-            if self.was_cancelled:
+            if was_interrupted():   # its await was cancelled, which is how an interrupt gets in
                 error = KeyboardInterrupt().with_traceback(error.__traceback__)
-            reply = self.failure(error)
-            self.publish("error", {key: reply[key] for key in ("ename", "evalue", "traceback")})
+            reply = self.fail(error)
         try:
             for function in self.after_cell:
                 function()
         except Exception as error:
-            self.publish("error", {k: v for k, v in self.failure(error).items() if k != "status"})
-        return {**reply, "execution_count": self.execution_count}
+            self.fail(error)
+        return {**reply, "payload": self.payload, "execution_count": self.count.get()}
+
+    def fail(self, error):
+        """Publish an error, keep it for the debugger, and return a failed reply."""
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+        reply = self.failure(error)
+        self.publish("error", {key: reply[key] for key in ("ename", "evalue", "traceback")})
+        return reply
+
+    def exit(self, code=None):
+        """`exit()`: end the kernel when the cell is done, and tell a console to end as well."""
+        self.wants_exit = True
+        self.payload.append({"source": "ask_exit", "keepkernel": False})
 
     async def run(self, code):
         """Run a cell in the notebook's namespace and show the value of its last expression.
@@ -804,7 +824,7 @@ class Interpreter:
         if code.startswith("%%"):
             first, _, body = code.partition("\n")
             name, _, line = first[2:].partition(" ")
-            value = self.magics.run_cell_magic(name, line.strip(), body)
+            value = self.magics.cell(name, line.strip(), body)
             value = await value if hasattr(value, "__await__") else value
         else:
             value = await self.run_source(code)
@@ -822,7 +842,7 @@ class Interpreter:
 
     def compile(self, code):
         """Code objects to be evaluated in turn; the last one's value is the cell's."""
-        name = f"<In[{self.execution_count}] {next(self.serial)}>"
+        name = f"<In[{self.count.get()}] {next(self.serial)}>"
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
         tree = compile(translate(code), name, "exec", self.flags | ast.PyCF_ONLY_AST, True)
         steps = []
@@ -834,7 +854,7 @@ class Interpreter:
 
     def remember(self, code):
         """Keep the source as In[n], _i, _ii, _iii and _in."""
-        n, names = self.execution_count, self.namespace
+        n, names = self.count.get(), self.namespace
         self.inputs += [""] * (n - len(self.inputs)) + [code]
         names["_iii"], names["_ii"], names["_i"] = names["_ii"], names["_i"], self.inputs[n - 1]
         names[f"_i{n}"] = code
@@ -843,16 +863,21 @@ class Interpreter:
         """Show the value of a last expression and keep it as `_`, `_n` and Out[n]."""
         if value is None:
             return
-        names = self.namespace
+        names, count = self.namespace, self.count.get()
         if value is not self.outputs:
             names["___"], names["__"], names["_"] = names["__"], names["_"], value
-            names[f"_{self.execution_count}"] = self.outputs[self.execution_count] = value
-        self.display.result(value, self.execution_count)
+            names[f"_{count}"] = self.outputs[count] = value
+            if len(self.outputs) > MOST_OUTPUTS:   # each one keeps a value alive
+                oldest = next(iter(self.outputs))
+                del self.outputs[oldest]
+                names.pop(f"_{oldest}", None)
+        text = self.display.result(value, count)
+        self.results[count] = (text or "")[:MOST_RESULT]
 
     def evaluate(self, expression):
         """A user expression's value as a MIME bundle, or its error."""
         try:
-            data, metadata = mime_bundle(eval(expression, self.namespace))
+            data, metadata = self.display.format(eval(expression, self.namespace))
             return {"status": "ok", "data": data, "metadata": metadata}
         except Exception as error:
             return self.failure(error)
@@ -866,8 +891,314 @@ class Interpreter:
         return {"status": "error", "ename": type(error).__name__, "evalue": evalue,
                 "traceback": format_error(error)}
 
+    # -- questions, answered by the helper thread while a cell may be running --
 
-# ---- 5. Magics: what notebooks say that is not Python -----------------------------------------
+    def is_complete(self, code):
+        status, indent = is_complete(code)
+        return {"status": status, **({"indent": indent} if status == "incomplete" else {})}
+
+    def complete(self, code, cursor):
+        """The content of a complete_reply, with the types that JupyterLab shows."""
+        matches, start, kinds = complete(code, cursor, self.namespace, self.magics.names())
+        types_ = [{"start": start, "end": cursor, "text": name, "type": kind, "signature": ""}
+                  for name, kind in zip(matches, kinds, strict=True)]
+        return {"matches": matches, "cursor_start": start, "cursor_end": cursor,
+                "metadata": {"_jupyter_types_experimental": types_}}
+
+    def inspect(self, code, cursor, detail):
+        """The content of an inspect_reply."""
+        name = name_at(code, cursor)
+        value = resolve(name, self.namespace) if name else NOT_THERE
+        if value is NOT_THERE:
+            return {"found": False, "data": {}, "metadata": {}}
+        return {"found": True, "data": {"text/plain": describe(name, value, detail)},
+                "metadata": {}}
+
+    def history(self, wish):
+        """The content of a history_reply: [session, number, input or [input, output]]. There is
+        one session, number 1: a kernel remembers as long as it lives."""
+        entries = list(enumerate(self.inputs))[1:]
+        kind, n = wish["hist_access_type"], wish.get("n") or len(entries)
+        if kind == "range":
+            start, stop = wish.get("start") or 0, wish.get("stop")
+            is_this = wish.get("session", 0) in (0, SESSION_NUMBER)
+            entries = [e for e in entries if is_this and e[0] >= start
+                       and (stop is None or e[0] < stop)]
+        elif kind == "search":
+            pattern = re.compile(fnmatch.translate(wish.get("pattern") or "*"))
+            entries = [e for e in entries if pattern.match(e[1])]
+            if wish.get("unique"):
+                entries = sorted((number, text) for text, number in
+                                 {text: number for number, text in entries}.items())
+            entries = entries[-n:]
+        else:
+            entries = entries[-n:]
+        return {"history": [
+            [SESSION_NUMBER, number,
+             [text, self.results.get(number)] if wish.get("output") else text]
+            for number, text in entries]}
+
+
+# ---- 5. Questions about code: complete, inspect, is_complete -----------------------------------
+#
+# A frontend asks while the person types, and a cell may be running meanwhile. So these answers
+# come from the helper thread, and they never run the user's code: names are looked up in
+# dictionaries, properties are not called, and an object whose attributes are made up on demand
+# keeps them to itself. Positions count characters (code points) of the code.
+
+WORD = re.compile(r"[^\W\d]\w*")
+CHAIN_END = re.compile(r"(?:[^\W\d]\w*\s*\.\s*)*(?:[^\W\d]\w*)?$")
+IMPORT_LINE = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+(?:[\w, ]*,\s*)?"
+                         r"|(?:import|from)\s+)([\w.]*)$")
+KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
+QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
+MOST_MATCHES = 1_000
+NOT_THERE = object()
+
+
+def is_complete(code):
+    """(status, indent) for a console that asks whether Enter should run the cell.
+
+    `complete`, `invalid`, or `incomplete` with the indentation of the next line. A block is
+    complete when an empty line ends it.
+    """
+    import codeop
+    import warnings
+    lines = code.split("\n")
+    compiler = codeop.CommandCompiler()
+    compiler.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    if code.startswith("%%"):
+        return ("complete" if lines[-1] == "" and len(lines) > 1 else "incomplete"), ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ready = compiler(translate(code), "<is_complete>", "exec")
+    except (SyntaxError, OverflowError, ValueError):
+        return "invalid", ""
+    last = lines[-1]
+    indent = last[:len(last) - len(last.lstrip())] + ("    " if last.rstrip().endswith(":") else "")
+    in_block = bool(last.strip()) and last[:1] in " \t"
+    return ("complete", "") if ready and not in_block else ("incomplete", indent)
+
+
+def static_attribute(value, name):
+    """`value.name` without running anybody's code: NOT_THERE for properties and the like."""
+    if isinstance(value, types.ModuleType):
+        return vars(value).get(name, NOT_THERE)
+    own = instance_names(value).get(name, NOT_THERE)
+    if own is not NOT_THERE:
+        return own
+    for cls in (value.__mro__ if isinstance(value, type) else ()) + type(value).__mro__:
+        if name in vars(cls):
+            found = vars(cls)[name]
+            if isinstance(found, (staticmethod, classmethod)):
+                return found.__func__
+            return NOT_THERE if hasattr(type(found), "__get__") and not callable(found) else found
+    return NOT_THERE
+
+
+def instance_names(value):
+    """The dictionary of an object's own attributes; empty when it has none."""
+    try:
+        names = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return names if isinstance(names, dict) else {}
+
+
+def attribute_names(value):
+    """All attribute names; a library's own `__dir__` is asked (pandas' columns), the user's not."""
+    if type(value).__dir__ is not object.__dir__ and type(value).__module__ != "__main__":
+        try:
+            return [name for name in dir(value) if isinstance(name, str)]
+        except Exception:
+            pass   # an object that is not ready to answer; its classes are
+    names = {*instance_names(value)}
+    for cls in (value.__mro__ if isinstance(value, type) else ()) + type(value).__mro__:
+        names.update(vars(cls))
+    return sorted(names)
+
+
+def resolve(chain, namespace):
+    """The object that `a.b.c` names, or NOT_THERE."""
+    first, *rest = [part.strip() for part in chain.split(".")]
+    value = namespace.get(first, getattr(builtins, first, NOT_THERE))
+    for name in rest:
+        if value is NOT_THERE:
+            break
+        value = static_attribute(value, name)
+    return value
+
+
+def kind_of(value):
+    """The type of a match as JupyterLab shows it."""
+    for kind, types_ in (("class", type), ("module", types.ModuleType)):
+        if isinstance(value, types_):
+            return kind
+    return "function" if callable(value) else "instance"
+
+
+def complete(code, cursor, namespace, magics=()):
+    """(matches, start, kinds): what may stand from `start` to the cursor; kinds are for people."""
+    before = code[:cursor]
+    line = before.rpartition("\n")[2]
+    for find in (complete_magic, complete_import, complete_key, complete_path, complete_name):
+        found = find(before, line, namespace, magics)
+        if found is not None:
+            break
+    typed, pairs = found
+    pairs = sorted({(name, kind) for name, kind in pairs if name.startswith(typed)},
+                   key=lambda pair: (pair[0].startswith("_"), pair[0].lower()))
+    if not typed.startswith("_"):   # private names only when asked for
+        pairs = [pair for pair in pairs if not pair[0].startswith("_")] or pairs
+    pairs = pairs[:MOST_MATCHES]
+    return [name for name, _ in pairs], cursor - len(typed), [kind for _, kind in pairs]
+
+
+def complete_magic(before, line, namespace, magics):
+    match = re.match(r"\s*(%{1,2})(\w*)$", line)
+    return (match[1] + match[2], [(match[1] + name, "magic") for name in magics]) if match else None
+
+
+def complete_import(before, line, namespace, magics):
+    match = IMPORT_LINE.match(line)
+    if not match:
+        return None
+    package, typed = match.groups()
+    if package:                                         # from package import typed
+        names = vars(sys.modules[package]) if package in sys.modules else {}
+        return typed, [*((name, kind_of(value)) for name, value in list(names.items())),
+                       *((name, "module") for name in submodules(package) if name not in names)]
+    parent, _, last = typed.rpartition(".")             # import parent.last
+    names = submodules(parent) if parent else [*sys.stdlib_module_names, *submodules("")]
+    return last, [(name, "module") for name in names]
+
+
+def submodules(package):
+    """Names of the modules in a package that is loaded, or of all top-level ones; loads nothing."""
+    import pkgutil
+    path = sys.path if not package else getattr(sys.modules.get(package), "__path__", [])
+    return [module.name for module in pkgutil.iter_modules([entry or "." for entry in path])]
+
+
+def complete_key(before, line, namespace, magics):
+    """`d["ab`: the keys of a dictionary, or what a library offers as keys."""
+    match = KEY_END.search(line)
+    value = resolve(match[1], namespace) if match else NOT_THERE
+    if type(value) is dict:
+        keys = value
+    elif type(value).__module__ == "__main__" or value is NOT_THERE:
+        return None
+    else:
+        offer = getattr(type(value), "_ipython_key_completions_", None)
+        keys = offer(value) if offer else ()
+    names = [key for key in keys if isinstance(key, str)]
+    return (match[3], [(name, "key") for name in names]) if names else None
+
+
+def complete_path(before, line, namespace, magics):
+    """Inside a string: the files that its text may name."""
+    match = QUOTED_END.search(line)
+    is_open = match and (line.count('"') % 2 or line.count("'") % 2)
+    if not is_open or not match[1]:
+        return None
+    folder, slash, typed = match[1].rpartition("/")
+    try:
+        entries = list(os.scandir(os.path.expanduser(folder + slash or ".")))
+    except OSError:
+        return None
+    return typed, [(entry.name + "/" * entry.is_dir(), "path") for entry in entries]
+
+
+def complete_name(before, line, namespace, magics):
+    chain = CHAIN_END.search(before)[0]
+    owner, dot, typed = chain.rpartition(".")
+    typed = typed.strip()
+    if dot:
+        value = resolve(owner, namespace)
+        if value is NOT_THERE:
+            return typed, []
+        return typed, [(name, kind_of(static_attribute(value, name)))
+                       for name in attribute_names(value)]
+    import keyword
+    pairs = [(name, "keyword") for name in keyword.kwlist]
+    pairs += [(name, kind_of(value)) for name, value in (*vars(builtins).items(),
+                                                         *list(namespace.items()))]
+    pairs += [(name, "statement") for name in WORD.findall(before[:-len(typed) or None])
+              if name not in namespace and name not in vars(builtins)
+              and name not in keyword.kwlist]
+    pairs += [(f"{name}=", "param") for name in parameters_at(before, namespace)]
+    return typed, pairs
+
+
+def parameters_at(before, namespace):
+    """The parameter names of the Python function whose call is open at the cursor."""
+    called = open_call(before)
+    function = resolve(called, namespace) if called else None
+    function = getattr(function, "__init__", None) if type(function) is type else function
+    if not isinstance(function, types.FunctionType):
+        return ()
+    code = function.__code__
+    return code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+
+
+def open_call(before):
+    """The dotted name before the innermost bracket that is still open; "" when there is none."""
+    depth = 0
+    for at in range(len(before) - 1, -1, -1):
+        depth += (before[at] in ")]}") - (before[at] in "([{")
+        if depth < 0:
+            return CHAIN_END.search(before[:at])[0] if before[at] == "(" else ""
+    return ""
+
+
+def name_at(code, cursor):
+    """The dotted name under the cursor, or of the call that is open there."""
+    end = cursor
+    while end < len(code) and (code[end].isalnum() or code[end] == "_"):
+        end += 1
+    return CHAIN_END.search(code[:end])[0].strip(" .") or open_call(code[:cursor])
+
+
+def describe(name, value, detail=0):
+    """What `name?` shows: signature, type, docstring; with `detail` the source."""
+    import inspect
+    lines = []
+    if callable(value):
+        with contextlib.suppress(TypeError, ValueError):   # built in, and without a signature
+            lines.append(("Signature:", f"{name}{inspect.signature(value)}"))
+    lines.append(("Type:     ", type(value).__name__))
+    if type(value) in (int, float, str, bool, list, dict, tuple, set):
+        lines.append(("Value:    ", pretty(value)[:1000]))
+        return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
+    source = source_of(value) if detail else None
+    if source is None:
+        lines.append(("Docstring:", inspect.getdoc(value) or "<no docstring>"))
+    else:
+        lines.append(("Source:   ", "\n" + source))
+    with contextlib.suppress(TypeError, OSError):
+        lines.append(("File:     ", inspect.getfile(value)))
+    return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
+
+
+def source_of(value):
+    """The source of a function, class or module, or None. A cell's class is found in its cell."""
+    import inspect
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        pass
+    methods = [m for m in vars(value).values() if isinstance(m, types.FunctionType)] \
+        if isinstance(value, type) else []
+    for method in methods:   # Python looks for a class by its module's file, and cells have none
+        lines = linecache.getlines(method.__code__.co_filename)
+        for at, line in enumerate(lines):
+            if re.match(rf"\s*class {value.__name__}\b", line):
+                return "".join(inspect.getblock(lines[at:]))
+    return None
+
+
+# ---- 6. Magics: what notebooks say that is not Python -----------------------------------------
 #
 # `!command`, `x = !command`, `%magic`, `%%magic` and `name?` are no Python: the parser stops at
 # such a line, and only there does `translate` look. So text inside strings is never touched. To
@@ -910,6 +1241,8 @@ def translate_line(lines, at):
 def magic_call(text):
     """The Python for one magic line, or None when it is none."""
     text = text.replace("\\\n", " ")
+    if match := re.match(r"\s*%([\w.]+)(\?{1,2})\s*$", text):
+        return f"__shell__.pinfo('%{match[1]}', {len(match[2])})"
     if match := ASSIGNED_COMMAND.match(text):
         indent, target, kind, rest = match.groups()
         return f"{indent}{target} = {call_of(kind, rest, 'getoutput')}"
@@ -925,7 +1258,7 @@ def call_of(kind, rest, shell_method):
     if kind != "%":
         return f"__shell__.{shell_method}({rest.strip()!r})"
     name, _, line = rest.strip().partition(" ")
-    return f"__shell__.run_line_magic({name!r}, {line.strip()!r})"
+    return f"__shell__.line({name!r}, {line.strip()!r})"
 
 
 def spoken(seconds):
@@ -938,39 +1271,143 @@ def spoken(seconds):
     return f"{seconds * 1e9:.3g} ns"
 
 
+class Events:
+    """`get_ipython().events`: functions that libraries want called around a cell."""
+
+    def __init__(self):
+        self.callbacks = collections.defaultdict(list)   # event -> functions
+
+    def register(self, event, function):
+        if function not in self.callbacks[event]:
+            self.callbacks[event].append(function)
+
+    def unregister(self, event, function):
+        self.callbacks[event].remove(function)
+
+    def trigger(self, event, *values):
+        for function in list(self.callbacks[event]):
+            function(*values)
+
+
+class Captured:
+    """What `%%capture NAME` has kept: text of both streams, and outputs as (msg_type, content)."""
+
+    def __init__(self):
+        self.streams, self.outputs = {"stdout": io.StringIO(), "stderr": io.StringIO()}, []
+
+    stdout = property(lambda self: self.streams["stdout"].getvalue())
+    stderr = property(lambda self: self.streams["stderr"].getvalue())
+
+    def __str__(self):
+        return self.stdout
+
+    def __call__(self):
+        """Show it all."""
+        sys.stdout.write(self.stdout)
+        sys.stderr.write(self.stderr)
+        for msg_type, content in self.outputs:
+            builtins.get_ipython().interpreter.publish(msg_type, content)
+
+    show = __call__
+
+
 class Magics:
-    """The magics, and what `get_ipython()` returns."""
+    """The magics, and what `get_ipython()` returns as long as nobody has imported IPython."""
 
     # rich, plotly and others look at this name to learn whether they run in a notebook.
-    __qualname__ = "ZMQInteractiveShell"
-
-    RICH_CELLS = {"html": "text/html", "markdown": "text/markdown", "latex": "text/latex",
-                  "svg": "image/svg+xml", "javascript": "application/javascript"}
+    __qualname__, __module__ = "ZMQInteractiveShell", "ipykernel.zmqshell"
+    RICH_CELLS = {"html": "text/html", "HTML": "text/html", "markdown": "text/markdown",
+                  "latex": "text/latex", "svg": "image/svg+xml", "SVG": "image/svg+xml",
+                  "javascript": "application/javascript", "js": "application/javascript"}
+    SCRIPT_CELLS = {name: name for name in ("bash", "sh", "python3", "perl", "ruby", "node")}
+    SCRIPT_CELLS["python"] = sys.executable
+    COMMANDS = ("ls", "cat", "cp", "mv", "rm", "mkdir", "rmdir", "man")
+    colors = "nocolor"
 
     def __init__(self, interpreter):
-        self.interpreter = interpreter
-        self.user_ns = interpreter.namespace
-        type(self).__name__ = type(self).__qualname__
+        self.interpreter, self.user_ns = interpreter, interpreter.namespace
+        self.initial_names = {*self.user_ns}
+        self.events, self.shell = Events(), None    # IPython's own shell, once it was imported
+        self.display_formatter = types.SimpleNamespace(formatters={
+            mime: TypeFormatter(mime) for mime in ("text/plain", *REPR_METHODS.values())})
+        self.kernel = types.SimpleNamespace(comm_manager=interpreter.comms)
+        self.run_line_magic, self.run_cell_magic = self.line, self.cell
+        interpreter.before_cell.append(self.before_cell)
+        interpreter.after_cell.append(self.after_cell)
         builtins.__shell__ = self
+        type(self).__name__ = type(self).__qualname__
 
-    def run_line_magic(self, name, line):
-        return self.find(name)(line, None)
+    # -- what libraries call --
 
-    def run_cell_magic(self, name, line, cell):
+    def before_cell(self, code):
+        for shell in filter(None, (self, self.shell)):
+            shell.events.trigger("pre_execute")
+            shell.events.trigger("pre_run_cell", types.SimpleNamespace(
+                raw_cell=code, store_history=True, silent=False, shell_futures=True, cell_id=None))
+
+    def after_cell(self):
+        for shell in filter(None, (self, self.shell)):
+            shell.events.trigger("post_execute")
+            shell.events.trigger("post_run_cell", types.SimpleNamespace(
+                success=True, result=None, error_in_exec=None))
+
+    def enable_gui(self, gui=None):
+        """matplotlib asks; there is no window system here."""
+
+    def register_magic_function(self, function, magic_kind="line", magic_name=None):
+        """Let `%NAME` call `function(line)`, or `%%NAME` call `function(line, cell)`."""
+        name = magic_name or function.__name__
+        setattr(self, f"magic_{name}", lambda line, cell:
+                function(line) if cell is None else function(line, cell))
+
+    def ev(self, expression):
+        return eval(expression, self.user_ns)
+
+    def run_cell(self, code, **options):
+        """Run source in the notebook's namespace; it must not await."""
+        return finished(self.interpreter.run_source(code))
+
+    def push(self, variables):
+        self.user_ns.update(variables)
+
+    def set_next_input(self, text, replace=False):
+        """Put text into a new cell below, or into this one."""
+        self.interpreter.payload = [p for p in self.interpreter.payload
+                                    if p["source"] != "set_next_input"]
+        self.interpreter.payload.append(
+            {"source": "set_next_input", "text": text, "replace": replace})
+
+    # -- finding and calling --
+
+    def line(self, name, line):
+        return self.find(name, "line")(line, None)
+
+    def cell(self, name, line, cell):
         if name in self.RICH_CELLS:
             return self.interpreter.display.publish_display_data({self.RICH_CELLS[name]: cell})
-        return self.find(name)(line, cell)
+        if name in self.SCRIPT_CELLS:
+            return self.magic_script(f"{self.SCRIPT_CELLS[name]} {line}", cell)
+        return self.find(name, "cell")(line, cell)
 
-    def find(self, name):
-        """The method of a magic; raises NameError with the nearest name when there is none."""
-        method = getattr(self, f"magic_{name}", None)
-        if method is None:
-            import difflib
-            names = [n.removeprefix("magic_") for n in dir(self) if n.startswith("magic_")]
-            near = difflib.get_close_matches(name, names, 1)
-            raise NameError(f"there is no magic %{name}"
-                            + (f"; did you mean %{near[0]}?" if near else ""))
-        return method
+    def find(self, name, kind="line"):
+        """A magic's function of (line, cell). Raises NameError with the nearest name."""
+        if name in self.COMMANDS:
+            return lambda line, cell: self.system(f"{name} {line}")
+        if method := getattr(self, f"magic_{name}", None):
+            return method
+        if self.shell and (theirs := self.shell.find_magic(name, kind)):
+            return lambda line, cell: theirs(line) if cell is None else theirs(line, cell)
+        import difflib
+        near = difflib.get_close_matches(name, self.names(), 1)
+        raise NameError(f"there is no magic %{name}"
+                        + (f"; did you mean %{near[0]}?" if near else ""))
+
+    def names(self):
+        return sorted({*(name.removeprefix("magic_") for name in dir(self)
+                         if name.startswith("magic_")),
+                       *self.RICH_CELLS, *self.SCRIPT_CELLS, *self.COMMANDS})
+
+    # -- commands of the system --
 
     def system(self, command):
         """Run a shell command; what it prints comes through descriptors 1 and 2."""
@@ -994,23 +1431,91 @@ class Magics:
                 return match[0]   # shell syntax, such as ${HOME} or awk's {print}
         return re.sub(r"(?<![$\\])\{([^{}\n]+)\}|(?<![$\\])\$([A-Za-z_]\w*)", value, command)
 
+    def magic_script(self, line, cell):
+        """Run the cell with a program: `%%script PROGRAM [ARGUMENTS]`."""
+        import shlex
+        import subprocess
+        subprocess.run(shlex.split(line), input=cell, text=True, check=True)
+
+    def magic_system(self, line, cell):
+        """Run a shell command and return its lines."""
+        return self.getoutput(line if cell is None else cell)
+
+    magic_sx = magic_system
+
+    def magic_pip(self, line, cell):
+        """Run pip in this kernel's environment: `%pip install NAME`."""
+        self.system(f'"{sys.executable}" -m pip {line}')
+
+    def magic_cd(self, line, cell):
+        """Change the working directory."""
+        os.chdir(os.path.expanduser(line.strip("\"'") or "~"))
+        print(os.getcwd())
+
+    def magic_pwd(self, line, cell):
+        """The working directory."""
+        return os.getcwd()
+
+    def magic_env(self, line, cell):
+        """Show or set environment variables: `%env`, `%env NAME`, `%env NAME=VALUE`."""
+        name, given, value = line.partition("=" if "=" in line else " ")
+        if given:
+            os.environ[name.strip()] = self.expand(value.strip())
+            return print(f"env: {name.strip()}={os.environ[name.strip()]}")
+        return os.environ[line] if line else dict(os.environ)
+
+    magic_set_env = magic_env
+
+    # -- help --
+
     def pinfo(self, name, detail):
-        """Show what `name?` or `name??` asks for: type, signature, docstring or source."""
-        import inspect
+        """Show in the pager what `name?` or `name??` asks for, or the names that fit a pattern."""
+        if "*" in name:
+            names = fnmatch.filter(sorted({*self.user_ns, *vars(builtins)}), name)
+            return self.page("\n".join(names))
         try:
-            value = self.find(name.strip("%")) if name[0] == "%" else eval(name, self.user_ns)
+            value = (self.find(name.strip("%")) if name[0] == "%" else eval(name, self.user_ns))
         except Exception:
             return print(f"Object `{name}` not found.")
-        print(f"Type:      {type(value).__name__}")
-        try:
-            print(f"Signature: {name}{inspect.signature(value)}")
-        except (TypeError, ValueError):
-            print(f"Value:     {pretty(value)[:1000]}")
-        try:
-            print(f"Source:\n{inspect.getsource(value)}" if detail == 2 else
-                  f"Docstring: {inspect.getdoc(value) or '<no docstring>'}")
-        except (TypeError, OSError):
-            print(f"Docstring: {inspect.getdoc(value) or '<no docstring>'}")
+        self.page(describe(name, value, detail - 1))
+
+    def page(self, text):
+        """Show text in the frontend's pager."""
+        self.interpreter.payload.append(
+            {"source": "page", "data": {"text/plain": text}, "start": 0})
+
+    def magic_pinfo(self, line, cell):
+        """Describe an object: the same as `NAME?`."""
+        self.pinfo(line, 1)
+
+    def magic_lsmagic(self, line, cell):
+        """List the magics."""
+        print("Magics: " + "  ".join(f"%{name}" for name in self.names()))
+
+    def magic_history(self, line, cell):
+        """Print the cells that were run; `-n` with their numbers."""
+        for number, code in enumerate(self.interpreter.inputs[1:], 1):
+            print(f"{number:4}: {code}" if "-n" in line.split() else code)
+
+    def magic_who(self, line, cell):
+        """Print the names that the notebook has defined."""
+        print("\t".join(self.own_names()) or "Interactive namespace is empty.")
+
+    def magic_whos(self, line, cell):
+        """Print the notebook's names with type and value."""
+        rows = [("Variable", "Type", "Data/Info")]
+        for name in self.own_names():
+            value = self.user_ns[name]
+            text = f"n={len(value)}" if type(value) in BRACKETS else " ".join(repr(value).split())
+            rows.append((name, type(value).__name__, text[:60]))
+        for name, kind, text in rows:
+            print(f"{name:<12} {kind:<12} {text}")
+
+    def own_names(self):
+        return [name for name in sorted(self.user_ns)
+                if name not in self.initial_names and not name.startswith("_")]
+
+    # -- time --
 
     async def time_cell(self, cell):
         """Run source and say how long it took."""
@@ -1025,11 +1530,11 @@ class Magics:
 
     def magic_time(self, line, cell):
         """Time one statement (`%time x = f()`) or a whole cell (`%%time`)."""
-        running = self.time_cell(line if cell is None else "\n" * bool(not line) + line + cell)
+        running = self.time_cell(line if cell is None else f"{line}\n{cell}")
         return finished(running) if cell is None else running
 
     def magic_timeit(self, line, cell):
-        """Time a statement or cell over many runs: `%timeit [-n LOOPS] [-r RUNS] [-q] code`."""
+        """Time code over many runs: `%timeit [-n LOOPS] [-r RUNS] [-q] [-o] code`."""
         import getopt
         import statistics
         import timeit
@@ -1046,47 +1551,145 @@ class Magics:
                   f"(mean ± std. dev. of {len(runs)} runs, {loops:,} loops each)")
         return runs if "-o" in options else None
 
-    def magic_matplotlib(self, line, cell):
-        """Accepted for what other kernels need it for: figures are always shown inline here."""
+    def magic_prun(self, line, cell):
+        """Profile a statement or cell."""
+        import cProfile
+        import pstats
+        profile = cProfile.Profile()
+        try:
+            profile.runctx(line if cell is None else cell, self.user_ns, self.user_ns)
+        finally:
+            pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(40)
+
+    # -- files --
 
     def magic_writefile(self, line, cell):
         """Write the cell into a file: `%%writefile [-a] PATH`; -a appends."""
-        appends, path = line.startswith("-a "), line.removeprefix("-a ").strip()
+        appends = line.startswith("-a ")
+        path = os.path.expanduser(line.removeprefix("-a ").strip().strip("\"'"))
         verb = "Appending to" if appends else "Overwriting" if os.path.exists(path) else "Writing"
-        with open(os.path.expanduser(path), "a" if appends else "w", encoding="utf-8") as file:
+        with open(path, "a" if appends else "w", encoding="utf-8") as file:
             file.write(cell)
         print(f"{verb} {path}")
 
     magic_file = magic_writefile
 
-    def magic_bash(self, line, cell):
-        """Run the cell in bash."""
-        import subprocess
-        subprocess.run(["bash", "-c", cell], check=True)
+    def magic_load(self, line, cell):
+        """Put the source of a file or an object into this cell."""
+        if os.path.exists(line):
+            with open(line, encoding="utf-8") as file:
+                text = file.read()
+        else:
+            text = source_of(eval(line, self.user_ns)) or ""
+        self.set_next_input(f"# %load {line}\n{text}", replace=True)
 
-    def magic_sh(self, line, cell):
-        """Run the cell in the system's shell."""
-        import subprocess
-        subprocess.run(["sh", "-c", cell], check=True)
+    def magic_run(self, line, cell):
+        """Run a Python file as a program and keep its names: `%run [-i] FILE [ARGUMENTS]`."""
+        import shlex
+        words = shlex.split(line)
+        shares, (path, *arguments) = words[0] == "-i", words[words[0] == "-i":]
+        path = os.path.expanduser(path if os.path.exists(path) else f"{path}.py")
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        names = self.user_ns if shares else {"__name__": "__main__", "__file__": path,
+                                             "__builtins__": builtins}
+        saved, sys.argv[:] = sys.argv[:], [path, *arguments]
+        try:
+            exec(code, names)
+        finally:
+            sys.argv[:] = saved
+            self.user_ns.update({name: value for name, value in names.items()
+                                 if not name.startswith("__")})
 
-    def magic_pip(self, line, cell):
-        """Run pip in this kernel's environment: `%pip install NAME`."""
-        self.system(f'"{sys.executable}" -m pip {line}')
+    # -- the session --
 
-    def magic_cd(self, line, cell):
-        """Change the working directory."""
-        os.chdir(os.path.expanduser(line or "~"))
-        print(os.getcwd())
+    async def capture(self, cell, captured, hidden):
+        """Run source with the `hidden` kinds of output put aside."""
+        publish, streams = self.interpreter.display.publish, (sys.stdout, sys.stderr)
+        if "stdout" in hidden:
+            sys.stdout = captured.streams["stdout"]
+        if "stderr" in hidden:
+            sys.stderr = captured.streams["stderr"]
+        if "display" in hidden:
+            self.interpreter.display.publish = lambda *output: captured.outputs.append(output)
+        try:
+            value = await self.interpreter.run_source(cell)
+            if value is not None and not is_muted(cell):
+                self.interpreter.displayhook(value)
+        finally:
+            for function in self.interpreter.after_cell:   # its figures are its output, too
+                function()
+            (sys.stdout, sys.stderr), self.interpreter.display.publish = streams, publish
 
-    def magic_pwd(self, line, cell):
-        """The working directory."""
-        return os.getcwd()
+    def magic_capture(self, line, cell):
+        """Put output aside: `%%capture [NAME] [--no-stdout] [--no-stderr] [--no-display]`."""
+        captured = Captured()
+        for name in [word for word in line.split() if not word.startswith("--")]:
+            self.user_ns[name] = captured
+        hidden = [kind for kind in ("stdout", "stderr", "display") if f"--no-{kind}" not in line]
+        return self.capture(cell, captured, hidden)
 
-    def magic_lsmagic(self, line, cell):
-        """List the magics."""
-        names = [n.removeprefix("magic_") for n in dir(self) if n.startswith("magic_")]
-        print("Magics: " + "  ".join(f"%{name}" for name in names)
-              + "\nCells:  " + "  ".join(f"%%{name}" for name in self.RICH_CELLS))
+    def magic_debug(self, line, cell):
+        """Look around where the last error was raised, with Python's debugger."""
+        import pdb
+        if getattr(sys, "last_traceback", None) is None:
+            return print("There is no error to debug.")
+        debugger = pdb.Pdb(nosigint=True)
+        debugger.reset()
+        debugger.interaction(None, sys.last_traceback)
+
+    def magic_reset(self, line, cell):
+        """Forget the notebook's names: `%reset [-f] [out]`; without -f it asks."""
+        if "-f" not in line and input("Forget all names of the notebook (y/[n])? ") != "y":
+            return
+        self.interpreter.outputs.clear()
+        for name in list(self.user_ns):
+            is_result = re.fullmatch(r"_\d*|__|___", name) is not None
+            if is_result or "out" not in line.split() and name not in self.initial_names:
+                del self.user_ns[name]
+        self.user_ns.update({"_": "", "__": "", "___": ""})
+
+    def magic_load_ext(self, line, cell):
+        """Load an IPython extension; `autoreload` works without IPython, too."""
+        try:
+            if line == "autoreload":
+                importlib.import_module("IPython.extensions.autoreload")
+                line = "IPython.extensions.autoreload"
+        except ImportError:
+            return   # %autoreload is one of ours
+        importlib.import_module(line).load_ipython_extension(self.shell or self)
+
+    magic_reload_ext = magic_load_ext
+
+    def magic_autoreload(self, line, cell):
+        """Import changed modules anew before each cell: `%autoreload 2`; 0 ends it."""
+        if self.shell and (theirs := self.shell.find_magic("autoreload")):
+            return theirs(line)
+        self.file_times = {}
+        self.reload_changed()
+        wanted = line.strip() not in ("0", "off")
+        (self.events.register if wanted else self.events.unregister)(
+            "pre_execute", self.reload_changed)
+
+    def reload_changed(self):
+        """Reload the modules whose files are newer than when we last looked, and rebind the
+        notebook's names that came from them."""
+        for module in list(sys.modules.values()):
+            path = getattr(module, "__file__", None) or ""
+            if not path.endswith(".py") or "site-packages" in path or not os.path.exists(path):
+                continue
+            changed = os.stat(path).st_mtime_ns
+            if self.file_times.setdefault(path, changed) != changed:
+                self.file_times[path] = changed
+                importlib.reload(module)
+                for name, value in list(self.user_ns.items()):
+                    if getattr(value, "__module__", None) == module.__name__:
+                        self.user_ns[name] = getattr(module, value.__name__, value)
+
+    def magic_matplotlib(self, line, cell):
+        """Accepted: figures are always shown inline here."""
+
+    magic_config = magic_xmode = magic_colors = magic_autosave = magic_pylab = magic_matplotlib
 
 
 def finished(coroutine):
@@ -1099,13 +1702,114 @@ def finished(coroutine):
     raise SyntaxError("a line magic cannot await; use %%time for the whole cell")
 
 
-# ---- 6. Other people's modules: matplotlib and IPython.display --------------------------------
+# ---- 7. Comms: wires between an object here and one in the page --------------------------------
 #
-# Two libraries must know that they run in a notebook. matplotlib draws figures for a backend, so
+# A comm is opened by either side under a target's name; then both send data and buffers in
+# `comm_msg`, until one closes it. ipywidgets live on them. The classes have the interface of the
+# package `comm`, which takes them from here when it is imported.
+
+class Comm:
+    """One wire. Opened here, it tells the page so; opened there, it is `primary=False`."""
+
+    def __init__(self, target_name="comm", data=None, metadata=None, buffers=None, comm_id=None,
+                 primary=True, manager=None, target_module=None, **ignored):
+        self.comm_id, self.target_name = comm_id or os.urandom(16).hex(), target_name
+        self.primary, self.target_module, self.manager = primary, target_module, manager
+        self.message_callback = self.close_callback = None
+        self.is_closed = False
+        if primary:
+            self.open(data, metadata, buffers)
+
+    def open(self, data=None, metadata=None, buffers=None):
+        self.manager.register_comm(self)
+        more = {"target_name": self.target_name}
+        if self.target_module:
+            more["target_module"] = self.target_module
+        self.publish_msg("comm_open", data, metadata, buffers, **more)
+
+    def send(self, data=None, metadata=None, buffers=None):
+        self.publish_msg("comm_msg", data, metadata, buffers)
+
+    def close(self, data=None, metadata=None, buffers=None, deleting=False):
+        if not self.is_closed:
+            self.is_closed = True
+            self.publish_msg("comm_close", data, metadata, buffers)
+            self.manager.unregister_comm(self)
+
+    def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **more):
+        self.manager.publish(msg_type, {"comm_id": self.comm_id, "data": data or {}, **more},
+                             metadata=metadata, buffers=buffers or ())
+
+    def on_msg(self, callback):
+        """Call `callback(message)` for every comm_msg from the page."""
+        self.message_callback = callback
+
+    def on_close(self, callback):
+        self.close_callback = callback
+
+    def handle_msg(self, message):
+        if self.message_callback:
+            self.message_callback(message)
+
+    def handle_close(self, message):
+        self.is_closed = True
+        if self.close_callback:
+            self.close_callback(message)
+
+
+class Comms:
+    """All comms by id, and the targets that the page may open. `publish` is the outbox's."""
+
+    def __init__(self, publish):
+        self.publish = publish
+        self.comms, self.targets = {}, {}
+
+    def register_target(self, name, function):
+        """Call `function(comm, message)` when the page opens a comm to `name`."""
+        self.targets[name] = function
+
+    def unregister_target(self, name, function=None):
+        return self.targets.pop(name)
+
+    def register_comm(self, comm):
+        self.comms[comm.comm_id] = comm
+        return comm.comm_id
+
+    def unregister_comm(self, comm):
+        self.comms.pop(comm.comm_id, None)
+
+    def get_comm(self, comm_id):
+        return self.comms.get(comm_id)
+
+    def create(self, *args, **options):
+        return Comm(*args, **{"manager": self, **options})
+
+    def comm_open(self, message):
+        """The page opens a comm; one to a target that nobody registered is closed at once."""
+        content = message["content"]
+        comm = self.create(content["target_name"], comm_id=content["comm_id"], primary=False)
+        target = self.targets.get(comm.target_name)
+        if target is None:
+            return comm.close()
+        self.register_comm(comm)
+        target(comm, message)
+
+    def comm_msg(self, message):
+        if comm := self.comms.get(message["content"]["comm_id"]):
+            comm.handle_msg(message)
+
+    def comm_close(self, message):
+        if comm := self.comms.pop(message["content"]["comm_id"], None):
+            comm.handle_close(message)
+
+
+# ---- 8. Other people's modules: matplotlib, IPython, comm --------------------------------------
+#
+# A few libraries must know that they run in a notebook. matplotlib draws figures for a backend, so
 # it gets one of ours. `from IPython.display import …` stands in a quarter of all notebooks: when
-# IPython is missing, a stand-in is imported in its place; when it is there, its display functions
-# are replaced by ours. Nothing is imported before the user does: a finder on `sys.meta_path`
-# waits.
+# IPython is missing, a stand-in is imported in its place; when it is there and somebody imports
+# it, one real shell of its is made, which works in our namespace and speaks through us. Nothing is
+# imported before the user does: a finder on `sys.meta_path` waits.
 
 BACKEND = "minijupyter_figures"
 
@@ -1121,9 +1825,9 @@ class AfterImport:
         if hook is None:
             return None
         spec = importlib.util.find_spec(name)
-        if spec is None:
+        if spec is None or isinstance(spec.loader, StandIns):
             self.hooks[name] = hook         # not installed; perhaps it will be
-            return None
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):
@@ -1142,7 +1846,8 @@ class StandIns:
 
     def find_spec(self, name, path=None, target=None):
         if name in self.makers:
-            return importlib.util.spec_from_loader(name, self, is_package=name == "IPython")
+            is_package = name in ("IPython", "IPython.core")
+            return importlib.util.spec_from_loader(name, self, is_package=is_package)
         return None
 
     def create_module(self, spec):
@@ -1210,12 +1915,41 @@ def rich_class(name, mime):
     return type(name, (Rich,), {"mime": mime, "__doc__": f"Data of type {mime}."})
 
 
+class Embedded(Rich):
+    """A sound, a film or another page: HTML around a URL or around data of its own."""
+
+    mime, reads_as, form = "text/html", "rb", "<a href='{src}'>{src}</a>"
+
+    def __init__(self, data=None, width="", height="", url=None, filename=None, **options):
+        is_address = isinstance(data, str)
+        super().__init__(None if is_address else data, filename=filename)
+        kind = self.options.get("mimetype", options.get("mimetype", "application/octet-stream"))
+        src = url or data if self.data is None else f"data:{kind};base64,{plain(self.data)}"
+        self.metadata, src = {}, src.replace("'", "%27").replace("<", "%3C")
+        self.data = self.form.format(src=src, width=int(width or 400), height=int(height or 300))
+
+
+def embedded_class(name, form):
+    return type(name, (Embedded,), {"form": form, "__doc__": f"{name} in the notebook."})
+
+
+EMBEDDED = {
+    "IFrame": "<iframe src='{src}' width='{width}' height='{height}'></iframe>",
+    "YouTubeVideo": "<iframe src='https://www.youtube.com/embed/{src}' width='{width}' "
+                    "height='{height}'></iframe>",
+    "Audio": "<audio controls src='{src}'></audio>",
+    "Video": "<video controls src='{src}' width='{width}'></video>",
+    "FileLink": "<a href='{src}'>{src}</a>",
+}
+
+
 def ipython_display(display):
     """The names of IPython.display, as far as this kernel knows them."""
     names = {name: rich_class(name, mime) for name, mime in (
         ("HTML", "text/html"), ("Markdown", "text/markdown"), ("Latex", "text/latex"),
         ("SVG", "image/svg+xml"), ("JSON", "application/json"), ("Pretty", "text/plain"),
-        ("Javascript", "application/javascript"))}
+        ("Code", "text/plain"), ("Javascript", "application/javascript"))}
+    names.update({name: embedded_class(name, form) for name, form in EMBEDDED.items()})
     names.update(Image=Image, Math=Math, DisplayHandle=DisplayHandle, display=display.display,
                  update_display=display.update_display, clear_output=display.clear_output,
                  publish_display_data=display.publish_display_data)
@@ -1256,29 +1990,101 @@ def make_backend(module, interpreter):
     interpreter.after_cell.append(show)
 
 
+class TypeFormatter:
+    """`get_ipython().display_formatter.formatters[mime]`: lets libraries add rows to FORMATTERS."""
+
+    def __init__(self, mime):
+        self.mime = mime
+
+    def for_type(self, cls, function):
+        self.for_type_by_name(cls.__module__, cls.__qualname__, function)
+
+    def for_type_by_name(self, module, name, function):
+        FORMATTERS.setdefault((module, name), {})[self.mime] = function
+
+
+def make_ipython_shell(interpreter, names):
+    """IPython's own shell, for those who ask for it: in our namespace, showing through us."""
+    from IPython.core.displaypub import DisplayPublisher
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    class Publisher(DisplayPublisher):
+        def publish(self, data, metadata=None, *, transient=None, update=False, **ignored):
+            names["publish_display_data"](data, metadata, transient, update)
+
+        def clear_output(self, wait=False):
+            names["clear_output"](wait)
+
+    class ZMQInteractiveShell(InteractiveShell):   # a name that libraries look for
+        __module__ = "ipykernel.zmqshell"
+
+    ours = {name: interpreter.namespace.get(name) for name in ("In", "Out", "_", "__", "___")}
+    shell = ZMQInteractiveShell.instance(
+        user_module=interpreter.module, user_ns=interpreter.namespace,
+        config=Config({"HistoryManager": {"enabled": False}}))
+    interpreter.namespace.update(ours)
+    for name in ("exit", "quit"):
+        interpreter.namespace.pop(name, None)
+    shell.display_pub = Publisher(shell=shell, parent=shell)
+    shell.set_next_input = interpreter.magics.set_next_input
+    shell.kernel = types.SimpleNamespace(comm_manager=interpreter.comms, get_parent=lambda: {
+        "header": interpreter.parent_header()})
+    sys.displayhook = interpreter.displayhook
+    interpreter.magics.initial_names |= {*interpreter.namespace}
+    return shell
+
+
+def connect_ipython(interpreter, names):
+    """Called when IPython has been imported: from now on its formatters describe all values."""
+    shell = make_ipython_shell(interpreter, names)
+
+    def bundle(value):
+        data, metadata = shell.display_formatter.format(value)
+        for mime, function in formatters_for(value).items():
+            data[mime] = function(value)
+        return {mime: plain(d) if isinstance(d, bytes) else d for mime, d in data.items()}, metadata
+
+    interpreter.magics.shell, interpreter.display.format = shell, bundle
+    builtins.get_ipython = lambda: shell
+
+
+def connect_comm(comm, interpreter):
+    """Called when the package comm has been imported: its comms are ours."""
+    comm.create_comm, comm.get_comm_manager = interpreter.comms.create, lambda: interpreter.comms
+
+
+def connect_matplotlib(matplotlib):
+    FORMATTERS["matplotlib.figure", "Figure"] = {"image/png": figure_png}
+    if "MPLBACKEND" not in os.environ:
+        matplotlib.use(f"module://{BACKEND}")
+
+
 def hook_imports(interpreter):
     """Prepare for the imports named above, which the user may or may not make."""
     names = ipython_display(interpreter.display)
-
-    def use_backend(matplotlib):
-        FORMATTERS["matplotlib.figure", "Figure"] = {"image/png": figure_png}
-        if "MPLBACKEND" not in os.environ:
-            matplotlib.use(f"module://{BACKEND}")
+    about = {"get_ipython": builtins.get_ipython, "version_info": (9, 0, 0), "__version__": "9.0.0",
+             "display": names["display"], "InteractiveShell": Magics}
 
     def speak_through_us(functions):   # IPython.core.display_functions, the real one
         for name in ("display", "update_display", "clear_output", "publish_display_data"):
             setattr(functions, name, names[name])
 
-    sys.meta_path.insert(0, AfterImport({"matplotlib": use_backend,
-                                         "IPython.core.display_functions": speak_through_us}))
-    sys.meta_path.append(StandIns({
-        BACKEND: lambda module: make_backend(module, interpreter),
-        "IPython": lambda module: setattr(module, "get_ipython", builtins.get_ipython),
-        "IPython.display": lambda module: vars(module).update(names),
-    }))
+    def fill(module):
+        vars(module).update(about if module.__name__ == "IPython" else {**names, **about})
+
+    sys.meta_path.insert(0, AfterImport({
+        "matplotlib": connect_matplotlib,
+        "comm": lambda comm: connect_comm(comm, interpreter),
+        "IPython": lambda ipython: connect_ipython(interpreter, names),
+        "IPython.core.display_functions": speak_through_us}))
+    stand_ins = ("IPython", "IPython.display", "IPython.core", "IPython.core.display",
+                 "IPython.core.getipython", "IPython.core.interactiveshell")
+    sys.meta_path.append(StandIns({BACKEND: lambda module: make_backend(module, interpreter),
+                                   **dict.fromkeys(stand_ins, fill)}))
 
 
-# ---- 7. The kernel: five sockets, one dispatcher (knows no Python) ----------------------------
+# ---- 9. The kernel: five sockets, one dispatcher (knows no Python) ----------------------------
 #
 # A handler is a method named as the message type it answers; HANDLERS says which thread runs it
 # and is at the same time the list of what a client may ask for. A handler returns the content of
@@ -1287,13 +2093,129 @@ def hook_imports(interpreter):
 
 REPLY_STATUS = {"status": "ok"}
 RETRY_MS = 50   # until an undelivered question is tried again
-HANDLERS = {   # msg_type -> thread
+HANDLERS = {    # msg_type -> who runs its handler
     "kernel_info_request": "io",
+    "connect_request": "io",
     "interrupt_request": "io",
     "shutdown_request": "io",
+    "create_subshell_request": "io",
+    "delete_subshell_request": "io",
+    "list_subshell_request": "io",
+    "complete_request": "helper",
+    "inspect_request": "helper",
     "is_complete_request": "helper",
-    "execute_request": "main",
+    "history_request": "helper",
+    "comm_info_request": "helper",
+    "usage_request": "helper",
+    "execute_request": "cells",
+    "comm_open": "cells",
+    "comm_msg": "cells",
+    "comm_close": "cells",
 }
+FEATURES = ["kernel subshells"]
+
+
+class Cells:
+    """A queue of cells and the thread that runs them, one at a time, inside one asyncio loop.
+
+    The kernel has one on the main thread; every subshell (JEP 91) is another one.
+    """
+
+    def __init__(self, kernel):
+        self.kernel, self.outbox = kernel, kernel.outbox
+        self.waiting = collections.deque()   # requests
+        self.loop = self.task = self.arrived = None   # once it runs
+        self.is_busy = False                 # a cell is being run
+        self.was_cancelled = False           # its await was ended: an interrupt
+        self.is_stopping = False
+
+    def put(self, request):
+        """Called by io. A comm message need not wait for a cell that awaits something."""
+        if self.is_busy and self.loop and request["header"]["msg_type"] != "execute_request":
+            self.loop.call_soon_threadsafe(self.kernel.answer, request)
+        else:
+            self.waiting.append(request)
+            self.wake()
+
+    def wake(self):
+        if self.loop:
+            self.loop.call_soon_threadsafe(self.arrived.set)
+
+    def stop(self):
+        """End when the running cell has; what waits is dropped."""
+        self.is_stopping = True
+        self.waiting.clear()
+        self.wake()
+
+    def run(self):
+        """The thread's life, until `stop`."""
+        import asyncio
+        import gc
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        self.arrived = asyncio.Event()
+        self.task = loop.create_task(self.one_after_the_other())
+        gc.freeze()   # what is loaded by now stays: the collector need not look at it again
+        self.loop = loop
+        while not self.task.done():
+            try:
+                loop.run_until_complete(self.task)
+            except KeyboardInterrupt:
+                pass      # it ended a background task of the user's, which remembers it
+            except BaseException:
+                if self.task.done():
+                    raise
+
+    async def one_after_the_other(self):
+        import asyncio
+        while not self.is_stopping:
+            while self.waiting:
+                request = self.waiting.popleft()
+                if request["header"]["msg_type"] == "execute_request":
+                    await self.execute(request)
+                else:
+                    self.kernel.answer(request)
+                await asyncio.sleep(0)   # background tasks have their turn
+            self.arrived.clear()
+            if not self.is_stopping and not self.waiting:
+                await self.arrived.wait()
+
+    async def execute(self, request):
+        """Run one execute_request from busy to idle; after an error, abort those that wait."""
+        kernel, content = self.kernel, request["content"]
+        kernel.enter(request)
+        self.is_busy, stops = True, content.get("stop_on_error", True)
+        started = {"started": self.kernel.session.message("", {})["header"]["date"]}
+        kernel.status("busy", request)
+        try:
+            reply = await kernel.execute_request(request, lambda: self.was_cancelled)
+        except BaseException as error:   # the client's mistake, or a SIGINT at an odd moment
+            reply = {**failed(error), "execution_count": kernel.interpreter.execution_count}
+            stops = False
+        self.is_busy = False
+        self.forget_cancel()
+        kernel.drain()
+        # Taken before the reply leaves: what a client sends when it has seen the error is run.
+        waiting = []
+        if reply["status"] == "error" and stops:
+            waiting, self.waiting = self.waiting, collections.deque()
+        kernel.finish(request, reply, started)
+        for request in waiting:
+            kernel.abort(request)
+        if kernel.interpreter.wants_exit:
+            kernel.stop()
+
+    def cancel(self):
+        """Called in the loop: end what the running cell awaits."""
+        if self.is_busy:
+            self.was_cancelled = True
+            self.task.cancel()
+
+    def forget_cancel(self):
+        """The task lives on: `asyncio.timeout` and the like must not find it cancelled."""
+        self.was_cancelled = False
+        while hasattr(self.task, "uncancel") and self.task.cancelling():
+            self.task.uncancel()
 
 
 class Kernel:
@@ -1302,19 +2224,18 @@ class Kernel:
     def __init__(self, connection, interpreter_class=Interpreter):
         self.session = Session(connection["key"], scheme=connection["signature_scheme"])
         self.outbox = Outbox(self.session)
-        self.interpreter = interpreter_class(self.outbox.publish)
+        self.interpreter = interpreter_class(self.outbox.publish, self.outbox.parent_header)
         self.connection = connection
         self.context = zmq.Context()
         self.sockets = {}                     # channel -> socket; the io thread's alone
         self.descriptors = []
-        self.cells = collections.deque()      # execute_requests that wait for the main thread
+        self.shells = {None: Cells(self)}     # subshell_id -> its cells; None is the main one
         self.questions = queue.SimpleQueue()  # requests that wait for the helper
-        self.answers = queue.SimpleQueue()    # input_replies
+        self.answers = queue.SimpleQueue()    # values of input_replies
+        self.request = contextvars.ContextVar("request")
+        self.latest = None                    # the execute_request that runs or ran last
         self.unasked = []                     # an input_request that could not be delivered yet
-        self.running = None                   # the execute_request being run, or run last
-        self.loop = None                      # the main thread's asyncio loop, once it runs
-        self.is_awaiting = False              # a cell is being run
-        self.is_stopping = False
+        self.is_finished, self.io_done = False, threading.Event()
 
     # -- life: bind, capture, run until told to stop --
 
@@ -1330,12 +2251,17 @@ class Kernel:
                 new.router_mandatory = channel == "stdin"   # see `send_due`
             else:
                 new.xpub_verbose = 1      # every subscriber gets its welcome, not just the first
-            new.bind(self.endpoint(channel))
+            self.open(new, channel)
 
-    def endpoint(self, channel):
-        port = self.connection["hb_port" if channel == "heartbeat" else f"{channel}_port"]
+    def open(self, new, channel):
+        """Bind a socket, encrypted when the connection file carries keys (CurveZMQ)."""
+        if self.connection.get("curve_secretkey"):
+            new.curve_secretkey = self.connection["curve_secretkey"].encode()
+            new.curve_publickey = self.connection["curve_publickey"].encode()
+            new.curve_server = True
         joint = ":" if self.connection["transport"] == "tcp" else "-"
-        return f"{self.connection['transport']}://{self.connection['ip']}{joint}{port}"
+        port = self.connection[port_name(channel)]
+        new.bind(f"{self.connection['transport']}://{self.connection['ip']}{joint}{port}")
 
     def capture(self):
         """Lead sys.stdout, sys.stderr and descriptors 1 and 2 into the outbox."""
@@ -1355,35 +2281,13 @@ class Kernel:
         self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         self.interpreter.take_over()
         patch_getpass(self.getpass)
-        self.run_cells()
+        self.shells[None].run()
         self.end()
 
-    def run_cells(self):
-        import asyncio
-        import gc
-        loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
-        self.arrived = asyncio.Event()
-        main = loop.create_task(self.cell_after_cell())
-        gc.freeze()   # what is loaded by now stays: the collector need not look at it again
-        self.main_task, self.loop = main, loop
-        while not main.done():
-            try:
-                loop.run_until_complete(main)
-            except KeyboardInterrupt:
-                pass      # it ended a background task of the user's, which remembers it
-            except BaseException:
-                if main.done():
-                    raise
-
-    async def cell_after_cell(self):
-        """The main thread's life: take a cell, run it, wait for the next."""
-        while not self.is_stopping:
-            while self.cells:
-                await self.execute(self.cells.popleft())
-            self.arrived.clear()
-            if not self.is_stopping and not self.cells:
-                await self.arrived.wait()
+    def stop(self):
+        """Let every shell end when its running cell has; the main thread then ends the process."""
+        for cells in self.shells.values():
+            cells.stop()
 
     def end(self):
         """Let exit functions speak, send all that is queued, and go without waiting for threads."""
@@ -1394,9 +2298,10 @@ class Kernel:
         self.outbox.is_urgent = True
         self.outbox.wake()
         self.io_done.wait(2)
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(os.getpid(), signal.SIGTERM)   # our children end with us
         os._exit(0)
-
-    io_done, is_finished = threading.Event(), False
 
     # -- the io thread: every socket, level-triggered --
 
@@ -1443,19 +2348,17 @@ class Kernel:
             return self.log(f"dropped a message on {channel}: {problem}")
         request["channel"] = channel
         if channel == "stdin":
-            return self.input_reply(request)
+            return self.answers.put(str(request["content"].get("value", "")))   # input_reply
         self.dispatch(request)
 
     def dispatch(self, request):
         """Hand a request to the thread that answers it."""
         # Journey 5: the handler is the method named like the message type; busy comes first.
-        thread = HANDLERS.get(request["header"]["msg_type"])
-        if thread == "main":
-            self.cells.append(request)
-            if self.loop:
-                self.loop.call_soon_threadsafe(self.arrived.set)
-        elif thread == "helper":
+        who = HANDLERS.get(request["header"]["msg_type"])
+        if who == "helper":
             self.questions.put(request)
+        elif who == "cells" and request["header"].get("subshell_id") in self.shells:
+            self.shells[request["header"].get("subshell_id")].put(request)
         else:
             self.answer(request)
 
@@ -1474,7 +2377,7 @@ class Kernel:
         """Echo heartbeats in C, without the interpreter's lock, so that a busy kernel is alive."""
         echo = zmq.Context().socket(zmq.ROUTER)
         echo.linger = 0
-        echo.bind(self.endpoint("heartbeat"))
+        self.open(echo, "heartbeat")
         zmq.proxy(echo, echo)
 
     def log(self, text):
@@ -1495,12 +2398,16 @@ class Kernel:
         self.outbox.put(request["channel"], message)
 
     def answer(self, request):
-        """Answer a request that needs no user code: busy, reply, idle."""
+        """Answer a request that is no cell: busy, perhaps a reply, idle."""
         msg_type = request["header"]["msg_type"]
         self.status("busy", request)
         try:
-            if msg_type in HANDLERS:
+            if msg_type in HANDLERS and HANDLERS[msg_type] != "cells":
                 self.reply(request, getattr(self, msg_type)(request))
+            elif msg_type.startswith("comm_") and msg_type in HANDLERS:
+                contextvars.copy_context().run(self.comm, request)   # which has no reply
+            elif msg_type in HANDLERS:
+                raise KeyError(f"there is no subshell {request['header']['subshell_id']}")
             else:
                 self.log(f"no handler for {msg_type!r}")
         except Exception as error:   # the client's mistake, such as a missing field
@@ -1509,31 +2416,14 @@ class Kernel:
         finally:
             self.status("idle", request)
 
-    async def execute(self, request):
-        """Run one execute_request from busy to idle; after an error, abort those that wait."""
-        header, content = request["header"], request["content"]
-        self.running, self.is_awaiting = request, True
-        self.outbox.latest = SILENT if content.get("silent") else header
+    def enter(self, request):
+        """From here on, what this thread says belongs to `request`."""
+        header, silent = request["header"], request["content"].get("silent")
+        self.latest, self.outbox.latest = request, SILENT if silent else header
         self.outbox.parent.set(self.outbox.latest)
-        self.status("busy", request)
-        stops = content.get("stop_on_error", True)
-        try:
-            reply = await self.execute_request(request)
-        except BaseException as error:   # the client's mistake, or a SIGINT at an odd moment
-            reply = {**failed(error), "execution_count": self.interpreter.execution_count}
-            stops = False
-        self.is_awaiting = False
-        self.forget_cancel()
-        self.drain()
-        # Taken before the reply leaves: what a client sends when it has seen the error is run.
-        waiting = []
-        if reply["status"] == "error" and stops:
-            waiting, self.cells = self.cells, collections.deque()
-        self.finish(request, reply)
-        for request in waiting:
-            self.abort(request)
+        self.request.set(request)
 
-    async def execute_request(self, request):
+    async def execute_request(self, request, was_interrupted):
         """Content: code, silent, store_history, allow_stdin, stop_on_error, user_expressions."""
         content = request["content"]
         code, silent = content["code"], content.get("silent", False)
@@ -1544,8 +2434,8 @@ class Kernel:
         self.interpreter.execution_count += bool(store_history)
         self.outbox.publish("execute_input", {
             "code": code, "execution_count": self.interpreter.execution_count})
-        return await self.interpreter.execute(code, store_history,
-                                              content.get("user_expressions") or {})
+        return await self.interpreter.execute(
+            code, store_history, content.get("user_expressions") or {}, was_interrupted)
 
     def drain(self):
         """Bring in what child processes and C code have printed so far."""
@@ -1554,9 +2444,9 @@ class Kernel:
         for descriptor in self.descriptors:
             descriptor.drain()
 
-    def finish(self, request, reply):
+    def finish(self, request, reply, metadata=None):
         # Journey 10: `execute_reply` goes to the one who asked, then everybody hears `idle`.
-        self.reply(request, reply)
+        self.reply(request, reply, metadata)
         self.status("idle", request)
 
     def abort(self, request):
@@ -1568,25 +2458,71 @@ class Kernel:
         about = self.interpreter
         return {"protocol_version": PROTOCOL_VERSION, "implementation": about.implementation,
                 "implementation_version": __version__, "language_info": about.language_info,
-                "banner": about.banner, "help_links": [], "supported_features": []}
+                "banner": about.banner, "help_links": [], "supported_features": FEATURES}
 
-    def is_complete_request(self, request):
-        """Its `status` is the answer, not ok or error."""
-        status, indent = is_complete(request["content"]["code"])
-        return {"status": status, **({"indent": indent} if status == "incomplete" else {})}
+    def connect_request(self, request):
+        return {port_name(channel): self.connection[port_name(channel)]
+                for channel in (*self.sockets, "heartbeat")}
 
     def shutdown_request(self, request):
         """Reply, tell everybody, and let the main thread end; a running cell is interrupted."""
         restart = bool(request["content"].get("restart", False))
-        self.is_stopping = True
-        self.cells.clear()
         self.outbox.publish("shutdown_reply", {"status": "ok", "restart": restart},
                             parent=request["header"])
-        if self.loop:
-            self.loop.call_soon_threadsafe(self.arrived.set)
-        if self.is_awaiting:
+        self.stop()
+        if self.shells[None].is_busy:
             signal_main_thread()
         return {"restart": restart}
+
+    def is_complete_request(self, request):
+        """Its `status` is the answer, not ok or error."""
+        return self.interpreter.is_complete(request["content"]["code"])
+
+    def complete_request(self, request):
+        content = request["content"]
+        return self.interpreter.complete(content["code"], cursor_of(content))
+
+    def inspect_request(self, request):
+        content = request["content"]
+        return self.interpreter.inspect(content["code"], cursor_of(content),
+                                        content.get("detail_level", 0))
+
+    def history_request(self, request):
+        return self.interpreter.history(request["content"])
+
+    def usage_request(self, request):
+        return usage()
+
+    # -- comms --
+
+    def comm(self, request):
+        """Run a comm's callback below its message's header; a failure is the user's to see."""
+        self.outbox.parent.set(request["header"])
+        try:
+            getattr(self.interpreter.comms, request["header"]["msg_type"])(request)
+        except BaseException as error:
+            sys.stderr.write("\n".join(format_error(error)) + "\n")
+
+    def comm_info_request(self, request):
+        wanted = request["content"].get("target_name")
+        return {"comms": {id: {"target_name": comm.target_name}
+                          for id, comm in list(self.interpreter.comms.comms.items())
+                          if wanted in (None, comm.target_name)}}
+
+    # -- subshells: more cells at the same time, in the same namespace (JEP 91) --
+
+    def create_subshell_request(self, request):
+        id, cells = os.urandom(16).hex(), Cells(self)
+        self.shells[id] = cells
+        threading.Thread(target=cells.run, name=f"subshell {id[:4]}", daemon=True).start()
+        return {"subshell_id": id}
+
+    def delete_subshell_request(self, request):
+        self.shells.pop(str(request["content"]["subshell_id"])).stop()
+        return {}
+
+    def list_subshell_request(self, request):
+        return {"subshell_id": [id for id in self.shells if id is not None]}
 
     # -- interrupts --
 
@@ -1601,24 +2537,16 @@ class Kernel:
         running or sleeping: raise right here; awaiting: cancel the await, thread-safely, because
         only that wakes a loop which sleeps in select; idle: nothing.
         """
+        code = []
         while frame is not None:
-            if frame.f_code is Interpreter.run.__code__ or frame.f_code.co_filename[:4] == "<In[":
-                raise KeyboardInterrupt
+            code.append(frame.f_code)
             frame = frame.f_back
-        if self.is_awaiting and self.loop:
-            self.loop.call_soon_threadsafe(self.cancel_await)
-
-    def cancel_await(self):
-        """In the loop: end what the running cell awaits; the interpreter calls it an interrupt."""
-        if self.is_awaiting:
-            self.interpreter.was_cancelled = True
-            self.main_task.cancel()
-
-    def forget_cancel(self):
-        """The main task lives on: `asyncio.timeout` and the like must not find it cancelled."""
-        self.interpreter.was_cancelled = False
-        while hasattr(self.main_task, "uncancel") and self.main_task.cancelling():
-            self.main_task.uncancel()
+        runs_here = any(is_users_code(one, self.interpreter) for one in code)
+        for id, cells in self.shells.items():
+            if cells.is_busy and not (runs_here and id is None):
+                cells.loop.call_soon_threadsafe(cells.cancel)
+        if runs_here:
+            raise KeyboardInterrupt
 
     # -- stdin: the kernel asks, the client that runs the cell answers --
 
@@ -1632,7 +2560,7 @@ class Kernel:
 
     def ask(self, prompt, password):
         """Send `input_request` and wait for its `input_reply`; raises EOFError on Ctrl-D."""
-        request = self.running
+        request = self.request.get(self.latest)
         if request is None or not request["content"].get("allow_stdin", True):
             raise RuntimeError("input() was called, but this client does not allow questions "
                                "(allow_stdin is false)")
@@ -1647,8 +2575,39 @@ class Kernel:
             raise EOFError
         return value
 
-    def input_reply(self, message):
-        self.answers.put(str(message["content"].get("value", "")))
+
+def port_name(channel):
+    return "hb_port" if channel == "heartbeat" else f"{channel}_port"
+
+
+def cursor_of(content):
+    """cursor_pos, or the end of the code; never outside of it."""
+    return min(max(0, content.get("cursor_pos", len(content["code"]))), len(content["code"]))
+
+
+def is_users_code(code, interpreter):
+    return code is type(interpreter).run.__code__ or code.co_filename[:4] == "<In["
+
+
+LAST_USAGE = {"wall": time.monotonic(), "cpu": 0.0}   # of the last usage_request
+
+
+def usage():
+    """The content of usage_reply (not in the specification; resource monitors ask it)."""
+    wall, cpu = time.monotonic(), sum(os.times()[:2])
+    percent = 100 * (cpu - LAST_USAGE["cpu"]) / max(wall - LAST_USAGE["wall"], 0.001)
+    LAST_USAGE.update(wall=wall, cpu=cpu)
+    reply = {"hostname": socket.gethostname(), "pid": os.getpid(), "kernel_cpu": round(percent, 1),
+             "cpu_count": os.cpu_count()}
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as statm, open("/proc/meminfo") as meminfo:
+            reply["kernel_memory"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            host = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo}
+        used = host["MemTotal"] - host["MemAvailable"]
+        reply["host_virtual_memory"] = {
+            "total": host["MemTotal"], "available": host["MemAvailable"], "used": used,
+            "free": host["MemFree"], "percent": round(100 * used / host["MemTotal"], 1)}
+    return reply
 
 
 def failed(error):
@@ -1688,7 +2647,7 @@ def watch_parent(poller):
     return descriptor
 
 
-# ---- 8. main ----------------------------------------------------------------------------------
+# ---- 10. main ----------------------------------------------------------------------------------
 #
 # Python caches the bytecode of imported modules but not of the script it runs, and compiling this
 # file takes longer than all the rest of a start. So a kernel spec imports it: see LAUNCH.
@@ -1715,12 +2674,52 @@ def read_connection_file(path):
             **connection}
 
 
+def install(arguments):
+    """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="kernel.py install")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--user", action="store_true", help="for this user (the default)")
+    where.add_argument("--prefix", help="for the environment at PREFIX, such as sys.prefix")
+    parser.add_argument("--name", default="minijupyter", help="default: %(default)s")
+    parser.add_argument("--display-name", default="Python 3 (MiniJupyter)")
+    options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[a-z0-9._-]+", options.name):
+        parser.error("a name has small letters, digits, '.', '_' and '-' only")
+    base = os.path.join(options.prefix, "share", "jupyter") if options.prefix else data_folder()
+    folder = os.path.join(base, "kernels", options.name)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "kernel.json"), "w", encoding="utf-8") as file:
+        json.dump(kernel_spec(options.display_name), file, indent=1)
+    print(f"Installed the kernel spec {options.name} in {folder}")
+
+
+def kernel_spec(display_name):
+    """The content of a kernel.json that starts this file."""
+    return {"argv": command(), "display_name": display_name, "language": "python",
+            "interrupt_mode": "signal", "env": {},
+            "metadata": {"debugger": False, "supported_encryption": ["curve"]},
+            "kernel_protocol_version": f"{PROTOCOL_VERSION}.0"}
+
+
+def data_folder():
+    """Jupyter's data folder of this user."""
+    home = os.path.expanduser
+    usual = {"darwin": home("~/Library/Jupyter"),
+             "win32": os.path.join(os.environ.get("APPDATA", home("~")), "jupyter")}
+    return os.environ.get("JUPYTER_DATA_DIR") or usual.get(sys.platform) or os.path.join(
+        os.environ.get("XDG_DATA_HOME") or home("~/.local/share"), "jupyter")
+
+
 def main():
     """Read the connection file, make the notebook's folder the first to import from, and run."""
+    if sys.argv[1:2] == ["install"]:
+        return install(sys.argv[2:])
     # Other options are ignored: nbclient sends some of ipykernel's to any kernel called python3.
     words = " ".join(sys.argv[1:]).replace("=", " ").split(" ")
     if "-f" not in words[:-1]:
-        sys.exit("usage: python kernel.py -f CONNECTION_FILE   (a Jupyter client starts it so)")
+        sys.exit("usage: python kernel.py -f CONNECTION_FILE   (a Jupyter client starts it so)\n"
+                 "       python kernel.py install [--user | --prefix DIR]")
     connection = read_connection_file(words[words.index("-f") + 1])
     sys.path[0] = ""
     sys.modules.pop("kernel", None)   # the user may have a kernel.py, too

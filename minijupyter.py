@@ -1246,7 +1246,7 @@ class Bridge:
         if not ready and not self.is_heard:
             nudge = self.session.message("kernel_info_request", {})
             self.sockets["shell"].send_multipart(self.session.pack(nudge))
-        if self.kernel.is_gone and self.kernel.ended.is_set():
+        if self.kernel.is_gone and self.kernel.process.returncode is not None:
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
         self.ping_or_give_up()
