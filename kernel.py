@@ -133,7 +133,7 @@ class Session:
         # Journey 4: the signature fits the bytes that arrived; only now are they read as JSON.
         try:
             header, parent_header, metadata, content = (json.loads(bytes(f)) for f in frames)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise BadMessage(f"not JSON: {problem}") from None
         if not all(isinstance(p, dict) for p in (header, parent_header, metadata, content)):
             raise BadMessage("header, parent_header, metadata and content must be JSON objects")
@@ -418,6 +418,8 @@ class DisplayHandle:
 GATHER_SECONDS = 0.001      # so that the first text comes with its line end
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
 MOST_WAITING = 200_000      # entries; a thread that prints faster than they can be sent waits
+BIG_TEXT = 1 << 16          # characters; of texts as big as this,
+MOST_BIG_WAITING = 64       # no more than these wait
 MOST_TEXT = 1 << 20         # characters in one stream message, for the browser's sake
 STREAMS = ("stdout", "stderr")
 SILENT = {}                 # the parent_header of a silent request: known by identity, never sent
@@ -432,7 +434,7 @@ class Outbox:
         self.queue = collections.deque()
         self.parent = contextvars.ContextVar("parent_header")
         self.latest = {}                   # the parent of threads that inherited none
-        self.is_asleep = False             # io waits without a time limit
+        self.wants_nudge = False           # io sleeps without a time limit, or is far behind
         self.is_urgent = False             # something else than text is waiting
         self.last_flush = 0.0
         self.flush_at = None               # when the waiting text is due
@@ -459,32 +461,28 @@ class Outbox:
         """The header of the request that the calling thread works for."""
         return self.parent.get(self.latest)
 
-    def write(self, name, parent, text):
-        """Queue text for a stream. Half the cost of a print is here, so it does no more."""
-        self.queue.append((name, parent, text))
-        if self.is_asleep:
-            self.wake()
-        elif len(self.queue) > MOST_WAITING:
-            self.wait_for_room()
-
-    def wake(self):
-        """End the io thread's sleep. A full pipe is a wake-up that is already on its way."""
-        self.is_asleep = False
-        with contextlib.suppress(BlockingIOError):
-            self.wake_sender.send(b"\0")
-
-    def wait_for_room(self):
-        """Hold a thread that floods; in short sleeps, so that it can be interrupted."""
-        while len(self.queue) > MOST_WAITING // 2 and threading.current_thread().name != "io":
+    def nudge(self, size):
+        """Called after text of `size` characters was queued, when io wants it or the text is big:
+        wake io, and hold a thread that floods, in short sleeps, so that it can be interrupted."""
+        self.wake()
+        most = MOST_WAITING if size < BIG_TEXT else MOST_BIG_WAITING
+        while len(self.queue) > most and threading.current_thread().name != "io":
+            self.is_urgent = True
             self.wake()
             time.sleep(0.001)
 
+    def wake(self):
+        """End the io thread's sleep. A full pipe is a wake-up that is already on its way."""
+        self.wants_nudge = False
+        with contextlib.suppress(BlockingIOError):
+            self.wake_sender.send(b"\0")
+
     def rest(self):
         """Milliseconds that io may wait before the next `take`; None when nothing is queued."""
-        self.is_asleep = True   # before the look: what is put after the look will wake us
+        self.wants_nudge = True   # before the look: what is put after the look will wake us
         if not self.queue:
             return None
-        self.is_asleep = False
+        self.wants_nudge = len(self.queue) > MOST_WAITING
         if self.is_urgent:
             return 0
         now = time.monotonic()
@@ -535,23 +533,31 @@ class Stream(io.TextIOBase):
     encoding, errors, line_buffering = "utf-8", "replace", True
 
     def __init__(self, name, outbox, descriptor):
-        self.name, self.outbox, self.descriptor = name, outbox, descriptor
-        self.is_child = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: setattr(self, "is_child", True))
+        self.name, self.descriptor = name, descriptor
         self.buffer = io.FileIO(descriptor, "w", closefd=False)   # sys.stdout.buffer
-
-    def write(self, text):
-        # Journey 8: printed text joins the outbox under the parent header of its cell, as `stream`.
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        if self.is_child:
+        self.write = self.writer(outbox)
+        if hasattr(os, "register_at_fork"):
             # A forked child has no io thread: its text goes through the pipe to the parent's.
-            self.buffer.write(text.encode(self.encoding, self.errors))
-        elif text:
-            outbox = self.outbox
-            outbox.write(self.name, outbox.parent.get(outbox.latest), text)
-        return len(text)
+            os.register_at_fork(after_in_child=lambda: setattr(self, "write", self.write_to_pipe))
+
+    def writer(self, outbox):
+        """The `write` of this stream. Every print calls it twice, so its names are bound here."""
+        name, append, parent = self.name, outbox.queue.append, outbox.parent.get
+
+        def write(text):
+            # Journey 8: printed text is queued under the parent header of its cell, as `stream`.
+            if not isinstance(text, str):
+                raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+            append((name, parent(outbox.latest), text))
+            size = len(text)
+            if outbox.wants_nudge or size > BIG_TEXT:
+                outbox.nudge(size)
+            return size
+
+        return write
+
+    def write_to_pipe(self, text):
+        return self.buffer.write(text.encode(self.encoding, self.errors))
 
     def writable(self):
         return True
@@ -586,8 +592,9 @@ class Descriptor:
                 except BlockingIOError:
                     return   # empty
                 text = self.decoder.decode(data)
-                if text:
-                    self.outbox.write(self.name, self.outbox.latest, text)
+                self.outbox.queue.append((self.name, self.outbox.latest, text))
+                if self.outbox.wants_nudge:
+                    self.outbox.wake()
 
 
 def flush_c_output():
@@ -756,6 +763,7 @@ class Interpreter:
         self.count = contextvars.ContextVar("execution_count", default=0)
         self.comms = Comms(publish)
         self.payload = []                  # what the frontend is asked to do when the cell is done
+        self.stores = True                 # the running cell's value becomes _ and Out[n]
         self.wants_exit = False            # the user called exit()
         self.results = {}                  # execution_count -> text/plain, for the history
         self.serial = itertools.count(1)   # one for every cell ever compiled, shown or not
@@ -782,7 +790,7 @@ class Interpreter:
     async def execute(self, code, store_history=True, user_expressions=(),
                       was_interrupted=lambda: False):
         """Run a cell; returns the content of its `execute_reply`."""
-        self.payload = []
+        self.payload, self.stores = [], store_history
         self.count.set(self.execution_count)
         if store_history:
             self.remember(code)
@@ -821,8 +829,8 @@ class Interpreter:
         All of the user's code runs inside this frame: `Kernel.interrupt` looks for it.
         """
         # Journey 7: the cell is translated to plain Python, parsed, split, compiled and run.
-        if code.startswith("%%"):
-            first, _, body = code.partition("\n")
+        first, _, body = code.lstrip().partition("\n")
+        if first.startswith("%%") and not first.rstrip().endswith("?"):
             name, _, line = first[2:].partition(" ")
             value = self.magics.cell(name, line.strip(), body)
             value = await value if hasattr(value, "__await__") else value
@@ -864,7 +872,7 @@ class Interpreter:
         if value is None:
             return
         names, count = self.namespace, self.count.get()
-        if value is not self.outputs:
+        if value is not self.outputs and self.stores:
             names["___"], names["__"], names["_"] = names["__"], names["_"], value
             names[f"_{count}"] = self.outputs[count] = value
             if len(self.outputs) > MOST_OUTPUTS:   # each one keeps a value alive
@@ -872,7 +880,8 @@ class Interpreter:
                 del self.outputs[oldest]
                 names.pop(f"_{oldest}", None)
         text = self.display.result(value, count)
-        self.results[count] = (text or "")[:MOST_RESULT]
+        if self.stores:
+            self.results[count] = (text or "")[:MOST_RESULT]
 
     def evaluate(self, expression):
         """A user expression's value as a MIME bundle, or its error."""
@@ -953,6 +962,8 @@ IMPORT_LINE = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+(?:[\w, ]*,\s*)?"
 KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
 QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
 MOST_MATCHES = 1_000
+MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
+PLAIN_TYPES = (int, float, complex, str, bytes, bool, type(None))
 NOT_THERE = object()
 
 
@@ -981,17 +992,28 @@ def is_complete(code):
     return ("complete", "") if ready and not in_block else ("incomplete", indent)
 
 
+def is_a(value, cls):
+    """isinstance, but without asking the object, whose `__class__` may be code of the user's."""
+    return issubclass(type(value), cls)
+
+
+def all_classes(value):
+    """The classes in which an attribute of `value` is looked up."""
+    own = type.__dict__["__mro__"].__get__(value) if is_a(value, type) else ()
+    return own + type(value).__mro__
+
+
 def static_attribute(value, name):
     """`value.name` without running anybody's code: NOT_THERE for properties and the like."""
-    if isinstance(value, types.ModuleType):
+    if is_a(value, types.ModuleType):
         return vars(value).get(name, NOT_THERE)
     own = instance_names(value).get(name, NOT_THERE)
     if own is not NOT_THERE:
         return own
-    for cls in (value.__mro__ if isinstance(value, type) else ()) + type(value).__mro__:
+    for cls in all_classes(value):
         if name in vars(cls):
             found = vars(cls)[name]
-            if isinstance(found, (staticmethod, classmethod)):
+            if is_a(found, (staticmethod, classmethod)):
                 return found.__func__
             return NOT_THERE if hasattr(type(found), "__get__") and not callable(found) else found
     return NOT_THERE
@@ -1003,7 +1025,7 @@ def instance_names(value):
         names = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return {}
-    return names if isinstance(names, dict) else {}
+    return names if is_a(names, dict) else {}
 
 
 def attribute_names(value):
@@ -1014,7 +1036,7 @@ def attribute_names(value):
         except Exception:
             pass   # an object that is not ready to answer; its classes are
     names = {*instance_names(value)}
-    for cls in (value.__mro__ if isinstance(value, type) else ()) + type(value).__mro__:
+    for cls in all_classes(value):
         names.update(vars(cls))
     return sorted(names)
 
@@ -1033,7 +1055,7 @@ def resolve(chain, namespace):
 def kind_of(value):
     """The type of a match as JupyterLab shows it."""
     for kind, types_ in (("class", type), ("module", types.ModuleType)):
-        if isinstance(value, types_):
+        if is_a(value, types_):
             return kind
     return "function" if callable(value) else "instance"
 
@@ -1071,6 +1093,8 @@ def complete_import(before, line, namespace, magics):
                        *((name, "module") for name in submodules(package) if name not in names)]
     parent, _, last = typed.rpartition(".")             # import parent.last
     names = submodules(parent) if parent else [*sys.stdlib_module_names, *submodules("")]
+    names += [name for name, value in vars(sys.modules.get(parent, ast)).items()
+              if parent in sys.modules and is_a(value, types.ModuleType)]
     return last, [(name, "module") for name in names]
 
 
@@ -1085,35 +1109,38 @@ def complete_key(before, line, namespace, magics):
     """`d["ab`: the keys of a dictionary, or what a library offers as keys."""
     match = KEY_END.search(line)
     value = resolve(match[1], namespace) if match else NOT_THERE
-    if type(value) is dict:
-        keys = value
-    elif type(value).__module__ == "__main__" or value is NOT_THERE:
+    if match is None:
         return None
+    if is_a(value, dict):
+        keys = dict.keys(value)
+    elif type(value).__module__ == "__main__":
+        keys = ()
     else:
         offer = getattr(type(value), "_ipython_key_completions_", None)
         keys = offer(value) if offer else ()
-    names = [key for key in keys if isinstance(key, str)]
-    return (match[3], [(name, "key") for name in names]) if names else None
+    return match[3], [(key, "key") for key in keys if is_a(key, str)]
 
 
 def complete_path(before, line, namespace, magics):
     """Inside a string: the files that its text may name."""
     match = QUOTED_END.search(line)
-    is_open = match and (line.count('"') % 2 or line.count("'") % 2)
-    if not is_open or not match[1]:
+    is_open = line.count('"') % 2 or line.count("'") % 2
+    if not match or not is_open:
         return None
     folder, slash, typed = match[1].rpartition("/")
     try:
         entries = list(os.scandir(os.path.expanduser(folder + slash or ".")))
     except OSError:
-        return None
+        return typed, []
     return typed, [(entry.name + "/" * entry.is_dir(), "path") for entry in entries]
 
 
 def complete_name(before, line, namespace, magics):
-    chain = CHAIN_END.search(before)[0]
+    chain = chain_before(before)
     owner, dot, typed = chain.rpartition(".")
     typed = typed.strip()
+    if before[:len(before) - len(chain)].rstrip()[-1:] == "." or re.search(r"\d\.$", before):
+        return typed, []   # an attribute of what only running the code could tell
     if dot:
         value = resolve(owner, namespace)
         if value is NOT_THERE:
@@ -1139,7 +1166,8 @@ def parameters_at(before, namespace):
     if not isinstance(function, types.FunctionType):
         return ()
     code = function.__code__
-    return code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+    return [name for name in names if name != "self"]
 
 
 def open_call(before):
@@ -1148,7 +1176,7 @@ def open_call(before):
     for at in range(len(before) - 1, -1, -1):
         depth += (before[at] in ")]}") - (before[at] in "([{")
         if depth < 0:
-            return CHAIN_END.search(before[:at])[0] if before[at] == "(" else ""
+            return chain_before(before[:at]) if before[at] == "(" else ""
     return ""
 
 
@@ -1157,19 +1185,26 @@ def name_at(code, cursor):
     end = cursor
     while end < len(code) and (code[end].isalnum() or code[end] == "_"):
         end += 1
-    return CHAIN_END.search(code[:end])[0].strip(" .") or open_call(code[:cursor])
+    return chain_before(code[:end]).strip(" .") or open_call(code[:cursor])
+
+
+def chain_before(text):
+    """The dotted name at the end of text."""
+    return CHAIN_END.search(text[-MOST_CHAIN:])[0]
 
 
 def describe(name, value, detail=0):
     """What `name?` shows: signature, type, docstring; with `detail` the source."""
     import inspect
     lines = []
-    if callable(value):
+    if is_a(value, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
         with contextlib.suppress(TypeError, ValueError):   # built in, and without a signature
-            lines.append(("Signature:", f"{name}{inspect.signature(value)}"))
+            lines.append(("Signature:", f"{name}{plain_signature(value)}"))
     lines.append(("Type:     ", type(value).__name__))
-    if type(value) in (int, float, str, bool, list, dict, tuple, set):
-        lines.append(("Value:    ", pretty(value)[:1000]))
+    if type(value) in BRACKETS:
+        lines.append(("Length:   ", str(len(value))))
+    if type(value) in PLAIN_TYPES:
+        lines.append(("Value:    ", repr(value)[:1000]))
         return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
     source = source_of(value) if detail else None
     if source is None:
@@ -1179,6 +1214,22 @@ def describe(name, value, detail=0):
     with contextlib.suppress(TypeError, OSError):
         lines.append(("File:     ", inspect.getfile(value)))
     return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
+
+
+class Hidden:
+    """Stands in a signature for a default that is not shown."""
+
+    def __repr__(self):
+        return "…"
+
+
+def plain_signature(function):
+    """A signature that shows plain defaults only: others have a `__repr__` of the user's."""
+    import inspect
+    signature = inspect.signature(function)
+    return signature.replace(parameters=[
+        p if type(p.default) in PLAIN_TYPES or p.default is p.empty else p.replace(default=Hidden())
+        for p in signature.parameters.values()])
 
 
 def source_of(value):
@@ -1241,23 +1292,26 @@ def translate_line(lines, at):
 def magic_call(text):
     """The Python for one magic line, or None when it is none."""
     text = text.replace("\\\n", " ")
-    if match := re.match(r"\s*%([\w.]+)(\?{1,2})\s*$", text):
+    if match := re.match(r"\s*%{1,2}([\w.]+)(\?{1,2})\s*$", text):
         return f"__shell__.pinfo('%{match[1]}', {len(match[2])})"
     if match := ASSIGNED_COMMAND.match(text):
         indent, target, kind, rest = match.groups()
         return f"{indent}{target} = {call_of(kind, rest, 'getoutput')}"
     if match := MAGIC_LINE.match(text):
         indent, kind, rest = match.groups()
-        return indent + call_of(kind, rest, "getoutput" if kind == "!!" else "system")
+        return indent + call_of(kind, rest, "getoutput" if kind == "!!" else "system",
+                                may_await=not indent)
     if (match := HELP_LINE.match(text)) and (match[2] or match[4]):
         return f"{match[1]}__shell__.pinfo({match[3]!r}, {len(match[4] or match[2])})"
     return None
 
 
-def call_of(kind, rest, shell_method):
+def call_of(kind, rest, shell_method, may_await=False):
     if kind != "%":
         return f"__shell__.{shell_method}({rest.strip()!r})"
     name, _, line = rest.strip().partition(" ")
+    if name == "time" and may_await:
+        return f"await __shell__.time_cell({line.strip()!r})"
     return f"__shell__.line({name!r}, {line.strip()!r})"
 
 
@@ -1321,6 +1375,8 @@ class Magics:
                   "javascript": "application/javascript", "js": "application/javascript"}
     SCRIPT_CELLS = {name: name for name in ("bash", "sh", "python3", "perl", "ruby", "node")}
     SCRIPT_CELLS["python"] = sys.executable
+    CELL_ONLY = ("writefile", "file", "capture", "script")
+    VERBATIM = ("time", "timeit", "prun")   # their lines are Python, and not to be expanded
     COMMANDS = ("ls", "cat", "cp", "mv", "rm", "mkdir", "rmdir", "man")
     colors = "nocolor"
 
@@ -1380,7 +1436,9 @@ class Magics:
     # -- finding and calling --
 
     def line(self, name, line):
-        return self.find(name, "line")(line, None)
+        if name in (*self.CELL_ONLY, *self.RICH_CELLS, *self.SCRIPT_CELLS):
+            raise TypeError(f"%%{name} is a cell magic: write it in the first line of a cell")
+        return self.find(name, "line")(line if name in self.VERBATIM else self.expand(line), None)
 
     def cell(self, name, line, cell):
         if name in self.RICH_CELLS:
@@ -1412,7 +1470,10 @@ class Magics:
     def system(self, command):
         """Run a shell command; what it prints comes through descriptors 1 and 2."""
         import subprocess
-        self.user_ns["_exit_code"] = subprocess.call(self.expand(command), shell=True)
+        if isinstance(sys.stdout, Stream):
+            self.user_ns["_exit_code"] = subprocess.call(self.expand(command), shell=True)
+        else:   # somebody keeps what is printed: %%capture
+            print("\n".join(self.getoutput(f"({command}\n) 2>&1")))
 
     def getoutput(self, command):
         """Run a shell command and return its lines."""
@@ -1425,11 +1486,17 @@ class Magics:
     def expand(self, command):
         """`command` with {expression} and $name replaced by their values, where they have one."""
         def value(match):
+            if match[0] in ("{{", "}}", "$$"):
+                return match[0][0]
+            expression = match[1] or match[2]
+            if expression.isidentifier() and expression not in self.user_ns:
+                return match[0]       # shell syntax, such as $HOME or awk's {print}
             try:
-                return str(eval(match[1] or match[2], self.user_ns))
+                return str(eval(expression, self.user_ns))
             except Exception:
-                return match[0]   # shell syntax, such as ${HOME} or awk's {print}
-        return re.sub(r"(?<![$\\])\{([^{}\n]+)\}|(?<![$\\])\$([A-Za-z_]\w*)", value, command)
+                return match[0]
+        return re.sub(r"\{\{|\}\}|\$\$|(?<![$\\])\{([^{}\n]+)\}|(?<!\\)\$([A-Za-z_]\w*)",
+                      value, command)
 
     def magic_script(self, line, cell):
         """Run the cell with a program: `%%script PROGRAM [ARGUMENTS]`."""
@@ -1490,11 +1557,17 @@ class Magics:
 
     def magic_lsmagic(self, line, cell):
         """List the magics."""
-        print("Magics: " + "  ".join(f"%{name}" for name in self.names()))
+        cells = {*self.CELL_ONLY, *self.RICH_CELLS, *self.SCRIPT_CELLS}
+        print("Line magics: " + "  ".join(f"%{n}" for n in self.names() if n not in cells))
+        print("Cell magics: " + "  ".join(f"%%{n}" for n in sorted(cells | {"time", "timeit"})))
 
     def magic_history(self, line, cell):
-        """Print the cells that were run; `-n` with their numbers."""
-        for number, code in enumerate(self.interpreter.inputs[1:], 1):
+        """Print the cells that were run: `%history [-n] [FIRST-LAST]`; `-n` with their numbers."""
+        inputs = self.interpreter.inputs
+        wanted = re.search(r"(\d+)(?:-(\d+))?$", line)
+        first = int(wanted[1]) if wanted else 1
+        last = int(wanted[2] or wanted[1]) if wanted else len(inputs)
+        for number, code in enumerate(inputs[first:last + 1], first):
             print(f"{number:4}: {code}" if "-n" in line.split() else code)
 
     def magic_who(self, line, cell):
@@ -2092,7 +2165,9 @@ def hook_imports(interpreter):
 # becomes of it. To answer a new message, write its method and add its row.
 
 REPLY_STATUS = {"status": "ok"}
-RETRY_MS = 50   # until an undelivered question is tried again
+RETRY_MS = 20       # until what could not be sent is tried again
+QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
+STALL_SECONDS = 10  # that a slow subscriber may hold up the output of all
 HANDLERS = {    # msg_type -> who runs its handler
     "kernel_info_request": "io",
     "connect_request": "io",
@@ -2199,7 +2274,10 @@ class Cells:
         waiting = []
         if reply["status"] == "error" and stops:
             waiting, self.waiting = self.waiting, collections.deque()
-        kernel.finish(request, reply, started)
+        try:
+            kernel.finish(request, reply, started)
+        except (TypeError, ValueError) as error:   # a payload or value that JSON has no word for
+            kernel.finish(request, {**failed(error), "execution_count": reply["execution_count"]})
         for request in waiting:
             kernel.abort(request)
         if kernel.interpreter.wants_exit:
@@ -2235,6 +2313,8 @@ class Kernel:
         self.request = contextvars.ContextVar("request")
         self.latest = None                    # the execute_request that runs or ran last
         self.unasked = []                     # an input_request that could not be delivered yet
+        self.unsent = collections.deque()     # (channel, parts) that a full socket holds up
+        self.last_sent = time.monotonic()     # when nothing was held up
         self.is_finished, self.io_done = False, threading.Event()
 
     # -- life: bind, capture, run until told to stop --
@@ -2245,12 +2325,13 @@ class Kernel:
                               ("stdin", zmq.ROUTER), ("iopub", zmq.XPUB)):
             new = self.sockets[channel] = self.context.socket(kind)
             new.linger = 1000    # milliseconds that the last words get when the process ends
-            new.sndhwm = 0       # nothing is dropped; the outbox bounds what may wait
             if kind == zmq.ROUTER:
+                new.sndhwm = 0            # a reply is never dropped
                 new.router_handover = 1   # a client that comes back under its old identity is heard
                 new.router_mandatory = channel == "stdin"   # see `send_due`
             else:
                 new.xpub_verbose = 1      # every subscriber gets its welcome, not just the first
+                new.xpub_nodrop = 1       # a full subscriber is waited for: see `send_due`
             self.open(new, channel)
 
     def open(self, new, channel):
@@ -2314,9 +2395,10 @@ class Kernel:
         parent = watch_parent(poller)
         channels = {socket: channel for channel, socket in self.sockets.items()}
         while not self.is_finished:
-            for source, _ in poller.poll(RETRY_MS if self.unasked else self.outbox.rest()):
+            is_held = self.unasked or self.unsent
+            for source, _ in poller.poll(RETRY_MS if is_held else self.outbox.rest()):
                 if source in channels:
-                    self.receive(channels[source], source)
+                    self.receive_safely(channels[source], source)
                 elif source in pipes:
                     pipes[source].drain()
                 elif source == parent:
@@ -2327,25 +2409,40 @@ class Kernel:
         self.io_done.set()
 
     def send_due(self):
-        """Send what is due; a question whose client is not yet on stdin is kept for later."""
-        due, self.unasked = [*self.unasked, *self.outbox.take()], []
-        for channel, parts in due:
+        """Send what is due, in order. When iopub is full because a subscriber is slow, the rest
+        waits, and soon whoever prints; one that stands still for STALL_SECONDS misses messages."""
+        if not self.unsent:
+            self.unsent.extend([*self.unasked, *self.outbox.take()])
+            self.unasked = []
+        while self.unsent:
+            channel, parts = self.unsent[0]
             try:
-                self.sockets[channel].send_multipart(parts, copy=len(parts[-1]) < 65_536)
+                self.sockets[channel].send_multipart(parts, zmq.NOBLOCK,
+                                                     copy=len(parts[-1]) < BIG_TEXT)
+            except zmq.Again:
+                self.outbox.wants_nudge = len(self.outbox.queue) > MOST_WAITING
+                if time.monotonic() - self.last_sent > STALL_SECONDS:
+                    self.sockets["iopub"].xpub_nodrop = 0   # from now on as in other kernels
+                return
             except zmq.ZMQError as problem:
                 if problem.errno != zmq.EHOSTUNREACH:
                     raise
-                self.unasked = [(channel, parts)]   # the latest: older ones were interrupted
+                self.unasked = [(channel, parts)]   # its client is not yet on stdin: try again
+            self.unsent.popleft()
+        self.last_sent = time.monotonic()
 
-    def receive(self, channel, source):
-        """Take one message off a socket. A bad one is logged and dropped: no busy, no reply."""
-        parts = source.recv_multipart()
+    def receive_safely(self, channel, source):
+        """Log and drop a bad message: no busy, no reply, and never the end of this thread."""
+        try:
+            self.receive(channel, source.recv_multipart())
+        except Exception as problem:
+            self.log(f"dropped a message on {channel}: {problem!r}")
+
+    def receive(self, channel, parts):
+        """Pass on what has come on a channel; raises BadMessage."""
         if channel == "iopub":
             return self.welcome(parts[0])
-        try:
-            request = self.session.unpack(parts)
-        except BadMessage as problem:
-            return self.log(f"dropped a message on {channel}: {problem}")
+        request = self.session.unpack(parts)
         request["channel"] = channel
         if channel == "stdin":
             return self.answers.put(str(request["content"].get("value", "")))   # input_reply
@@ -2357,15 +2454,21 @@ class Kernel:
         who = HANDLERS.get(request["header"]["msg_type"])
         if who == "helper":
             self.questions.put(request)
-        elif who == "cells" and request["header"].get("subshell_id") in self.shells:
-            self.shells[request["header"].get("subshell_id")].put(request)
+        elif who == "cells" and (cells := self.cells_for(request)):
+            cells.put(request)
         else:
             self.answer(request)
+
+    def cells_for(self, request):
+        """The cells of the subshell that a request names; the main ones when it names none."""
+        id = request["header"].get("subshell_id")
+        return self.shells.get(id) if id is None or isinstance(id, str) else None
 
     def welcome(self, event):
         """A client has subscribed: tell it, so that it knows from when on it hears everything."""
         if event[:1] == b"\x01":
-            message = self.session.message("iopub_welcome", {"subscription": event[1:].decode()})
+            message = self.session.message("iopub_welcome", {
+                "subscription": event[1:].decode("utf-8", "replace")})
             message["identities"] = [event[1:]]
             self.outbox.put("iopub", message)
 
@@ -2402,7 +2505,9 @@ class Kernel:
         msg_type = request["header"]["msg_type"]
         self.status("busy", request)
         try:
-            if msg_type in HANDLERS and HANDLERS[msg_type] != "cells":
+            if HANDLERS.get(msg_type) == "helper":
+                self.reply(request, in_time(getattr(self, msg_type), request))
+            elif HANDLERS.get(msg_type) == "io":
                 self.reply(request, getattr(self, msg_type)(request))
             elif msg_type.startswith("comm_") and msg_type in HANDLERS:
                 contextvars.copy_context().run(self.comm, request)   # which has no reply
@@ -2574,6 +2679,27 @@ class Kernel:
         if value == "\x04":
             raise EOFError
         return value
+
+
+def in_time(handler, request):
+    """What the handler returns or raises; raises TimeoutError when that takes too long. A
+    library's `__dir__` may hang: its thread is left alone, and the next question gets a new one."""
+    outcome = queue.SimpleQueue()
+
+    def work():
+        try:
+            outcome.put((handler(request), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        content, error = outcome.get(timeout=QUESTION_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {QUESTION_SECONDS} s") from None
+    if error:
+        raise error
+    return content
 
 
 def port_name(channel):
