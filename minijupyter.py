@@ -212,7 +212,8 @@ def upgrade_cell(cell):
     if kind == "code":
         if "collapsed" in cell:
             metadata["collapsed"] = bool(cell["collapsed"])
-        return {"cell_type": "code", "metadata": metadata, "source": join_old(cell.get("input", "")),
+        return {"cell_type": "code", "metadata": metadata,
+                "source": join_old(cell.get("input", "")),
                 "execution_count": cell.get("prompt_number"),
                 "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
     source = join_old(cell.get("source", ""))
@@ -304,6 +305,9 @@ def fingerprint(value):
 
 UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
             "directory": ("Untitled Folder", "")}
+
+
+CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 
 
 class Contents:
@@ -438,6 +442,60 @@ class Contents:
             raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
                                f"{problem}") from None
 
+    def save_chunk(self, path, model):
+        """Write one chunk of a large upload: number 1 begins the file anew, -1 is the last one.
+
+        The chunks gather in a hidden file beside it, which takes its place at the end.
+        """
+        absolute, number = self.resolve(path), model["chunk"]
+        if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
+            raise Problem(400, "Only files of format text or base64 can come in chunks")
+        folder, name = os.path.split(absolute)
+        part = os.path.join(folder, f".{name}.upload")
+        data = self.encode(path, model, None)
+        with self.lock:
+            is_new = not os.path.exists(absolute)
+            with open(part, "wb" if number == 1 else "ab") as file:
+                file.write(data)
+            if number == -1:
+                os.replace(part, absolute)
+        return self.model(path, absolute if number == -1 else part), is_new and number == -1
+
+    # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
+
+    def checkpoint_path(self, path):
+        folder, name = os.path.split(self.existing(path))
+        stem, extension = os.path.splitext(name)
+        return os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
+
+    def checkpoints(self, path):
+        """The list of a file's checkpoints: one, or none."""
+        saved = self.checkpoint_path(path)
+        return [self.checkpoint_model(saved)] if os.path.exists(saved) else []
+
+    def checkpoint_model(self, saved):
+        return {"id": CHECKPOINT, "last_modified": iso(os.stat(saved).st_mtime)}
+
+    def create_checkpoint(self, path):
+        """Keep the file as it is on disk now."""
+        saved = self.checkpoint_path(path)
+        os.makedirs(os.path.dirname(saved), exist_ok=True)
+        write_atomically(saved, self.read(self.existing(path)))
+        return self.checkpoint_model(saved)
+
+    def restore_checkpoint(self, path, id):
+        with self.lock:
+            write_atomically(self.resolve(path), self.read(self.checkpoint_of(path, id)))
+
+    def delete_checkpoint(self, path, id):
+        os.remove(self.checkpoint_of(path, id))
+
+    def checkpoint_of(self, path, id):
+        saved = self.checkpoint_path(path)
+        if id != CHECKPOINT or not os.path.exists(saved):
+            raise Problem(404, f"{path} has no checkpoint {id}")
+        return saved
+
     def create(self, folder, kind="file", extension=""):
         """A new, empty file, notebook or folder with a name of its own."""
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
@@ -483,7 +541,11 @@ class Contents:
                 raise Problem(409, f"{new_path} exists already")
             if not os.path.isdir(os.path.dirname(new)):
                 raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
+            saved = self.checkpoint_path(path)
             os.rename(old, new)
+            if os.path.exists(saved):   # it goes along
+                os.makedirs(os.path.dirname(self.checkpoint_path(new_path)), exist_ok=True)
+                os.replace(saved, self.checkpoint_path(new_path))
         return self.model(new_path, new)
 
     def delete(self, path):
@@ -492,6 +554,8 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
         if any(is_visible(name) for name in os.listdir(absolute)):
             raise Problem(400, f"{path} is not empty: delete what is in it first")
@@ -541,19 +605,9 @@ os.umask(UMASK)
 # A kernel spec is a folder `kernels/NAME/` with a `kernel.json` in one of Jupyter's data folders:
 # the command that starts a kernel, its language, its name for people. Our own needs no folder.
 
-JUPYTER_DATA = os.environ.get("JUPYTER_DATA_DIR") or {
-    "darwin": os.path.expanduser("~/Library/Jupyter"),
-    "win32": os.path.join(os.environ.get("APPDATA", ""), "jupyter"),
-}.get(sys.platform) or os.path.join(
-    os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
+JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
 DEFAULT_KERNEL = "python3"
-
-
-def built_in_spec():
-    return {"argv": our_kernel.command(), "display_name": "Python 3", "language": "python",
-            "interrupt_mode": "signal", "env": {}, "metadata": {},
-            "kernel_protocol_version": f"{our_kernel.PROTOCOL_VERSION}.0"}
 
 
 def spec_folders():
@@ -566,7 +620,7 @@ def spec_folders():
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
-    specs = {DEFAULT_KERNEL: (built_in_spec(), None)}
+    specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
     for folder in spec_folders():
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             spec = read_spec(os.path.join(folder, name, "kernel.json"))
@@ -1354,12 +1408,20 @@ ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
+    ("GET", r"/api/me", "me"),
+    ("POST", r"/api/shutdown", "shutdown_server"),
+    ("GET", r"/api/contents/(.+)/checkpoints", "list_checkpoints"),
+    ("POST", r"/api/contents/(.+)/checkpoints", "create_checkpoint"),
+    ("POST", r"/api/contents/(.+)/checkpoints/([^/]+)", "restore_checkpoint"),
+    ("DELETE", r"/api/contents/(.+)/checkpoints/([^/]+)", "delete_checkpoint"),
     ("GET", r"/api/contents(?:/(.*))?", "get_contents"),
     ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
     ("PUT", r"/api/contents/(.+)", "save_contents"),
     ("PATCH", r"/api/contents/(.+)", "rename_contents"),
     ("DELETE", r"/api/contents/(.+)", "delete_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
+    ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
+    ("GET", r"/kernelspecs/([^/]+)/([^/]+)", "kernelspec_file"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -1375,6 +1437,7 @@ ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in
 )]
 OPEN_TO_ALL = {"version"}             # handlers that need no token
 PAGES = {"home", "page"}              # handlers whose refusal is a page for people, not JSON
+PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -1468,7 +1531,7 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         allowed = []
         for route_method, pattern, name in ROUTES:
-            if match := pattern.match(self.route):
+            if match := pattern.match(self.route.rstrip("/") or "/"):
                 if route_method == method:
                     return name, [group or "" for group in match.groups()]
                 allowed.append(route_method)
@@ -1589,8 +1652,28 @@ class Handler(BaseHTTPRequestHandler):
         if "download" in self.query or path.endswith(".ipynb"):
             name = quote(os.path.basename(path), safe="")
             headers["Content-Disposition"] = f"attachment; filename*=utf-8''{name}"
-        self.send(200, self.server.contents.read(absolute),
-                  mimetypes.guess_type(path)[0] or "application/octet-stream", headers)
+        self.send_file(absolute, headers)
+
+    def send_file(self, path, headers):
+        """Send a file piece by piece, or the one range of it that is asked for (RFC 9110 14)."""
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            status, start, end = range_of(self.headers.get("Range"), size)
+            headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
+                       self.date_time_string(os.fstat(file.fileno()).st_mtime)}
+            if status != 200:
+                extent = f"{start}-{end - 1}" if end else "*"
+                headers["Content-Range"] = f"bytes {extent}/{size}"
+            self.send(status, b"", kind, {**headers, "Content-Length": str(end - start)})
+            file.seek(start)
+            while self.command != "HEAD" and start < end:
+                piece = file.read(min(PIECE, end - start))
+                if not piece:             # the file has become shorter: the length is a lie now
+                    self.close_connection = True
+                    break
+                self.wfile.write(piece)
+                start += len(piece)
 
     # -- /api --
 
@@ -1602,6 +1685,23 @@ class Handler(BaseHTTPRequestHandler):
         latest = max([self.server.started, *(kernel.last_activity for kernel in kernels)])
         return {"started": iso(self.server.started), "last_activity": iso(latest),
                 "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
+
+    def me(self):
+        """Who uses the server: always the same one person."""
+        try:
+            wanted = json.loads(self.asked("permissions", "{}"))
+            granted = {resource: list(actions) for resource, actions in wanted.items()}
+        except (ValueError, AttributeError, TypeError):
+            raise Problem(400, "permissions must be a JSON object of lists") from None
+        name = self.server.user
+        return {"identity": {"username": name, "name": name, "display_name": name,
+                             "initials": name[:1].upper(), "avatar_url": None, "color": None},
+                "permissions": {**granted, "updatable_fields": []}}
+
+    def shutdown_server(self):
+        """End the server and its kernels, once this answer is sent."""
+        threading.Thread(target=self.server.shutdown).start()
+        return {}
 
     def asked(self, name, default=None, choices=None):
         """A query parameter; Problem 400 when it is not one of the choices."""
@@ -1626,7 +1726,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def save_contents(self, path):
         expected = self.headers.get("If-Match", "").strip('"') or self.headers.get("If-None-Match")
-        model, is_new = self.server.contents.save(path, self.json_body(), expected)
+        body = self.json_body()
+        if isinstance(body.get("chunk"), int):
+            model, is_new = self.server.contents.save_chunk(path, body)
+        else:
+            model, is_new = self.server.contents.save(path, body, expected)
         if self.asked("hash") != "1":
             model.update(hash=None, hash_algorithm=None)
         if is_new:
@@ -1645,10 +1749,36 @@ class Handler(BaseHTTPRequestHandler):
         self.server.contents.delete(path)
         return 204, None
 
+    def list_checkpoints(self, path):
+        return self.server.contents.checkpoints(path)
+
+    def create_checkpoint(self, path):
+        return 201, self.server.contents.create_checkpoint(path)
+
+    def restore_checkpoint(self, path, id):
+        self.server.contents.restore_checkpoint(path, id)
+        return 204, None
+
+    def delete_checkpoint(self, path, id):
+        self.server.contents.delete_checkpoint(path, id)
+        return 204, None
+
     def list_kernelspecs(self):
-        specs = {name: {"name": name, "spec": spec, "resources": {}}
-                 for name, (spec, _) in find_specs().items()}
+        specs = {name: spec_model(name, *found) for name, found in find_specs().items()}
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
+
+    def get_kernelspec(self, name):
+        specs = find_specs()
+        if name not in specs:
+            raise Problem(404, f"There is no kernel spec {name}")
+        return spec_model(name, *specs[name])
+
+    def kernelspec_file(self, name, file):
+        """A logo or the like from a kernel spec's folder."""
+        folder = find_specs().get(name, (None, None))[1]
+        if not folder or file not in os.listdir(folder):
+            raise Problem(404, f"There is no {file} of the kernel spec {name}")
+        self.send_file(os.path.join(folder, file), {"Cache-Control": "max-age=2592000"})
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
@@ -1698,6 +1828,27 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
 
+def spec_model(name, spec, folder):
+    """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
+    names = os.listdir(folder) if folder else ()
+    resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
+                 f"/kernelspecs/{quote(name)}/{quote(file)}"
+                 for file in names
+                 if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
+    return {"name": name, "spec": spec, "resources": resources}
+
+
+def range_of(header, size):
+    """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    if not match or match[1] == match[2] == "":
+        return 200, 0, size
+    if match[1] == "":
+        return 206, max(0, size - int(match[2])), size
+    start, end = int(match[1]), min(int(match[2] or size - 1) + 1, size)
+    return (206, start, end) if start < end else (416, 0, 0)
+
+
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
@@ -1712,6 +1863,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, root, ip, port, token):
         super().__init__((ip, port), Handler)
         self.ip, self.token, self.started = ip, token, time.time()
+        self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.contents = Contents(root)
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
