@@ -2357,9 +2357,10 @@ class Kernel:
         signal.signal(signal.SIGINT, self.interrupt)
         self.bind()
         self.capture()
+        # Queued before any thread can answer a request: it is the first that a client hears.
+        self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         for name, work in (("io", self.serve), ("helper", self.help), ("heartbeat", self.beat)):
             threading.Thread(target=work, name=name, daemon=True).start()
-        self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         self.interpreter.take_over()
         patch_getpass(self.getpass)
         self.shells[None].run()
