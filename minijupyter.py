@@ -1150,16 +1150,19 @@ def decode(payload):
 class WebSocket:
     """One accepted connection. It belongs to one thread: its handler's."""
 
-    def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES):
-        self.socket, self.parser = sock, FrameParser(most_bytes)
+    def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES, protocol=None):
+        self.socket, self.parser, self.protocol = sock, FrameParser(most_bytes), protocol
         self.first_bytes = first_bytes   # came glued to the handshake
         self.waiting = []                # whole messages that nobody has taken
         self.is_closed = self.close_sent = False
         self.last_heard = time.monotonic()
 
     @classmethod
-    def accept(cls, handler):
-        """Answer the handshake of a BaseHTTPRequestHandler. Raises Problem 400 (RFC 6455 4.2)."""
+    def accept(cls, handler, protocols=()):
+        """Answer the handshake of a BaseHTTPRequestHandler. Raises Problem 400 (RFC 6455 4.2).
+
+        The first of the client's subprotocols that is in `protocols` is chosen, or none.
+        """
         headers = handler.headers
         key, version = headers.get("Sec-WebSocket-Key"), headers.get("Sec-WebSocket-Version")
         if "websocket" not in headers.get("Upgrade", "").lower() or not key or version != "13":
@@ -1168,6 +1171,10 @@ class WebSocket:
         handler.send_header("Upgrade", "websocket")
         handler.send_header("Connection", "Upgrade")
         handler.send_header("Sec-WebSocket-Accept", accept_key(key))
+        offered = [name.strip() for name in headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        protocol = next((name for name in offered if name in protocols), None)
+        if protocol:
+            handler.send_header("Sec-WebSocket-Protocol", protocol)
         handler.end_headers()
         handler.wfile.flush()
         handler.close_connection = True
@@ -1175,7 +1182,7 @@ class WebSocket:
         handler.connection.setblocking(False)
         first_bytes = handler.rfile.read1(len(handler.rfile.peek() or b"")) or b""
         handler.connection.settimeout(60)   # seconds a peer may take to accept what we send
-        return cls(handler.connection, first_bytes)
+        return cls(handler.connection, first_bytes, protocol=protocol)
 
     def fileno(self):
         return self.socket.fileno()
@@ -1255,6 +1262,74 @@ NUDGE_MS = 500        # between two kernel_info_requests to a kernel that is sil
 PING_SECONDS = 30     # between pings; a peer silent for three of them is gone
 
 
+def splice(channel, json_parts, buffers):
+    """The WebSocket frame of a kernel's message in Jupyter's default protocol: its JSON as it came.
+
+    `msg_id` and `msg_type` stand at the top level, too: Python clients look there.
+    """
+    header, parent_header, metadata, content = json_parts
+    about = json.loads(header)
+    text = b"".join((
+        b'{"header":', header, b',"parent_header":', parent_header, b',"metadata":', metadata,
+        b',"content":', content, b',"buffers":[],"channel":"', channel.encode(),
+        b'","msg_id":', to_json(about["msg_id"]),
+        b',"msg_type":', to_json(about["msg_type"]), b"}"))
+    if not buffers:
+        return encode_frame(TEXT, text)
+    return encode_frame(BINARY, join_parts([text, *buffers]))
+
+
+def join_parts(parts):
+    """Binary layout of the default protocol: n, n offsets (big-endian u32), then the n parts."""
+    offsets, at = [], 4 * (len(parts) + 1)
+    for part in parts:
+        offsets.append(at)
+        at += len(part)
+    return struct.pack(f"!{len(parts) + 1}I", len(parts), *offsets) + b"".join(parts)
+
+
+def decode_message(message):
+    """The dict in a page's WebSocket message, text or binary; raises ValueError."""
+    if isinstance(message, str):
+        return json.loads(message)
+    try:
+        count = struct.unpack_from("!I", message)[0]
+        offsets = [*struct.unpack_from(f"!{count}I", message, 4), len(message)]
+    except struct.error as problem:
+        raise ValueError(f"a truncated binary message: {problem}") from None
+    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    return {**json.loads(parts[0]), "buffers": parts[1:]}
+
+
+def splice_v1(channel, json_parts, buffers):
+    """The same in `v1.kernel.websocket.jupyter.org`: n, n offsets (little-endian u64; the last one
+    is the end), then channel, header, parent_header, metadata, content, buffers."""
+    parts, offsets = [channel.encode(), *json_parts, *buffers], []
+    at = 8 * (len(parts) + 2)
+    for part in parts:
+        offsets.append(at)
+        at += len(part)
+    head = struct.pack(f"<{len(parts) + 2}Q", len(parts) + 1, *offsets, at)
+    return encode_frame(BINARY, head + b"".join(parts))
+
+
+def decode_v1(message):
+    """The dict in a message of that layout; raises ValueError."""
+    try:
+        count = struct.unpack_from("<Q", message)[0]
+        offsets = struct.unpack_from(f"<{min(count, len(message))}Q", message, 8)
+    except (struct.error, TypeError) as problem:
+        raise ValueError(f"not of the v1 layout: {problem}") from None
+    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    header, parent_header, metadata, content = (json.loads(part) for part in parts[1:5])
+    return {"channel": parts[0].decode(), "header": header, "parent_header": parent_header,
+            "metadata": metadata, "content": content, "buffers": parts[5:]}
+
+
+V1 = "v1.kernel.websocket.jupyter.org"
+LAYOUTS = {None: (decode_message, splice), V1: (decode_v1, splice_v1)}   # subprotocol -> functions
+
+
 class Bridge:
     """Carries messages between one WebSocket and one kernel until either is gone."""
 
@@ -1266,6 +1341,7 @@ class Bridge:
         self.sockets["iopub"].connect(kernel.notices_endpoint)
         self.session = Session(kernel.connection["key"], username="page")
         self.process = kernel.process
+        self.decode, self.splice = LAYOUTS[websocket.protocol]
         self.is_heard = kernel.state == "busy"   # then it cannot answer, and has long been running
         self.last_ping = time.monotonic()
 
@@ -1314,7 +1390,7 @@ class Bridge:
 
     def to_kernel(self, message):
         """Send a page's message down its channel; raises ValueError for anything else."""
-        message = decode_message(message)
+        message = self.decode(message)
         channel = message.get("channel", "shell")
         if channel not in ("shell", "control", "stdin"):
             raise ValueError(f"there is no channel {channel!r} to a kernel")
@@ -1339,7 +1415,7 @@ class Bridge:
                 continue
             self.is_heard = self.is_heard or channel == "iopub" and parts[0] != NOTICE
             # Journey 11: verified, marked with its channel, and on its way to the page.
-            frames.append(splice(channel, json_parts, buffers))
+            frames.append(self.splice(channel, json_parts, buffers))
             size += len(frames[-1])
         return frames
 
@@ -1350,45 +1426,6 @@ class Bridge:
         elif now - self.last_ping > PING_SECONDS:
             self.last_ping = now
             self.websocket.write(encode_frame(PING, b""))
-
-
-def splice(channel, json_parts, buffers):
-    """The WebSocket frame of a kernel's message in Jupyter's default protocol: its JSON as it came.
-
-    `msg_id` and `msg_type` stand at the top level, too: Python clients look there.
-    """
-    header, parent_header, metadata, content = json_parts
-    about = json.loads(header)
-    text = b"".join((
-        b'{"header":', header, b',"parent_header":', parent_header, b',"metadata":', metadata,
-        b',"content":', content, b',"buffers":[],"channel":"', channel.encode(),
-        b'","msg_id":', to_json(about["msg_id"]),
-        b',"msg_type":', to_json(about["msg_type"]), b"}"))
-    if not buffers:
-        return encode_frame(TEXT, text)
-    return encode_frame(BINARY, join_parts([text, *buffers]))
-
-
-def join_parts(parts):
-    """Binary layout of the default protocol: n, n offsets (big-endian u32), then the n parts."""
-    offsets, at = [], 4 * (len(parts) + 1)
-    for part in parts:
-        offsets.append(at)
-        at += len(part)
-    return struct.pack(f"!{len(parts) + 1}I", len(parts), *offsets) + b"".join(parts)
-
-
-def decode_message(message):
-    """The dict in a page's WebSocket message, text or binary; raises ValueError."""
-    if isinstance(message, str):
-        return json.loads(message)
-    try:
-        count = struct.unpack_from("!I", message)[0]
-        offsets = [*struct.unpack_from(f"!{count}I", message, 4), len(message)]
-    except struct.error as problem:
-        raise ValueError(f"a truncated binary message: {problem}") from None
-    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-    return {**json.loads(parts[0]), "buffers": parts[1:]}
 
 
 # ---- 8. HTTP: access, routes, handlers --------------------------------------------------------
@@ -1806,7 +1843,7 @@ class Handler(BaseHTTPRequestHandler):
     def channels(self, id):
         """From here on the connection is a WebSocket, and this thread is its bridge."""
         kernel = self.server.kernels.get(id)
-        websocket = WebSocket.accept(self)
+        websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
         Bridge(websocket, kernel).run()
 

@@ -429,6 +429,234 @@ class Frontend:
         raise TimeoutError("the kernel does not answer")
 
 
+class Reply:
+    """Status, headers and body of an HTTP reply."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    def __repr__(self):
+        return f"{self.status} {self.body[:500]!r}"
+
+
+class Server:
+    """minijupyter.py in its own process, with a root and Jupyter folders of its own.
+
+    `program(root, port, token)` is the command line of another server, to compare with.
+    """
+
+    def __init__(self, root=None, options=None, env=None, program=None, **process):
+        self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-server-")
+        self.root = Path(root or self.folder.name) / "root"
+        self.root.mkdir()
+        self.token = secrets.token_hex(8)
+        port = free_ports(1)[0]
+        ours = [sys.executable, HERE / "minijupyter.py", self.root, "--token", self.token,
+                "--no-browser", *(["--port", port] if options is None else options)]
+        self.process = Process(
+            program(self.root, port, self.token) if program else ours,
+            env=clean_environment(self.folder.name, **(env or {})), **process)
+        try:
+            self.url = self.process.wait_for(r"http://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
+        except AssertionError:
+            self.end()
+            raise
+        self.port = int(self.url[1])
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+
+    def request(self, method, path, body=None, headers=None, connection=None):
+        """One request with the token; `headers` may replace it, or leave it out with None."""
+        if body is not None and not isinstance(body, bytes | str):
+            body = json.dumps(body)
+        headers = {"Authorization": f"token {self.token}", **(headers or {})}
+        kept = {name: value for name, value in headers.items() if value is not None}
+        own = connection or self.connect()
+        try:
+            own.request(method, path, body.encode() if isinstance(body, str) else body, kept)
+            return Reply(own.getresponse())
+        finally:
+            if not connection:
+                own.close()
+
+    def get(self, path, **headers):
+        return self.request("GET", path, headers=headers)
+
+    def put(self, path, body, **headers):
+        return self.request("PUT", path, body, headers)
+
+    def post(self, path, body=None):
+        return self.request("POST", path, body)
+
+    def patch(self, path, body):
+        return self.request("PATCH", path, body)
+
+    def delete(self, path):
+        return self.request("DELETE", path)
+
+    def connection_files(self):
+        """Files below our folders that hold a kernel's ports and key."""
+        return [path for path in Path(self.folder.name).rglob("*.json")
+                if b'"shell_port"' in path.read_bytes()]
+
+    def frontend(self, kernel_id):
+        """A Frontend on the kernel's WebSocket."""
+        frontend = Frontend(WebSocketWire(self, kernel_id))
+        frontend.greet()
+        return frontend
+
+    def end(self):
+        self.process.end()
+        self.folder.cleanup()
+
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+MASK = b"\x37\xfa\x21\x3d"  # of the RFC's masked "Hello"
+
+
+def frame(opcode, payload=b"", fin=True, mask=MASK, length=None):
+    """A frame as a client sends it (RFC 6455 5.2); `length` may lie about the payload."""
+    length = len(payload) if length is None else length
+    masked = 0x80 if mask else 0
+    head = bytes([(0x80 if fin else 0) | opcode])
+    if length < 126:
+        head += bytes([masked | length])
+    elif length < 1 << 16:
+        head += struct.pack("!BH", masked | 126, length)
+    else:
+        head += struct.pack("!BQ", masked | 127, length)
+    if not mask:
+        return head + payload
+    key = (mask * (len(payload) // 4 + 1))[:len(payload)]
+    return head + mask + (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(
+        len(payload), "big")
+
+
+def take_frame(buffer):
+    """Remove the first whole frame of a server from `buffer`: (fin, opcode, payload) or None."""
+    if len(buffer) < 2:
+        return None
+    size, start = buffer[1] & 0x7f, 2
+    if size > 125:
+        start, form = (4, "!H") if size == 126 else (10, "!Q")
+        if len(buffer) < start:
+            return None
+        (size,) = struct.unpack(form, buffer[2:start])
+    if len(buffer) < start + size:
+        return None
+    found = bool(buffer[0] & 0x80), buffer[0] & 0x0f, bytes(buffer[start:start + size])
+    del buffer[:start + size]
+    return found
+
+
+class WebSocketClient:
+    """A WebSocket client whose every byte can be chosen."""
+
+    def __init__(self, port, path="/", headers=None, first=b""):
+        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer, self.close_code = bytearray(), None
+        fields = {"Host": f"127.0.0.1:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
+                  "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",  # RFC 6455 1.3
+                  "Sec-WebSocket-Version": "13", **(headers or {})}
+        lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+        request = "\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""])
+        self.socket.sendall(request.encode() + first)
+        self.read_head()
+
+    def read_head(self):
+        while b"\r\n\r\n" not in self.buffer:
+            self.more(SECONDS)
+        head, _, rest = bytes(self.buffer).partition(b"\r\n\r\n")
+        self.buffer = bytearray(rest)
+        first, *lines = head.decode().split("\r\n")
+        self.version, self.status = first.split()[0], int(first.split()[1])
+        self.headers = {name.lower(): value.strip() for name, _, value in (
+            line.partition(":") for line in lines)}
+
+    def more(self, seconds):
+        self.socket.settimeout(max(seconds, 0.001))
+        data = self.socket.recv(1 << 20)
+        if not data:
+            raise EOFError("the server closed the connection")
+        self.buffer += data
+
+    def send(self, message):
+        binary = isinstance(message, bytes)
+        self.socket.sendall(frame(BINARY if binary else TEXT,
+                                  message if binary else message.encode()))
+
+    def receive_frame(self, seconds=SECONDS):
+        while not (found := take_frame(self.buffer)):
+            self.more(seconds)
+        return found
+
+    def receive(self, seconds=SECONDS):
+        """The next message, whole; None for a close, whose code is kept."""
+        payload, kind = b"", None
+        while True:
+            fin, opcode, data = self.receive_frame(seconds)
+            if opcode == CLOSE:
+                self.close_code = int.from_bytes(data[:2], "big")
+                return None
+            if opcode == PING:
+                self.socket.sendall(frame(PONG, data))
+            elif opcode != PONG:
+                payload, kind = payload + data, kind or opcode
+                if fin:
+                    return payload.decode() if kind == TEXT else payload
+
+    def is_at_end(self):
+        """True when the server has closed the TCP connection and said nothing more."""
+        try:
+            self.receive_frame()
+        except (EOFError, ConnectionError):
+            return True
+        return False
+
+    def close(self):
+        self.socket.close()
+
+
+class WebSocketWire:
+    """Carries messages to a kernel through the server: JSON texts that name their channel."""
+
+    def __init__(self, server, kernel_id, **headers):
+        path = f"/api/kernels/{kernel_id}/channels?session_id={secrets.token_hex(8)}"
+        self.client = WebSocketClient(
+            server.port, path, {"Authorization": f"token {server.token}", **headers})
+        if self.client.status != 101:
+            raise ConnectionError(self.client.status)
+
+    def send(self, channel, message):
+        self.client.send(json.dumps({**message, "channel": channel, "buffers": []}))
+
+    def receive(self, seconds):
+        try:
+            text = self.client.receive(max(0.001, seconds))
+        except TimeoutError:
+            raise TimeoutError(f"no message within {seconds:.1f} s") from None
+        if text is None:
+            raise EOFError(f"closed with code {self.client.close_code}")
+        message = json.loads(text)
+        return message["channel"], message
+
+    def close(self):
+        self.client.close()
+
+
+def install_kernelspec(folder, name, argv, **fields):
+    """A kernel spec below `folder`, which then serves as an entry of JUPYTER_PATH."""
+    spec = {"argv": argv, "display_name": name, "language": "python", **fields}
+    (folder / "kernels" / name).mkdir(parents=True)
+    (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
+
+
 class Case(unittest.TestCase):
     """A test case with asserts in the field's words."""
 
@@ -481,6 +709,43 @@ class KernelCase(Case):
     def assertWorks(self):
         """The kernel still answers."""
         self.assertEqual(self.run_cell("6 * 7").result, "42")
+
+
+class ServerCase(Case):
+    """Tests that share one server and its root."""
+
+    options = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server(**cls.options)
+        cls.addClassCleanup(cls.server.end)
+        cls.root = cls.server.root
+
+    def own_server(self, *args, **options):
+        server = Server(*args, **options)
+        self.addCleanup(server.end)
+        return server
+
+    def assertReply(self, reply, status):
+        """The status is one of these; an error carries a message in JSON."""
+        self.assertIn(reply.status, [status] if isinstance(status, int) else status, reply)
+        if reply.status >= 400:
+            self.assertTrue(reply.json["message"], reply)
+            self.assertNotIn(str(self.root), reply.body.decode())
+            self.assertNotIn("Traceback", reply.body.decode())
+        return reply
+
+    def start_kernel(self, server=None, **body):
+        """(kernel id, frontend, process id) of a new kernel."""
+        server = server or self.server
+        kernel_id = self.assertReply(server.post("/api/kernels", body), 201).json["id"]
+        self.addCleanup(server.delete, f"/api/kernels/{kernel_id}")
+        frontend = server.frontend(kernel_id)
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("import os; os.getpid()"))
+        return kernel_id, frontend, int(cell.result)
+
 
 # ---- 2. The wire ------------------------------------------------------------
 #
@@ -614,6 +879,7 @@ class Wire(Case):
         received = self.receiver.unpack(theirs.serialize(message, ident=b"me"))
         self.assertEqual((received["identities"], received["content"]), ([b"me"], CONTENT))
         self.assertEqual(received["header"]["msg_id"], message["header"]["msg_id"])
+
 
 # ---- 3. The kernel, over real sockets -----------------------------------------
 #
@@ -1045,7 +1311,7 @@ class KernelOutput(KernelCase):
         cell = self.run_cell(
             "from concurrent.futures import ThreadPoolExecutor\n"
             "with ThreadPoolExecutor(2) as pool: list(pool.map(print, 'ab'))")
-        self.assertEqual(sorted(cell.text().split()), ["a", "b"])
+        self.assertEqual(sorted(cell.text()), ["\n", "\n", "a", "b"])
 
     def test_output_of_child_processes_and_c_code_is_shown(self):
         for code, expected in [
@@ -1315,6 +1581,7 @@ class KernelLife(Case):
         frontend.ask("shutdown_request", "control", restart=False)
         self.assertEqual(own.process.exit_code(), 0)
 
+
 # ---- 4. The kernel, driven by jupyter_client and nbclient ------------------------
 #
 # What Jupyter's own clients do with a kernel. A kernel spec in a temporary folder is all they
@@ -1342,13 +1609,6 @@ def prepared(name, folder):
     (folder / "npdict.txt").write_text("a man\na plan\na canal\nPanama\n" * 3)
     (folder / "anpdict.txt").write_text("a man\na plan\na canal\nPanama\n" * 3)
     return nb
-
-
-def install_kernelspec(folder, name, argv, **fields):
-    """A kernel spec below `folder`, which then serves as an entry of JUPYTER_PATH."""
-    spec = {"argv": argv, "display_name": name, "language": "python", **fields}
-    (folder / "kernels" / name).mkdir(parents=True)
-    (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
 
 
 @needs("jupyter_client")
@@ -1436,132 +1696,11 @@ class Nbclient(Case):
                 self.assertEqual(outcome(execute(path.name, OURS)),
                                  outcome_on_ipykernel(path.name))
 
+
 # ---- 5. Documents and contents -----------------------------------------------------
 #
 # Files through the REST API. A notebook that nobody changed goes back to disk byte for byte,
 # even through a client that speaks JavaScript's JSON; a file that cannot be saved stays whole.
-
-
-class Reply:
-    """Status, headers and body of an HTTP reply."""
-
-    def __init__(self, response):
-        self.status, self.headers, self.body = response.status, response.headers, response.read()
-
-    @property
-    def json(self):
-        return json.loads(self.body)
-
-    def __repr__(self):
-        return f"{self.status} {self.body[:500]!r}"
-
-
-class Server:
-    """minijupyter.py in its own process, with a root and Jupyter folders of its own.
-
-    `program(root, port, token)` is the command line of another server, to compare with.
-    """
-
-    def __init__(self, root=None, options=None, env=None, program=None, **process):
-        self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-server-")
-        self.root = Path(root or self.folder.name) / "root"
-        self.root.mkdir()
-        self.token = secrets.token_hex(8)
-        port = free_ports(1)[0]
-        ours = [sys.executable, HERE / "minijupyter.py", self.root, "--token", self.token,
-                "--no-browser", *(["--port", port] if options is None else options)]
-        self.process = Process(
-            program(self.root, port, self.token) if program else ours,
-            env=clean_environment(self.folder.name, **(env or {})), **process)
-        try:
-            self.url = self.process.wait_for(r"http://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
-        except AssertionError:
-            self.end()
-            raise
-        self.port = int(self.url[1])
-
-    def connect(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-
-    def request(self, method, path, body=None, headers=None, connection=None):
-        """One request with the token; `headers` may replace it, or leave it out with None."""
-        if body is not None and not isinstance(body, bytes | str):
-            body = json.dumps(body)
-        headers = {"Authorization": f"token {self.token}", **(headers or {})}
-        kept = {name: value for name, value in headers.items() if value is not None}
-        own = connection or self.connect()
-        try:
-            own.request(method, path, body.encode() if isinstance(body, str) else body, kept)
-            return Reply(own.getresponse())
-        finally:
-            if not connection:
-                own.close()
-
-    def get(self, path, **headers):
-        return self.request("GET", path, headers=headers)
-
-    def put(self, path, body, **headers):
-        return self.request("PUT", path, body, headers)
-
-    def post(self, path, body=None):
-        return self.request("POST", path, body)
-
-    def patch(self, path, body):
-        return self.request("PATCH", path, body)
-
-    def delete(self, path):
-        return self.request("DELETE", path)
-
-    def connection_files(self):
-        """Files below our folders that hold a kernel's ports and key."""
-        return [path for path in Path(self.folder.name).rglob("*.json")
-                if b'"shell_port"' in path.read_bytes()]
-
-    def frontend(self, kernel_id):
-        """A Frontend on the kernel's WebSocket."""
-        frontend = Frontend(WebSocketWire(self, kernel_id))
-        frontend.greet()
-        return frontend
-
-    def end(self):
-        self.process.end()
-        self.folder.cleanup()
-
-
-class ServerCase(Case):
-    """Tests that share one server and its root."""
-
-    options = {}
-
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server(**cls.options)
-        cls.addClassCleanup(cls.server.end)
-        cls.root = cls.server.root
-
-    def own_server(self, *args, **options):
-        server = Server(*args, **options)
-        self.addCleanup(server.end)
-        return server
-
-    def assertReply(self, reply, status):
-        """The status is one of these; an error carries a message in JSON."""
-        self.assertIn(reply.status, [status] if isinstance(status, int) else status, reply)
-        if reply.status >= 400:
-            self.assertTrue(reply.json["message"], reply)
-            self.assertNotIn(str(self.root), reply.body.decode())
-            self.assertNotIn("Traceback", reply.body.decode())
-        return reply
-
-    def start_kernel(self, server=None, **body):
-        """(kernel id, frontend, process id) of a new kernel."""
-        server = server or self.server
-        kernel_id = self.assertReply(server.post("/api/kernels", body), 201).json["id"]
-        self.addCleanup(server.delete, f"/api/kernels/{kernel_id}")
-        frontend = server.frontend(kernel_id)
-        self.addCleanup(frontend.wire.close)
-        cell = frontend.finish(frontend.start("import os; os.getpid()"))
-        return kernel_id, frontend, int(cell.result)
 
 
 def through_javascript(value):
@@ -1919,6 +2058,7 @@ class PathsOutsideTheRoot(Case):
                     self.server.delete(f"/api/sessions/{reply.json['id']}")
                     self.assertTrue(Path(cell.text().strip()).resolve().is_relative_to(
                         self.server.root.resolve()), cell)
+
 
 # ---- 6. HTTP, access, kernels and sessions ----------------------------------------
 #
@@ -2321,146 +2461,12 @@ class ServerLife(ServerCase):
         self.assertNotEqual(process.exit_code(), 0)
         self.assertNotIn("Traceback", process.output)
 
+
 # ---- 7. WebSocket frames and the bridge --------------------------------------------
 #
 # The client below can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
 # own examples; an echo server, made of WebSocket.accept alone, shows how each is obeyed. Then
 # the bridge: the same Frontend as in section 3, now through the server.
-
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-MASK = b"\x37\xfa\x21\x3d"  # of the RFC's masked "Hello"
-
-
-def frame(opcode, payload=b"", fin=True, mask=MASK, length=None):
-    """A frame as a client sends it (RFC 6455 5.2); `length` may lie about the payload."""
-    length = len(payload) if length is None else length
-    masked = 0x80 if mask else 0
-    head = bytes([(0x80 if fin else 0) | opcode])
-    if length < 126:
-        head += bytes([masked | length])
-    elif length < 1 << 16:
-        head += struct.pack("!BH", masked | 126, length)
-    else:
-        head += struct.pack("!BQ", masked | 127, length)
-    if not mask:
-        return head + payload
-    key = (mask * (len(payload) // 4 + 1))[:len(payload)]
-    return head + mask + (int.from_bytes(payload, "big") ^ int.from_bytes(key, "big")).to_bytes(
-        len(payload), "big")
-
-
-def take_frame(buffer):
-    """Remove the first whole frame of a server from `buffer`: (fin, opcode, payload) or None."""
-    if len(buffer) < 2:
-        return None
-    size, start = buffer[1] & 0x7f, 2
-    if size > 125:
-        start, form = (4, "!H") if size == 126 else (10, "!Q")
-        if len(buffer) < start:
-            return None
-        (size,) = struct.unpack(form, buffer[2:start])
-    if len(buffer) < start + size:
-        return None
-    found = bool(buffer[0] & 0x80), buffer[0] & 0x0f, bytes(buffer[start:start + size])
-    del buffer[:start + size]
-    return found
-
-
-class WebSocketClient:
-    """A WebSocket client whose every byte can be chosen."""
-
-    def __init__(self, port, path="/", headers=None, first=b""):
-        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer, self.close_code = bytearray(), None
-        fields = {"Host": f"127.0.0.1:{port}", "Upgrade": "websocket", "Connection": "Upgrade",
-                  "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",  # RFC 6455 1.3
-                  "Sec-WebSocket-Version": "13", **(headers or {})}
-        lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
-        request = "\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""])
-        self.socket.sendall(request.encode() + first)
-        self.read_head()
-
-    def read_head(self):
-        while b"\r\n\r\n" not in self.buffer:
-            self.more(SECONDS)
-        head, _, rest = bytes(self.buffer).partition(b"\r\n\r\n")
-        self.buffer = bytearray(rest)
-        first, *lines = head.decode().split("\r\n")
-        self.version, self.status = first.split()[0], int(first.split()[1])
-        self.headers = {name.lower(): value.strip() for name, _, value in (
-            line.partition(":") for line in lines)}
-
-    def more(self, seconds):
-        self.socket.settimeout(max(seconds, 0.001))
-        data = self.socket.recv(1 << 20)
-        if not data:
-            raise EOFError("the server closed the connection")
-        self.buffer += data
-
-    def send(self, message):
-        binary = isinstance(message, bytes)
-        self.socket.sendall(frame(BINARY if binary else TEXT,
-                                  message if binary else message.encode()))
-
-    def receive_frame(self, seconds=SECONDS):
-        while not (found := take_frame(self.buffer)):
-            self.more(seconds)
-        return found
-
-    def receive(self, seconds=SECONDS):
-        """The next message, whole; None for a close, whose code is kept."""
-        payload, kind = b"", None
-        while True:
-            fin, opcode, data = self.receive_frame(seconds)
-            if opcode == CLOSE:
-                self.close_code = int.from_bytes(data[:2], "big")
-                return None
-            if opcode == PING:
-                self.socket.sendall(frame(PONG, data))
-            elif opcode != PONG:
-                payload, kind = payload + data, kind or opcode
-                if fin:
-                    return payload.decode() if kind == TEXT else payload
-
-    def is_at_end(self):
-        """True when the server has closed the TCP connection and said nothing more."""
-        try:
-            self.receive_frame()
-        except (EOFError, ConnectionError):
-            return True
-        return False
-
-    def close(self):
-        self.socket.close()
-
-
-class WebSocketWire:
-    """Carries messages to a kernel through the server: JSON texts that name their channel."""
-
-    def __init__(self, server, kernel_id, **headers):
-        path = f"/api/kernels/{kernel_id}/channels?session_id={secrets.token_hex(8)}"
-        self.client = WebSocketClient(
-            server.port, path, {"Authorization": f"token {server.token}", **headers})
-        if self.client.status != 101:
-            raise ConnectionError(self.client.status)
-
-    def send(self, channel, message):
-        self.client.send(json.dumps({**message, "channel": channel, "buffers": []}))
-
-    def receive(self, seconds):
-        try:
-            text = self.client.receive(max(0.001, seconds))
-        except TimeoutError:
-            raise TimeoutError(f"no message within {seconds:.1f} s") from None
-        if text is None:
-            raise EOFError(f"closed with code {self.client.close_code}")
-        message = json.loads(text)
-        return message["channel"], message
-
-    def close(self):
-        self.client.close()
-
 
 class EchoServer:
     """WebSocket.accept on a plain http.server: what comes in goes back."""
@@ -2782,6 +2788,7 @@ class Bridge(ServerCase):
             while "kernel_info_reply" not in types:
                 types.add(json.loads(client.recv(timeout=SECONDS))["header"]["msg_type"])
 
+
 # ---- 8. The page, in Chromium ------------------------------------------------------
 #
 # A new user's first ten minutes, with real clicks and keys, then whole notebooks by other
@@ -2890,6 +2897,8 @@ class PageCase(ServerCase):
         return {"name": name, "value": value, "url": self.address("/")}
 
     def tearDown(self):
+        for session in self.server.get("/api/sessions").json:
+            self.server.delete("/api/sessions/" + session["id"])
         self.assertEqual(self.problems, [])
 
     def address(self, path):
@@ -3445,10 +3454,14 @@ class PageNotebooks(PageCase):
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             with self.subTest(path.name):
                 (self.root / path.name).write_bytes(path.read_bytes())
+                reply = self.server.get("/api/contents/" + quote(path.name))
                 tab = self.visit("/notebooks/" + quote(path.name))
-                tab.page.wait_for_selector(".cell, [role=alert]")
-                tab.page.wait_for_load_state("networkidle")
+                if reply.status == 200:
+                    self.assertCount(tab.page.locator(".cell"), len(reply.json["content"]["cells"]))
+                else:
+                    self.assertShows(tab.page.locator("[role=alert]"), reply.json["message"])
                 tab.page.close()
+
 
 # ---- 9. Documentation under test --------------------------------------------------
 #
@@ -3519,6 +3532,7 @@ def dependencies(text):
     """The names in a file's inline script metadata (PEP 723)."""
     block = re.search(r"(?ms)^# dependencies = \[(.*?)\]$", text)[1]
     return re.findall(r'"([^"]+)"', block)
+
 
 # ---- 10. Bench ----------------------------------------------------------------------
 #
