@@ -104,6 +104,7 @@ SECONDS = 20  # how long a test waits for what must come; only a failing test ta
 #     self.assertMessages(cell, "busy execute_input stream execute_result idle")
 #
 # What carries the messages is a wire: ZeroMQWire talks to a kernel, WebSocketWire to a server.
+# All that these start ends with the test or the class that started it, by its own id.
 
 
 def needs(*modules):
@@ -2464,7 +2465,7 @@ class ServerLife(ServerCase):
 
 # ---- 7. WebSocket frames and the bridge --------------------------------------------
 #
-# The client below can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
+# WebSocketClient can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
 # own examples; an echo server, made of WebSocket.accept alone, shows how each is obeyed. Then
 # the bridge: the same Frontend as in section 3, now through the server.
 
