@@ -2190,6 +2190,22 @@ HANDLERS = {    # msg_type -> who runs its handler
 FEATURES = ["kernel subshells"]
 
 
+def seconds_of(header):
+    """A header's date in seconds, by its sender's clock; None when it cannot be read."""
+    from datetime import datetime
+    try:
+        return datetime.fromisoformat(header["date"].replace("Z", "+00:00")).timestamp()
+    except (KeyError, ValueError, AttributeError):
+        return None
+
+
+def error_date(request):
+    """When a request has failed, by the clock of its client, so that no two clocks are compared:
+    its own date and the time it has been here. (A browser's dates are cut to milliseconds.)"""
+    sent, age = seconds_of(request["header"]), time.monotonic() - request["received"]
+    return None if sent is None else sent + max(0, age - 0.001)
+
+
 class Cells:
     """A queue of cells and the thread that runs them, one at a time, inside one asyncio loop.
 
@@ -2202,6 +2218,7 @@ class Cells:
         self.loop = self.task = self.arrived = None   # once it runs
         self.is_busy = False                 # a cell is being run
         self.was_cancelled = False           # its await was ended: an interrupt
+        self.failed = None                   # (session, time by its clock) of the latest error
         self.is_stopping = False
 
     def put(self, request):
@@ -2246,7 +2263,9 @@ class Cells:
         while not self.is_stopping:
             while self.waiting:
                 request = self.waiting.popleft()
-                if request["header"]["msg_type"] == "execute_request":
+                if request["header"]["msg_type"] == "execute_request" and self.is_too_late(request):
+                    self.kernel.abort(request)
+                elif request["header"]["msg_type"] == "execute_request":
                     await self.execute(request)
                 else:
                     self.kernel.answer(request)
@@ -2274,6 +2293,7 @@ class Cells:
         waiting = []
         if reply["status"] == "error" and stops:
             waiting, self.waiting = self.waiting, collections.deque()
+            self.failed = request["header"].get("session"), error_date(request)
         try:
             kernel.finish(request, reply, started)
         except (TypeError, ValueError) as error:   # a payload or value that JSON has no word for
@@ -2282,6 +2302,14 @@ class Cells:
             kernel.abort(request)
         if kernel.interpreter.wants_exit:
             kernel.stop()
+
+    def is_too_late(self, request):
+        """True for a cell that its client sent before it could know of the latest error, but that
+        came after it: it belongs to those that were aborted."""
+        if self.failed is None or self.failed[0] != request["header"].get("session"):
+            return False
+        sent = seconds_of(request["header"])
+        return sent is not None and self.failed[1] is not None and sent <= self.failed[1]
 
     def cancel(self):
         """Called in the loop: end what the running cell awaits."""
@@ -2444,7 +2472,7 @@ class Kernel:
         if channel == "iopub":
             return self.welcome(parts[0])
         request = self.session.unpack(parts)
-        request["channel"] = channel
+        request.update(channel=channel, received=time.monotonic())
         if channel == "stdin":
             return self.answers.put(str(request["content"].get("value", "")))   # input_reply
         self.dispatch(request)

@@ -1442,6 +1442,7 @@ ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
+    ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
@@ -1472,7 +1473,7 @@ ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 )]
-OPEN_TO_ALL = {"version"}             # handlers that need no token
+OPEN_TO_ALL = {"version", "frame"}    # handlers that need no token
 PAGES = {"home", "page"}              # handlers whose refusal is a page for people, not JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
@@ -1487,6 +1488,20 @@ PAGE_POLICY = (
     "img-src 'self' data: blob: https: http:; media-src 'self' data: blob: https: http:; "
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'")
+FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
+FRAME = b"""<!doctype html><meta charset="utf-8"><style>body { margin: 0 }</style><script>
+// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
+// answers with its height whenever that changes.
+addEventListener('message', event => {
+  if (event.source !== parent || typeof event.data.html !== 'string') return;
+  const tell = 'new ResizeObserver(() => parent.postMessage('
+    + '{height: document.documentElement.scrollHeight}, "*")).observe(document.documentElement)';
+  document.open();
+  document.write('<!doctype html><meta charset="utf-8"><style>body { margin: 0 }</style>'
+    + event.data.html + '<script>' + tell + '</' + 'script>');
+  document.close();
+});
+</script>"""
 LOCKED_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
                  "frame-ancestors 'none'")
 LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MiniJupyter: token</title>
@@ -1679,6 +1694,10 @@ class Handler(BaseHTTPRequestHandler):
         digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
         self.send(200, data, "text/html; charset=utf-8",
                   {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
+
+    def frame(self):
+        """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
+        self.send(200, FRAME, "text/html; charset=utf-8", {"Content-Security-Policy": FRAME_POLICY})
 
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
