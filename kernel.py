@@ -32,6 +32,7 @@ import base64
 import builtins
 import codecs
 import collections
+import collections.abc
 import contextlib
 import contextvars
 import fnmatch
@@ -534,8 +535,8 @@ class Stream(io.TextIOBase):
 
     def __init__(self, name, outbox, descriptor):
         self.name, self.descriptor = name, descriptor
-        self.buffer = io.FileIO(descriptor, "w", closefd=False)   # sys.stdout.buffer
         self.write = self.writer(outbox)
+        self.buffer = StreamBuffer(self)
         if hasattr(os, "register_at_fork"):
             # A forked child has no io thread: its text goes through the pipe to the parent's.
             os.register_at_fork(after_in_child=lambda: setattr(self, "write", self.write_to_pipe))
@@ -557,7 +558,7 @@ class Stream(io.TextIOBase):
         return write
 
     def write_to_pipe(self, text):
-        return self.buffer.write(text.encode(self.encoding, self.errors))
+        return os.write(self.descriptor, text.encode(self.encoding, self.errors))
 
     def writable(self):
         return True
@@ -565,6 +566,24 @@ class Stream(io.TextIOBase):
     def fileno(self):
         """The captured descriptor, so that `subprocess.run(…, stdout=sys.stdout)` is seen."""
         return self.descriptor
+
+
+class StreamBuffer(io.RawIOBase):
+    """`sys.stdout.buffer`: bytes that take their turn among what is printed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, data):
+        self.stream.write(self.decoder.decode(bytes(data)))
+        return len(data)
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return self.stream.fileno()
 
 
 class Descriptor:
@@ -634,10 +653,20 @@ MOST_RESULT = 10_000  # characters of a result kept in the history
 FRAMES_SHOWN = 6      # of a deep recursion, at either end
 
 
-def breakpoint_here(*args, **options):
-    """`breakpoint()`: Python's debugger; it leaves SIGINT to the kernel."""
+def debugger():
+    """Python's debugger, for one use. An interrupt ends it instead of asking anew."""
     import pdb
-    pdb.Pdb(nosigint=True).set_trace(sys._getframe(1))
+
+    class Debugger(pdb.Pdb):
+        def _cmdloop(self):
+            self.cmdloop()
+
+    return Debugger(nosigint=True)
+
+
+def breakpoint_here(*args, **options):
+    """What `breakpoint()` calls."""
+    debugger().set_trace(sys._getframe(1))
 
 
 def split_cell(tree):
@@ -703,8 +732,10 @@ def format_one(error):
         lines += format_frame(entry)
     before, name, message = "".join(summary).rstrip("\n").rpartition(type(error).__name__)
     lines += f"{before}{BOLD}{RED}{name}{PLAIN}{message}".split("\n")
-    if hasattr(error, "exceptions"):   # an exception group: Python's own drawing of its members
-        lines += "".join(traceback.format_exception(error)).rstrip().split("\n")
+    members = error.exceptions if hasattr(error, "exceptions") else ()   # of an exception group
+    for number, member in enumerate(members, 1):
+        lines.append(f"{DIM}+---- {number} of {len(members)} in the group{PLAIN}")
+        lines += [f"| {line}" for line in format_error(member)]
     return lines
 
 
@@ -740,6 +771,20 @@ def underlined(entry, text):
     if not middle.strip() or not before.strip() and not after.strip():
         return text
     return f"{before}\x1b[4m{middle}\x1b[24m{after}"
+
+
+class Exit:
+    """`exit` and `quit`, with or without brackets: end the kernel when the cell is done, and tell a
+    console to end as well."""
+
+    def __init__(self, interpreter):
+        self.interpreter = interpreter
+
+    def __call__(self, code=None):
+        self.interpreter.wants_exit = True
+        self.interpreter.payload.append({"source": "ask_exit", "keepkernel": False})
+
+    _ipython_display_ = __call__   # `exit` alone is the value of its cell
 
 
 class Interpreter:
@@ -781,7 +826,7 @@ class Interpreter:
         """Make this process the notebook's: `__main__`, `display`, the display hook, the magics."""
         sys.modules["__main__"] = self.module
         sys.displayhook, sys.breakpointhook = self.displayhook, breakpoint_here
-        builtins.exit = builtins.quit = self.exit
+        builtins.exit = builtins.quit = Exit(self)
         builtins.display = self.display.display
         self.magics = Magics(self)
         builtins.get_ipython = lambda: self.magics
@@ -805,11 +850,20 @@ class Interpreter:
                 error = KeyboardInterrupt().with_traceback(error.__traceback__)
             reply = self.fail(error)
         try:
-            for function in self.after_cell:
-                function()
-        except Exception as error:
+            self.finish_cell()
+        except BaseException as error:
             self.fail(error)
         return {**reply, "payload": self.payload, "execution_count": self.count.get()}
+
+    def finish_cell(self):
+        """Call what libraries want called, such as the drawing of figures."""
+        for function in self.after_cell:
+            function()
+
+    def users_frames(self):
+        """Our code objects below which the user's code runs: there an interrupt may raise."""
+        methods = (self.run, self.evaluate, self.finish_cell)
+        return [method.__func__.__code__ for method in methods]
 
     def fail(self, error):
         """Publish an error, keep it for the debugger, and return a failed reply."""
@@ -818,15 +872,10 @@ class Interpreter:
         self.publish("error", {key: reply[key] for key in ("ename", "evalue", "traceback")})
         return reply
 
-    def exit(self, code=None):
-        """`exit()`: end the kernel when the cell is done, and tell a console to end as well."""
-        self.wants_exit = True
-        self.payload.append({"source": "ask_exit", "keepkernel": False})
-
     async def run(self, code):
         """Run a cell in the notebook's namespace and show the value of its last expression.
 
-        All of the user's code runs inside this frame: `Kernel.interrupt` looks for it.
+        The user's code runs inside this frame: `Kernel.interrupt` looks for it.
         """
         # Journey 7: the cell is translated to plain Python, parsed, split, compiled and run.
         first, _, body = code.lstrip().partition("\n")
@@ -1115,6 +1164,8 @@ def complete_key(before, line, namespace, magics):
         keys = dict.keys(value)
     elif type(value).__module__ == "__main__":
         keys = ()
+    elif is_a(value, collections.abc.Mapping):
+        keys = list(value)
     else:
         offer = getattr(type(value), "_ipython_key_completions_", None)
         keys = offer(value) if offer else ()
@@ -1235,6 +1286,8 @@ def plain_signature(function):
 def source_of(value):
     """The source of a function, class or module, or None. A cell's class is found in its cell."""
     import inspect
+    if not is_a(value, (types.FunctionType, types.MethodType, types.ModuleType, type)):
+        value = type(value)
     try:
         return inspect.getsource(value)
     except (TypeError, OSError):
@@ -1704,12 +1757,11 @@ class Magics:
 
     def magic_debug(self, line, cell):
         """Look around where the last error was raised, with Python's debugger."""
-        import pdb
         if getattr(sys, "last_traceback", None) is None:
             return print("There is no error to debug.")
-        debugger = pdb.Pdb(nosigint=True)
-        debugger.reset()
-        debugger.interaction(None, sys.last_traceback)
+        one = debugger()
+        one.reset()
+        one.interaction(None, sys.last_traceback)
 
     def magic_reset(self, line, cell):
         """Forget the notebook's names: `%reset [-f] [out]`; without -f it asks."""
@@ -2092,6 +2144,11 @@ def make_ipython_shell(interpreter, names):
     class ZMQInteractiveShell(InteractiveShell):   # a name that libraries look for
         __module__ = "ipykernel.zmqshell"
 
+        def _showtraceback(self, etype, evalue, stb):   # of errors that a widget catches
+            interpreter.publish("error", {"ename": etype.__name__, "evalue": str(evalue),
+                                          "traceback": stb})
+
+    before = {*interpreter.namespace}
     ours = {name: interpreter.namespace.get(name) for name in ("In", "Out", "_", "__", "___")}
     shell = ZMQInteractiveShell.instance(
         user_module=interpreter.module, user_ns=interpreter.namespace,
@@ -2104,7 +2161,7 @@ def make_ipython_shell(interpreter, names):
     shell.kernel = types.SimpleNamespace(comm_manager=interpreter.comms, get_parent=lambda: {
         "header": interpreter.parent_header()})
     sys.displayhook = interpreter.displayhook
-    interpreter.magics.initial_names |= {*interpreter.namespace}
+    interpreter.magics.initial_names |= {*interpreter.namespace} - before
     return shell
 
 
@@ -2222,8 +2279,10 @@ class Cells:
         self.is_stopping = False
 
     def put(self, request):
-        """Called by io. A comm message need not wait for a cell that awaits something."""
-        if self.is_busy and self.loop and request["header"]["msg_type"] != "execute_request":
+        """Called by io. A comm message need not wait for a cell that awaits something; but it may
+        not overtake cells, which perhaps register its target."""
+        is_cell = request["header"]["msg_type"] == "execute_request"
+        if self.is_busy and self.loop and not is_cell and not self.waiting:
             self.loop.call_soon_threadsafe(self.kernel.answer, request)
         else:
             self.waiting.append(request)
@@ -2247,7 +2306,8 @@ class Cells:
         asyncio.set_event_loop(loop)
         self.arrived = asyncio.Event()
         self.task = loop.create_task(self.one_after_the_other())
-        gc.freeze()   # what is loaded by now stays: the collector need not look at it again
+        if threading.current_thread() is threading.main_thread():
+            gc.freeze()   # what is loaded by now stays: the collector need not look at it again
         self.loop = loop
         while not self.task.done():
             try:
@@ -2483,8 +2543,9 @@ class Kernel:
         who = HANDLERS.get(request["header"]["msg_type"])
         if who == "helper":
             self.questions.put(request)
-        elif who == "cells" and (cells := self.cells_for(request)):
-            cells.put(request)
+        elif who == "cells":
+            cells = self.cells_for(request)
+            cells.put(request) if cells else self.refuse(request)
         else:
             self.answer(request)
 
@@ -2538,10 +2599,8 @@ class Kernel:
                 self.reply(request, in_time(getattr(self, msg_type), request))
             elif HANDLERS.get(msg_type) == "io":
                 self.reply(request, getattr(self, msg_type)(request))
-            elif msg_type.startswith("comm_") and msg_type in HANDLERS:
+            elif HANDLERS.get(msg_type) == "cells":
                 contextvars.copy_context().run(self.comm, request)   # which has no reply
-            elif msg_type in HANDLERS:
-                raise KeyError(f"there is no subshell {request['header']['subshell_id']}")
             else:
                 self.log(f"no handler for {msg_type!r}")
         except Exception as error:   # the client's mistake, such as a missing field
@@ -2549,6 +2608,15 @@ class Kernel:
             self.reply(request, failed(error))
         finally:
             self.status("idle", request)
+
+    def refuse(self, request):
+        """Answer a cell for a subshell that is not there (any more)."""
+        problem = KeyError(f"there is no subshell {request['header']['subshell_id']}")
+        self.status("busy", request)
+        self.log(f"refused {request['header']['msg_type']}: {problem}")
+        if request["header"]["msg_type"] == "execute_request":
+            self.reply(request, failed(problem))
+        self.status("idle", request)
 
     def enter(self, request):
         """From here on, what this thread says belongs to `request`."""
@@ -2675,7 +2743,8 @@ class Kernel:
         while frame is not None:
             code.append(frame.f_code)
             frame = frame.f_back
-        runs_here = any(is_users_code(one, self.interpreter) for one in code)
+        ours = self.interpreter.users_frames()
+        runs_here = any(one in ours or one.co_filename[:4] == "<In[" for one in code)
         for id, cells in self.shells.items():
             if cells.is_busy and not (runs_here and id is None):
                 cells.loop.call_soon_threadsafe(cells.cancel)
@@ -2738,10 +2807,6 @@ def port_name(channel):
 def cursor_of(content):
     """cursor_pos, or the end of the code; never outside of it."""
     return min(max(0, content.get("cursor_pos", len(content["code"]))), len(content["code"]))
-
-
-def is_users_code(code, interpreter):
-    return code is type(interpreter).run.__code__ or code.co_filename[:4] == "<In["
 
 
 LAST_USAGE = {"wall": time.monotonic(), "cpu": 0.0}   # of the last usage_request
@@ -2823,7 +2888,8 @@ def read_connection_file(path):
             connection = json.load(file)
         for name in ("shell", "control", "stdin", "iopub", "hb"):
             connection[f"{name}_port"] += 0   # a number
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        Session("", scheme=connection.get("signature_scheme", "hmac-sha256"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         sys.exit(f"kernel.py: {path} is not a usable connection file: {problem!r}")
     return {"ip": "127.0.0.1", "transport": "tcp", "key": "", "signature_scheme": "hmac-sha256",
             **connection}

@@ -745,6 +745,11 @@ class Kernel:
             control.send_multipart(self.session.pack(message))
             return bool(control.poll(int(seconds * 1000)))
 
+    def status_message(self, state):
+        """The parts of a `status` message that the kernel itself cannot send any more."""
+        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else {}
+        return self.session.pack(self.session.message("status", {"execution_state": state, **reason}))
+
     def interrupt(self):
         """Interrupt the running cell, by signal or by message as the spec says."""
         if self.spec["interrupt_mode"] == "message":
@@ -849,14 +854,13 @@ class Watcher:
         """Publish that the process has ended, and why, to every page."""
         kernel = self.kernel
         if kernel.intent == "restart":
-            self.publish({"execution_state": "restarting"})
+            self.publish("restarting")
         else:
             if kernel.intent is None:
                 kernel.reason = self.explain()
                 log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
             kernel.state = "dead"
-            self.publish({"execution_state": "dead",
-                          "reason": kernel.reason or "It was shut down."})
+            self.publish("dead")
         kernel.ended.set()
 
     def explain(self):
@@ -865,10 +869,8 @@ class Watcher:
                else f"ended with exit code {code}")
         return f"The kernel process {how}" + (f":\n{said}" if said else ".")
 
-    def publish(self, content):
-        message = self.kernel.session.message("status", content)
-        message["identities"] = [NOTICE]
-        self.kernel.notices.send_multipart(self.kernel.session.pack(message))
+    def publish(self, state):
+        self.kernel.notices.send_multipart([NOTICE, *self.kernel.status_message(state)])
 
 
 def watch_process(process, poller):
@@ -1350,6 +1352,9 @@ class Bridge:
         for sock in by_socket:
             poller.register(sock, zmq.POLLIN)
         self.kernel.connections += 1
+        if self.kernel.state == "dead":   # who comes late is told as well
+            parts = self.kernel.status_message("dead")
+            self.websocket.write(self.splice("iopub", parts[2:], []))
         try:
             while not self.websocket.is_closed:
                 self.step(poller, by_socket)
