@@ -748,7 +748,8 @@ class Kernel:
     def status_message(self, state):
         """The parts of a `status` message that the kernel itself cannot send any more."""
         reason = {"reason": self.reason or "It was shut down."} if state == "dead" else {}
-        return self.session.pack(self.session.message("status", {"execution_state": state, **reason}))
+        content = {"execution_state": state, **reason}
+        return self.session.pack(self.session.message("status", content))
 
     def interrupt(self):
         """Interrupt the running cell, by signal or by message as the spec says."""
@@ -803,15 +804,21 @@ class Watcher:
         self.tail = ""   # the last that the process wrote on its own stdout or stderr
 
     def run(self):
-        iopub, output = self.kernel.connect("iopub"), self.process.stdout
+        iopub, shell = self.kernel.connect("iopub"), self.kernel.connect("shell")
+        output = self.process.stdout
         os.set_blocking(output.fileno(), False)
         poller = zmq.Poller()
-        poller.register(iopub, zmq.POLLIN)
-        poller.register(output.fileno(), zmq.POLLIN)
+        for source in (iopub, shell, output.fileno()):
+            poller.register(source, zmq.POLLIN)
         end = watch_process(self.process, poller)
+        # Its answer says that the kernel has started.
+        shell.send_multipart(self.kernel.session.pack(
+            self.kernel.session.message("kernel_info_request", {})))
         while self.process.poll() is None:
             # Without a pidfd the end is looked for twice a second.
             ready = dict(poller.poll(None if end else 500))
+            if shell in ready and shell.recv_multipart() and self.kernel.state == "starting":
+                self.kernel.state = "idle"
             if iopub in ready:
                 self.hear(iopub)
             if output.fileno() in ready and not self.read(output):
@@ -821,6 +828,7 @@ class Watcher:
             os.close(end)
         output.close()
         iopub.close()
+        shell.close()
         self.tell_end()
 
     def hear(self, iopub):
@@ -833,8 +841,6 @@ class Watcher:
             return
         state = message["content"].get("execution_state")
         parent = message["parent_header"].get("msg_type")
-        if self.kernel.state == "starting" and state in ("busy", "idle"):
-            self.kernel.state = "idle"      # it answers: it has started
         if parent not in QUIET_REQUESTS and state in ("busy", "idle"):
             self.kernel.state, self.kernel.last_activity = state, time.time()
 

@@ -3021,7 +3021,7 @@ class PageFiles(PageCase):
     def test_running_kernels_are_listed_and_shut_down(self):
         tab = self.open("1")
         files = self.visit("/tree")
-        files.page.get_by_text("Running").click()
+        files.page.get_by_role("tab", name="Running").click()
         row = files.page.locator("tr", has_text=f"{self._testMethodName[5:40]}.ipynb")
         row.get_by_role("button", name="Shut down").click()
         self.assertCount(row, 0)
@@ -3278,7 +3278,7 @@ class PageEdits(PageCase):
 
     def test_the_files_version_can_be_taken(self):
         tab, name = self.conflict("Take the file")
-        tab.page.wait_for_function("document.querySelector('.editor')?.value === 'theirs'")
+        tab.page.wait_for_function("() => document.querySelector('.editor')?.value === 'theirs'")
         self.assertEqual(self.saved_sources(name), ["theirs"])
 
     def test_both_versions_can_be_kept(self):
@@ -3439,6 +3439,44 @@ class PageNotebooks(PageCase):
     @needs_notebooks
     def test_propositional_logic(self):
         self.check("pytudes-PropositionalLogic.ipynb")
+
+    @needs_notebooks
+    @needs("matplotlib")
+    def test_the_first_ten_minutes_of_a_new_user(self):
+        (self.root / "ten.ipynb").write_bytes((NOTEBOOKS / "pytudes-Cheryl.ipynb").read_bytes())
+        tab = self.reopen("ten.ipynb")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(18), "July 16")
+        self.edit_markdown(tab)
+        last = len(tab.sources()) - 1
+        tab.run(last, "import matplotlib.pyplot as plt\nplt.plot([1, 2]);")
+        self.assertCount(tab.outputs(last).locator("img"), 1)
+        self.loop_and_restart(tab, last + 1)
+        tab.save()
+        tab.page.close()
+        again = self.reopen("ten.ipynb")
+        self.assertShows(again.cell(0).locator("h1"), "My title")
+        self.assertCount(again.outputs(last).locator("img"), 1)
+        self.assertShows(again.outputs(last + 1), "NameError")
+
+    def edit_markdown(self, tab):
+        tab.cell(0).locator(".rendered").dblclick()
+        tab.run(0, "# My title")
+        self.assertShows(tab.cell(0).locator("h1"), "My title")
+
+    def loop_and_restart(self, tab, i):
+        """Interrupt an endless loop in cell i, restart, and see that the names are gone."""
+        tab.write(i, "print('ready')\nwhile True: pass")
+        tab.cell(i).locator("textarea.editor").focus()
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(i), "ready")
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
+        self.assertShows(tab.outputs(i), "KeyboardInterrupt")
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.run(i, "plt")
+        self.assertShows(tab.outputs(i), "NameError")
 
     @needs_notebooks
     def test_run_all_runs_from_the_first_to_the_last_cell(self):
