@@ -1311,12 +1311,18 @@ def source_of(value):
 
 ASSIGNED_COMMAND = re.compile(r"^(\s*)([\w., ]+?)\s*=\s*([!%])(?!=)(.*)$", re.S)
 MAGIC_LINE = re.compile(r"^(\s*)(!!?|%)(.*)$", re.S)
+PROMPT = re.compile(r"^\s*(?:>>> ?|\.\.\. ?|In \[\d+\]: ?|\.{3,}: ?)")
 HELP_LINE = re.compile(r"^(\s*)(\?{1,2})?([\w.*%]+?)(\?{1,2})?\s*$")
 
 
 def translate(code):
-    """`code` with its magic lines replaced by calls; the number of lines stays the same."""
+    """`code` with its magic lines replaced by calls; the number of lines stays the same.
+
+    The prompts of a console (`>>> `, `In [3]: `) that were pasted along are taken off.
+    """
     lines = code.split("\n")
+    if PROMPT.match(code.lstrip()):
+        lines = [PROMPT.sub("", line) for line in lines]
     for _ in range(len(lines)):
         try:
             compile("\n".join(lines), "<translate>", "exec",
@@ -1552,10 +1558,22 @@ class Magics:
                       value, command)
 
     def magic_script(self, line, cell):
-        """Run the cell with a program: `%%script PROGRAM [ARGUMENTS]`."""
+        """Run the cell with a program: `%%script [--out NAME] [--err NAME] [--no-raise-error] PROGRAM
+        [ARGUMENTS]`; its output or errors go into a variable of that name."""
         import shlex
         import subprocess
-        subprocess.run(shlex.split(line), input=cell, text=True, check=True)
+        words = shlex.split(line)
+        names = {option: words.pop(words.index(option) + 1) for option in ("--out", "--err")
+                 if option in words}
+        checks = "--no-raise-error" not in words
+        done = subprocess.run([word for word in words if word not in
+                               ("--out", "--err", "--no-raise-error")], input=cell, text=True,
+                              stdout=subprocess.PIPE if "--out" in names else None,
+                              stderr=subprocess.PIPE if "--err" in names else None)
+        self.user_ns.update({name: done.stdout if option == "--out" else done.stderr
+                             for option, name in names.items()})
+        if checks:
+            done.check_returncode()
 
     def magic_system(self, line, cell):
         """Run a shell command and return its lines."""
@@ -1613,6 +1631,13 @@ class Magics:
         cells = {*self.CELL_ONLY, *self.RICH_CELLS, *self.SCRIPT_CELLS}
         print("Line magics: " + "  ".join(f"%{n}" for n in self.names() if n not in cells))
         print("Cell magics: " + "  ".join(f"%%{n}" for n in sorted(cells | {"time", "timeit"})))
+
+    def magic_quickref(self, line, cell):
+        """Show every magic with its first line of help in the pager."""
+        self.page("\n".join(f"%{name:<14} {(getattr(self, f'magic_{name}').__doc__ or '').strip()}"
+                            for name in self.names() if hasattr(self, f"magic_{name}")))
+
+    magic_magic = magic_quickref
 
     def magic_history(self, line, cell):
         """Print the cells that were run: `%history [-n] [FIRST-LAST]`; `-n` with their numbers."""
@@ -1956,7 +1981,11 @@ class AfterImport:
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            execute(module)
+            try:
+                execute(module)
+            except BaseException:
+                self.hooks[name] = hook     # the next try is a first one again
+                raise
             hook(module)
 
         spec.loader.exec_module = exec_module
@@ -2223,6 +2252,7 @@ def hook_imports(interpreter):
 
 REPLY_STATUS = {"status": "ok"}
 RETRY_MS = 20       # until what could not be sent is tried again
+EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
 STALL_SECONDS = 10  # that a slow subscriber may hold up the output of all
 HANDLERS = {    # msg_type -> who runs its handler
@@ -2360,8 +2390,8 @@ class Cells:
             kernel.finish(request, {**failed(error), "execution_count": reply["execution_count"]})
         for request in waiting:
             kernel.abort(request)
-        if kernel.interpreter.wants_exit:
-            kernel.stop()
+        if kernel.interpreter.wants_exit:   # soon: a console must have seen the reply before
+            self.loop.call_later(EXIT_SECONDS, kernel.stop)
 
     def is_too_late(self, request):
         """True for a cell that its client sent before it could know of the latest error, but that
@@ -2765,8 +2795,8 @@ class Kernel:
         """Send `input_request` and wait for its `input_reply`; raises EOFError on Ctrl-D."""
         request = self.request.get(self.latest)
         if request is None or not request["content"].get("allow_stdin", True):
-            raise RuntimeError("input() was called, but this client does not allow questions "
-                               "(allow_stdin is false)")
+            raise StdinNotImplementedError("input() was called, but this client does not allow "
+                                           "questions (allow_stdin is false)")
         while not self.answers.empty():
             self.answers.get_nowait()   # an answer to a question that was interrupted
         message = self.session.message("input_request", {"prompt": prompt, "password": password},
@@ -2828,6 +2858,10 @@ def usage():
             "total": host["MemTotal"], "available": host["MemAvailable"], "used": used,
             "free": host["MemFree"], "percent": round(100 * used / host["MemTotal"], 1)}
     return reply
+
+
+class StdinNotImplementedError(RuntimeError):
+    """The cell asks for input, and its client cannot give any. (ipykernel's name for it.)"""
 
 
 def failed(error):
