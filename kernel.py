@@ -125,8 +125,9 @@ class Session:
         """The parts of `message`, signed, behind its `identities` if it has any."""
         frames = [to_json(message[name])
                   for name in ("header", "parent_header", "metadata", "content")]
+        # Buffers are copied: they may change before they leave, or be no bytes at all.
         return [*message.get("identities", ()), DELIMITER, self.sign(frames), *frames,
-                *message.get("buffers", ())]
+                *(memoryview(buffer).tobytes() for buffer in message.get("buffers", ()))]
 
     def unpack(self, parts):
         """The message in `parts`, verified; raises BadMessage for anything else."""
@@ -175,9 +176,10 @@ def plain(value):
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
     for attribute, convert in (("isoformat", lambda v: v.isoformat()), ("__index__", int),
-                               ("__float__", float), ("__iter__", list)):
-        if hasattr(value, attribute):
-            return convert(value)
+                               ("__float__", lambda v: without_nan(float(v))), ("__iter__", list)):
+        with contextlib.suppress(TypeError):   # an array has an __index__ that only one number has
+            if hasattr(value, attribute):
+                return convert(value)
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 
 
@@ -189,8 +191,18 @@ def to_json(value):
     """`value` as UTF-8 JSON that every language can read."""
     try:
         return encode_json(value).encode()
+    except RecursionError:
+        raise ValueError("the value is nested too deep for JSON") from None
     except ValueError:   # NaN or Infinity, which JSON has not, or half a surrogate pair
+        return encode_loosely(value)
+
+
+def encode_loosely(value):
+    """The same for a value that holds NaN or half a surrogate pair. Raises ValueError."""
+    try:
         return json.dumps(without_nan(value), default=plain).encode()
+    except RecursionError:
+        raise ValueError("the value contains itself") from None
 
 
 def without_nan(value):
@@ -228,7 +240,10 @@ BRACKETS = {list: "[]", tuple: "()", dict: "{}", set: "{}", frozenset: ("frozens
 
 
 def pretty(value, indent=0, inside=()):
-    """`repr(value)`, but with long containers one item a line and sets in order."""
+    """`repr(value)`, but with long containers one item a line, sets in order, types by name."""
+    if type(value) is type:
+        is_builtin = value.__module__ == "builtins"
+        return value.__qualname__ if is_builtin else f"{value.__module__}.{value.__qualname__}"
     if type(value) not in BRACKETS or not value:
         return repr(value)
     opening, closing = BRACKETS[type(value)]
@@ -293,7 +308,10 @@ def call_mimebundle(value):
 
 def has_reprs(value):
     """False for classes, whose methods want an instance, and for objects that answer any name."""
-    return not isinstance(value, type) and not hasattr(value, "_no_object_has_this_name_")
+    try:
+        return not isinstance(value, type) and not hasattr(value, "_no_object_has_this_name_")
+    except Exception:   # its `__getattr__` raises whatever it likes
+        return False
 
 
 def formatters_for(value):
@@ -309,7 +327,11 @@ def mime_bundle(value):
     """(data, metadata): every format of `value`, always with text/plain; bytes are base64."""
     data, metadata = {}, {}
     for mime, function in formatters_for(value).items():
-        data[mime] = function(value)
+        try:
+            data[mime] = function(value)
+        except Exception:
+            show_failure(f"The formatter of {type(value).__name__} for {mime}")
+    data = {mime: d for mime, d in data.items() if d is not None}
     if has_reprs(value):
         if hasattr(value, "_repr_mimebundle_"):
             more, about = call_mimebundle(value)
@@ -435,6 +457,7 @@ class Outbox:
         self.queue = collections.deque()
         self.parent = contextvars.ContextVar("parent_header")
         self.latest = {}                   # the parent of threads that inherited none
+        self.catch_up = None               # brings in what a cell's child processes have printed
         self.wants_nudge = False           # io sleeps without a time limit, or is far behind
         self.is_urgent = False             # something else than text is waiting
         self.last_flush = 0.0
@@ -535,6 +558,7 @@ class Stream(io.TextIOBase):
 
     def __init__(self, name, outbox, descriptor):
         self.name, self.descriptor = name, descriptor
+        self.line = ""   # in a forked child: not yet written
         self.write = self.writer(outbox)
         self.buffer = StreamBuffer(self)
         if hasattr(os, "register_at_fork"):
@@ -549,6 +573,8 @@ class Stream(io.TextIOBase):
             # Journey 8: printed text is queued under the parent header of its cell, as `stream`.
             if not isinstance(text, str):
                 raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+            if outbox.catch_up:   # a child process may have printed before this
+                outbox.catch_up()
             append((name, parent(outbox.latest), text))
             size = len(text)
             if outbox.wants_nudge or size > BIG_TEXT:
@@ -558,7 +584,17 @@ class Stream(io.TextIOBase):
         return write
 
     def write_to_pipe(self, text):
-        return os.write(self.descriptor, text.encode(self.encoding, self.errors))
+        """`write` in a forked child: whole lines, so that those of several children don't mix."""
+        self.line += text
+        if "\n" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self):
+        """Nothing to do, but in a forked child."""
+        data, self.line = self.line.encode(self.encoding, self.errors), ""
+        while data:
+            data = data[os.write(self.descriptor, data):]
 
     def writable(self):
         return True
@@ -596,9 +632,8 @@ class Descriptor:
     def __init__(self, descriptor, name, outbox):
         self.name, self.outbox = name, outbox
         self.original = os.dup(descriptor)
-        self.pipe, write_end = os.pipe()
-        os.dup2(write_end, descriptor)
-        os.close(write_end)
+        self.pipe, self.write_end = os.pipe()   # the latter stays open, or the pipe might end
+        os.dup2(self.write_end, descriptor)
         os.set_blocking(self.pipe, False)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.lock = threading.Lock()
@@ -645,7 +680,7 @@ def inherit_context():
 
 COROUTINE = 0x80      # inspect.CO_COROUTINE: the code must be awaited
 FUTURES = 0x1FF0000   # the bits of `from __future__ import …`, which hold for all later cells
-RED, GREEN, CYAN, DIM, BOLD, PLAIN = (
+RED, GREEN, CYAN, DIM, BOLD, RESET = (
     f"\x1b[{code}m" for code in ("31", "32", "36", "2", "1", "0"))
 SESSION_NUMBER = 1    # in the history
 MOST_OUTPUTS = 1000   # values kept in Out, as in IPython
@@ -718,23 +753,23 @@ def format_one(error):
     entries = [entry for entry in traceback.extract_tb(error.__traceback__)
                if entry.filename != __file__]
     if isinstance(error, SyntaxError):
-        summary = [f"{CYAN}{place(error.filename or '', error.lineno or 0)}{PLAIN}\n"]
+        summary = [f"{CYAN}{place(error.filename or '', error.lineno or 0)}{RESET}\n"]
         summary += traceback.format_exception_only(type(error), error)[1:]
         entries = [entry for entry in entries if entry.filename != error.filename]
     else:
         summary = traceback.format_exception_only(type(error), error)
-    lines = [f"{RED}{'-' * LINE_WIDTH}{PLAIN}"]
+    lines = [f"{RED}{'-' * LINE_WIDTH}{RESET}"]
     for number, entry in enumerate(entries):
         if FRAMES_SHOWN <= number < len(entries) - FRAMES_SHOWN:
             if number == FRAMES_SHOWN:
-                lines.append(f"{DIM}… {len(entries) - 2 * FRAMES_SHOWN} frames left out …{PLAIN}")
+                lines.append(f"{DIM}… {len(entries) - 2 * FRAMES_SHOWN} frames left out …{RESET}")
             continue
         lines += format_frame(entry)
     before, name, message = "".join(summary).rstrip("\n").rpartition(type(error).__name__)
-    lines += f"{before}{BOLD}{RED}{name}{PLAIN}{message}".split("\n")
+    lines += f"{before}{BOLD}{RED}{name}{RESET}{message}".split("\n")
     members = error.exceptions if hasattr(error, "exceptions") else ()   # of an exception group
     for number, member in enumerate(members, 1):
-        lines.append(f"{DIM}+---- {number} of {len(members)} in the group{PLAIN}")
+        lines.append(f"{DIM}+---- {number} of {len(members)} in the group{RESET}")
         lines += [f"| {line}" for line in format_error(member)]
     return lines
 
@@ -750,13 +785,13 @@ def format_frame(entry):
     """One frame: where it is, and its line; in a cell two more on either side."""
     around = 2 if entry.filename.startswith("<In[") else 0
     where = "" if entry.name == "<module>" else f", in {entry.name}"
-    lines = [f"{CYAN}{place(entry.filename, entry.lineno)}{GREEN}{where}{PLAIN}"]
+    lines = [f"{CYAN}{place(entry.filename, entry.lineno)}{GREEN}{where}{RESET}"]
     for number in range(entry.lineno - around, entry.lineno + around + 1):
         text = linecache.getline(entry.filename, number).rstrip("\n")
         if number == entry.lineno:
-            lines.append(f"{GREEN}----> {number}{PLAIN} {underlined(entry, text)}")
+            lines.append(f"{GREEN}----> {number}{RESET} {underlined(entry, text)}")
         elif text:
-            lines.append(f"{DIM}{number:7d}{PLAIN} {text}")
+            lines.append(f"{DIM}{number:7d}{RESET} {text}")
     return lines
 
 
@@ -840,8 +875,7 @@ class Interpreter:
         if store_history:
             self.remember(code)
         try:
-            for function in self.before_cell:
-                function(code)
+            self.begin_cell(code)
             await self.run(code)
             reply = {"status": "ok", "user_expressions": {
                 name: self.evaluate(user_expressions[name]) for name in user_expressions}}
@@ -855,6 +889,10 @@ class Interpreter:
             self.fail(error)
         return {**reply, "payload": self.payload, "execution_count": self.count.get()}
 
+    def begin_cell(self, code):
+        for function in self.before_cell:
+            function(code)
+
     def finish_cell(self):
         """Call what libraries want called, such as the drawing of figures."""
         for function in self.after_cell:
@@ -862,7 +900,7 @@ class Interpreter:
 
     def users_frames(self):
         """Our code objects below which the user's code runs: there an interrupt may raise."""
-        methods = (self.run, self.evaluate, self.finish_cell)
+        methods = (self.begin_cell, self.run, self.evaluate, self.finish_cell)
         return [method.__func__.__code__ for method in methods]
 
     def fail(self, error):
@@ -913,7 +951,8 @@ class Interpreter:
         """Keep the source as In[n], _i, _ii, _iii and _in."""
         n, names = self.count.get(), self.namespace
         self.inputs += [""] * (n - len(self.inputs)) + [code]
-        names["_iii"], names["_ii"], names["_i"] = names["_ii"], names["_i"], self.inputs[n - 1]
+        names["_iii"], names["_ii"] = names.get("_ii", ""), names.get("_i", "")
+        names["_i"] = self.inputs[n - 1]
         names[f"_i{n}"] = code
 
     def displayhook(self, value):
@@ -922,7 +961,8 @@ class Interpreter:
             return
         names, count = self.namespace, self.count.get()
         if value is not self.outputs and self.stores:
-            names["___"], names["__"], names["_"] = names["__"], names["_"], value
+            names["___"], names["__"] = names.get("__", ""), names.get("_", "")
+            names["_"] = value
             names[f"_{count}"] = self.outputs[count] = value
             if len(self.outputs) > MOST_OUTPUTS:   # each one keeps a value alive
                 oldest = next(iter(self.outputs))
@@ -1112,7 +1152,7 @@ def kind_of(value):
 def complete(code, cursor, namespace, magics=()):
     """(matches, start, kinds): what may stand from `start` to the cursor; kinds are for people."""
     before = code[:cursor]
-    line = before.rpartition("\n")[2]
+    line = before.rpartition("\n")[2][-MOST_CHAIN:]   # the patterns below are slow on long lines
     for find in (complete_magic, complete_import, complete_key, complete_path, complete_name):
         found = find(before, line, namespace, magics)
         if found is not None:
@@ -1256,7 +1296,7 @@ def describe(name, value, detail=0):
         lines.append(("Length:   ", str(len(value))))
     if type(value) in PLAIN_TYPES:
         lines.append(("Value:    ", repr(value)[:1000]))
-        return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
+        return "\n".join(f"{RED}{label}{RESET} {text}" for label, text in lines)
     source = source_of(value) if detail else None
     if source is None:
         lines.append(("Docstring:", inspect.getdoc(value) or "<no docstring>"))
@@ -1264,7 +1304,7 @@ def describe(name, value, detail=0):
         lines.append(("Source:   ", "\n" + source))
     with contextlib.suppress(TypeError, OSError):
         lines.append(("File:     ", inspect.getfile(value)))
-    return "\n".join(f"{RED}{label}{PLAIN} {text}" for label, text in lines)
+    return "\n".join(f"{RED}{label}{RESET} {text}" for label, text in lines)
 
 
 class Hidden:
@@ -1309,7 +1349,7 @@ def source_of(value):
 # add a magic, write a method `magic_NAME(self, line, cell)`; nothing else changes. Its docstring
 # is what `%NAME?` shows; `cell` is None when it was called as a line magic.
 
-ASSIGNED_COMMAND = re.compile(r"^(\s*)([\w., ]+?)\s*=\s*([!%])(?!=)(.*)$", re.S)
+ASSIGNED_COMMAND = re.compile(r"^(\s*)(\w[\w., ]*?)\s*=\s*([!%])(?!=)(.*)$", re.S)
 MAGIC_LINE = re.compile(r"^(\s*)(!!?|%)(.*)$", re.S)
 PROMPT = re.compile(r"^\s*(?:>>> ?|\.\.\. ?|In \[\d+\]: ?|\.{3,}: ?)")
 HELP_LINE = re.compile(r"^(\s*)(\?{1,2})?([\w.*%]+?)(\?{1,2})?\s*$")
@@ -1558,8 +1598,8 @@ class Magics:
                       value, command)
 
     def magic_script(self, line, cell):
-        """Run the cell with a program: `%%script [--out NAME] [--err NAME] [--no-raise-error] PROGRAM
-        [ARGUMENTS]`; its output or errors go into a variable of that name."""
+        """Run the cell with a program: `%%script [--out NAME] [--err NAME] [--no-raise-error]
+        PROGRAM [ARGUMENTS]`; its output or errors go into a variable of that name."""
         import shlex
         import subprocess
         words = shlex.split(line)
@@ -2047,13 +2087,45 @@ class Image(Rich):
     reads_as = "rb"
 
     def __init__(self, data=None, url=None, filename=None, format=None, embed=None, **options):
-        super().__init__(data, url, filename, **options)
+        is_linked = url is not None and not embed
+        super().__init__(data, None if is_linked else url, filename, **options)
+        self.url = url if is_linked else None
         kinds = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
         found = [kind for magic, kind in kinds.items() if bytes(self.data or b"").startswith(magic)]
         self.mime = f"image/{(format or (found or ['png'])[0]).replace('jpg', 'jpeg')}"
 
     def names_file(self, text):
         return True
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if self.url:
+            size = "".join(f" {name}='{value}'" for name, value in self.metadata.items())
+            return {"text/html": f"<img src='{self.url.replace(chr(39), '%27')}'{size}>"}
+        return super()._repr_mimebundle_()
+
+
+class ProgressBar:
+    """A bar that an iteration over it fills."""
+
+    def __init__(self, total):
+        self.total, self.progress, self.handle = total, 0, None
+
+    def __iter__(self):
+        from_display = builtins.display
+        self.handle = from_display(self, display_id=True)
+        for progress in range(self.total):
+            self.progress = progress
+            self.handle.update(self)
+            yield progress
+        self.progress = self.total
+        self.handle.update(self)
+
+    def __repr__(self):
+        done = 60 * self.progress // max(1, self.total)
+        return f"[{'=' * done}{' ' * (60 - done)}] {self.progress}/{self.total}"
+
+    def _repr_html_(self):
+        return f"<progress max='{self.total}' value='{self.progress}'></progress>"
 
 
 class Math(Rich):
@@ -2102,10 +2174,12 @@ def ipython_display(display):
     names = {name: rich_class(name, mime) for name, mime in (
         ("HTML", "text/html"), ("Markdown", "text/markdown"), ("Latex", "text/latex"),
         ("SVG", "image/svg+xml"), ("JSON", "application/json"), ("Pretty", "text/plain"),
-        ("Code", "text/plain"), ("Javascript", "application/javascript"))}
+        ("Code", "text/plain"), ("Javascript", "application/javascript"),
+        ("GeoJSON", "application/geo+json"))}
     names.update({name: embedded_class(name, form) for name, form in EMBEDDED.items()})
-    names.update(Image=Image, Math=Math, DisplayHandle=DisplayHandle, display=display.display,
-                 update_display=display.update_display, clear_output=display.clear_output,
+    names.update(Image=Image, Math=Math, ProgressBar=ProgressBar, DisplayHandle=DisplayHandle,
+                 display=display.display, update_display=display.update_display,
+                 clear_output=display.clear_output,
                  publish_display_data=display.publish_display_data)
     for name in ("html", "markdown", "latex", "svg", "png", "jpeg", "json", "javascript"):
         names[f"display_{name}"] = display_one(display, REPR_METHODS[f"_repr_{name}_"])
@@ -2149,12 +2223,14 @@ class TypeFormatter:
 
     def __init__(self, mime):
         self.mime = mime
+        self.type_printers, self.deferred_printers = {}, {}
 
-    def for_type(self, cls, function):
+    def for_type(self, cls, function=None):
         self.for_type_by_name(cls.__module__, cls.__qualname__, function)
 
-    def for_type_by_name(self, module, name, function):
-        FORMATTERS.setdefault((module, name), {})[self.mime] = function
+    def for_type_by_name(self, module, name, function=None):
+        if self.mime != "text/plain" and function:   # there IPython gives functions a printer
+            FORMATTERS.setdefault((module, name), {})[self.mime] = function
 
 
 def make_ipython_shell(interpreter, names):
@@ -2243,7 +2319,7 @@ def hook_imports(interpreter):
                                    **dict.fromkeys(stand_ins, fill)}))
 
 
-# ---- 9. The kernel: five sockets, one dispatcher (knows no Python) ----------------------------
+# ---- 9. The kernel: five sockets, one dispatcher --------------------------------------------
 #
 # A handler is a method named as the message type it answers; HANDLERS says which thread runs it
 # and is at the same time the list of what a client may ask for. A handler returns the content of
@@ -2252,6 +2328,7 @@ def hook_imports(interpreter):
 
 REPLY_STATUS = {"status": "ok"}
 RETRY_MS = 20       # until what could not be sent is tried again
+LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
 EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
 STALL_SECONDS = 10  # that a slow subscriber may hold up the output of all
@@ -2275,6 +2352,11 @@ HANDLERS = {    # msg_type -> who runs its handler
     "comm_close": "cells",
 }
 FEATURES = ["kernel subshells"]
+CHILD_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn"}   # of sys.audit
+
+
+def is_cell(request):
+    return request["header"]["msg_type"] == "execute_request"
 
 
 def seconds_of(header):
@@ -2305,14 +2387,13 @@ class Cells:
         self.loop = self.task = self.arrived = None   # once it runs
         self.is_busy = False                 # a cell is being run
         self.was_cancelled = False           # its await was ended: an interrupt
-        self.failed = None                   # (session, time by its clock) of the latest error
+        self.failed = None                   # (session, time by its clock, by ours) of an error
         self.is_stopping = False
 
     def put(self, request):
         """Called by io. A comm message need not wait for a cell that awaits something; but it may
         not overtake cells, which perhaps register its target."""
-        is_cell = request["header"]["msg_type"] == "execute_request"
-        if self.is_busy and self.loop and not is_cell and not self.waiting:
+        if self.is_busy and self.loop and not is_cell(request) and not self.waiting:
             self.loop.call_soon_threadsafe(self.kernel.answer, request)
         else:
             self.waiting.append(request)
@@ -2347,15 +2428,17 @@ class Cells:
             except BaseException:
                 if self.task.done():
                     raise
+        if self is not self.kernel.shells.get(None):
+            loop.close()
 
     async def one_after_the_other(self):
         import asyncio
         while not self.is_stopping:
             while self.waiting:
                 request = self.waiting.popleft()
-                if request["header"]["msg_type"] == "execute_request" and self.is_too_late(request):
+                if is_cell(request) and self.is_too_late(request):
                     self.kernel.abort(request)
-                elif request["header"]["msg_type"] == "execute_request":
+                elif is_cell(request):
                     await self.execute(request)
                 else:
                     self.kernel.answer(request)
@@ -2376,30 +2459,43 @@ class Cells:
         except BaseException as error:   # the client's mistake, or a SIGINT at an odd moment
             reply = {**failed(error), "execution_count": kernel.interpreter.execution_count}
             stops = False
+        if os.getpid() != kernel.process_id:   # a child that was forked in the cell and not ended
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         self.is_busy = False
         self.forget_cancel()
         kernel.drain()
         # Taken before the reply leaves: what a client sends when it has seen the error is run.
-        waiting = []
+        aborted = []
         if reply["status"] == "error" and stops:
-            waiting, self.waiting = self.waiting, collections.deque()
-            self.failed = request["header"].get("session"), error_date(request)
+            aborted = self.take_cells()
+            self.failed = (request["header"].get("session"), error_date(request),
+                           time.monotonic())
         try:
             kernel.finish(request, reply, started)
         except (TypeError, ValueError) as error:   # a payload or value that JSON has no word for
             kernel.finish(request, {**failed(error), "execution_count": reply["execution_count"]})
-        for request in waiting:
-            kernel.abort(request)
+        for other in aborted:
+            kernel.abort(other)
         if kernel.interpreter.wants_exit:   # soon: a console must have seen the reply before
             self.loop.call_later(EXIT_SECONDS, kernel.stop)
+
+    def take_cells(self):
+        """The cells that wait, taken out; comm messages go on waiting."""
+        waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        self.waiting.extendleft(reversed([r for r in waiting if not is_cell(r)]))
+        return [request for request in waiting if is_cell(request)]
 
     def is_too_late(self, request):
         """True for a cell that its client sent before it could know of the latest error, but that
         came after it: it belongs to those that were aborted."""
-        if self.failed is None or self.failed[0] != request["header"].get("session"):
+        session, failed_date, failed = self.failed or (None, None, 0)
+        is_recent = request["received"] < failed + LATE_SECONDS
+        if not is_recent or session != request["header"].get("session"):
             return False
         sent = seconds_of(request["header"])
-        return sent is not None and self.failed[1] is not None and sent <= self.failed[1]
+        return sent is not None and failed_date is not None and sent <= failed_date
 
     def cancel(self):
         """Called in the loop: end what the running cell awaits."""
@@ -2422,6 +2518,7 @@ class Kernel:
         self.outbox = Outbox(self.session)
         self.interpreter = interpreter_class(self.outbox.publish, self.outbox.parent_header)
         self.connection = connection
+        self.process_id = os.getpid()
         self.context = zmq.Context()
         self.sockets = {}                     # channel -> socket; the io thread's alone
         self.descriptors = []
@@ -2430,6 +2527,7 @@ class Kernel:
         self.answers = queue.SimpleQueue()    # values of input_replies
         self.request = contextvars.ContextVar("request")
         self.latest = None                    # the execute_request that runs or ran last
+        self.interrupt_due = None             # when a SIGINT that nobody has noticed is repeated
         self.unasked = []                     # an input_request that could not be delivered yet
         self.unsent = collections.deque()     # (channel, parts) that a full socket holds up
         self.last_sent = time.monotonic()     # when nothing was held up
@@ -2469,10 +2567,21 @@ class Kernel:
             setattr(sys, name, Stream(name, self.outbox, descriptor))
         builtins.input = self.input
         inherit_context()
+        sys.addaudithook(self.notice_children)
+
+    def notice_children(self, event, args):
+        """From the first child process of a cell on, its prints keep their order with ours."""
+        if event in CHILD_EVENTS:
+            self.outbox.catch_up = self.drain
 
     def run(self):
         """Start the threads and run cells in this one, the main thread, until the end."""
         signal.signal(signal.SIGINT, self.interrupt)
+        self.signalled, wakeup = socket.socketpair()
+        self.signalled.setblocking(False)
+        wakeup.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        self.wakeup = wakeup
         self.bind()
         self.capture()
         # Queued before any thread can answer a request: it is the first that a client hears.
@@ -2486,7 +2595,7 @@ class Kernel:
 
     def stop(self):
         """Let every shell end when its running cell has; the main thread then ends the process."""
-        for cells in self.shells.values():
+        for cells in list(self.shells.values()):
             cells.stop()
 
     def end(self):
@@ -2494,13 +2603,12 @@ class Kernel:
         import atexit
         atexit._run_exitfuncs()
         self.drain()
+        self.outbox.is_urgent = True   # before the next line: io must take all that is left
         self.is_finished = True
-        self.outbox.is_urgent = True
         self.outbox.wake()
         self.io_done.wait(2)
-        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.killpg(os.getpid(), signal.SIGTERM)   # our children end with us
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # which ends our children, not us
+        end_children(signal.SIGTERM)
         os._exit(0)
 
     # -- the io thread: every socket, level-triggered --
@@ -2509,23 +2617,44 @@ class Kernel:
         """Wait for sockets, pipes and the outbox; nothing here blocks or runs user code."""
         poller = zmq.Poller()
         pipes = {descriptor.pipe: descriptor for descriptor in self.descriptors}
-        for source in (*self.sockets.values(), *pipes, self.outbox.wake_receiver.fileno()):
+        for source in (*self.sockets.values(), *pipes, self.outbox.wake_receiver.fileno(),
+                       self.signalled.fileno()):
             poller.register(source, zmq.POLLIN)
         parent = watch_parent(poller)
         channels = {socket: channel for channel, socket in self.sockets.items()}
         while not self.is_finished:
-            is_held = self.unasked or self.unsent
+            is_held = self.unasked or self.unsent or self.interrupt_due
             for source, _ in poller.poll(RETRY_MS if is_held else self.outbox.rest()):
                 if source in channels:
                     self.receive_safely(channels[source], source)
                 elif source in pipes:
                     pipes[source].drain()
+                elif source == self.signalled.fileno():
+                    self.expect_interrupt()
                 elif source == parent:
-                    os._exit(1)   # the server is gone, and nobody is left to talk to
+                    end_children(signal.SIGKILL)   # the server is gone, and we go with them
+                    os._exit(1)
             self.send_due()
+            self.repeat_lost_interrupt()
         self.send_due()
         self.context.destroy(linger=1000)
         self.io_done.set()
+
+    def expect_interrupt(self):
+        """A SIGINT has come, and `interrupt`, which empties this socket too, may not have run."""
+        self.interrupt_due = time.monotonic() + RETRY_MS / 1000
+        try:
+            self.signalled.recv(4096)
+        except BlockingIOError:
+            self.interrupt_due = None
+
+    def repeat_lost_interrupt(self):
+        """Signal the main thread again when it has not noticed: a signal that arrives just before
+        it begins to wait for a lock does not end that wait."""
+        if self.interrupt_due and self.interrupt_due < time.monotonic():
+            self.interrupt_due = None
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def send_due(self):
         """Send what is due, in order. When iopub is full because a subscriber is slow, the rest
@@ -2564,7 +2693,9 @@ class Kernel:
         request = self.session.unpack(parts)
         request.update(channel=channel, received=time.monotonic())
         if channel == "stdin":
-            return self.answers.put(str(request["content"].get("value", "")))   # input_reply
+            if request["header"]["msg_type"] == "input_reply":
+                self.answers.put(str(request["content"].get("value", "")))
+            return
         self.dispatch(request)
 
     def dispatch(self, request):
@@ -2605,7 +2736,9 @@ class Kernel:
 
     def log(self, text):
         """A line on the real stderr, for whoever started the kernel."""
-        os.write(self.descriptors[1].original, f"kernel {os.getpid()}: {text}\n".encode())
+        with contextlib.suppress(OSError):   # nobody may be there to read it
+            line = f"kernel {os.getpid()}: {text}\n"
+            os.write(self.descriptors[1].original, line.encode("utf-8", "replace"))
 
     # -- answering --
 
@@ -2644,13 +2777,14 @@ class Kernel:
         problem = KeyError(f"there is no subshell {request['header']['subshell_id']}")
         self.status("busy", request)
         self.log(f"refused {request['header']['msg_type']}: {problem}")
-        if request["header"]["msg_type"] == "execute_request":
+        if is_cell(request):
             self.reply(request, failed(problem))
         self.status("idle", request)
 
     def enter(self, request):
         """From here on, what this thread says belongs to `request`."""
         header, silent = request["header"], request["content"].get("silent")
+        self.outbox.catch_up = None
         self.latest, self.outbox.latest = request, SILENT if silent else header
         self.outbox.parent.set(self.outbox.latest)
         self.request.set(request)
@@ -2769,13 +2903,16 @@ class Kernel:
         running or sleeping: raise right here; awaiting: cancel the await, thread-safely, because
         only that wakes a loop which sleeps in select; idle: nothing.
         """
+        with contextlib.suppress(BlockingIOError):
+            self.signalled.recv(4096)
+        self.interrupt_due = None
         code = []
         while frame is not None:
             code.append(frame.f_code)
             frame = frame.f_back
         ours = self.interpreter.users_frames()
         runs_here = any(one in ours or one.co_filename[:4] == "<In[" for one in code)
-        for id, cells in self.shells.items():
+        for id, cells in list(self.shells.items()):
             if cells.is_busy and not (runs_here and id is None):
                 cells.loop.call_soon_threadsafe(cells.cancel)
         if runs_here:
@@ -2884,6 +3021,12 @@ def signal_main_thread():
         signal.raise_signal(signal.SIGINT)
 
 
+def end_children(number):
+    """Signal the processes that the user's code has started, when we lead their group."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), number)
+
+
 def watch_parent(poller):
     """Poll for the end of the process that started us (JPY_PARENT_PID); returns a descriptor.
 
@@ -2971,7 +3114,8 @@ def main():
     if sys.argv[1:2] == ["install"]:
         return install(sys.argv[2:])
     # Other options are ignored: nbclient sends some of ipykernel's to any kernel called python3.
-    words = " ".join(sys.argv[1:]).replace("=", " ").split(" ")
+    words = [word for argument in sys.argv[1:]
+             for word in (argument.split("=", 1) if argument[:1] == "-" else [argument])]
     if "-f" not in words[:-1]:
         sys.exit("usage: python kernel.py -f CONNECTION_FILE   (a Jupyter client starts it so)\n"
                  "       python kernel.py install [--user | --prefix DIR]")

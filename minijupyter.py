@@ -80,7 +80,9 @@ def iso(seconds):
 
 
 def log(text):
-    print(text, file=sys.stderr, flush=True)
+    """A line for the terminal, if there still is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 # ---- 1. Documents: notebook files, bytes <-> dict ---------------------------------------------
@@ -167,12 +169,14 @@ def parse_notebook(data):
 
 def validate(notebook):
     """Raise NotANotebook with the JSON pointer of the first part that nobody could draw."""
-    expect(notebook, "", {"cells": list, "metadata": dict})
+    expect({"nbformat_minor": 0, **notebook}, "",
+           {"cells": list, "metadata": dict, "nbformat_minor": int})
     for i, cell in enumerate(notebook["cells"]):
         where = f"/cells/{i}"
         expect(cell, where, {"cell_type": str, "metadata": dict})
         if cell["cell_type"] in CELL_FIELDS:   # other types may come with a later minor version
             expect(cell, where, CELL_FIELDS[cell["cell_type"]])
+        expect({"outputs": [], **cell}, where, {"outputs": list})
         for j, output in enumerate(cell.get("outputs", ())):
             expect(output, f"{where}/outputs/{j}", {"output_type": str})
 
@@ -201,7 +205,7 @@ def upgrade(notebook):
                  for cell in sheet["cells"]]
         metadata = {k: v for k, v in notebook.get("metadata", {}).items()
                     if k not in ("name", "signature")}
-    except (TypeError, KeyError, AttributeError) as problem:
+    except (TypeError, KeyError, AttributeError, ValueError) as problem:
         raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
                            f"{problem!r}") from None
     return {"cells": with_ids(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
@@ -307,6 +311,7 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
             "directory": ("Untitled Folder", "")}
 
 
+NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 
 
@@ -321,9 +326,17 @@ class Contents:
         """The absolute path on disk of an API path that need not exist."""
         names = [name for name in path.split("/") if name]
         absolute = os.path.join(self.root, *names)
-        if all(map(is_visible, names)) and is_within(os.path.realpath(absolute), self.root):
-            return absolute
-        raise Problem(404, f"No such file or folder: {path}")
+        if not all(map(is_visible, names)):
+            raise Problem(404, f"No such file or folder: {path}")
+        return self.kept_inside(absolute, path)
+
+    def kept_inside(self, absolute, path):
+        """`absolute`, unless it leads out of the root, or to a pipe or the like."""
+        is_odd = os.path.exists(absolute) and not os.path.isfile(absolute) \
+            and not os.path.isdir(absolute)
+        if is_odd or not is_within(os.path.realpath(absolute), self.root):
+            raise Problem(404, f"No such file or folder: {path}")
+        return absolute
 
     def existing(self, path):
         absolute = self.resolve(path)
@@ -396,8 +409,8 @@ class Contents:
             return file.read()
 
     def save(self, path, model, expected=None):
-        """Write a model's content. `expected` is the hash that the file must have now ("*": it must
-        not exist); otherwise Problem 412. Returns (new model, was it created)."""
+        """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
+        NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
@@ -418,13 +431,14 @@ class Contents:
         return new, is_new
 
     def refuse_conflict(self, path, old, expected):
-        if expected == "*" and old is not None:
+        if expected == NOT_THERE and old is not None:
             raise Problem(412, f"{path} exists already", "conflict")
-        if expected not in (None, "*"):
-            if old is None:
-                raise Problem(412, f"{path} is no longer on disk", "conflict")
-            if hashlib.sha256(old).hexdigest() != expected:
-                raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
+        if expected in (None, NOT_THERE):
+            return
+        if old is None:
+            raise Problem(412, f"{path} is no longer on disk", "conflict")
+        if expected not in ("*", hashlib.sha256(old).hexdigest()):
+            raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
 
     def encode(self, path, model, old):
         """The bytes that a model's content becomes on disk."""
@@ -451,7 +465,7 @@ class Contents:
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
         folder, name = os.path.split(absolute)
-        part = os.path.join(folder, f".{name}.upload")
+        part = self.kept_inside(os.path.join(folder, f".{name}.upload"), path)
         data = self.encode(path, model, None)
         with self.lock:
             is_new = not os.path.exists(absolute)
@@ -466,7 +480,8 @@ class Contents:
     def checkpoint_path(self, path):
         folder, name = os.path.split(self.existing(path))
         stem, extension = os.path.splitext(name)
-        return os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
+        saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
+        return self.kept_inside(saved, path)
 
     def checkpoints(self, path):
         """The list of a file's checkpoints: one, or none."""
@@ -557,8 +572,9 @@ class Contents:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
-        if any(is_visible(name) for name in os.listdir(absolute)):
-            raise Problem(400, f"{path} is not empty: delete what is in it first")
+        if {*os.listdir(absolute)} - {".ipynb_checkpoints", "__pycache__", ".DS_Store"}:
+            raise Problem(400, f"{path} is not empty (it may hold hidden files): "
+                               "delete what is in it first")
         shutil.rmtree(absolute)
 
 
@@ -568,7 +584,9 @@ def is_within(real, root):
 
 
 def is_visible(name):
-    return not name.startswith(".") and "\0" not in name and "\\" not in name \
+    """False for hidden files and for what is no file name: with NUL, "\\" or half a surrogate."""
+    is_plain = name.encode("utf-8", "replace").decode() == name
+    return is_plain and not name.startswith(".") and not {"\0", "\\"} & {*name} \
         and name != "__pycache__"
 
 
@@ -690,7 +708,8 @@ class Kernel:
         self.session = Session(self.connection["key"], username="server")
         self.notices = ZMQ.socket(zmq.PUB)   # the watcher's voice
         self.notices.bind(self.notices_endpoint)
-        self.launch()
+        self.process, self.ended = None, threading.Event()
+        self.ended.set()
 
     @property
     def notices_endpoint(self):
@@ -712,8 +731,8 @@ class Kernel:
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as problem:
-            self.forget()
-            raise Problem(500, f"The kernel {self.name} cannot be started: {problem}") from None
+            self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
+            raise Problem(500, self.reason) from None
         self.state, self.reason, self.intent = "starting", None, None
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
@@ -760,6 +779,8 @@ class Kernel:
 
     def send_signal(self, number):
         """Signal the kernel and its children; they are a process group of their own."""
+        if self.ended.is_set():
+            return   # by now the number may be another process's
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, number)
@@ -780,6 +801,8 @@ class Kernel:
     def restart(self):
         """A new process on the same ports: the clients stay connected."""
         with self.lock:
+            if self.is_gone:
+                raise Problem(404, f"Kernel does not exist: {self.id}")
             self.state = "restarting"
             self.stop("restart")
             self.launch()
@@ -829,7 +852,10 @@ class Watcher:
         output.close()
         iopub.close()
         shell.close()
-        self.tell_end()
+        try:
+            self.tell_end()
+        finally:
+            self.kernel.ended.set()   # whoever stops the kernel waits for this
 
     def hear(self, iopub):
         """Learn the kernel's state from the `status` messages that running code causes."""
@@ -867,11 +893,10 @@ class Watcher:
                 log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
             kernel.state = "dead"
             self.publish("dead")
-        kernel.ended.set()
 
     def explain(self):
         code, said = self.process.returncode, self.tail.strip()
-        how = (f"was ended by signal {signal.Signals(-code).name}" if code < 0
+        how = (f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0
                else f"ended with exit code {code}")
         return f"The kernel process {how}" + (f":\n{said}" if said else ".")
 
@@ -927,6 +952,12 @@ class Kernels:
             raise Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
         new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path)
         self.all[new.id] = new
+        try:
+            new.launch()
+        except Problem:
+            del self.all[new.id]
+            new.forget()
+            raise
         return new
 
     def folder_of(self, path):
@@ -950,7 +981,7 @@ class Kernels:
 
     def shutdown_all(self):
         """End all kernels at the same time."""
-        threads = [threading.Thread(target=kernel.shutdown) for kernel in self.all.values()]
+        threads = [threading.Thread(target=kernel.shutdown) for kernel in list(self.all.values())]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -994,7 +1025,7 @@ class Sessions:
         if not isinstance(path, str) or not isinstance(kind, str):
             raise Problem(400, "A session needs a path and a type")
         with self.lock:
-            for session in self.all.values():
+            for session in list(self.all.values()):
                 if session["path"] == path and session["kernel"].id in self.kernels.all:
                     return session
             kernel = self.kernel_for(wish.get("kernel") or {}, path)
@@ -1016,14 +1047,14 @@ class Sessions:
         if wish.get("kernel"):
             old, session["kernel"] = session["kernel"], self.kernel_for(wish["kernel"],
                                                                         session["path"])
-            is_used = any(s["kernel"] is old for s in self.all.values())
+            is_used = any(s["kernel"] is old for s in list(self.all.values()))
             if not is_used and old.id in self.kernels.all:
                 self.kernels.shutdown(old.id)
         return session
 
     def follow_rename(self, old, new):
         """Keep sessions with their files when a file or one of its folders is renamed."""
-        for session in self.all.values():
+        for session in list(self.all.values()):
             if session["path"] == old or session["path"].startswith(f"{old}/"):
                 session["path"] = new + session["path"][len(old):]
                 session["name"] = session["path"].rpartition("/")[2]
@@ -1045,6 +1076,7 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"   # RFC 6455 1.3
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG = 1000, 1001, 1002, 1007, 1009
 MOST_BYTES = 256 << 20    # of one message; jupyter_server's default is 10 MiB for one frame
+MOST_FRAGMENTS = 1 << 16  # of one message: empty ones cost nothing to send
 CLOSE_CODES = {*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)}   # RFC 6455 7.4
 
 
@@ -1090,15 +1122,17 @@ class FrameParser:
         self.most_bytes = most_bytes
         self.bytes = bytearray()     # not yet a whole frame
         self.opcode = None           # of the fragmented message that is under way
-        self.fragments = []
+        self.fragments, self.size = [], 0
+        self.is_closed = False
 
     def feed(self, data):
         self.bytes += data
         messages = []
-        while (frame := self.next_frame()) is not None:
+        while not self.is_closed and (frame := self.next_frame()) is not None:
             message = self.message(*frame)
             if message is not None:
                 messages.append(message)
+                self.is_closed = message[0] == CLOSE   # RFC 6455 5.5.1: nothing comes after it
         return messages
 
     def next_frame(self):
@@ -1113,7 +1147,7 @@ class FrameParser:
             if len(self.bytes) < 2 + size:
                 return None
             length, head = struct.unpack_from(layout, self.bytes, 2)[0], 2 + size
-        if length + sum(map(len, self.fragments)) > self.most_bytes:
+        if self.size + length > self.most_bytes or len(self.fragments) > MOST_FRAGMENTS:
             raise WebSocketError(TOO_BIG, f"a message may have {self.most_bytes} bytes")
         end = head + 4 + length
         if len(self.bytes) < end:
@@ -1141,10 +1175,11 @@ class FrameParser:
             raise WebSocketError(PROTOCOL_ERROR, "a fragment out of order")
         self.opcode = self.opcode or opcode
         self.fragments.append(payload)
+        self.size += len(payload)
         if not is_last:
             return None
         opcode, payload = self.opcode, b"".join(self.fragments)
-        self.opcode, self.fragments = None, []
+        self.opcode, self.fragments, self.size = None, [], 0
         return opcode, decode(payload) if opcode == TEXT else payload
 
 
@@ -1384,7 +1419,7 @@ class Bridge:
             self.websocket.write(b"".join(frames))
         if page in ready and self.kernel.process is self.process:
             self.carry_up()
-        if not ready and not self.is_heard:
+        if not ready and not self.is_heard and self.kernel.state != "dead":
             nudge = self.session.message("kernel_info_request", {})
             self.sockets["shell"].send_multipart(self.session.pack(nudge))
         if self.kernel.is_gone and self.kernel.process.returncode is not None:
@@ -1396,7 +1431,7 @@ class Bridge:
         for message in self.websocket.arrived():
             try:
                 self.to_kernel(message)
-            except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            except Exception as problem:   # whatever a page may send: the bridge goes on
                 log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
     def to_kernel(self, message):
@@ -1424,7 +1459,8 @@ class Bridge:
             except BadMessage as problem:
                 log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem}")
                 continue
-            self.is_heard = self.is_heard or channel == "iopub" and parts[0] != NOTICE
+            if not self.is_heard and channel == "iopub" and parts[0] != NOTICE:
+                self.is_heard, self.websocket.last_heard = True, time.monotonic()
             # Journey 11: verified, marked with its channel, and on its way to the page.
             frames.append(self.splice(channel, json_parts, buffers))
             size += len(frames[-1])
@@ -1488,6 +1524,7 @@ OPEN_TO_ALL = {"version", "frame"}    # handlers that need no token
 PAGES = {"home", "page"}              # handlers whose refusal is a page for people, not JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
+TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
@@ -1532,14 +1569,13 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = 1 << 16               # headers and body leave together
 
     def answer(self):
-        """Read the request, check it, find its route, send what the handler returns."""
-        url = urlsplit(re.sub("^/{2,}", "/", self.path))   # "//host/" is a path here, never a host
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
-        self.is_answered = False
+        """Check the request, read its body, find its route, send what the handler returns."""
+        self.is_answered, self.body = False, None
         try:
-            self.body = self.read_body()
+            self.split_path()
             name, groups = self.find_route()
             if self.admit(name):
+                self.body = self.read_body()
                 result = getattr(self, name)(*groups)
                 if not self.is_answered:
                     status, value = result if isinstance(result, tuple) else (200, result)
@@ -1569,15 +1605,34 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- the request --
 
+    def split_path(self):
+        """`route` and `query` of the request line; "//host/" is a path here, never a host."""
+        try:
+            url = urlsplit(re.sub("^/{2,}", "/", self.path))
+        except ValueError:
+            self.route, self.query = "", {}
+            raise Problem(400, "This is no path") from None
+        self.route, self.query = unquote(url.path), parse_qs(url.query)
+
     def read_body(self):
-        """The body's bytes. It is read before anything is refused, or the next request on this
-        connection would begin in its middle."""
+        """The body's bytes; only from those who were let in."""
         length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not length.isdigit() or int(length) > MOST_BODY:
+        is_number = re.fullmatch(r"[0-9]{1,10}", length)
+        if "Transfer-Encoding" in self.headers or not is_number or int(length) > MOST_BODY:
             self.close_connection = True
             raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
                           "A body needs a Content-Length, and not too large a one")
         return self.rfile.read(int(length))
+
+    def discard_body(self):
+        """Read a body that nobody wants, or the next request on this connection would begin in its
+        middle; a large one is not worth it."""
+        self.body = b""
+        length = self.headers.get("Content-Length", "0")
+        if re.fullmatch(r"[0-9]{1,5}", length) and "Transfer-Encoding" not in self.headers:
+            self.rfile.read(int(length))
+        else:
+            self.close_connection = True
 
     def json_body(self):
         """The JSON object in the body; an empty body is an empty object."""
@@ -1585,8 +1640,12 @@ class Handler(BaseHTTPRequestHandler):
             value = json.loads(self.body or b"{}")
         except (ValueError, RecursionError) as problem:
             raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
-        if not isinstance(value, dict):
-            raise Problem(400, "The body must be a JSON object")
+        if not isinstance(value, dict) or not isinstance(value.get("kernel") or {}, dict):
+            raise Problem(400, "The body must be a JSON object, and so must its kernel")
+        for part in (value, value.get("kernel") or {}):
+            for name in TEXT_FIELDS & part.keys():
+                if not isinstance(part[name], (str, type(None))):
+                    raise Problem(400, f"{name} must be a string")
         return value
 
     def find_route(self):
@@ -1635,7 +1694,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.query["token"][0] if "token" in self.query else None
 
     def cookie(self):
-        found = re.search(rf"{self.server.cookie_name}=([0-9a-f]+)", self.headers.get("Cookie", ""))
+        found = re.search(rf"(?:^|;\s*){self.server.cookie_name}=([0-9a-f]+)",
+                          self.headers.get("Cookie", ""))
         return found[1] if found else ""
 
     def check_origin(self):
@@ -1644,8 +1704,8 @@ class Handler(BaseHTTPRequestHandler):
         is_foreign = origin is not None and urlsplit(origin).netloc != self.headers.get("Host")
         if is_foreign or is_write and origin is None:
             raise Problem(403, "The request comes from another site")
-        if self.headers.get("Sec-Fetch-Site") == "cross-site" and self.route.startswith(
-                ("/api", "/files")):
+        is_data = self.route.startswith(("/api", "/files"))
+        if is_data and self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
             raise Problem(403, "The request comes from another site")
 
     def move_token_to_cookie(self):
@@ -1663,7 +1723,11 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, data, content_type, headers=()):
         """Send a whole response; HEAD gets the same headers and no body."""
         self.is_answered = True
+        if self.body is None:
+            self.discard_body()
         self.send_response(status)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         for name, value in {"Content-Type": content_type, "Content-Length": str(len(data)),
                             "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
                             "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
@@ -1792,7 +1856,8 @@ class Handler(BaseHTTPRequestHandler):
         self.created(model, "contents", model["path"])
 
     def save_contents(self, path):
-        expected = self.headers.get("If-Match", "").strip('"') or self.headers.get("If-None-Match")
+        expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
+                    self.headers.get("If-Match", "").strip('"') or None)
         body = self.json_body()
         if isinstance(body.get("chunk"), int):
             model, is_new = self.server.contents.save_chunk(path, body)
@@ -1911,7 +1976,8 @@ def range_of(header, size):
     if not match or match[1] == match[2] == "":
         return 200, 0, size
     if match[1] == "":
-        return 206, max(0, size - int(match[2])), size
+        start = max(0, size - int(match[2]))
+        return (206, start, size) if start < size else (416, 0, 0)
     start, end = int(match[1]), min(int(match[2] or size - 1) + 1, size)
     return (206, start, end) if start < end else (416, 0, 0)
 
@@ -1948,7 +2014,10 @@ class Server(ThreadingHTTPServer):
         """Bound to loopback, the server answers only to names that mean loopback."""
         if not self.ip.startswith("127.") and self.ip not in ("localhost", "::1"):
             return True
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
         return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
 
     def address(self):
