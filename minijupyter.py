@@ -1629,7 +1629,7 @@ class Handler(BaseHTTPRequestHandler):
         middle; a large one is not worth it."""
         self.body = b""
         length = self.headers.get("Content-Length", "0")
-        if re.fullmatch(r"[0-9]{1,5}", length) and "Transfer-Encoding" not in self.headers:
+        if re.fullmatch(r"[0-9]{1,6}", length) and "Transfer-Encoding" not in self.headers:
             self.rfile.read(int(length))
         else:
             self.close_connection = True
