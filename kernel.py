@@ -20,12 +20,12 @@ Left out on purpose: IPython and a debugger protocol. What notebooks use of IPyt
 (`!command`, magics, display) is here; when the real one is imported, its shell works in our
 namespace.
 
-Threads: *main* runs the user's code, one cell at a time, inside one asyncio loop, so that tasks go
-on between cells and a SIGINT reaches the code; *io* owns every socket but the heartbeat's and
-waits for them, for the outbox and for the pipes behind descriptors 1 and 2; *helper* answers
-questions about code; *heartbeat* echoes without Python. Sources: the Jupyter messaging
-specification 5.5, https://jupyter-client.readthedocs.io/en/stable/messaging.html, and Python's own
-documentation.
+Threads: *main* runs the user's code, one cell at a time, inside one asyncio loop, so that tasks
+go on between cells and a SIGINT reaches the code; each *subshell* is one more of its kind; *io*
+owns every socket but the heartbeat's and waits for them, for the outbox and for the pipes behind
+descriptors 1 and 2; *helper* answers questions about code; *heartbeat* echoes without Python.
+Sources: the Jupyter messaging specification 5.5 with JEP 65 (welcome) and JEP 91 (subshells),
+https://jupyter-client.readthedocs.io/en/stable/messaging.html, and Python's own documentation.
 """
 import ast
 import base64
@@ -73,8 +73,9 @@ PROTOCOL_VERSION = "5.5"
 #     [*identities, b"<IDS|MSG>", signature, header, parent_header, metadata, content, *buffers]
 #
 # The signature is an HMAC over the exact bytes of the four JSON parts: whoever does not have the
-# key from the connection file can neither forge a message nor send an old one again. Nothing here
-# knows a socket; the server uses the same class.
+# key from the connection file can neither forge a message nor, while the process remembers its
+# signature, send an old one again. (Identities and buffers are not signed: the specification.)
+# Nothing here knows a socket; the server uses the same class.
 
 DELIMITER = b"<IDS|MSG>"
 MOST_SIGNATURES = 65_536   # how many are remembered against replay; jupyter_client keeps as many
@@ -112,29 +113,33 @@ class Session:
         return {"header": header, "parent_header": parent_header or {},
                 "metadata": metadata or {}, "content": content, "buffers": list(buffers)}
 
-    def sign(self, frames):
+    def sign(self, json_parts):
         """The signature of the four JSON parts: lowercase hex, or b"" when unsigned."""
         if self.hmac is None:
             return b""
         digest = self.hmac.copy()
-        for frame in frames:
-            digest.update(frame)
+        for part in json_parts:
+            digest.update(part)
         return digest.hexdigest().encode()
 
     def pack(self, message):
         """The parts of `message`, signed, behind its `identities` if it has any."""
-        frames = [to_json(message[name])
-                  for name in ("header", "parent_header", "metadata", "content")]
+        json_parts = [to_json(message[name])
+                      for name in ("header", "parent_header", "metadata", "content")]
         # Buffers are copied: they may change before they leave, or be no bytes at all.
-        return [*message.get("identities", ()), DELIMITER, self.sign(frames), *frames,
+        return [*message.get("identities", ()), DELIMITER, self.sign(json_parts), *json_parts,
                 *(memoryview(buffer).tobytes() for buffer in message.get("buffers", ()))]
 
     def unpack(self, parts):
-        """The message in `parts`, verified; raises BadMessage for anything else."""
-        identities, frames, buffers = self.verify(parts)
+        """The message in `parts`, verified; raises BadMessage for anything else.
+
+        A dict of identities (list of bytes), header, parent_header, metadata, content (dicts) and
+        buffers (list of bytes); a kernel's request gets `channel` and `received` (seconds), too.
+        """
+        identities, json_parts, buffers = self.verify(parts)
         # Journey 4: the signature fits the bytes that arrived; only now are they read as JSON.
         try:
-            header, parent_header, metadata, content = (json.loads(bytes(f)) for f in frames)
+            header, parent_header, metadata, content = (json.loads(bytes(p)) for p in json_parts)
         except (ValueError, RecursionError) as problem:
             raise BadMessage(f"not JSON: {problem}") from None
         if not all(isinstance(p, dict) for p in (header, parent_header, metadata, content)):
@@ -152,12 +157,12 @@ class Session:
             raise BadMessage("no delimiter <IDS|MSG>") from None
         if len(parts) < start + 6:
             raise BadMessage(f"truncated: {len(parts) - start - 1} parts after the delimiter")
-        signature, frames = bytes(parts[start + 1]), parts[start + 2:start + 6]
+        signature, json_parts = bytes(parts[start + 1]), parts[start + 2:start + 6]
         if self.hmac is not None:
-            if not hmac.compare_digest(signature, self.sign(frames)):
+            if not hmac.compare_digest(signature, self.sign(json_parts)):
                 raise BadMessage("the signature does not fit")
             self.refuse_replay(signature)
-        return parts[:start], frames, parts[start + 6:]
+        return parts[:start], json_parts, parts[start + 6:]
 
     def refuse_replay(self, signature):
         """Remember a verified signature; raises BadMessage when it has been here before.
@@ -171,7 +176,7 @@ class Session:
             del self.seen[next(iter(self.seen))]
 
 
-def plain(value):
+def json_default(value):
     """`value`, which JSON does not know, as something that it does."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
@@ -184,7 +189,7 @@ def plain(value):
 
 
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-                               default=plain).encode
+                               default=json_default).encode
 
 
 def to_json(value):
@@ -200,7 +205,7 @@ def to_json(value):
 def encode_loosely(value):
     """The same for a value that holds NaN or half a surrogate pair. Raises ValueError."""
     try:
-        return json.dumps(without_nan(value), default=plain).encode()
+        return json.dumps(without_nan(value), default=json_default).encode()
     except RecursionError:
         raise ValueError("the value contains itself") from None
 
@@ -346,7 +351,12 @@ def mime_bundle(value):
             data["text/plain"] = pretty(value)
         except RecursionError:
             data["text/plain"] = repr(value)
-    return {mime: plain(d) if isinstance(d, bytes) else d for mime, d in data.items()}, metadata
+    return without_bytes(data), metadata
+
+
+def without_bytes(data):
+    """The data of a MIME bundle with bytes, such as a PNG's, as base64."""
+    return {mime: json_default(d) if isinstance(d, bytes) else d for mime, d in data.items()}
 
 
 class Display:
@@ -440,16 +450,21 @@ class DisplayHandle:
 
 GATHER_SECONDS = 0.001      # so that the first text comes with its line end
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
-MOST_WAITING = 200_000      # entries; a thread that prints faster than they can be sent waits
-BIG_TEXT = 1 << 16          # characters; of texts as big as this,
-MOST_BIG_WAITING = 64       # no more than these wait
-MOST_TEXT = 1 << 20         # characters in one stream message, for the browser's sake
+MOST_WAITING = 200_000      # entries, some 30 MB; a thread that prints faster than io sends waits
+BIG_TEXT = 1 << 16          # characters; a thread that has printed so much at once waits
+MOST_BIG_WAITING = 64       # until no more entries than these are left
+MOST_TEXT = 1 << 20         # characters in one stream message: a browser draws that in one frame
 STREAMS = ("stdout", "stderr")
 SILENT = {}                 # the parent_header of a silent request: known by identity, never sent
 
 
 class Outbox:
-    """The queue of everything that will leave the process; any thread may put, io takes."""
+    """The queue of everything that will leave the process; any thread may put, io takes.
+
+    Meanwhile io waits in one of three ways. Nothing is queued: it sleeps, and who queues something
+    must nudge it. Text is queued: it sleeps until `flush_at`, and nobody needs to nudge. A message
+    is queued: it does not sleep.
+    """
 
     def __init__(self, session):
         self.session = session
@@ -459,7 +474,7 @@ class Outbox:
         self.latest = {}                   # the parent of threads that inherited none
         self.catch_up = None               # brings in what a cell's child processes have printed
         self.wants_nudge = False           # io sleeps without a time limit, or is far behind
-        self.is_urgent = False             # something else than text is waiting
+        self.is_urgent = False             # a message is waiting, or too much text
         self.last_flush = 0.0
         self.flush_at = None               # when the waiting text is due
         self.wake_receiver, self.wake_sender = socket.socketpair()
@@ -685,7 +700,7 @@ RED, GREEN, CYAN, DIM, BOLD, RESET = (
 SESSION_NUMBER = 1    # in the history
 MOST_OUTPUTS = 1000   # values kept in Out, as in IPython
 MOST_RESULT = 10_000  # characters of a result kept in the history
-FRAMES_SHOWN = 6      # of a deep recursion, at either end
+FRAMES_SHOWN = 6      # of a deep recursion, at either end: enough to see the cycle
 
 
 def debugger():
@@ -823,9 +838,11 @@ class Exit:
 
 
 class Interpreter:
-    """Python, as a kernel sees it. A kernel for another language brings another one of these.
+    """Python, as a kernel sees it. `publish(msg_type, content)` sends on iopub.
 
-    `publish(msg_type, content)` sends on iopub; `execute` returns the content of `execute_reply`.
+    A kernel for another language is `Kernel(connection, Other)` with a subclass that has its own
+    `language_info`, `run` (which shows the value by `self.display.result(value, self.count.get())`
+    or raises), `take_over` (nothing to do), and what it can of is_complete, complete, inspect.
     """
 
     implementation = "minijupyter"
@@ -1052,7 +1069,7 @@ KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
 QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
 MOST_MATCHES = 1_000
 MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
-PLAIN_TYPES = (int, float, complex, str, bytes, bool, type(None))
+SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
 NOT_THERE = object()
 
 
@@ -1290,11 +1307,11 @@ def describe(name, value, detail=0):
     lines = []
     if is_a(value, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
         with contextlib.suppress(TypeError, ValueError):   # built in, and without a signature
-            lines.append(("Signature:", f"{name}{plain_signature(value)}"))
+            lines.append(("Signature:", f"{name}{safe_signature(value)}"))
     lines.append(("Type:     ", type(value).__name__))
     if type(value) in BRACKETS:
         lines.append(("Length:   ", str(len(value))))
-    if type(value) in PLAIN_TYPES:
+    if type(value) in SAFE_TYPES:
         lines.append(("Value:    ", repr(value)[:1000]))
         return "\n".join(f"{RED}{label}{RESET} {text}" for label, text in lines)
     source = source_of(value) if detail else None
@@ -1314,12 +1331,12 @@ class Hidden:
         return "…"
 
 
-def plain_signature(function):
+def safe_signature(function):
     """A signature that shows plain defaults only: others have a `__repr__` of the user's."""
     import inspect
     signature = inspect.signature(function)
     return signature.replace(parameters=[
-        p if type(p.default) in PLAIN_TYPES or p.default is p.empty else p.replace(default=Hidden())
+        p if type(p.default) in SAFE_TYPES or p.default is p.empty else p.replace(default=Hidden())
         for p in signature.parameters.values()])
 
 
@@ -1952,7 +1969,8 @@ class Comms:
 
     def __init__(self, publish):
         self.publish = publish
-        self.comms, self.targets = {}, {}
+        self.comms = {}     # comm_id -> Comm
+        self.targets = {}   # target_name -> function(comm, message)
 
     def register_target(self, name, function):
         """Call `function(comm, message)` when the page opens a comm to `name`."""
@@ -2150,7 +2168,7 @@ class Embedded(Rich):
         is_address = isinstance(data, str)
         super().__init__(None if is_address else data, filename=filename)
         kind = self.options.get("mimetype", options.get("mimetype", "application/octet-stream"))
-        src = url or data if self.data is None else f"data:{kind};base64,{plain(self.data)}"
+        src = url or data if self.data is None else f"data:{kind};base64,{json_default(self.data)}"
         self.metadata, src = {}, src.replace("'", "%27").replace("<", "%3C")
         self.data = self.form.format(src=src, width=int(width or 400), height=int(height or 300))
 
@@ -2278,7 +2296,7 @@ def connect_ipython(interpreter, names):
         data, metadata = shell.display_formatter.format(value)
         for mime, function in formatters_for(value).items():
             data[mime] = function(value)
-        return {mime: plain(d) if isinstance(d, bytes) else d for mime, d in data.items()}, metadata
+        return without_bytes(data), metadata
 
     interpreter.magics.shell, interpreter.display.format = shell, bundle
     builtins.get_ipython = lambda: shell
@@ -2327,7 +2345,7 @@ def hook_imports(interpreter):
 # becomes of it. To answer a new message, write its method and add its row.
 
 REPLY_STATUS = {"status": "ok"}
-RETRY_MS = 20       # until what could not be sent is tried again
+RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it
 LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
 EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
@@ -2782,7 +2800,11 @@ class Kernel:
         self.status("idle", request)
 
     def enter(self, request):
-        """From here on, what this thread says belongs to `request`."""
+        """From here on, what this thread says belongs to `request`.
+
+        Whose output is it? That of this context's request; a new thread inherits its starter's;
+        a thread that has neither (C code made it) speaks for the latest cell.
+        """
         header, silent = request["header"], request["content"].get("silent")
         self.outbox.catch_up = None
         self.latest, self.outbox.latest = request, SILENT if silent else header
@@ -2948,7 +2970,8 @@ class Kernel:
 
 def in_time(handler, request):
     """What the handler returns or raises; raises TimeoutError when that takes too long. A
-    library's `__dir__` may hang: its thread is left alone, and the next question gets a new one."""
+    library's `__dir__` may hang: its thread is left alone, and the next question gets a new one.
+    (While C code holds the interpreter's lock, nobody can answer anything.)"""
     outcome = queue.SimpleQueue()
 
     def work():

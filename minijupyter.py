@@ -9,7 +9,7 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
 
     browser                    this server                                   kernel process
     index.html  -- REST -->    Handler -> Contents, Kernels, Sessions
-                <- WebSocket ->  Bridge  <- five ZeroMQ channels, signed ->  kernel.py, or any other
+                <- WebSocket ->  Bridge  <- four ZeroMQ channels, signed ->  kernel.py, or any other
                                  Watcher <- iopub, the process's end ------
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
@@ -17,7 +17,7 @@ Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions
 
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.to_kernel` signs the request and sends it down its channel, `Bridge.from_kernel` takes what
-comes back, checks the signature and hands the JSON on without reading it.
+comes back, checks the signature and hands the JSON on as it came.
 
 Left out on purpose: users, extensions, a database, a terminal. One person, one folder, one token.
 
@@ -316,7 +316,8 @@ CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 
 
 class Contents:
-    """Files as the models of Jupyter's contents API. Every method raises Problem."""
+    """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
+    the disk, which the HTTP section turns into a status."""
 
     def __init__(self, root):
         self.root = os.path.realpath(root)
@@ -687,9 +688,10 @@ ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5    # after each of: request, SIGTERM; as jupyter_client does
 NOTICE = b"minijupyter"   # the iopub topic of what the watcher says in the kernel's stead
 TAIL = 4_000              # characters of a kernel's own stderr that are kept for an explanation
+# Their busy and idle say nothing about running code; a frontend sends them all the time.
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
-                  "shutdown_request"}   # their busy and idle say nothing about running code
+                  "shutdown_request"}
 
 
 class Kernel:
@@ -942,7 +944,7 @@ class Kernels:
 
     def __init__(self, contents):
         self.contents = contents
-        self.all = {}
+        self.all = {}   # id -> Kernel
 
     def start(self, name=None, path=""):
         """Start the kernel called `name` in the folder of `path`. Raises Problem."""
@@ -1075,7 +1077,7 @@ class Sessions:
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"   # RFC 6455 1.3
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG = 1000, 1001, 1002, 1007, 1009
-MOST_BYTES = 256 << 20    # of one message; jupyter_server's default is 10 MiB for one frame
+MOST_BYTES = 256 << 20    # of one message: a picture pasted into a widget should pass
 MOST_FRAGMENTS = 1 << 16  # of one message: empty ones cost nothing to send
 CLOSE_CODES = {*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)}   # RFC 6455 7.4
 
@@ -1295,7 +1297,7 @@ def message_frame(message):
 #
 # One thread, one poller over the TCP socket and four ZeroMQ sockets; what arrives on one side
 # leaves on the other. Only what comes from a browser is parsed: a kernel's message is four JSON
-# parts already, so its bytes are put between braces and sent on.
+# parts already, so its bytes are put between braces and sent on; just its header is read.
 #
 # A kernel publishes to those who have subscribed *by then*. So a new bridge lets no request
 # through until it has heard something on iopub: the welcome of a modern kernel, or what a
@@ -1385,7 +1387,9 @@ class Bridge:
         self.session = Session(kernel.connection["key"], username="page")
         self.process = kernel.process
         self.decode, self.splice = LAYOUTS[websocket.protocol]
-        self.is_heard = kernel.state == "busy"   # then it cannot answer, and has long been running
+        # True once iopub is known to be connected, so that no answer can be missed. A busy kernel
+        # could not answer a nudge; it is taken as heard, for it has been running for long.
+        self.is_heard = kernel.state == "busy"
         self.last_ping = time.monotonic()
 
     def run(self):
