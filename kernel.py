@@ -609,7 +609,7 @@ class Stream(io.TextIOBase):
         """Nothing to do, but in a forked child."""
         data, self.line = self.line.encode(self.encoding, self.errors), ""
         while data:
-            data = data[os.write(self.descriptor, data):]
+            data = data[os_write(self.descriptor, data):]
 
     def writable(self):
         return True
@@ -664,6 +664,23 @@ class Descriptor:
                 self.outbox.queue.append((self.name, self.outbox.latest, text))
                 if self.outbox.wants_nudge:
                     self.outbox.wake()
+
+
+os_write = os.write
+
+
+def keep_order(descriptors):
+    """Let what `os.write` sends to a captured descriptor be read at once, so that it comes before
+    what is printed next."""
+    by_number = dict(zip((1, 2), descriptors, strict=True))
+
+    def write(descriptor, data):
+        written = os_write(descriptor, data)
+        if descriptor in by_number:
+            by_number[descriptor].drain()
+        return written
+
+    os.write = write
 
 
 def flush_c_output():
@@ -2058,7 +2075,7 @@ class StandIns:
 
     def find_spec(self, name, path=None, target=None):
         if name in self.makers:
-            is_package = name in ("IPython", "IPython.core")
+            is_package = name in ("IPython", "IPython.core", "IPython.terminal")
             return importlib.util.spec_from_loader(name, self, is_package=is_package)
         return None
 
@@ -2173,6 +2190,15 @@ class Embedded(Rich):
         self.data = self.form.format(src=src, width=int(width or 400), height=int(height or 300))
 
 
+class FileLinks(Embedded):
+    """Links to the files of a folder."""
+
+    def __init__(self, path, **options):
+        names = sorted(os.listdir(path))
+        super().__init__(path)
+        self.data = "<br>".join(Embedded(f"{path}/{name}").data for name in names)
+
+
 def embedded_class(name, form):
     return type(name, (Embedded,), {"form": form, "__doc__": f"{name} in the notebook."})
 
@@ -2195,6 +2221,7 @@ def ipython_display(display):
         ("Code", "text/plain"), ("Javascript", "application/javascript"),
         ("GeoJSON", "application/geo+json"))}
     names.update({name: embedded_class(name, form) for name, form in EMBEDDED.items()})
+    names["FileLinks"] = FileLinks
     names.update(Image=Image, Math=Math, ProgressBar=ProgressBar, DisplayHandle=DisplayHandle,
                  display=display.display, update_display=display.update_display,
                  clear_output=display.clear_output,
@@ -2317,7 +2344,8 @@ def hook_imports(interpreter):
     """Prepare for the imports named above, which the user may or may not make."""
     names = ipython_display(interpreter.display)
     about = {"get_ipython": builtins.get_ipython, "version_info": (9, 0, 0), "__version__": "9.0.0",
-             "display": names["display"], "InteractiveShell": Magics}
+             "display": names["display"], "InteractiveShell": Magics,
+             "TerminalInteractiveShell": type("TerminalInteractiveShell", (), {})}
 
     def speak_through_us(functions):   # IPython.core.display_functions, the real one
         for name in ("display", "update_display", "clear_output", "publish_display_data"):
@@ -2332,7 +2360,8 @@ def hook_imports(interpreter):
         "IPython": lambda ipython: connect_ipython(interpreter, names),
         "IPython.core.display_functions": speak_through_us}))
     stand_ins = ("IPython", "IPython.display", "IPython.core", "IPython.core.display",
-                 "IPython.core.getipython", "IPython.core.interactiveshell")
+                 "IPython.core.getipython", "IPython.core.interactiveshell", "IPython.terminal",
+                 "IPython.terminal.interactiveshell")
     sys.meta_path.append(StandIns({BACKEND: lambda module: make_backend(module, interpreter),
                                    **dict.fromkeys(stand_ins, fill)}))
 
@@ -2370,7 +2399,8 @@ HANDLERS = {    # msg_type -> who runs its handler
     "comm_close": "cells",
 }
 FEATURES = ["kernel subshells"]
-CHILD_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn"}   # of sys.audit
+CHILD_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn",   # of sys.audit
+                "ctypes.dlopen", "ctypes.dlsym"}
 
 
 def is_cell(request):
@@ -2585,10 +2615,11 @@ class Kernel:
             setattr(sys, name, Stream(name, self.outbox, descriptor))
         builtins.input = self.input
         inherit_context()
+        keep_order(self.descriptors)
         sys.addaudithook(self.notice_children)
 
     def notice_children(self, event, args):
-        """From the first child process of a cell on, its prints keep their order with ours."""
+        """From the first child process or C function of a cell on, its output keeps its place."""
         if event in CHILD_EVENTS:
             self.outbox.catch_up = self.drain
 
@@ -2756,7 +2787,7 @@ class Kernel:
         """A line on the real stderr, for whoever started the kernel."""
         with contextlib.suppress(OSError):   # nobody may be there to read it
             line = f"kernel {os.getpid()}: {text}\n"
-            os.write(self.descriptors[1].original, line.encode("utf-8", "replace"))
+            os_write(self.descriptors[1].original, line.encode("utf-8", "replace"))
 
     # -- answering --
 

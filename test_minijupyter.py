@@ -11,6 +11,9 @@
 #     "websockets",      # a WebSocket client written by others
 #     "playwright",      # drives the page in Chromium
 #     "matplotlib",      # a plot, as users make them
+#     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
+#     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
+#     "ipywidgets",      # behave in a notebook as in Jupyter
 # ]
 # ///
 """The tests and the benchmark of MiniJupyter: what it promises, proved on the real thing.
@@ -26,20 +29,21 @@ Run:  python test_minijupyter.py              all tests; the last line counts th
 
 Nothing is faked: kernels and servers are processes, sockets are sockets, the page runs in
 Chromium. A test's name is the promise, in a sentence; read the names first. The journey of a
-cell is walked in full in section 8, station by station in sections 2 to 7.
+cell is walked in full in section 9, station by station in sections 2 to 8.
 
 Sections:
     1 Harness: a process, a frontend, an HTTP and a WebSocket client
     2 The wire
     3 The kernel, over real sockets
     4 The kernel, driven by jupyter_client and nbclient
-    5 Documents and contents
-    6 HTTP, access, kernels and sessions
-    7 WebSocket frames and the bridge
-    8 The page, in Chromium
-    9 Documentation under test
-    10 Bench
-    11 main
+    5 The kernel, whole: every message, magic and library
+    6 Documents and contents
+    7 HTTP, access, kernels and sessions
+    8 WebSocket frames and the bridge
+    9 The page, in Chromium
+    10 Documentation under test
+    11 Bench
+    12 main
 
 Left out on purpose: assertions about time (the benchmark measures, it does not judge), and
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
@@ -153,7 +157,7 @@ def clean_environment(folder, **variables):
     """The environment with every Jupyter folder moved below `folder`."""
     own = {name: str(Path(folder) / name.lower()) for name in (
         "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
-    outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH")
+    outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if name not in outside}
     return {**kept, **own, **variables}
 
@@ -1699,7 +1703,1394 @@ class Nbclient(Case):
                                  outcome_on_ipykernel(path.name))
 
 
-# ---- 5. Documents and contents -----------------------------------------------------
+# ---- 5. The kernel, whole: every message, magic and library -----------------------------
+#
+# `asked` sends what Frontend.ask cannot: buffers, and a header that names a subshell.
+
+
+def asked(frontend, msg_type, channel="shell", subshell_id=None, buffers=(), **content):
+    """Send a request that names a subshell or carries buffers; returns its Answer."""
+    message = frontend.session.message(msg_type, content, buffers=buffers)
+    if subshell_id is not None:
+        message["header"]["subshell_id"] = subshell_id
+    answer = frontend.answers[message["header"]["msg_id"]] = Answer(message)
+    frontend.wire.send(channel, message)
+    return answer
+
+
+def python_without(folder, *hidden):
+    """(python, environment) that sees all installed packages but those with a hidden name."""
+    site = Path(zmq.__file__).parent.parent
+    for entry in site.iterdir():
+        if not entry.name.lower().startswith(hidden):
+            (Path(folder) / entry.name).symlink_to(entry)
+    return [sys.executable, "-S"], clean_environment(folder, PYTHONPATH=str(folder))
+
+
+def plain_text(text):
+    """Text without ANSI colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+class KernelQuestions(KernelCase):
+    """Completion, inspection and history: never by running the user's code."""
+
+    SETUP = """if True:
+        import collections, json, os
+        class Watched:
+            'A class that tells who calls it.'
+            calls = []
+            def __init__(self, alpha, beta=1): self.alpha = alpha
+            def method(self, first, *, key=3): 'Doc of method.'
+            @property
+            def tempting(self): Watched.calls.append('property'); return self
+            def __getattr__(self, name): Watched.calls.append(name); raise AttributeError(name)
+            def __dir__(self): Watched.calls.append('dir'); return []
+            def __repr__(self): Watched.calls.append('repr'); return 'watched'
+        watched = Watched(1)
+        listed = [watched]
+        def greet(first, second=2):
+            'Doc of greet.'
+            return first
+        bare_global = 1
+        words = {'key one': 1, 'k2': 2, 'ключ': 3}
+        counted = collections.Counter(apple=1)
+    """
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        setup = cls.SETUP
+        cls.frontend.finish(cls.frontend.start(setup))
+
+    def complete(self, code, cursor=None):
+        reply = self.request("complete_request", code=code, cursor_pos=len(
+            code) if cursor is None else cursor).reply["content"]
+        return reply["matches"], reply["cursor_start"], reply["cursor_end"]
+
+    def inspect(self, code, detail=0):
+        reply = self.request("inspect_request", code=code, cursor_pos=len(code),
+                             detail_level=detail).reply["content"]
+        return plain_text(reply["data"].get("text/plain", "")) if reply["found"] else None
+
+    def test_completion_offers_what_may_stand_at_the_cursor(self):
+        folder = self.folder()
+        (folder / "a file.txt").touch()
+        for code, match, start in [
+                ("watched.al", "alpha", 8), ("watched.meth", "method", 8),
+                ("bare_g", "bare_global", 0),
+                ("os.path.jo", "join", 8), ("import collec", "collections", 7),
+                ("from collections import Coun", "Counter", 24), ("import json.de", "decoder", 12),
+                ("words['key", "key one", 7), ('words["', "k2", 7), ("words['кл", "ключ", 7),
+                ("counted['ap", "apple", 9),
+                (f"open('{folder}/a f", "a file.txt", len(f"open('{folder}/")),
+                ("%mat", "%matplotlib", 0), ("%%ti", "%%timeit", 0), ("greet(fi", "first=", 6),
+                ("greet(1, sec", "second=", 9), ("Watched(al", "alpha=", 8), ("impor", "import", 0),
+                ("watched.method(ke", "key=", 15), ("local = 1\nloc", "local", 10),
+                ("'😀'; watched.al", "alpha", 13), ("watched . al", "alpha", 10)]:
+            with self.subTest(code=code):
+                matches, begin, end = self.complete(code)
+                self.assertIn(match, matches)
+                self.assertEqual((begin, end), (start, len(code)))
+
+    def test_completion_offers_nothing_where_it_knows_nothing(self):
+        for code in ("greet(1).bare_g", "listed[0].bare_g", "'text'.bare_g", "1.", "nobody.bare_g",
+                     "watched.tempting.bare_g", "words['bare_g", "greet(self"):
+            with self.subTest(code=code):
+                self.assertEqual(self.complete(code)[0], [])
+
+    def test_completion_looks_at_the_code_before_the_cursor_only(self):
+        self.assertEqual(self.complete("watched.al + words", 10), (["alpha"], 8, 10))
+        self.assertEqual(self.complete("'😀'; watched.al + 1", 15), (["alpha"], 13, 15))
+
+    def test_completion_tells_jupyterlab_the_types(self):
+        code = "'😀'; gre"
+        metadata = self.request("complete_request", code=code, cursor_pos=len(code)).reply[
+            "content"]["metadata"]
+        (match,) = metadata["_jupyter_types_experimental"]
+        self.assertEqual({**match, "signature": ""}, {
+            "start": 5, "end": 8, "text": "greet", "type": "function", "signature": ""})
+
+    def test_questions_never_run_the_users_code(self):
+        self.run_cell("Watched.calls.clear()")
+        for code in ("watched.", "watched.tempting.", "watched.nothing.", "listed[0].", "listed",
+                     "watched", "watched.tempting", "watched.method("):
+            self.complete(code), self.inspect(code), self.inspect(code, 1)
+        self.assertEqual(self.run_cell("Watched.calls").result, "[]")
+
+    def test_a_long_word_in_the_cell_does_not_hold_up_the_answer(self):
+        code = "blob = '" + "deadbeef" * 100_000 + "'\nwatched.al"
+        self.assertEqual(self.complete(code)[0], ["alpha"])
+        self.assertIn("Doc of greet", self.inspect(code[:-10] + "greet"))
+
+    def test_a_value_that_cannot_be_shown_does_not_hold_up_later_answers(self):
+        self.run_cell("class Endless:\n    def __repr__(self):\n        while True: pass\n"
+                      "endless = [Endless()]\ndef f(x=endless[0]): pass")
+        for code in ("endless", "f"):
+            self.frontend.ask("inspect_request", code=code, cursor_pos=len(code), detail_level=0)
+        self.assertEqual(self.complete("watched.al")[0], ["alpha"])
+
+    def test_inspection_names_what_it_shows(self):
+        for code, detail, *parts in [
+                ("greet", 0, "Signature:", "greet(first, second=2)", "Docstring:", "Doc of greet.",
+                 "Type:", "function"),
+                ("greet", 1, "Source:", "return first"), ("greet(1, ", 0, "Doc of greet."),
+                ("Watched", 1, "class Watched", "Source:"), ("watched.method", 0, "Doc of method."),
+                ("'😀'; greet", 0, "Doc of greet."), ("len", 0, "Docstring:", "len(obj, /)"),
+                ("words", 0, "Type:", "dict"), ("json.dumps", 1, "Source:", "def dumps")]:
+            with self.subTest(code=code, detail=detail):
+                text = self.inspect(code, detail)
+                for part in parts:
+                    self.assertIn(part, text or "nothing")
+
+    def test_inspection_of_the_unknown_is_found_false(self):
+        for code in ("nobody", "nobody.x", "", "watched.tempting", "1 + ", "watched.nothing"):
+            with self.subTest(code=code):
+                reply = self.request("inspect_request", code=code, cursor_pos=len(code),
+                                     detail_level=0).reply["content"]
+                self.assertEqual(reply, {"status": "ok", "found": False, "data": {},
+                                         "metadata": {}})
+
+    def test_questions_are_answered_while_a_cell_blocks(self):
+        cell = self.frontend.start("import time\nprint('ready')\nwhile True: time.sleep(60)")
+        self.frontend.until(lambda: cell.text())
+        self.assertEqual(self.complete("watched.al")[0], ["alpha"])
+        self.assertIn("Doc of greet.", self.inspect("greet"))
+        for msg_type, content in [
+                ("history_request", {"hist_access_type": "tail", "n": 1, "raw": True,
+                                     "output": False}),
+                ("is_complete_request", {"code": "1"}), ("comm_info_request", {}),
+                ("usage_request", {}), ("connect_request", {})]:
+            with self.subTest(msg_type):
+                self.assertMessages(self.request(msg_type, **content), "busy idle")
+        self.assertFalse(cell.is_done)
+        self.kernel.interrupt()
+        self.assertFails(self.frontend.finish(cell), "KeyboardInterrupt")
+
+    def test_a_question_without_its_fields_is_answered_with_an_error(self):
+        for msg_type, content in [
+                ("complete_request", {}), ("complete_request", {"code": 1, "cursor_pos": 0}),
+                ("complete_request", {"code": "a", "cursor_pos": "x"}), ("inspect_request", {}),
+                ("history_request", {"hist_access_type": "search", "pattern": 3}),
+                ("history_request", {"hist_access_type": "tail", "n": "many"}),
+                ("is_complete_request", {"code": None})]:
+            with self.subTest(msg_type, content=content):
+                answer = self.request(msg_type, **content)
+                self.assertEqual((answer.status, answer.story), ("error", "busy idle"))
+        self.assertEqual(self.complete("watched.al")[0], ["alpha"])
+
+
+class KernelHistory(KernelCase):
+    CELLS = ("a = 1", "print('b')", "a + 1", "a = 1")
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        for code in cls.CELLS:
+            cls.frontend.finish(cls.frontend.start(code))
+
+    def history(self, kind, **wish):
+        return self.request("history_request", hist_access_type=kind, **{
+            "raw": True, "output": False, **wish}).reply["content"]["history"]
+
+    def test_the_tail_is_what_ran_last(self):
+        self.assertEqual([entry[1:] for entry in self.history("tail", n=2)],
+                         [[3, "a + 1"], [4, "a = 1"]])
+
+    def test_a_range_takes_the_session_that_the_tail_reports(self):
+        session = self.history("tail", n=1)[0][0]
+        for number in (session, 0):
+            with self.subTest(session=number):
+                entries = self.history("range", session=number, start=2, stop=4)
+                self.assertEqual([text for *_, text in entries], ["print('b')", "a + 1"])
+        self.assertEqual(self.history("range", session=session + 7, start=1, stop=4), [])
+
+    def test_a_search_finds_by_pattern(self):
+        for pattern, options, texts in [
+                ("a*", {}, ["a = 1", "a + 1", "a = 1"]), ("*b*", {}, ["print('b')"]),
+                ("a*", {"unique": True}, ["a + 1", "a = 1"]), ("a*", {"n": 1}, ["a = 1"]),
+                ("a ? 1", {"n": 2}, ["a + 1", "a = 1"]), ("nothing", {}, [])]:
+            with self.subTest(pattern, **options):
+                self.assertEqual([text for *_, text in self.history(
+                    "search", pattern=pattern, **options)], texts)
+
+    def test_with_output_each_entry_has_its_result(self):
+        self.assertEqual([entry[2] for entry in self.history("tail", n=3, output=True)],
+                         [["print('b')", None], ["a + 1", "2"], ["a = 1", None]])
+
+
+class KernelRequests(KernelCase):
+    def test_connect_request_names_the_five_ports(self):
+        content = self.request("connect_request").reply["content"]
+        ports = {name: port for name,
+                 port in self.kernel.connection.items() if name.endswith("_port")}
+        self.assertEqual({name: content[name] for name in ports}, ports)
+
+    def test_usage_request_tells_memory_and_processor(self):
+        content = self.request("usage_request", "control").reply["content"]
+        self.assertEqual((content["pid"], content["cpu_count"]),
+                         (self.kernel.process.pid, os.cpu_count()))
+        self.assertGreater(content["kernel_memory"], 1 << 20)
+        self.assertGreaterEqual(content["kernel_cpu"], 0)
+
+    def test_a_reply_says_when_its_cell_started(self):
+        cell = self.run_cell("import datetime\ndatetime.datetime.now(datetime.timezone.utc)"
+                             ".isoformat()")
+        started = cell.reply["metadata"]["started"].replace("Z", "+00:00")
+        self.assertLess(started, cell.result.strip("'"))
+
+    def test_a_silent_cell_publishes_nothing(self):
+        before = self.run_cell("1").reply["content"]["execution_count"]
+        for code in ("print('x'); 5", "display(1)", "1/0", "import os; os.system('true')"):
+            with self.subTest(code=code):
+                self.assertMessages(self.run_cell(code, silent=True), "busy idle")
+        cell = self.run_cell("", silent=True)
+        self.assertEqual(cell.reply["content"]["execution_count"], before)
+        self.assertEqual(self.run_cell("_, In[-1]").result, "(1, '_, In[-1]')")
+
+    def test_without_store_history_nothing_is_remembered(self):
+        count = self.run_cell("'kept'").reply["content"]["execution_count"]
+        probe = self.run_cell("'probe'", store_history=False)
+        self.assertEqual((probe.result, probe.reply["content"]["execution_count"]),
+                         ("'probe'", count))
+        self.assertEqual(self.run_cell(f"Out[{count}], In[{count}]").result,
+                         """('kept', "'kept'")""")
+
+    def test_user_expressions_are_answered_one_by_one(self):
+        cell = self.run_cell("x = 6", user_expressions={
+            "good": "x * 7", "bad": "1/0", "begun": "1 +"})
+        answers = cell.reply["content"]["user_expressions"]
+        self.assertEqual(answers["good"], {"status": "ok", "data": {"text/plain": "42"},
+                                           "metadata": {}})
+        self.assertEqual([answers[name]["ename"] for name in ("bad", "begun")],
+                         ["ZeroDivisionError", "SyntaxError"])
+
+    def test_a_failed_cell_has_no_user_expressions(self):
+        cell = self.run_cell("1/0", user_expressions={"x": "1"})
+        self.assertFalse(cell.reply["content"].get("user_expressions"))
+
+    def test_what_json_cannot_carry_ends_no_kernel(self):
+        self.run_cell("class Odd:\n    def _repr_json_(self): return {1: object()}")
+        for code in ("Odd()", "display(Odd())", "get_ipython().set_next_input(object())",
+                     "display({'x': {(1, 2): 3}}, raw=True)", "display({'x': b'1'}, raw=True)"):
+            with self.subTest(code=code):
+                self.assertIn(self.run_cell(code).status, ("ok", "error"))
+                self.assertWorks()
+        self.run_cell("1", user_expressions={"x": "Odd()"})
+        self.assertWorks()
+
+    def test_payloads_ask_the_frontend_to_do_something(self):
+        folder = self.folder()
+        (folder / "code.py").write_text("loaded = 1\n")
+        for code, source, fields in [
+                ("len?", "page", {"start": 0}),
+                ("get_ipython().set_next_input('a'); get_ipython().set_next_input('b')",
+                 "set_next_input", {"text": "b", "replace": False}),
+                (f"%load {folder / 'code.py'}", "set_next_input", {"replace": True})]:
+            with self.subTest(code=code):
+                (payload,) = self.run_cell(code).reply["content"]["payload"]
+                self.assertEqual(payload["source"], source)
+                self.assertEqual({**payload, **fields}, payload)
+        self.assertEqual(self.run_cell("1").reply["content"]["payload"], [])
+
+    def test_the_outputs_that_are_kept_are_bounded(self):
+        self.run_cell("import weakref\nclass Big: pass\nfirst = weakref.ref(Big())\nBig()")
+        self.run_cell("first = weakref.ref(_)")
+        for _ in range(1100):
+            self.frontend.start("0")
+        self.assertEqual(self.run_cell("len(Out) <= 1000, first()").result, "(True, None)")
+
+    def test_every_subscriber_gets_its_welcome(self):
+        for topic in (b"", b"kernel.", b"", b"\xff\xfe"):
+            with self.subTest(topic=topic):
+                socket_ = self.frontend.wire.context.socket(zmq.SUB)
+                self.enterContext(contextlib.closing(socket_))
+                socket_.subscribe(topic)
+                socket_.connect("tcp://{ip}:{iopub_port}".format(**self.kernel.connection))
+                self.assertTrue(socket_.poll(SECONDS * 1000), "no welcome")
+                session = kernel.Session(self.kernel.connection["key"])
+                message = session.unpack(socket_.recv_multipart())
+                self.assertEqual((message["header"]["msg_type"], message["parent_header"]),
+                                 ("iopub_welcome", {}))
+                self.assertWorks()
+
+    def test_headers_with_odd_fields_wedge_nothing(self):
+        for fields in ({"subshell_id": [1]}, {"subshell_id": {}}, {"subshell_id": 7},
+                       {"username": None}, {"session": 3}, {"date": []}, {"msg_id": "\ud800"}):
+            with self.subTest(**fields):
+                message = self.frontend.session.message("execute_request", {"code": "1"})
+                message["header"].update(fields)
+                self.frontend.wire.send("shell", message)
+                self.assertWorks()
+
+    def test_a_deeply_nested_message_wedges_nothing(self):
+        deep = b'{"a":' * 200_000 + b"1" + b"}" * 200_000
+        for part in range(4):
+            parts = [b"{}"] * 4
+            parts[part] = deep
+            self.frontend.wire.send_parts("shell", signed(self.kernel.connection["key"], *parts))
+        self.assertWorks()
+
+    def test_what_is_no_subscription_wedges_nothing(self):
+        with self.frontend.wire.context.socket(zmq.XSUB) as socket_:
+            socket_.connect("tcp://{ip}:{iopub_port}".format(**self.kernel.connection))
+            for parts in ([b"\x01\xff"], [b""], [b"hello"], [b"", b"x"], [b"\x01"]):
+                socket_.send_multipart(parts)
+            self.assertTrue(socket_.poll(SECONDS * 1000), "no welcome")
+        self.assertWorks()
+
+
+class KernelComms(KernelCase):
+    """A comm that the page opens, and one that the kernel opens."""
+
+    def heard(self, answer, msg_type):
+        self.frontend.until(lambda: answer.of(msg_type))
+        return answer.of(msg_type)[0]
+
+    def test_a_comm_to_an_unknown_target_is_closed_at_once(self):
+        answer = asked(self.frontend, "comm_open", comm_id="lost", target_name="nobody", data={})
+        self.frontend.until(lambda: answer.is_idle)
+        self.assertMessages(answer, "busy comm_close idle")
+        self.assertEqual(answer.of("comm_close")[0]["comm_id"], "lost")
+        self.assertNotIn("lost", self.request("comm_info_request").reply["content"]["comms"])
+
+    def test_a_comm_of_the_page_carries_data_and_buffers_both_ways(self):
+        self.run_cell(
+            "def target(comm, message):\n"
+            "    comm.on_msg(lambda m: comm.send({'echo': m['content']['data']}, buffers=[\n"
+            "        bytes(reversed(b)) for b in m['buffers']]))\n"
+            "    comm.on_close(lambda m: print('closed', m['content']['data']))\n"
+            "    comm.send({'welcome': message['content']['data']})\n"
+            "get_ipython().kernel.comm_manager.register_target('echo', target)")
+        opened = asked(self.frontend, "comm_open", comm_id="c1", target_name="echo", data={"a": 1})
+        self.assertEqual(self.heard(opened, "comm_msg")["data"], {"welcome": {"a": 1}})
+        told = asked(self.frontend, "comm_msg", comm_id="c1", data={"b": 2}, buffers=[b"abc", b""])
+        self.assertEqual(self.heard(told, "comm_msg")["data"], {"echo": {"b": 2}})
+        (message,) = [m for m in told.messages if m["header"]["msg_type"] == "comm_msg"]
+        self.assertEqual([bytes(b) for b in message["buffers"]], [b"cba", b""])
+        info = self.request("comm_info_request", target_name="echo").reply["content"]
+        self.assertEqual(info["comms"], {"c1": {"target_name": "echo"}})
+        closed = asked(self.frontend, "comm_close", comm_id="c1", data={"c": 3})
+        self.frontend.until(lambda: closed.text() == "closed {'c': 3}\n")
+        self.assertNotIn("c1", self.request("comm_info_request").reply["content"]["comms"])
+
+    @needs("comm")
+    def test_a_comm_of_the_kernel_carries_data_and_buffers_both_ways(self):
+        cell = self.run_cell("import comm\nwire = comm.create_comm(target_name='page', "
+                             "data={'a': 1},"
+                             " buffers=[b'raw'])\nwire.on_msg(lambda m: print(m['content']['data'],"
+                             " [bytes(b) for b in m['buffers']]))")
+        (opened,) = [m for m in cell.messages if m["header"]["msg_type"] == "comm_open"]
+        self.assertEqual((opened["content"]["target_name"], opened["content"]["data"],
+                          [bytes(b) for b in opened["buffers"]]), ("page", {"a": 1}, [b"raw"]))
+        told = asked(self.frontend, "comm_msg", comm_id=opened["content"]["comm_id"],
+                     data={"x": 1}, buffers=[b"b"])
+        self.frontend.until(lambda: told.text() == "{'x': 1} [b'b']\n")
+        self.assertMessages(self.run_cell("wire.close({'bye': 1})"),
+                            "busy execute_input comm_close idle")
+
+    def test_a_failing_callback_is_shown_and_harms_nothing(self):
+        self.run_cell("def target(comm, message): 1/0\n"
+                      "get_ipython().kernel.comm_manager.register_target('failing', target)")
+        answer = asked(self.frontend, "comm_open", comm_id="f", target_name="failing", data={})
+        self.frontend.until(lambda: answer.is_idle)
+        self.assertIn("ZeroDivisionError", json.dumps([m["content"] for m in answer.messages]))
+        self.assertWorks()
+
+    def test_a_comm_message_is_served_while_a_cell_awaits(self):
+        self.run_cell("import asyncio\nevent = asyncio.Event()\n"
+                      "def target(comm, message): event.set()"
+                      "\nget_ipython().kernel.comm_manager.register_target('wake', target)")
+        cell = self.frontend.start("print('ready')\nawait event.wait()")
+        self.frontend.until(lambda: cell.text())
+        asked(self.frontend, "comm_open", comm_id="w", target_name="wake", data={})
+        self.assertEqual(self.frontend.finish(cell).result, "True")
+
+    def test_a_comm_message_waits_for_the_cells_that_came_before_it(self):
+        first = self.frontend.start("import asyncio\nprint('ready')\nawait asyncio.sleep(0.2)")
+        second = self.frontend.start(
+            "def late(comm, message): print('opened')\n"
+            "get_ipython().kernel.comm_manager.register_target('late', late)")
+        opened = asked(self.frontend, "comm_open", comm_id="l", target_name="late", data={})
+        self.frontend.finish(first, second)
+        self.frontend.until(lambda: opened.is_idle)
+        self.assertMessages(opened, "busy stream idle")
+
+    def test_wrong_fields_in_a_comm_message_do_no_harm(self):
+        for msg_type in ("comm_open", "comm_msg", "comm_close"):
+            for content in ({}, {"comm_id": [1]}, {"comm_id": 3, "target_name": {}}, {"data": 1}):
+                with self.subTest(msg_type, content=content):
+                    answer = asked(self.frontend, msg_type, **content)
+                    self.frontend.until(lambda answer=answer: answer.is_idle)
+        self.assertWorks()
+
+
+class KernelSubshells(KernelCase):
+    """JEP 91: cells that run beside a running cell."""
+
+    def create(self):
+        return self.request("create_subshell_request", "control").reply["content"]["subshell_id"]
+
+    def start_in(self, subshell, code):
+        return asked(self.frontend, "execute_request", subshell_id=subshell, code=code)
+
+    def listed(self):
+        return self.request("list_subshell_request", "control").reply["content"]["subshell_id"]
+
+    def test_subshells_are_advertised(self):
+        info = self.request("kernel_info_request").reply["content"]
+        self.assertIn("kernel subshells", info["supported_features"])
+
+    def test_subshells_are_created_listed_and_deleted(self):
+        before, new = self.listed(), self.create()
+        self.assertEqual(self.listed(), [*before, new])
+        self.request("delete_subshell_request", "control", subshell_id=new)
+        self.assertEqual(self.listed(), before)
+
+    def test_a_subshell_runs_beside_a_blocking_cell_in_the_same_namespace(self):
+        subshell = self.create()
+        cell = self.frontend.start("import threading\nevent = threading.Event()\nprint('ready')\n"
+                                   "event.wait()")
+        self.frontend.until(lambda: cell.text())
+        other = self.frontend.finish(self.start_in(subshell, "print('beside')\nevent.set()\n6 * 7"))
+        self.assertEqual((other.text(), other.result), ("beside\n", "42"))
+        self.assertEqual(self.frontend.finish(cell).result, "True")
+
+    def test_two_subshells_run_at_the_same_time(self):
+        self.run_cell("import threading\nbarrier = threading.Barrier(2)")
+        cells = [self.start_in(self.create(), "x = barrier.wait()\nprint(x)") for _ in range(2)]
+        self.frontend.finish(*cells)
+        self.assertEqual(sorted(cell.text() for cell in cells), ["0\n", "1\n"])
+
+    def test_an_error_aborts_the_queue_of_its_subshell_only(self):
+        subshell = self.create()
+        failing = self.start_in(subshell, "import time\ntime.sleep(0.3)\n1/0")
+        queued, other = self.start_in(subshell, "1"), self.frontend.start("2")
+        self.frontend.finish(failing, queued, other)
+        self.assertEqual([c.status for c in (failing, queued, other)], ["error", "aborted", "ok"])
+
+    def test_a_cell_for_an_unknown_subshell_is_answered_with_an_error(self):
+        answer = self.frontend.finish(self.start_in("deleted", "1"))
+        self.assertEqual((answer.status, answer.story), ("error", "busy idle"))
+        answer = self.request("delete_subshell_request", "control", subshell_id="deleted")
+        self.assertEqual(answer.status, "error")
+
+    def test_a_comm_message_for_a_deleted_subshell_is_not_run(self):
+        self.run_cell("def target(comm, message):\n    import threading\n"
+                      "    print(threading.current_thread().name)\n"
+                      "get_ipython().kernel.comm_manager.register_target('who', target)")
+        answer = asked(self.frontend, "comm_open", subshell_id="deleted", comm_id="d",
+                       target_name="who", data={})
+        self.frontend.until(lambda: answer.is_idle)
+        self.assertNotEqual(answer.text(), "io\n")
+
+    def test_an_interrupt_ends_what_a_subshell_awaits(self):
+        cell = self.start_in(self.create(),
+                             "import asyncio\nprint('ready')\nawait asyncio.sleep(60)")
+        self.frontend.until(lambda: cell.text())
+        self.request("interrupt_request", "control")
+        self.assertFails(self.frontend.finish(cell), "KeyboardInterrupt")
+
+
+class KernelMagics(KernelCase):
+    """Every magic, as notebooks use it, in a table: code, what is shown."""
+
+    def test_a_magic_prints(self):
+        folder = self.folder()
+        (folder / "program.py").write_text("import sys\nof_program = sys.argv[1:]\nprint(__name__)")
+        self.run_cell(f"folder = {str(folder)!r}\nimport os")
+        self.addCleanup(self.run_cell, f"%cd {self.kernel.folder.name}")
+        for code, expected in [
+                ("%%time\nx = 1", "Wall time: "), ("%time x = 1", "Wall time: "),
+                ("\n%%time\nx = 1", "Wall time: "),
+                ("%time await __import__('asyncio').sleep(0)", ""),
+                ("%timeit -n 1 -r 1 1", "1 loop"), ("%%timeit -n 1 -r 1\nx = 1", "1 loop"),
+                (f"%run {folder}/program.py a b", "__main__\n"), ("of_program", ""),
+                ("%run {folder}/program.py", "__main__\n"), ("%cd {folder}", str(folder)),
+                ("%cd $folder", str(folder)), ("%%writefile new.txt\ntext\n", "Writing new.txt"),
+                ("%%writefile -a new.txt\nmore\n", "Appending to new.txt"),
+                ("%cat new.txt", "text\nmore"),
+                ("%%file new.txt\n1", "Overwriting new.txt"), ("%ls", "new.txt"),
+                ("%%bash\necho $((6 * 7))", "42\n"), ("%%sh\necho sh", "sh\n"),
+                ("%%script sh\necho script", "script\n"), ("%env A_B=1", "env: A_B=1"),
+                ("%set_env A_B 2", "env: A_B=2"), ("!echo $A_B", "2"), ("%pip --version", "pip "),
+                ("%lsmagic", "%timeit"), ("%who", "folder"), ("%whos", "module"),
+                ("%prun sum(range(10))", "function calls"),
+                ("%%prun\nsum(range(10))", "function calls"),
+                ("%history", "%lsmagic"), ("%history -n", "1: "),
+                ("%mkdir made\n%rmdir made\n%ls", "new.txt"), ("%%python3\nprint(6 * 7)", "42\n"),
+                ("%system echo 1\n%sx echo 2\nprint('end')", "end\n")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertEqual(cell.status, "ok", cell)
+                self.assertIn(expected, cell.text())
+
+    def test_a_magic_has_a_value(self):
+        for code, result in [
+                ("%pwd", repr(os.path.realpath(self.kernel.folder.name))),
+                ("x = %pwd\ntype(x) is str", "True"), ("%sx echo 1", "['1']"),
+                ("%%sx\necho 1", "['1']"),
+                ("!!echo 1", "['1']"), ("lines = !printf 'a\\nb'\nlines", "['a', 'b']"),
+                ("%env NO_SUCH = 1\n%env NO_SUCH", "'1'"), ("%%time\n6 * 7", "42"),
+                ("%time 42", "42"),
+                ("len(%timeit -n 1 -r 2 -q -o 1)", None), ("x = %timeit -n 1 -r 1 -q -o 1\nbool(x)",
+                                                          "True"),
+                ("!exit 3\n_exit_code", "3"), ("!true\n_exit_code", "0"), ("%%time\n5;", None)]:
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).result, result)
+
+    def test_a_cell_in_another_language_is_shown_as_what_it_is(self):
+        for name, mime in [("html", "text/html"), ("HTML", "text/html"), ("svg", "image/svg+xml"),
+                           ("SVG", "image/svg+xml"), ("latex", "text/latex"), ("markdown",
+                            "text/markdown"), ("javascript", "application/javascript"),
+                           ("js", "application/javascript")]:
+            with self.subTest(name):
+                self.assertEqual(self.run_cell(f"%%{name}\n<x>\n").display[mime].strip(), "<x>")
+
+    def test_a_magic_that_sets_something_up_is_silent(self):
+        for code in ("%matplotlib inline", "%matplotlib",
+                     "%config InlineBackend.figure_format='svg'",
+                     "%xmode Plain", "%load_ext autoreload", "%autoreload 2", "%colors nocolor",
+                     "%autosave 60", "%autoreload 0", "%reload_ext autoreload"):
+            with self.subTest(code=code):
+                self.assertMessages(self.run_cell(code), "busy execute_input idle")
+
+    def test_a_command_is_filled_with_values(self):
+        self.run_cell("name, items = 'World', [1, 2]")
+        for command, text in [
+                ("echo {name}", "World"), ("echo $name", "World"), ("echo {items[1] + 1}", "3"),
+                ("echo {len(items)}", "2"), ("echo ${HOME}", os.environ["HOME"]),
+                ("echo $HOME", os.environ["HOME"]), ("echo $$HOME", os.environ["HOME"]),
+                ("echo 1 2 | awk '{print $2}'", "2"), ("echo {{name}}", "{name}"),
+                ("echo 1 2 | awk '{print}'", "1 2"), ("echo a \\\n  b", "a b"),
+                ("echo 'it''s' # {no} $nothing", "its")]:
+            with self.subTest(command=command):
+                self.assertEqual(self.run_cell("!" + command).text().strip(), text)
+
+    def test_captured_output_is_put_aside(self):
+        cell = self.run_cell("%%capture kept\nimport sys\nprint('out')\n"
+                             "print('err', file=sys.stderr)"
+                             "\n!echo child\ndisplay(1)\n2")
+        self.assertMessages(cell, "busy execute_input idle")
+        self.assertEqual(self.run_cell("kept.stdout, kept.stderr, len(kept.outputs)").result,
+                         r"('out\nchild\n', 'err\n', 2)")
+        self.assertEqual(self.run_cell("kept()").text(), "out\nchild\n")
+        cell = self.run_cell("%%capture --no-stdout\nprint('seen')\ndisplay(1)")
+        self.assertMessages(cell, "busy execute_input stream idle")
+
+    def test_a_question_mark_opens_the_pager(self):
+        self.run_cell("def greet(name):\n    'Doc of greet.'\n    return name\n"
+                      "prefix_a = prefix_b = 1")
+        for code, *parts in [
+                ("greet?", "Signature:", "greet(name)", "Docstring:", "Doc of greet."),
+                ("?greet", "Doc of greet."), ("greet??", "Source:", "return name"),
+                ("??greet", "return name"), ("prefix_*?", "prefix_a", "prefix_b"),
+                ("%timeit?", "-n LOOPS"), ("%%time?", "whole cell"),
+                ("%pinfo greet", "Doc of greet."),
+                ("%ls?", "ls"), ("str.upper?", "upper"), ("x = 1\ngreet?", "Doc of greet.")]:
+            with self.subTest(code=code):
+                (payload,) = self.run_cell(code).reply["content"]["payload"]
+                text = plain_text(payload["data"]["text/plain"])
+                for part in parts:
+                    self.assertIn(part, text)
+        self.assertIn("not found", self.run_cell("nobody?").text())
+
+    def test_an_unknown_magic_suggests_the_nearest(self):
+        for code, nearest in [("%tiem 1", "%time"), ("%matplotib inline", "%matplotlib"),
+                              ("%%bahs\n1", "%bash"), ("%writefil x", "%writefile")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertEqual(cell.status, "error")
+                self.assertIn(nearest, cell.error["evalue"])
+
+    def test_a_cell_magic_without_a_cell_says_so(self):
+        for code in ("%writefile x", "%html <b>", "%bash"):
+            with self.subTest(code=code):
+                self.assertIn("%%", self.run_cell(code).error["evalue"])
+
+    def test_magics_in_text_stay_text(self):
+        for code, result in [("'''\n%time 1\n!ls\nx?\n'''", r"'\n%time 1\n!ls\nx?\n'"),
+                             ("7 \\\n%4", "3"), ("(7\n%4)", "3"), ("x = 1\nx != 2", "True"),
+                             ("# what?\n1", "1"), ("'%d' %5", "'5'")]:
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).result, result)
+
+    def test_reset_forgets_the_notebooks_names(self):
+        self.run_cell("forgotten = 1\nforgotten")
+        self.run_cell("%reset -f")
+        self.assertFails(self.run_cell("forgotten"), "NameError")
+        self.assertEqual(self.run_cell("In[-1], __name__").result,
+                         "('In[-1], __name__', '__main__')")
+
+    def test_reset_out_lets_go_of_the_results(self):
+        self.run_cell("import weakref\nclass Big: pass\nBig()")
+        self.run_cell("gone = weakref.ref(_)")
+        self.run_cell("%reset -f out")
+        self.assertEqual(self.run_cell("gone(), len(Out)").result, "(None, 0)")
+
+    def test_autoreload_brings_in_what_changed(self):
+        path = Path(self.kernel.folder.name, "changing.py")
+        path.write_text("def value(): return 1")
+        self.run_cell(f"import sys\nsys.path.insert(0, {str(path.parent)!r})\n"
+                      "%load_ext autoreload\n"
+                      "%autoreload 2\nimport changing\nfrom changing import value")
+        path.write_text("def value(): return 'changed'")
+        self.assertEqual(self.run_cell("changing.value(), value()").result,
+                         "('changed', 'changed')")
+
+
+class KernelDebugger(KernelCase):
+    """Python's debugger, over the stdin channel."""
+
+    def ask_user(self, code, *typed):
+        self.frontend.typed = list(typed)
+        return self.run_cell(code)
+
+    def test_debug_looks_around_where_the_error_was_raised(self):
+        self.run_cell("def divide(by):\n    return 1 / by\ndivide(0)")
+        cell = self.ask_user("%debug", "p by + 41", "up", "q")
+        self.assertEqual([q["prompt"] for q in cell.questions][:1], ["(Pdb) "])
+        self.assertIn("41", cell.text())
+        self.assertEqual(cell.status, "ok")
+
+    def test_a_breakpoint_stops_and_goes_on(self):
+        cell = self.ask_user("x = 41\nbreakpoint()\nx + 1", "p x", "x = 1", "c")
+        self.assertIn("41", cell.text())
+        self.assertEqual(cell.result, "2")
+
+    def test_a_breakpoint_in_a_function_shows_its_source(self):
+        cell = self.ask_user("def f():\n    inside = 5\n    breakpoint()\n    return inside\nf()",
+                             "l", "p inside", "c")
+        self.assertIn("return inside", cell.text())
+        self.assertEqual(cell.result, "5")
+
+    def test_the_debugger_can_be_interrupted(self):
+        cell = self.frontend.start("breakpoint()\n1")
+        self.frontend.until(lambda: cell.questions)
+        self.kernel.interrupt()
+        self.assertFails(self.frontend.finish(cell), "KeyboardInterrupt")
+        self.assertWorks()
+
+
+class KernelTracebacks(KernelCase):
+    def test_a_chain_of_errors_is_told_from_the_first_to_the_last(self):
+        for code, between in [
+                ("raise ValueError('last')", "During handling of the above"),
+                ("raise ValueError('last') from error", "direct cause")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(
+                    f"try:\n    {{}}['first']\nexcept KeyError as error:\n    {code}")
+                self.assertRegex(cell.traceback,
+                                 f"(?s)KeyError: 'first'.*{between}.*ValueError: last")
+        cell = self.run_cell("try: {}['first']\n"
+                             "except KeyError: raise ValueError('last') from None")
+        self.assertNotIn("KeyError: 'first'", cell.traceback)
+
+    @unittest.skipIf(sys.version_info < (3, 11), "exception groups came with Python 3.11")
+    def test_a_group_of_errors_shows_its_members_and_no_frame_of_the_kernel(self):
+        cell = self.run_cell("def inner(): raise ValueError('one')\ntry: inner()\n"
+                             "except ValueError as e: kept = e\n"
+                             "raise ExceptionGroup('both', [kept, TypeError('two')])")
+        self.assertRegex(cell.traceback, r"(?s)both \(2 sub-exceptions\).*one.*two")
+        self.assertNotIn(str(HERE), cell.traceback)
+
+    @unittest.skipIf(sys.version_info < (3, 11), "columns came with Python 3.11")
+    def test_the_failing_expression_is_underlined(self):
+        cell = self.run_cell("d = {}\n'é☃', 1 + d['x'], 2")
+        self.assertIn("\x1b[4md['x']\x1b[24m", "\n".join(cell.error["traceback"]))
+
+    @unittest.skipIf(sys.version_info < (3, 11), "notes came with Python 3.11")
+    def test_notes_are_shown(self):
+        cell = self.run_cell("error = ValueError('x')\nerror.add_note('look here')\nraise error")
+        self.assertIn("look here", cell.traceback)
+
+    def test_a_deep_recursion_is_cut_short(self):
+        cell = self.run_cell("def f(n): return f(n + 1)\nf(0)")
+        self.assertFails(cell, "RecursionError")
+        self.assertLess(len(cell.traceback), 10_000)
+
+    def test_a_syntax_error_points_at_the_line_in_the_cell(self):
+        for code, line in [("x = 1\nf(1", "f(1"), ("if x\n    1", "if x"),
+                           ("!ls\ny = = 2", "y = = 2"),
+                           ("for x in y:\nprint(x)", "print(x)")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(code)
+                self.assertIn(line, cell.traceback)
+                self.assertIn("^", cell.traceback)
+
+    def test_an_error_in_a_timed_cell_shows_the_right_line(self):
+        cell = self.run_cell("%%time\na = 1\n1/0\nb = 2")
+        self.assertRegex(cell.traceback, r"----> \d (1/0|.*1/0)")
+        self.assertIn("1/0", cell.traceback)
+
+
+class KernelHardTimes(KernelCase):
+    """Output and interrupts where other kernels stumble."""
+
+    def interrupted(self, code, **options):
+        cell = self.frontend.start(code, **options)
+        self.frontend.until(lambda: "ready" in cell.text())
+        self.kernel.interrupt()
+        return self.frontend.finish(cell)
+
+    def test_a_print_flood_can_be_interrupted(self):
+        cell = self.interrupted("print('ready')\nwhile True: print('x' * 100)")
+        self.assertFails(cell, "KeyboardInterrupt")
+        self.assertWorks()
+
+    def test_a_repr_that_never_ends_can_be_interrupted(self):
+        self.run_cell("class Endless:\n    def __repr__(self):\n        print('ready')\n"
+                      "        while True: pass")
+        for code in ("Endless()", "display([Endless()])", "%whos\nx = Endless()\n%whos"):
+            with self.subTest(code=code):
+                self.assertFails(self.interrupted(code), "KeyboardInterrupt")
+        self.assertEqual(self.run_cell("%reset -f").status, "ok")
+        self.assertWorks()
+
+    def test_what_runs_after_a_cell_can_be_interrupted(self):
+        self.interrupted("import functools, time\nslow = functools.partial(time.sleep, 60)\n"
+                         "get_ipython().events.register('post_execute', slow)\nprint('ready')")
+        self.interrupted("get_ipython().events.unregister('post_execute', slow)\nprint('ready')")
+        self.assertWorks()
+
+    def test_a_user_expression_can_be_interrupted(self):
+        cell = self.interrupted("import time\nprint('ready')", user_expressions={
+            "x": "time.sleep(60)"})
+        self.assertFails(cell, "KeyboardInterrupt")
+
+    def test_a_child_that_is_waited_for_ends_with_the_interrupt(self):
+        cell = self.interrupted("import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
+                                "print('ready')\nchild.wait()")
+        self.assertFails(cell, "KeyboardInterrupt")
+        self.assertFalse(is_alive(int(self.run_cell("child.pid").result)))
+
+    def test_children_and_prints_keep_their_order(self):
+        for code in ("!echo b", "import os; os.system('echo b')",
+                     "import sys; x = sys.stdout.buffer.write(b'b\\n')",
+                     "import subprocess; x = subprocess.run(['echo', 'b'])"):
+            with self.subTest(code=code):
+                for _ in range(10):
+                    cell = self.run_cell(f"print('a')\n{code}\nprint('c')")
+                    self.assertEqual(cell.text(), "a\nb\nc\n")
+
+    def test_what_is_written_to_a_descriptor_keeps_its_place_among_prints(self):
+        for _ in range(10):
+            cell = self.run_cell("import os\nprint('a')\nx = os.write(1, b'b\\n')\nprint('c')")
+            self.assertEqual(cell.text(), "a\nb\nc\n")
+
+    def test_output_of_c_code_and_errors_keep_their_order(self):
+        cell = self.run_cell("import os, sys\nfor i in range(5):\n    print(i)\n"
+                             "    print(i, file=sys.stderr)\n    x = os.write(2, b'd\\n')")
+        self.assertEqual("".join(c["text"] for c in cell.of("stream")),
+                         "".join(f"{i}\n{i}\nd\n" for i in range(5)))
+
+    def test_ten_megabytes_from_a_child_arrive_whole(self):
+        cell = self.run_cell(
+            "import subprocess, sys\nx = subprocess.run([sys.executable, '-S', '-c', 'import os\\n"
+            "for i in range(10_000): os.write(1, (\"é%05d\" % i).encode() * 143 + b\"\\\\n\")'])",
+            seconds=60)
+        expected = "".join(f"é{i:05d}" * 143 + "\n" for i in range(10_000))
+        self.assertTrue(cell.text() == expected,
+                        f"{len(cell.text())} of {len(expected)} characters")
+
+    def test_binary_junk_from_a_child_arrives_and_harms_nothing(self):
+        cell = self.run_cell("import os\n"
+                             "x = os.write(1, bytes(range(256)) * 40 + 'é☃\\n'.encode())")
+        self.assertTrue(cell.text().endswith("é☃\n"))
+        self.assertWorks()
+
+    def test_a_forked_child_that_goes_on_harms_nothing(self):
+        cell = self.run_cell("import os\npid = os.fork()\nprint('child' if pid == 0 else 'parent')")
+        self.frontend.until(lambda: sorted(cell.text().split()) == ["child", "parent"])
+        for _ in range(50):
+            self.assertEqual(self.run_cell("1").result, "1")
+        self.assertEqual(self.run_cell("os.waitpid(pid, 0)[0] == pid").result, "True")
+
+    def test_a_pool_of_processes_prints_through_the_kernel(self):
+        cell = self.run_cell("import multiprocessing\n"
+                             "with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+                             "    x = pool.map(print, 'ab')")
+        self.assertEqual(sorted(cell.text().split()), ["a", "b"])
+
+    def test_errors_in_threads_and_tasks_are_shown_under_their_cell(self):
+        cell = self.run_cell("import threading\nt = threading.Thread(target=lambda: 1/0)\n"
+                             "t.start(); t.join()")
+        self.assertIn("ZeroDivisionError", cell.text("stderr"))
+
+    def test_a_stream_that_was_closed_does_not_silence_the_kernel(self):
+        self.run_cell("import sys\nsys.stdout.close()")
+        self.assertEqual(self.run_cell("print('still here')").text(), "still here\n")
+
+    def test_names_of_the_kernel_may_be_taken_by_the_user(self):
+        for name in ("kernel", "json", "zmq", "print", "display", "get_ipython", "exit", "input"):
+            with self.subTest(name):
+                cell = self.run_cell(f"{name} = 1\nx = 5\nx")
+                self.run_cell(f"del {name}")
+                self.assertEqual(cell.result, "5")
+        self.assertWorks()
+
+
+class KernelEnds(KernelLife):
+    """Whatever ends a kernel, ends it as it was meant."""
+
+    def alone(self, **options):
+        own, frontend = self.start(**options)
+        return own, frontend, lambda code: frontend.finish(frontend.start(code))
+
+    def test_exit_ends_the_kernel_after_its_reply(self):
+        for code in ("exit()", "quit()", "exit(3)", "exit"):
+            with self.subTest(code=code):
+                own, _, run_cell = self.alone()
+                cell = run_cell(f"print('last words')\n{code}")
+                self.assertEqual((cell.status, cell.text()), ("ok", "last words\n"))
+                self.assertEqual([p["source"] for p in cell.reply["content"]["payload"]],
+                                 ["ask_exit"])
+                self.assertEqual(own.process.exit_code(), 0)
+
+    def test_os_exit_ends_the_kernel_and_nothing_else(self):
+        own, frontend, _ = self.alone()
+        frontend.start("import os; os._exit(7)")
+        self.assertEqual(own.process.exit_code(), 7)
+
+    def test_children_end_with_the_kernel(self):
+        own, frontend, run_cell = self.alone()
+        pid = int(run_cell("import subprocess\nsubprocess.Popen(['sleep', '600']).pid").result)
+        frontend.ask("shutdown_request", "control", restart=False)
+        own.process.exit_code()
+        wait_until(lambda: not is_alive(pid))
+
+    def test_output_of_exit_functions_arrives(self):
+        own, frontend, run_cell = self.alone()
+        run_cell("import atexit\natexit.register(print, 'from atexit')")
+        answer = frontend.ask("shutdown_request", "control", restart=False)
+        frontend.until(lambda: "from atexit" in json.dumps(
+            [m["content"] for m in frontend.unasked + [m for a in frontend.answers.values()
+                                                      for m in a.messages]]))
+        self.assertEqual(own.process.exit_code(), 0)
+        self.assertIsNotNone(answer)
+
+    def test_the_kernel_ends_with_the_process_that_started_it(self):
+        folder = self.folder()
+        connection = {**dict(zip(("shell_port", "iopub_port", "stdin_port", "control_port",
+                                  "hb_port"), free_ports(5), strict=True)), "key": "k"}
+        (folder / "c.json").write_text(json.dumps(connection))
+        parent = Process([sys.executable, "-c",
+                          "import os, subprocess, sys, time\n"
+                          "os.environ['JPY_PARENT_PID'] = str(os.getpid())\n"
+                          "k = subprocess.Popen(sys.argv[1:], start_new_session=True)"
+                          "\nprint('kernel', k.pid, flush=True)\ntime.sleep(600)",
+                          *[word.format(connection_file=folder / "c.json") for word in OURS]],
+                         env=clean_environment(folder))
+        self.addCleanup(parent.end)
+        pid = int(parent.wait_for(r"kernel (\d+)")[1])
+        frontend = Frontend(ZeroMQWire({**connection, "ip": "127.0.0.1"}))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        child = int(frontend.finish(frontend.start(
+            "import subprocess\nsubprocess.Popen(['sleep', '600']).pid")).result)
+        parent.popen.kill()
+        wait_until(lambda: not is_alive(pid))
+        wait_until(lambda: not is_alive(child))
+
+    def test_a_connection_can_be_encrypted(self):
+        if not zmq.has("curve"):
+            self.skipTest("this pyzmq has no CurveZMQ")
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        own = KernelProcess(curve_publickey=public, curve_secretkey=secret)
+        self.addCleanup(own.end)
+
+        class CurveWire(ZeroMQWire):
+            def connect(self, channel, kind):
+                mine = zmq.curve_keypair()
+                new = self.context.socket(kind)
+                new.linger, new.identity = 0, self.session.session.encode()
+                new.curve_serverkey = public.encode()
+                new.curve_publickey, new.curve_secretkey = mine
+                if kind == zmq.SUB:
+                    new.subscribe(b"")
+                new.connect("tcp://{}:{}".format("127.0.0.1", own.connection[channel + "_port"]))
+                self.poller.register(new, zmq.POLLIN)
+                return new
+
+        frontend = Frontend(CurveWire(own.connection))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        plain = Frontend(ZeroMQWire(own.connection))
+        self.addCleanup(plain.wire.close)
+        plain.wire.sockets["shell"].sndtimeo = 1000  # milliseconds: nobody takes it
+        with self.assertRaises((TimeoutError, zmq.Again)):
+            plain.greet(seconds=1)
+
+    def test_a_reconnecting_client_keeps_its_identity(self):
+        own, first, run_cell = self.alone()
+        wire = ZeroMQWire(own.connection)
+        self.addCleanup(wire.close)
+        again = wire.context.socket(zmq.DEALER)
+        self.addCleanup(again.close, 0)
+        again.identity = first.wire.session.session.encode()
+        again.connect("tcp://127.0.0.1:{shell_port}".format(**own.connection))
+        again.send_multipart(wire.session.pack(wire.session.message("kernel_info_request", {})))
+        self.assertTrue(again.poll(SECONDS * 1000), "the second connection is not heard")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no ipc sockets")
+    def test_channels_may_be_files(self):
+        folder = self.folder()
+        own = KernelProcess(transport="ipc", ip=str(folder / "k"))
+        self.addCleanup(own.end)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as shell:
+            session = kernel.Session(own.connection["key"])
+            shell.linger = 0
+            shell.connect(f"ipc://{folder / 'k'}-{own.connection['shell_port']}")
+            shell.send_multipart(session.pack(session.message("kernel_info_request", {})))
+            self.assertTrue(shell.poll(SECONDS * 1000), "no answer")
+
+
+class KernelInstalls(Case):
+    """`kernel.py install` writes what every Jupyter finds."""
+
+    def install(self, folder, *arguments):
+        done = subprocess.run([sys.executable, str(HERE / "kernel.py"), "install", *arguments],
+                              env=clean_environment(folder), capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_the_spec_has_the_fields_of_a_kernel_spec(self):
+        folder = self.folder()
+        for arguments, path in [
+                (["--user"], "jupyter_data_dir/kernels/minijupyter"),
+                ([], "jupyter_data_dir/kernels/minijupyter"),
+                (["--prefix", str(folder / "env")], "env/share/jupyter/kernels/minijupyter"),
+                (["--name", "other", "--display-name", "Other ☃"],
+                 "jupyter_data_dir/kernels/other")]:
+            with self.subTest(arguments=arguments):
+                self.assertIn(str(folder / path), self.install(folder, *arguments))
+                spec = json.loads((folder / path / "kernel.json").read_text("utf-8"))
+                self.assertIn("{connection_file}", spec["argv"])
+                self.assertEqual((spec["language"], spec["interrupt_mode"],
+                                  spec["kernel_protocol_version"]), ("python", "signal", "5.5.0"))
+                self.assertEqual(spec["metadata"]["supported_encryption"], ["curve"])
+        self.assertEqual(spec["display_name"], "Other ☃")
+
+    def test_a_name_that_is_none_is_refused(self):
+        for name in ("../evil", "a b", "", "a/b"):
+            done = subprocess.run([sys.executable, str(HERE / "kernel.py"), "install", "--name",
+                                   name],
+                                  env=clean_environment(self.folder()), capture_output=True,
+                                  text=True)
+            self.assertNotEqual(done.returncode, 0)
+
+    def test_the_installed_command_starts_a_kernel(self):
+        folder = self.folder()
+        self.install(folder)
+        spec = json.loads((folder / "jupyter_data_dir/kernels/minijupyter/kernel.json").read_text())
+        own = KernelProcess(argv=spec["argv"])
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        info = frontend.request("kernel_info_request").reply["content"]
+        self.assertEqual(spec["kernel_protocol_version"], info["protocol_version"] + ".0")
+
+    @needs("jupyter_client")
+    def test_jupyter_lists_it(self):
+        folder = self.folder()
+        self.install(folder, "--user", "--name", "listed")
+        done = subprocess.run([sys.executable, "-m", "jupyter_client.kernelspecapp", "list",
+                               "--json"],
+                              env=clean_environment(folder), capture_output=True, text=True)
+        self.assertIn("listed", json.loads(done.stdout)["kernelspecs"])
+
+
+class AnotherLanguage(Case):
+    """A kernel of another language is `Kernel` with another interpreter."""
+
+    CALCULATOR = """if True:
+        import sys, kernel
+        class Calculator(kernel.Interpreter):
+            implementation, banner = "calculator", "Sums only."
+            language_info = {"name": "sums", "version": "1", "mimetype": "text/plain",
+                             "file_extension": ".sum"}
+            async def run(self, code):
+                self.displayhook(sum(int(word) for word in code.split("+")))
+            def is_complete(self, code): return {"status": "complete"}
+            def complete(self, code, cursor):
+                return {"matches": ["1"], "cursor_start": 0, "cursor_end": 0, "metadata": {}}
+        kernel.Kernel(kernel.read_connection_file(sys.argv[-1]), Calculator).run()
+    """
+
+    def setUp(self):
+        script = self.folder() / "calculator.py"
+        script.write_text(self.CALCULATOR)
+        own = KernelProcess([sys.executable, str(script), "{connection_file}"],
+                            env=clean_environment(script.parent, PYTHONPATH=str(HERE)))
+        self.addCleanup(own.end)
+        self.frontend = own.connect()
+        self.addCleanup(self.frontend.wire.close)
+        self.kernel = own
+
+    def test_a_calculator_calculates(self):
+        cell = self.frontend.finish(self.frontend.start("40 + 2"))
+        self.assertMessages(cell, "busy execute_input execute_result idle")
+        self.assertEqual(cell.result, "42")
+
+    def test_it_reports_its_own_errors_and_answers_its_own_questions(self):
+        self.assertFails(self.frontend.finish(self.frontend.start("1 + x")), "ValueError")
+        info = self.frontend.request("kernel_info_request").reply["content"]
+        self.assertEqual((info["implementation"], info["language_info"]["name"]),
+                         ("calculator", "sums"))
+        reply = self.frontend.request("complete_request", code="", cursor_pos=0).reply["content"]
+        self.assertEqual(reply["matches"], ["1"])
+
+    def test_it_survives_an_interrupt(self):
+        self.kernel.interrupt()
+        self.assertEqual(self.frontend.finish(self.frontend.start("1 + 1")).result, "2")
+
+
+@needs("jupyter_kernel_test")
+class JupyterKernelTest(Case):
+    """Jupyter's own test of a kernel, with every option it has: 13 of 13."""
+
+    OPTIONS = {
+        "language_name": "python", "file_extension": ".py",
+        "code_hello_world": "print('hello, world')",
+        "code_stderr": "import sys; print('test', file=sys.stderr)",
+        "completion_samples": [{"text": "impo", "matches": {"import"}}, {"text": "zi", "matches":
+                                                                        {"zip"}}],
+        "complete_code_samples": ["1", "print('hello')", "def f(x):\n  return x*2\n\n\n"],
+        "incomplete_code_samples": ["print('''hello", "def f(x):\n  x*2"],
+        "invalid_code_samples": ["import = 7q", "x = = 1"],
+        "code_page_something": "zip?", "code_generate_error": "raise ValueError()",
+        "code_execute_result": [{"code": "1+2+3", "result": "6"},
+                                {"code": "[n*n for n in range(1, 4)]",
+                                                                  "result": "[1, 4, 9]"}],
+        "code_display_data": [
+            {"code": "from IPython.display import HTML, display; display(HTML('<b>test</b>'))",
+             "mime": "text/html"},
+            {"code": "from IPython.display import Math, display; display(Math('x'))",
+             "mime": "text/latex"}],
+        "code_history_pattern": "1?2*", "supported_history_operations": ("tail", "range", "search"),
+        "code_inspect_sample": "zip",
+        "code_clear_output": "from IPython.display import clear_output; clear_output()",
+        "support_iopub_welcome": True}
+
+    def test_all_thirteen_pass(self):
+        from unittest import mock
+
+        import jupyter_kernel_test
+        folder = self.folder()
+        install_kernelspec(folder, "mini", OURS)
+        self.enterContext(mock.patch.dict(os.environ, clean_environment(
+            folder, JUPYTER_PATH=str(folder))))
+        suite = unittest.TestSuite()
+        for case in (jupyter_kernel_test.KernelTests, jupyter_kernel_test.IopubWelcomeTests):
+            mine = type(case.__name__, (case,), {**self.OPTIONS, "kernel_name": "mini"})
+            suite.addTests(unittest.defaultTestLoader.loadTestsFromTestCase(mine))
+        result = unittest.TestResult()
+        suite.run(result)
+        self.assertEqual((result.testsRun, result.errors, result.failures, result.skipped),
+                         (13, [], [], []))
+
+
+class OtherClients(Case):
+    """Programs that run a kernel by its spec, as people start them."""
+
+    def run_client(self, *argv, **options):
+        env = clean_environment(self.place, JUPYTER_PATH=str(self.place))
+        return subprocess.run([sys.executable, "-m", *argv], cwd=self.place, env=env, text=True,
+                              capture_output=True, timeout=100, **options)
+
+    def setUp(self):
+        self.place = self.folder()
+        install_kernelspec(self.place, "mini", OURS)
+        self.notebook = self.place / "book.ipynb"
+        self.notebook.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {
+            "kernelspec": {"name": "mini", "display_name": "mini", "language": "python"}},
+                                             "cells": [
+                {"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]},
+                 "execution_count": 1, "outputs": [], "source": "n = 1"},
+                {"cell_type": "code", "id": "b", "metadata": {}, "execution_count": 2, "source":
+                 "print('out')\nn * 2", "outputs": [
+                     {"output_type": "stream", "name": "stdout", "text": "out\n"},
+                     {"output_type": "execute_result", "execution_count": 2, "metadata": {},
+                      "data": {"text/plain": "2"}}]}]}))
+
+    @needs("papermill")
+    def test_papermill_runs_a_notebook_with_parameters(self):
+        done = self.run_client("papermill", "book.ipynb", "out.ipynb", "-p", "n", "21")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        nb = json.loads((self.place / "out.ipynb").read_text())
+        self.assertIn("42", json.dumps(nb["cells"][-1]["outputs"]))
+
+    @needs("nbval")
+    def test_nbval_finds_the_outputs_unchanged(self):
+        done = self.run_client("pytest", "--nbval", "-q", "-p", "no:cacheprovider", "book.ipynb")
+        self.assertIn("2 passed", done.stdout)
+
+    @needs("nbclient", "jupyter_client")
+    def test_jupyter_execute_runs_a_notebook(self):
+        done = self.run_client("jupyter", "execute", "--output=out", "book.ipynb")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("out", (self.place / "out.ipynb").read_text())
+
+    @needs("jupyter_client")
+    def test_jupyter_run_runs_a_program(self):
+        (self.place / "program.py").write_text("print(6 * 7)")
+        done = self.run_client("jupyter_client.runapp", "--kernel=mini", "program.py")
+        self.assertEqual((done.stdout, done.returncode), ("42\n", 0), done.stderr)
+
+    @needs("jupyter_console")
+    def test_jupyter_console_shows_results_and_ends(self):
+        done = self.run_client("jupyter_console", "--kernel=mini", "--simple-prompt",
+                               input="6 * 7\nprint('printed')\n1/0\nexit\n")
+        text = plain_text(done.stdout + done.stderr)
+        for part in ("42", "printed", "ZeroDivisionError"):
+            self.assertIn(part, text)
+
+    @needs("jupyter_console", "pexpect")
+    def test_jupyter_console_ends_at_exit(self):
+        import pexpect
+        env = clean_environment(self.place, JUPYTER_PATH=str(self.place), TERM="dumb")
+        console = pexpect.spawn(sys.executable, ["-m", "jupyter_console", "--kernel=mini",
+                                "--simple-prompt"], env=env, cwd=str(self.place), timeout=SECONDS)
+        self.addCleanup(console.close, True)
+        console.expect(r"In \[1\]")
+        console.sendline("6 * 7")
+        console.expect("42")
+        console.sendline("exit()")
+        console.expect(pexpect.EOF)
+
+
+class Libraries(KernelCase):
+    """Everyday libraries show themselves as in ipykernel."""
+
+    # module -> code, MIME types that must be there, beside text/plain
+    SHOWN = {
+        "matplotlib": ("import matplotlib.pyplot as plt\nplt.plot([1, 2]);", "image/png"),
+        "pandas": ("import pandas\npandas.DataFrame({'a': [1]})", "text/html"),
+        "polars": ("import polars\npolars.DataFrame({'a': [1]})", "text/html"),
+        "sympy": ("import sympy\nsympy.init_printing()\nsympy.Symbol('x') ** 2", "text/latex"),
+        "plotly": ("import plotly.graph_objects as go\ngo.Figure([go.Bar(y=[1])])",
+                   "application/vnd.plotly.v1+json"),
+        "altair": ("import altair, pandas\naltair.Chart(pandas.DataFrame({'a': [1]})).mark_bar()"
+                   ".encode(x='a')", "text/html"),
+        "rich": ("from rich.table import Table\nTable('a')", "text/html"),
+    }
+
+    def shown(self, cell):
+        return {mime for content in cell.of("display_data") + cell.of("execute_result")
+                for mime in content["data"]}
+
+    def test_a_value_is_shown_in_its_own_form(self):
+        for module, (code, mime) in self.SHOWN.items():
+            if importlib.util.find_spec(module):
+                with self.subTest(module):
+                    cell = self.run_cell(code, seconds=60)
+                    self.assertEqual(cell.status, "ok", cell)
+                    self.assertTrue([m for m in self.shown(cell) if m.startswith(mime)],
+                                    self.shown(cell))
+
+    @needs("matplotlib")
+    def test_figures_come_once_and_in_order(self):
+        self.run_cell("%matplotlib inline\nimport matplotlib.pyplot as plt", seconds=60)
+        for code, story in [
+                ("plt.plot([1, 2])", "execute_result display_data"),
+                ("fig = plt.figure();", "display_data"),
+                ("plt.plot([1]); plt.show(); plt.plot([2]); plt.show()",
+                 "display_data display_data"),
+                ("print('a'); plt.plot([1]); plt.show(); print('b')", "stream display_data stream"),
+                ("fig", "execute_result"), ("plt.close('all')", ""), ("plt.figure(); 1/0",
+                                                                   "error display_data"),
+                ("fig, ax = plt.subplots(); plt.close(); fig", "execute_result"),
+                ("fig, ax = plt.subplots(); display(fig); plt.close()", "display_data")]:
+            with self.subTest(code=code):
+                expected = " ".join(f"busy execute_input {story} idle".split())
+                self.assertMessages(self.run_cell(code), expected)
+
+    @needs("plotly", "nbformat")
+    def test_a_plotly_figure_shows_itself(self):
+        cell = self.run_cell("import plotly.graph_objects as go\ngo.Figure([go.Bar(y=[1])]).show()",
+                             seconds=60)
+        self.assertIn("application/vnd.plotly.v1+json", self.shown(cell))
+
+    @needs("altair")
+    def test_an_altair_chart_displays_itself(self):
+        cell = self.run_cell("import altair\naltair.Chart({'values': [{'a': 1}]}).mark_bar()"
+                             ".encode(x='a:Q').display()", seconds=60)
+        self.assertIn("text/html", self.shown(cell))
+
+    @needs("bokeh")
+    def test_a_bokeh_plot_shows_itself(self):
+        cell = self.run_cell("from bokeh.plotting import figure, show\nfrom bokeh.io import "
+                             "output_notebook\noutput_notebook()\np = figure()\n"
+                             "p.line([1, 2], [3, 4])"
+                             "\nshow(p)", seconds=60)
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertIn("application/vnd.bokehjs_exec.v0+json", self.shown(cell))
+
+    @needs("rich")
+    def test_rich_prints_in_colour(self):
+        cell = self.run_cell("from rich import print as rich_print\nrich_print('[red]x[/red]')")
+        self.assertIn("text/html", self.shown(cell))
+
+    @needs("tqdm")
+    def test_tqdm_draws_its_bar(self):
+        cell = self.run_cell("from tqdm import tqdm\nfor i in tqdm(range(3)): pass")
+        self.assertIn("100%", cell.text("stderr"))
+        self.assertIn("\r", cell.text("stderr"))
+
+    def test_the_real_shell_or_its_stand_in_answers_libraries(self):
+        for code, result in [
+                ("type(get_ipython()).__name__", "'ZMQInteractiveShell'"),
+                ("type(get_ipython()).__module__", "'ipykernel.zmqshell'"),
+                ("from IPython import get_ipython as g\ng() is get_ipython()", "True"),
+                ("x_of_cell = 1\nget_ipython().user_ns['x_of_cell']", "1"),
+                ("get_ipython().run_line_magic('pwd', '') == __import__('os').getcwd()", "True"),
+                ("get_ipython().ev('x_of_cell + 1')", "2"),
+                ("get_ipython().getoutput('echo 1')[0]", "'1'"),
+                ("'__IPYTHON__' in dir(__builtins__) or True", "True"),
+                ("get_ipython().run_cell('y_of_cell = 5'); y_of_cell", "5"),
+                ("get_ipython().push({'z_of_cell': 3}); z_of_cell", "3")]:
+            with self.subTest(code=code):
+                self.assertEqual(self.run_cell(code).result, result)
+
+    def test_the_classes_of_ipythons_display_module_are_there(self):
+        for code, mime in [
+                ("HTML('<b>')", "text/html"), ("Markdown('*m*')", "text/markdown"),
+                ("Latex('$x$')", "text/latex"), ("Math('x')", "text/latex"),
+                ("SVG('<svg/>')", "image/svg+xml"), ("JSON({'a': 1})", "application/json"),
+                ("Javascript('1')", "application/javascript"), ("Code('x = 1')", "text/plain"),
+                ("IFrame('http://x/', 10, 10)", "text/html"), ("Pretty('p')", "text/plain"),
+                ("YouTubeVideo('abc')", "text/html"), ("Audio(url='http://x/a.wav')", "text/html"),
+                ("Video('http://x/v.mp4')", "text/html"), ("FileLink('x.txt')", "text/html"),
+                ("ProgressBar(10)", "text/html"), ("FileLinks('.')", "text/html"),
+                ("Image(url='http://x/i.png')", "text/html"),
+                ("GeoJSON({})", "application/geo+json"),
+                ("Image(data=b'GIF89a', format='gif')", "image/gif")]:
+            with self.subTest(code=code):
+                cell = self.run_cell(f"from IPython.display import *\nimport IPython.display\n"
+                                     f"display(IPython.display.{code})")
+                self.assertIn(mime, self.shown(cell), cell)
+
+
+class LibrariesWithoutIPython(Libraries):
+    """The same where IPython, ipykernel and matplotlib_inline are not installed."""
+
+    HIDDEN = ("ipython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm", "debugpy")
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        python, env = python_without(folder.name, *cls.HIDDEN)
+        cls.options = {"argv": [*python, *OURS[1:]], "env": env}
+        super().setUpClass()
+
+    test_a_value_is_shown_in_its_own_form = Libraries.test_a_value_is_shown_in_its_own_form
+    test_figures_come_once_and_in_order = Libraries.test_figures_come_once_and_in_order
+    test_a_plotly_figure_shows_itself = Libraries.test_a_plotly_figure_shows_itself
+    test_an_altair_chart_displays_itself = Libraries.test_an_altair_chart_displays_itself
+    test_a_bokeh_plot_shows_itself = Libraries.test_a_bokeh_plot_shows_itself
+    test_rich_prints_in_colour = Libraries.test_rich_prints_in_colour
+    test_tqdm_draws_its_bar = Libraries.test_tqdm_draws_its_bar
+    test_the_real_shell_or_its_stand_in_answers_libraries = (
+        Libraries.test_the_real_shell_or_its_stand_in_answers_libraries)
+    test_the_classes_of_ipythons_display_module_are_there = (
+        Libraries.test_the_classes_of_ipythons_display_module_are_there)
+
+    def test_ipython_is_not_there(self):
+        self.assertFails(self.run_cell("import IPython.core.magic"), "ModuleNotFoundError")
+        self.assertFails(self.run_cell("import ipykernel"), "ModuleNotFoundError")
+
+
+@needs("ipywidgets")
+class Widgets(KernelCase):
+    def test_a_slider_opens_its_comms_and_hears_the_page(self):
+        cell = self.run_cell("import ipywidgets\nslider = ipywidgets.IntSlider(3)\nslider",
+                             seconds=60)
+        opened = cell.of("comm_open")
+        self.assertEqual([c["data"]["state"]["_model_name"] for c in opened],
+                         ["LayoutModel", "SliderStyleModel", "IntSliderModel"])
+        self.assertIn("application/vnd.jupyter.widget-view+json", cell.display)
+        moved = asked(self.frontend, "comm_msg", comm_id=opened[-1]["comm_id"], data={
+            "method": "update", "state": {"value": 42}, "buffer_paths": []})
+        self.frontend.until(lambda: moved.is_idle)
+        self.assertEqual(self.run_cell("slider.value").result, "42")
+
+    def test_a_widget_that_is_closed_closes_its_comm(self):
+        self.run_cell("import ipywidgets\nbutton = ipywidgets.Button()", seconds=60)
+        self.assertIn("comm_close", self.run_cell("button.close()").story)
+
+    def test_interact_runs_its_function(self):
+        cell = self.run_cell("import ipywidgets\n@ipywidgets.interact(x=3)\n"
+                             "def f(x): print('x is', x)",
+                             seconds=60)
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertIn("x is 3", cell.text() + json.dumps(cell.of("comm_msg")))
+
+    def test_an_output_widget_captures_below_its_cell(self):
+        cell = self.run_cell("import ipywidgets\nout = ipywidgets.Output()\n"
+                             "with out: print('inside')",
+                             seconds=60)
+        msg_ids = [c["data"]["state"]["msg_id"] for c in cell.of("comm_msg")
+                   if "msg_id" in c["data"].get("state", {})]
+        self.assertEqual(msg_ids, [cell.request["header"]["msg_id"], ""])
+
+    def test_an_error_inside_an_output_widget_is_an_error_message(self):
+        cell = self.run_cell("import ipywidgets\nout = ipywidgets.Output()\nwith out: 1/0",
+                             seconds=60)
+        self.assertEqual((cell.error.get("ename"), cell.status), ("ZeroDivisionError", "ok"))
+
+    def test_a_progress_bar_of_tqdm_is_a_widget(self):
+        if not importlib.util.find_spec("tqdm"):
+            self.skipTest("needs tqdm")
+        cell = self.run_cell("from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass",
+                             seconds=60)
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertTrue("FloatProgressModel" in json.dumps(cell.of("comm_open"))
+                        or "100%" in cell.text("stderr"))
+
+
+def kinds(nb):
+    """Per code cell: its MIME types and errors in order, then which streams it wrote to."""
+    return [[kind for kind in cell if "stream" not in kind]
+            + sorted({kind for kind in cell if "stream" in kind}) for cell in outcome(nb)]
+
+
+@functools.cache
+def kinds_on_ipykernel(name):
+    return kinds(execute(name, IPYKERNEL))
+
+
+@needs("nbclient", "nbformat", "ipykernel", "matplotlib", "pandas")
+class NotebooksSideBySide(Case):
+    """Real notebooks on this kernel and on ipykernel: the same MIME types, cell by cell."""
+
+    NAMES = ("handson-math_linear_algebra", "handson-tools_numpy", "handson-tools_pandas",
+             "ipython-Animations_Using_clear_output", "ipython-Capturing_Output",
+             "ipython-Custom_Display_Logic", "ipython-Plotting_in_the_Notebook",
+             "ipython-Typesetting_Equations", "ipython-Updating_Displays",
+             "ipython-Working_With_Markdown_Cells", "pytudes-Cheryl", "pytudes-Differentiation",
+             "pytudes-Life", "pytudes-Palindrome", "pytudes-PropositionalLogic", "pytudes-lispy")
+
+    # (notebook, cell) -> why they differ
+    KNOWN = {("ipython-Plotting_in_the_Notebook", 5): "%matplotlib notebook: pictures here"}
+
+    @needs_notebooks
+    def test_the_mime_types_are_those_of_ipykernel(self):
+        print("\nnotebook                                    cells  differ")
+        for name in self.NAMES:
+            with self.subTest(name):
+                ours, theirs = kinds(execute(name + ".ipynb", OURS)), kinds_on_ipykernel(
+                    name + ".ipynb")
+                rows = [(number, *pair) for number, pair in enumerate(
+                    zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+                print(f"{name:43} {len(ours):5} {len(rows):7}")
+                for row in rows:
+                    print("  cell {}: {}; on ipykernel {}".format(*row))
+                self.assertEqual([row for row in rows if (name, row[0]) not in self.KNOWN], [])
+
+
+# ---- 6. Documents and contents -----------------------------------------------------
 #
 # Files through the REST API. A notebook that nobody changed goes back to disk byte for byte,
 # even through a client that speaks JavaScript's JSON; a file that cannot be saved stays whole.
@@ -2087,7 +3478,7 @@ class PathsOutsideTheRoot(Case):
                         self.server.root.resolve()), cell)
 
 
-# ---- 6. HTTP, access, kernels and sessions ----------------------------------------
+# ---- 7. HTTP, access, kernels and sessions ----------------------------------------
 #
 # Who may talk to the server, and what becomes of the kernels it starts. Every error is a
 # JSON object with a message. A kernel that dies, or never lives, says why.
@@ -2489,7 +3880,7 @@ class ServerLife(ServerCase):
         self.assertNotIn("Traceback", process.output)
 
 
-# ---- 7. WebSocket frames and the bridge --------------------------------------------
+# ---- 8. WebSocket frames and the bridge --------------------------------------------
 #
 # WebSocketClient can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
 # own examples; an echo server, made of WebSocket.accept alone, shows how each is obeyed. Then
@@ -2816,7 +4207,7 @@ class Bridge(ServerCase):
                 types.add(json.loads(client.recv(timeout=SECONDS))["header"]["msg_type"])
 
 
-# ---- 8. The page, in Chromium ------------------------------------------------------
+# ---- 9. The page, in Chromium ------------------------------------------------------
 #
 # A new user's first ten minutes, with real clicks and keys, then whole notebooks by other
 # people. Each test opens a page of its own; one browser and one server serve them all. Nothing
@@ -3544,7 +4935,7 @@ class PageNotebooks(PageCase):
                 tab.page.close()
 
 
-# ---- 9. Documentation under test --------------------------------------------------
+# ---- 10. Documentation under test --------------------------------------------------
 #
 # The documentation is code that nobody runs, so these tests do: the twelve stations of a cell's
 # journey, the sections that each file announces, the commands of the README, what lies on top.
@@ -3619,7 +5010,7 @@ def dependencies(text):
     return re.findall(r'"([^"]+)"', block)
 
 
-# ---- 10. Bench ----------------------------------------------------------------------
+# ---- 11. Bench ----------------------------------------------------------------------
 #
 # What a user waits for, beside what is physically possible on this machine (the same frames
 # through a bare ZeroMQ socket, the bare interpreter) and beside ipykernel and jupyter_server.
@@ -3777,7 +5168,7 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-# ---- 11. main ----------------------------------------------------------------
+# ---- 12. main ----------------------------------------------------------------
 
 
 def give_up(signum, frame):
