@@ -273,6 +273,7 @@ class ZeroMQWire:
     def connect(self, channel, kind):
         channel_socket = self.context.socket(kind)
         channel_socket.linger = 0
+        channel_socket.reconnect_ivl = 5  # milliseconds: a kernel that begins to listen is found
         channel_socket.rcvhwm = 0  # a SUB socket would silently drop what passes its limit
         if kind == zmq.SUB:
             channel_socket.subscribe(b"")
@@ -5018,6 +5019,13 @@ def dependencies(text):
 # that yields (label, milliseconds) and name it in BENCHES.
 
 PRINTS = "for i in range(200_000): print(i)"
+ALLOCATE = "x = [[i] for i in range(2_000_000)]; del x"
+WORK = {
+    "kernel: a string of 100 MB": "print('x' * 100_000_000)",
+    "kernel: 1,000 displays of 10 kB":
+        "for i in range(1000): display({'text/plain': 'x' * 10_000}, raw=True)",
+    "kernel: a cell that allocates": ALLOCATE,
+}
 ECHO = """
 import sys, zmq
 router = zmq.Context().socket(zmq.ROUTER)
@@ -5095,6 +5103,64 @@ def bench_kernel(argv, count):
         process.end()
 
 
+def answered(frontend, answer):
+    frontend.until(lambda: answer.reply, 60)
+
+
+def reply_times(frontend, count, msg_type, channel="shell", **content):
+    for _ in range(count):
+        yield milliseconds(
+            lambda: answered(frontend, frontend.ask(msg_type, channel, **content)))
+
+
+def interrupt_times(process, frontend, count):
+    """From SIGINT to the execute_reply of a sleeping cell."""
+    for _ in range(count):
+        cell = frontend.start("import time\nprint('ready')\ntime.sleep(60)")
+        frontend.until(lambda cell=cell: cell.text(), 60)
+        yield milliseconds(lambda cell=cell: (process.interrupt(), answered(frontend, cell)))
+        frontend.finish(cell)
+
+
+def idle_memory(process):
+    """MB of the process's own share (PSS), where Linux tells."""
+    rollup = Path(f"/proc/{process.process.pid}/smaps_rollup")
+    if rollup.exists():
+        yield int(re.search(r"Pss:\s+(\d+)", rollup.read_text())[1]) / 1000
+
+
+def bench_work(argv, count):
+    """What a kernel does all day, over ZeroMQ."""
+    process = KernelProcess(argv)
+    try:
+        frontend = process.connect()
+        frontend.finish(frontend.start("import os, json, threading"), seconds=60)
+        for memory in idle_memory(process):
+            yield "kernel: idle memory (MB)", memory
+        for trip in reply_times(frontend, count, "complete_request", code="os.path.jo",
+                                cursor_pos=10):
+            yield "kernel: completion, p50", trip
+        for trip in interrupt_times(process, frontend, 3):
+            yield "kernel: SIGINT to reply", trip
+        for label, code in WORK.items():
+            yield label, milliseconds(lambda code=code: frontend.finish(
+                frontend.start(code), seconds=120))
+        cell = frontend.start("import time\nend = time.time() + 1\nwhile time.time() < end: pass")
+        for trip in reply_times(frontend, 10, "kernel_info_request", "control"):
+            yield "kernel: control while Python runs", trip
+        frontend.finish(cell)
+    finally:
+        process.end()
+
+
+def bench_plain(count):
+    """The limit of a cell that allocates: the same code in the bare interpreter."""
+    for _ in range(3):
+        timed = f"import time; t = time.perf_counter(); {ALLOCATE}; print(time.perf_counter() - t)"
+        done = subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True)
+        yield "kernel: a cell that allocates", float(done.stdout) * 1000
+
+
 def bench_server(program, count):
     """A server and its kernel, over the WebSocket."""
     began = time.perf_counter()
@@ -5132,8 +5198,11 @@ def jupyter_server(root, port, token):
 BENCHES = [  # column, needed module, function(count of round trips)
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
-    ("ours", None, functools.partial(bench_kernel, OURS)),
+    ("limit", None, bench_plain),
+    ("ours", None, functools.partial(bench_kernel, kernel.command())),
     ("theirs", "ipykernel", functools.partial(bench_kernel, IPYKERNEL)),
+    ("ours", None, functools.partial(bench_work, kernel.command())),
+    ("theirs", "ipykernel", functools.partial(bench_work, IPYKERNEL)),
     ("ours", None, functools.partial(bench_server, None)),
     ("theirs", "jupyter_server", functools.partial(bench_server, jupyter_server)),
 ]
