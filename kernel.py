@@ -45,6 +45,7 @@ import itertools
 import json
 import linecache
 import math
+import operator
 import os
 import queue
 import re
@@ -454,8 +455,15 @@ MOST_WAITING = 200_000      # entries, some 30 MB; a thread that prints faster t
 BIG_TEXT = 1 << 16          # characters; a thread that has printed so much at once waits
 MOST_BIG_WAITING = 64       # until no more entries than these are left
 MOST_TEXT = 1 << 20         # characters in one stream message: a browser draws that in one frame
-STREAMS = ("stdout", "stderr")
+FIRST, SECOND = operator.itemgetter(0), operator.itemgetter(1)
 SILENT = {}                 # the parent_header of a silent request: known by identity, never sent
+Scope = collections.namedtuple("Scope", "header stdout stderr")   # whose output it is; see scope_of
+
+
+def scope_of(header):
+    """The scope of a request: its header, and for each stream a key that texts are queued under.
+    Neighbouring texts with the same key become one message."""
+    return Scope(header, ("stdout", header), ("stderr", header))
 
 
 class Outbox:
@@ -468,10 +476,9 @@ class Outbox:
 
     def __init__(self, session):
         self.session = session
-        # (channel, None, parts) of messages, or ("stdout" | "stderr", parent_header, text)
-        self.queue = collections.deque()
-        self.parent = contextvars.ContextVar("parent_header")
-        self.latest = {}                   # the parent of threads that inherited none
+        self.queue = collections.deque()   # (channel, parts) of messages, (key, text) of prints
+        self.scope = contextvars.ContextVar("scope")
+        self.latest = scope_of({})         # the scope of threads that inherited none
         self.catch_up = None               # brings in what a cell's child processes have printed
         self.wants_nudge = False           # io sleeps without a time limit, or is far behind
         self.is_urgent = False             # a message is waiting, or too much text
@@ -483,7 +490,7 @@ class Outbox:
 
     def put(self, channel, message):
         """Queue a message. It is packed here: what cannot be sent fails where it was said."""
-        self.queue.append((channel, None, self.session.pack(message)))
+        self.queue.append((channel, self.session.pack(message)))
         self.is_urgent = True
         self.wake()
 
@@ -498,7 +505,7 @@ class Outbox:
 
     def parent_header(self):
         """The header of the request that the calling thread works for."""
-        return self.parent.get(self.latest)
+        return self.scope.get(self.latest).header
 
     def nudge(self, size):
         """Called after text of `size` characters was queued, when io wants it or the text is big:
@@ -544,17 +551,11 @@ class Outbox:
 
     def joined(self, entries):
         """(channel, parts) of each entry, with the texts of equal neighbours as one message."""
-        entries.append((None, None, None))   # so that the last text has an end, too
-        texts, of, below = [], None, None
-        for where, parent, payload in entries:
-            if texts and (where is not of or parent is not below):
-                yield from self.streams(of, below, "".join(texts))
-                texts = []
-            if where in STREAMS:
-                of, below = where, parent
-                texts.append(payload)
-            elif where:
-                yield where, payload
+        for key, group in itertools.groupby(entries, FIRST):
+            if isinstance(key, str):
+                yield from group
+            else:
+                yield from self.streams(*key, "".join(map(SECOND, group)))
 
     def streams(self, name, parent, text):
         """`stream` messages of a bounded size; none below a silent request."""
@@ -582,7 +583,8 @@ class Stream(io.TextIOBase):
 
     def writer(self, outbox):
         """The `write` of this stream. Every print calls it twice, so its names are bound here."""
-        name, append, parent = self.name, outbox.queue.append, outbox.parent.get
+        append, scope = outbox.queue.append, outbox.scope.get
+        stream = Scope._fields.index(self.name)
 
         def write(text):
             # Journey 8: printed text is queued under the parent header of its cell, as `stream`.
@@ -590,7 +592,7 @@ class Stream(io.TextIOBase):
                 raise TypeError(f"write() argument must be str, not {type(text).__name__}")
             if outbox.catch_up:   # a child process may have printed before this
                 outbox.catch_up()
-            append((name, parent(outbox.latest), text))
+            append((scope(outbox.latest)[stream], text))
             size = len(text)
             if outbox.wants_nudge or size > BIG_TEXT:
                 outbox.nudge(size)
@@ -661,7 +663,7 @@ class Descriptor:
                 except BlockingIOError:
                     return   # empty
                 text = self.decoder.decode(data)
-                self.outbox.queue.append((self.name, self.outbox.latest, text))
+                self.outbox.queue.append((getattr(self.outbox.latest, self.name), text))
                 if self.outbox.wants_nudge:
                     self.outbox.wake()
 
@@ -2838,8 +2840,8 @@ class Kernel:
         """
         header, silent = request["header"], request["content"].get("silent")
         self.outbox.catch_up = None
-        self.latest, self.outbox.latest = request, SILENT if silent else header
-        self.outbox.parent.set(self.outbox.latest)
+        self.latest, self.outbox.latest = request, scope_of(SILENT if silent else header)
+        self.outbox.scope.set(self.outbox.latest)
         self.request.set(request)
 
     async def execute_request(self, request, was_interrupted):
@@ -2916,7 +2918,7 @@ class Kernel:
 
     def comm(self, request):
         """Run a comm's callback below its message's header; a failure is the user's to see."""
-        self.outbox.parent.set(request["header"])
+        self.outbox.scope.set(scope_of(request["header"]))
         try:
             getattr(self.interpreter.comms, request["header"]["msg_type"])(request)
         except BaseException as error:
