@@ -1304,6 +1304,7 @@ def message_frame(message):
 # `kernel_info_request` stirs up in an older one.
 
 NUDGE_MS = 500        # between two kernel_info_requests to a kernel that is silent
+LAST_WORDS_MS = 100   # that what a kernel said before its death may take through TCP
 PING_SECONDS = 30     # between pings; a peer silent for three of them is gone
 
 
@@ -1391,6 +1392,7 @@ class Bridge:
         # could not answer a nudge; it is taken as heard, for it has been running for long.
         self.is_heard = kernel.state == "busy"
         self.last_ping = time.monotonic()
+        self.obituary = None   # (when, frame): that the kernel is dead, held back for its last words
 
     def run(self):
         poller, by_socket = zmq.Poller(), {s: channel for channel, s in self.sockets.items()}
@@ -1411,12 +1413,13 @@ class Bridge:
     def step(self, poller, by_socket):
         """Wait for either side and carry what has come."""
         if self.kernel.process is not self.process:   # restarted: iopub must be heard anew
-            self.process, self.is_heard = self.kernel.process, False
+            self.process, self.is_heard, self.obituary = self.kernel.process, False, None
         if self.websocket.first_bytes and self.is_heard:
             return self.carry_up()
         page = self.websocket.fileno()
         poller.register(page, zmq.POLLIN if self.is_heard else 0)
-        ready = dict(poller.poll(PING_SECONDS * 1000 if self.is_heard else NUDGE_MS))
+        ready = dict(poller.poll(LAST_WORDS_MS if self.obituary else
+                                 PING_SECONDS * 1000 if self.is_heard else NUDGE_MS))
         frames = [frame for sock, channel in by_socket.items() if sock in ready
                   for frame in self.from_kernel(channel, sock)]
         if frames:
@@ -1426,10 +1429,20 @@ class Bridge:
         if not ready and not self.is_heard and self.kernel.state != "dead":
             nudge = self.session.message("kernel_info_request", {})
             self.sockets["shell"].send_multipart(self.session.pack(nudge))
+        self.tell_end()
+        self.ping_or_give_up()
+
+    def tell_end(self):
+        """Tell the page of its kernel's death when that is due; close when there will be no other."""
+        if self.obituary:
+            when, frame = self.obituary
+            if when > time.monotonic():
+                return
+            self.websocket.write(frame)
+            self.obituary = None
         if self.kernel.is_gone and self.kernel.process.returncode is not None:
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
-        self.ping_or_give_up()
 
     def carry_up(self):
         for message in self.websocket.arrived():
@@ -1466,8 +1479,13 @@ class Bridge:
             if not self.is_heard and channel == "iopub" and parts[0] != NOTICE:
                 self.is_heard, self.websocket.last_heard = True, time.monotonic()
             # Journey 11: verified, marked with its channel, and on its way to the page.
-            frames.append(self.splice(channel, json_parts, buffers))
-            size += len(frames[-1])
+            frame = self.splice(channel, json_parts, buffers)
+            if parts[0] == NOTICE and b'"dead"' in json_parts[3]:
+                # It came by a shorter way than what the kernel itself said last.
+                self.obituary = time.monotonic() + LAST_WORDS_MS / 1000, frame
+                continue
+            frames.append(frame)
+            size += len(frame)
         return frames
 
     def ping_or_give_up(self):

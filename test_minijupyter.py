@@ -4818,6 +4818,422 @@ def one_red_pixel():
             + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0")) + chunk(b"IEND", b""))
 
 
+class PageAsksTheKernel(PageCase):
+    """Completion, tooltip and pager: what the kernel knows, where the caret is."""
+
+    def editor(self, tab, text, i=0):
+        tab.write(i, text)
+        tab.cell(i).locator("textarea.editor").focus()
+        tab.press("Control+End")
+        return tab.cell(i).locator("textarea.editor")
+
+    def test_help_opens_the_pager_and_q_closes_it(self):
+        tab = self.open("print?")
+        tab.run(0)
+        pager = tab.page.get_by_role("region", name="Help pager")
+        self.assertShows(pager, "Signature")
+        self.assertNotIn("\x1b", pager.text_content())
+        tab.press("Escape", "q")
+        self.assertCount(pager, 0)
+
+    def test_the_pager_grows_with_the_arrow_keys_on_its_edge(self):
+        tab = self.open("print?")
+        tab.run(0)
+        edge = tab.page.get_by_role("separator")
+        height = int(edge.get_attribute("aria-valuenow"))
+        edge.focus()
+        tab.press("ArrowUp", "ArrowUp")
+        self.assertEqual(int(edge.get_attribute("aria-valuenow")), height + 10)
+
+    def test_load_replaces_the_cell_and_undo_brings_it_back(self):
+        (self.root / "loaded.py").write_text("answer = '🙂'\n")
+        tab = self.open("%load loaded.py", "2")
+        tab.run(0)
+        self.assertIn("answer = '🙂'", tab.sources()[0])
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Control+z")
+        self.assertEqual(tab.sources()[0], "%load loaded.py")
+
+    def test_the_next_input_becomes_a_new_cell_below(self):
+        tab = self.open("get_ipython().set_next_input('made = 1')", "last")
+        tab.run(0)
+        self.assertEqual(tab.sources()[1:], ["made = 1", "last"])
+        self.assertEqual(tab.page.locator(".cell.selected textarea").input_value(), "last")
+
+    def test_exit_leaves_the_notebook_without_a_kernel(self):
+        tab = self.open("exit")
+        tab.run(0)
+        tab.wait_for(kernel="none")
+
+    def test_tab_inserts_the_only_completion_at_once(self):
+        tab = self.open("import collections")
+        tab.run(0)
+        area = self.editor(tab, "'🙂🙂'; collections.Order", 1)
+        tab.press("Tab")
+        tab.page.wait_for_function(
+            "() => document.querySelectorAll('.editor')[1].value.endsWith('.OrderedDict')")
+        self.assertEqual(area.input_value(), "'🙂🙂'; collections.OrderedDict")
+
+    def test_several_completions_are_listed_and_narrow_while_typing(self):
+        tab = self.open("import os.path")
+        tab.run(0)
+        area = self.editor(tab, "os.path.", 1)
+        tab.press("Tab")
+        options = tab.page.get_by_role("listbox").get_by_role("option")
+        options.first.wait_for()
+        tab.page.keyboard.type("is")
+        self.assertEqual({text[:2] for text in options.all_inner_texts()}, {"is"})
+        self.assertEqual(options.first.get_attribute("data-type"), "function")
+        tab.press("ArrowDown", "Enter")
+        self.assertEqual(area.input_value(), "os.path.isdir")
+        self.assertCount(options, 0)
+
+    def test_what_completions_have_in_common_comes_first_and_a_click_takes_one(self):
+        tab = self.open("prefix_one = prefix_two = 1")
+        tab.run(0)
+        area = self.editor(tab, "pref", 1)
+        tab.press("Tab")
+        tab.page.get_by_role("option", name="prefix_two").wait_for()
+        self.assertEqual(area.input_value(), "prefix_")
+        tab.page.get_by_role("option", name="prefix_two").click()
+        self.assertEqual(area.input_value(), "prefix_two")
+
+    def test_escape_closes_the_list_and_stays_in_the_editor(self):
+        tab = self.open("import os.path")
+        tab.run(0)
+        self.editor(tab, "os.path.", 1)
+        tab.press("Tab")
+        tab.page.get_by_role("listbox").wait_for()
+        tab.press("Escape")
+        self.assertCount(tab.page.get_by_role("listbox"), 0)
+        tab.wait_for(mode="edit")
+
+    def test_completion_works_while_a_cell_runs_and_leaves_the_kernel_busy(self):
+        tab = self.open("import os.path, time\ntime.sleep(3)", "")
+        tab.run(0, "import os.path, time")
+        tab.select(0)
+        tab.write(0, "time.sleep(3)")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Control+Enter")
+        tab.wait_for(kernel="busy")
+        self.editor(tab, "os.path.sp", 1)
+        tab.press("Tab")
+        tab.page.get_by_role("listbox").wait_for()
+        tab.wait_for(kernel="busy")
+
+    def test_tab_in_leading_blanks_indents(self):
+        tab = self.open("")
+        area = self.editor(tab, "  ")
+        tab.press("Tab")
+        self.assertEqual(area.input_value(), "    ")
+
+    def test_shift_tab_tells_what_a_name_is_and_again_tells_more(self):
+        tab = self.open("")
+        self.editor(tab, "print")
+        tab.press("Shift+Tab")
+        self.assertShows(tab.page.get_by_role("tooltip"), "Signature")
+        tab.press("Shift+Tab")
+        self.assertShows(tab.page.get_by_role("region", name="Help pager"), "Signature")
+        self.assertCount(tab.page.get_by_role("tooltip"), 0)
+
+    def test_run_all_sends_every_request_with_one_date(self):
+        tab = self.open("1", "1/0", "3")
+        tab.page.evaluate("""() => {
+            window.dates = [];
+            const send = WebSocket.prototype.send;
+            WebSocket.prototype.send = function (data) {
+                const { header } = JSON.parse(data);
+                if (header.msg_type === 'execute_request') dates.push(header.date);
+                send.call(this, data);
+            };
+        }""")
+        tab.command("run-all")
+        tab.wait_until_done()
+        self.assertEqual(len(set(tab.page.evaluate("dates"))), 1)
+        self.assertEqual(tab.texts()[2], "")
+
+
+class PageRunsScripts(PageCase):
+    """Scripts of outputs run, and reach nothing."""
+
+    def frame(self, code):
+        tab = self.open(code)
+        tab.run(0)
+        return tab, tab.page.frame_locator(".script-frame")
+
+    def test_html_with_scripts_runs_in_a_frame_of_no_origin(self):
+        tab, frame = self.frame(
+            "from IPython.display import HTML\nHTML('''<p>text</p><script>"
+            "document.body.append('origin ' + origin);"
+            "try { parent.document.title = 'owned' } catch { document.body.append(' kept out') }"
+            "</script>''')")
+        self.assertShows(frame.locator("body"), "origin null kept out")
+        self.assertNotIn("owned", tab.page.title())
+
+    def test_a_frame_cannot_read_files_or_cookies(self):
+        tab, frame = self.frame(
+            "from IPython.display import HTML\nHTML('''<script>"
+            "fetch('/api/contents').then(() => 'read', () => 'refused').then(word => {"
+            "try { word += document.cookie } catch { word += ' no cookies' }"
+            "document.body.append(word) })</script>''')")
+        self.assertShows(frame.locator("body"), "refused no cookies")
+        self.problems.clear()      # the browser notes what it refused
+
+    def test_javascript_gets_an_element_and_the_frame_its_height(self):
+        tab, frame = self.frame(
+            "from IPython.display import Javascript\nJavascript(\"element.append('drawn'); "
+            "element.style.height = '321px'\")")
+        self.assertShows(frame.locator("body"), "drawn")
+        tab.page.wait_for_function(
+            "() => document.querySelector('.script-frame').offsetHeight >= 321")
+
+    def test_an_error_in_a_program_is_shown_in_its_output(self):
+        tab, frame = self.frame("from IPython.display import Javascript\nJavascript('nope()')")
+        self.assertShows(frame.locator("body"), "nope is not defined")
+        self.problems.clear()
+
+    def test_a_frame_far_away_is_not_made(self):
+        html = {"output_type": "display_data", "metadata": {},
+                "data": {"text/html": "<script>document.body.append('here')</script>"}}
+        nb = notebook(*["x = 1\n" * 40] * 5, "last")
+        nb["cells"][-1]["outputs"] = [html]
+        (self.root / "far.ipynb").write_bytes(jupyter_bytes(nb))
+        tab = self.reopen("far.ipynb")
+        self.assertIsNone(tab.page.locator(".script-frame").get_attribute("src"))
+        tab.cell(5).scroll_into_view_if_needed()
+        self.assertShows(tab.page.frame_locator(".script-frame").locator("body"), "here")
+
+
+# TeX, and what its MathML says: tag names with the texts in them
+FORMULAS = [
+    ("x^2", "msup(mi x mn 2)"),
+    ("x_i^2", "msubsup(mi x mi i mn 2)"),
+    ("f'", "msup(mi f mo ′)"),
+    ("12.5", "mn 12.5"),
+    (r"\frac12", "mfrac(mn 1 mn 2)"),
+    (r"\sqrt[3]{x}", "mroot(mi x mn 3)"),
+    (r"{a \over b}", "mfrac(mi a mi b)"),
+    (r"\sum_{n}^k", "munderover(mo ∑ mi n mi k)"),
+    (r"\int_0^1", "msubsup(mo ∫ mn 0 mn 1)"),
+    (r"\lim_x", "munder(mo lim mi x)"),
+    (r"\mathbb{R}", "mi ℝ"),
+    (r"\mathbf{Ab1}", "mrow(mi 𝐀 mi 𝐛 mn 𝟏)"),
+    (r"\mathrm{rank}", "mi rank"),
+    (r"\mathcal{L}", "mi ℒ"),
+    (r"\left(x\right]", "mrow(mo ( mrow(mi x) mo ])"),
+    (r"\hat{x}", "mover(mi x mo ^)"),
+    (r"\text{if } x", "mrow(mrow(mtext if\u00a0) mi x)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+     "mrow(mo ( mtable(mtr(mtd(mn 1) mtd(mn 2)) mtr(mtd(mn 3) mtd(mn 4))) mo ))"),
+    (r"\begin{cases}1\\2\end{cases}", "mrow(mo { mtable(mtr(mtd(mn 1)) mtr(mtd(mn 2))))"),
+    (r"\newcommand{\half}[1]{\frac{#1}{2}}\half{y}", "mrow(mrow() mfrac(mi y mn 2))"),
+    (r"a \nosuch b", r"mrow(mi a mtext \nosuch mi b)"),
+]
+MATHML_IN_WORDS = """tex => {
+    const say = node => node.childElementCount || !node.textContent
+        ? `${node.localName}(${[...node.children].map(say).join(' ')})`
+        : `${node.localName} ${node.textContent}`;
+    return [...mathNode(tex, true).children].map(say).join(' ');
+}"""
+
+
+class PageTypesetsMath(PageCase):
+    def test_tex_becomes_mathml(self):
+        page = self.open("").page
+        for tex, words in FORMULAS:
+            with self.subTest(tex):
+                self.assertEqual(page.evaluate(MATHML_IN_WORDS, tex), words)
+
+    def test_all_ways_of_marking_math_are_understood(self):
+        nb = notebook()
+        text = "\n\n".join(["a $x$ b", "$$y$$", r"\\(z\\)", r"\[v\]", r"\begin{align}w\end{align}",
+                            "$5 and $6"])
+        nb["cells"] = [{"cell_type": "markdown", "metadata": {}, "source": text, "id": "math"}]
+        (self.root / "ways.ipynb").write_bytes(jupyter_bytes(nb))
+        tab = self.reopen("ways.ipynb")
+        self.assertEqual(tab.page.locator("math").all_text_contents(), list("xyzvw"))
+        self.assertShows(tab.cell(0).locator(".rendered"), "$5 and $6")
+
+    def test_what_is_not_understood_shows_its_source_with_a_mark(self):
+        page = self.open("").page
+        for tex in (r"\frac{a", r"\begin{nope}x\end{nope}", r"\def\x{\x}\x", "{" * 9000):
+            with self.subTest(tex[:20]):
+                shown = page.evaluate("""tex => {
+                    const node = mathNode(tex);
+                    return [node.className, node.textContent];
+                }""", tex)
+                self.assertEqual(shown, ["tex-unknown", tex])
+
+    def test_every_formula_of_the_example_notebooks_is_typeset(self):
+        for name in ("ipython-Typesetting_Equations", "handson-math_linear_algebra"):
+            if not (NOTEBOOKS / f"{name}.ipynb").exists():
+                self.skipTest("needs the example notebooks")
+            shutil.copy(NOTEBOOKS / f"{name}.ipynb", self.root)
+            tab = self.reopen(f"{name}.ipynb")
+            tab.page.locator("math").first.wait_for()
+            self.assertCount(tab.page.locator(".tex-unknown"), 0)
+            self.problems.clear()      # pictures of other hosts
+
+    def test_latex_output_is_typeset(self):
+        tab = self.open(r"from IPython.display import Math; Math(r'\frac{1}{2}')")
+        tab.run(0)
+        self.assertCount(tab.outputs(0).locator("mfrac"), 1)
+
+
+def markdown(text, **fields):
+    return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
+
+
+class PageMoves(PageCase):
+    """Find and replace, table of contents, sections, dragging, pasted pictures."""
+
+    def mixed(self, *cells):
+        """A tab on a notebook of code (text) and Markdown (dictionaries)."""
+        nb = notebook(*["" for _ in cells])
+        for cell, given in zip(nb["cells"], cells, strict=True):
+            if isinstance(given, dict):
+                for key in ("outputs", "execution_count"):
+                    cell.pop(key, None)
+                cell.update(given)
+            else:
+                cell["source"] = given
+        name = f"{self._testMethodName[5:40]}.ipynb"
+        (self.root / name).write_bytes(jupyter_bytes(nb))
+        return self.reopen(name)
+
+    def find(self, tab, text):
+        tab.select(0)
+        tab.press("f")
+        tab.page.keyboard.type(text)
+        return tab.page.locator("#find-count")
+
+    def shown(self, tab):
+        return tab.page.eval_on_selector_all(".cell", "all => all.map(c => !c.hidden)")
+
+    def active(self, tab):
+        return tab.page.eval_on_selector_all(
+            ".cell", "all => all.findIndex(c => c.classList.contains('selected'))")
+
+    def test_find_counts_and_goes_from_hit_to_hit(self):
+        tab = self.mixed("apple = 1", markdown("an Apple"), "pear", "apple")
+        count = self.find(tab, "apple")
+        self.assertShows(count, "3")
+        tab.press("Enter", "Enter")
+        self.assertShows(count, "2 of 3")
+        self.assertEqual(self.active(tab), 1)
+        tab.press("Shift+Enter", "Shift+Enter")
+        self.assertShows(count, "3 of 3")
+        tab.press("Escape")
+        tab.wait_for(mode="edit")
+        self.assertEqual(self.active(tab), 3)
+
+    def test_find_knows_capitals_expressions_and_outputs(self):
+        tab = self.mixed("print('Ap' + 'ple')", "apple Apple")
+        tab.run(0)
+        count = self.find(tab, "Apple")
+        self.assertShows(count, "2")
+        tab.page.get_by_label("Aa").check()
+        self.assertShows(count, "1")
+        tab.page.get_by_label("outputs").check()
+        self.assertShows(count, "2")
+        tab.page.get_by_label(".*").check()
+        tab.page.locator("#find-text").fill("^app|(")
+        self.assertShows(count, "Not whole yet")
+        tab.page.locator("#find-text").fill("^app")
+        self.assertShows(count, "1")
+
+    def test_replace_one_is_undone_in_its_cell(self):
+        tab = self.mixed("a1 a2", "a3")
+        self.find(tab, r"a(\d)")
+        tab.page.get_by_label(".*").check()
+        tab.page.get_by_label("Replace with").fill("b$1")
+        tab.page.locator("#find-text").press("Enter")
+        tab.page.get_by_role("button", name="Replace", exact=True).click()
+        self.assertEqual(tab.sources(), ["b1 a2", "a3"])
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["a1 a2", "a3"])
+
+    def test_replace_all_is_one_step_of_the_notebook(self):
+        tab = self.mixed("a a", "b", markdown("a"))
+        self.find(tab, "a")
+        tab.page.get_by_label("Replace with").fill("$&")
+        tab.page.get_by_role("button", name="Replace all").click()
+        self.assertEqual(tab.sources(), ["$& $&", "b", "$&"])
+        tab.select(0)
+        tab.press("z")
+        self.assertEqual(tab.sources(), ["a a", "b", "a"])
+
+    def test_the_table_of_contents_tells_what_runs_and_what_failed(self):
+        tab = self.mixed(markdown("# One"), "1/0", markdown("## Two"), "2")
+        tab.command("contents")
+        entries = tab.page.locator("#contents a")
+        self.assertCount(entries, 2)
+        self.assertEqual(entries.all_text_contents(), ["One", "Two"])
+        tab.run(1)
+        tab.page.locator("#contents a[data-state=error]").wait_for()
+        entries.nth(1).click()
+        self.assertEqual(self.active(tab), 2)
+
+    def test_sections_close_and_open_and_stay_so_in_the_file(self):
+        tab = self.mixed(markdown("# One"), "1", markdown("## Inner"), "2", markdown("# Two"))
+        tab.cell(0).click()
+        tab.press("ArrowLeft")
+        self.assertEqual(self.shown(tab), [True, False, False, False, True])
+        tab.press("ArrowDown")
+        self.assertEqual(self.active(tab), 4)
+        tab.save()
+        tab = self.reopen(f"{self._testMethodName[5:40]}.ipynb")
+        tab.page.locator("[data-section=closed]").wait_for()
+        tab.cell(0).click()
+        tab.press("ArrowRight")
+        self.assertEqual(self.shown(tab), [True] * 5)
+        tab.select(3)
+        tab.press("ArrowLeft")
+        self.assertEqual(self.active(tab), 2)
+
+    def test_a_cell_is_dragged_to_its_place_and_back_by_undo(self):
+        tab = self.mixed("a", "b", "c")
+        tab.cell(2).locator(".gutter").drag_to(tab.cell(0), target_position={"x": 300, "y": 2})
+        self.assertEqual(tab.sources(), ["c", "a", "b"])
+        tab.press("z")
+        self.assertEqual(tab.sources(), ["a", "b", "c"])
+
+    def test_a_pasted_picture_becomes_an_attachment(self):
+        tab = self.mixed(markdown("see: "))
+        tab.cell(0).dblclick()
+        tab.press("Control+End")
+        tab.page.evaluate("""png => {
+            const clipboardData = new DataTransfer();
+            const bytes = Uint8Array.from(atob(png), character => character.charCodeAt(0));
+            clipboardData.items.add(new File([bytes], 'a b.png', { type: 'image/png' }));
+            document.activeElement.dispatchEvent(new ClipboardEvent('paste',
+                { clipboardData, bubbles: true, cancelable: true }));
+        }""", base64.b64encode(one_red_pixel()).decode())
+        tab.page.wait_for_function("() => document.querySelector('.editor').value.length > 9")
+        self.assertEqual(tab.sources(), ["see: ![a b](attachment:a%20b.png)"])
+        tab.press("Control+Enter")
+        width = tab.cell(0).locator("img").evaluate("i => i.decode().then(() => i.naturalWidth)")
+        self.assertEqual(width, 1)
+        tab.save()
+        self.assertEqual(list(self.saved()["cells"][0]["attachments"]), ["a b.png"])
+
+
+class PageFilesMoved(PageCase):
+    def test_a_move_that_is_dismissed_moves_nothing(self):
+        (self.root / "inner").mkdir()
+        (self.root / "inner" / "stays.txt").write_text("x")
+        tab = self.visit("/tree/inner")
+        tab.page.get_by_label("Select stays.txt").check()
+        tab.page.locator("[data-command=move]").click()
+        tab.choose("Cancel")
+        tab.page.locator("[data-command=move]").click()
+        tab.page.locator("dialog input").fill("")
+        tab.choose("Move")
+        self.assertCount(tab.page.get_by_text("stays.txt"), 0)
+        self.assertTrue((self.root / "stays.txt").exists())
+
+
 @needs("nbclient", "nbformat", "ipykernel")
 class PageNotebooks(PageCase):
     """Whole notebooks by other people: run, saved, valid, and the same when they come back."""
