@@ -1392,7 +1392,7 @@ class Bridge:
         # could not answer a nudge; it is taken as heard, for it has been running for long.
         self.is_heard = kernel.state == "busy"
         self.last_ping = time.monotonic()
-        self.obituary = None   # (when, frame): that the kernel is dead, held back for its last words
+        self.obituary = None   # (when, frame): that the kernel is dead, after its last words
 
     def run(self):
         poller, by_socket = zmq.Poller(), {s: channel for channel, s in self.sockets.items()}
@@ -1433,7 +1433,7 @@ class Bridge:
         self.ping_or_give_up()
 
     def tell_end(self):
-        """Tell the page of its kernel's death when that is due; close when there will be no other."""
+        """Tell the page of its kernel's death when that is due; close when no other will come."""
         if self.obituary:
             when, frame = self.obituary
             if when > time.monotonic():
