@@ -476,7 +476,7 @@ class Outbox:
 
     def __init__(self, session):
         self.session = session
-        self.queue = collections.deque()   # (channel, parts) of messages, (key, text) of prints
+        self.queue = []                    # (channel, parts) of messages, (key, text) of prints
         self.scope = contextvars.ContextVar("scope")
         self.latest = scope_of({})         # the scope of threads that inherited none
         self.catch_up = None               # brings in what a cell's child processes have printed
@@ -546,7 +546,8 @@ class Outbox:
         if not (self.is_urgent or is_due):
             return []
         self.is_urgent, self.flush_at = False, None
-        entries = [self.queue.popleft() for _ in range(len(self.queue))]
+        entries = self.queue[:]
+        del self.queue[:len(entries)]   # what was appended meanwhile stays
         return list(self.joined(entries))
 
     def joined(self, entries):
@@ -588,8 +589,8 @@ class Stream(io.TextIOBase):
 
         def write(text):
             # Journey 8: printed text is queued under the parent header of its cell, as `stream`.
-            if not isinstance(text, str):
-                raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+            if text.__class__ is not str:
+                text = check_text(text)
             if outbox.catch_up:   # a child process may have printed before this
                 outbox.catch_up()
             append((scope(outbox.latest)[stream], text))
@@ -619,6 +620,13 @@ class Stream(io.TextIOBase):
     def fileno(self):
         """The captured descriptor, so that `subprocess.run(…, stdout=sys.stdout)` is seen."""
         return self.descriptor
+
+
+def check_text(text):
+    """`text` of a subclass as plain str; raises TypeError, as every text stream does."""
+    if not isinstance(text, str):
+        raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+    return str.__str__(text)
 
 
 class StreamBuffer(io.RawIOBase):
