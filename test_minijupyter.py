@@ -5553,8 +5553,8 @@ def bench_work(argv, count):
         frontend.finish(frontend.start("import os, json, threading"), seconds=60)
         for memory in idle_memory(process):
             yield "kernel: idle memory (MB)", memory
-        for trip in reply_times(frontend, count, "complete_request", code="os.path.jo",
-                                cursor_pos=10):
+        for trip in reply_times(frontend, count, "complete_request", code="from os import ",
+                                cursor_pos=15):
             yield "kernel: completion, p50", trip
         for trip in interrupt_times(process, frontend, 3):
             yield "kernel: SIGINT to reply", trip
