@@ -2409,6 +2409,7 @@ HANDLERS = {    # msg_type -> who runs its handler
     "comm_close": "cells",
 }
 FEATURES = ["kernel subshells"]
+COLLECT_AFTER = 10_000   # new objects; after 700, as usual, a flood of prints collects all the time
 CHILD_EVENTS = {"subprocess.Popen", "os.system", "os.fork", "os.posix_spawn",   # of sys.audit
                 "ctypes.dlopen", "ctypes.dlsym"}
 
@@ -2477,6 +2478,7 @@ class Cells:
         self.task = loop.create_task(self.one_after_the_other())
         if threading.current_thread() is threading.main_thread():
             gc.freeze()   # what is loaded by now stays: the collector need not look at it again
+            gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
         self.loop = loop
         while not self.task.done():
             try:
