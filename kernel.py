@@ -1899,26 +1899,35 @@ class Magics:
         """Import changed modules anew before each cell: `%autoreload 2`; 0 ends it."""
         if self.shell and (theirs := self.shell.find_magic("autoreload")):
             return theirs(line)
-        self.file_times = {}
-        self.reload_changed()
-        wanted = line.strip() not in ("0", "off")
-        (self.events.register if wanted else self.events.unregister)(
-            "pre_execute", self.reload_changed)
+        self.file_times = {}   # path of a module -> when it was changed, as far as we know
+        self.changed_modules()
+        for event, function in (("pre_execute", self.reload_changed),
+                                ("post_execute", self.changed_modules)):   # notes what is new
+            if line.strip() not in ("0", "off"):
+                self.events.register(event, function)
+            elif function in self.events.callbacks[event]:
+                self.events.unregister(event, function)
 
-    def reload_changed(self):
-        """Reload the modules whose files are newer than when we last looked, and rebind the
-        notebook's names that came from them."""
+    def changed_modules(self):
+        """(module, path, when) of those whose files were changed; what is new is noted."""
+        changed = []
         for module in list(sys.modules.values()):
             path = getattr(module, "__file__", None) or ""
             if not path.endswith(".py") or "site-packages" in path or not os.path.exists(path):
                 continue
-            changed = os.stat(path).st_mtime_ns
-            if self.file_times.setdefault(path, changed) != changed:
-                self.file_times[path] = changed
-                importlib.reload(module)
-                for name, value in list(self.user_ns.items()):
-                    if getattr(value, "__module__", None) == module.__name__:
-                        self.user_ns[name] = getattr(module, value.__name__, value)
+            when = os.stat(path).st_mtime_ns
+            if self.file_times.setdefault(path, when) != when:
+                changed.append((module, path, when))
+        return changed
+
+    def reload_changed(self):
+        """Reload what has changed, and bind the notebook's names that came from it anew."""
+        for module, path, when in self.changed_modules():
+            self.file_times[path] = when
+            importlib.reload(module)
+            for name, value in list(self.user_ns.items()):
+                if getattr(value, "__module__", None) == module.__name__:
+                    self.user_ns[name] = getattr(module, value.__name__, value)
 
     def magic_matplotlib(self, line, cell):
         """Accepted: figures are always shown inline here."""

@@ -2338,6 +2338,8 @@ class KernelMagics(KernelCase):
         path.write_text("def value(): return 'changed'")
         self.assertEqual(self.run_cell("changing.value(), value()").result,
                          "('changed', 'changed')")
+        self.run_cell(f"%%writefile {path}\ndef value(): return 'changed by a cell'")
+        self.assertEqual(self.run_cell("value()").result, "'changed by a cell'")
 
 
 class KernelDebugger(KernelCase):
