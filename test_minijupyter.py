@@ -2339,7 +2339,7 @@ class KernelMagics(KernelCase):
         self.assertEqual(self.run_cell("changing.value(), value()").result,
                          "('changed', 'changed')")
         self.run_cell(f"%%writefile {path}\ndef value(): return 'changed by a cell'")
-        self.assertEqual(self.run_cell("value()").result, "'changed by a cell'")
+        self.assertEqual(self.run_cell("changing.value()").result, "'changed by a cell'")
 
 
 class KernelDebugger(KernelCase):
