@@ -103,13 +103,11 @@ class Session:
 
     def message(self, msg_type, content, parent_header=None, metadata=None, buffers=()):
         """A new message as a dict, with a header of its own."""
-        now = time.time()
-        date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
         header = {
             # The process id keeps the ids of a forked child apart from its parent's.
             "msg_id": f"{self.session}_{os.getpid()}_{next(self.numbers)}",
             "msg_type": msg_type, "session": self.session, "username": self.username,
-            "date": date, "version": PROTOCOL_VERSION,
+            "date": date_now(), "version": PROTOCOL_VERSION,
         }
         return {"header": header, "parent_header": parent_header or {},
                 "metadata": metadata or {}, "content": content, "buffers": list(buffers)}
@@ -175,6 +173,12 @@ class Session:
         self.seen[signature] = None
         if len(self.seen) > MOST_SIGNATURES:
             del self.seen[next(iter(self.seen))]
+
+
+def date_now():
+    """The time as a header has it: ISO 8601, UTC, microseconds."""
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
 
 
 def json_default(value):
@@ -983,7 +987,10 @@ class Interpreter:
         """Code objects to be evaluated in turn; the last one's value is the cell's."""
         name = f"<In[{self.count.get()}] {next(self.serial)}>"
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
-        tree = compile(translate(code), name, "exec", self.flags | ast.PyCF_ONLY_AST, True)
+        flags, tree = self.flags | ast.PyCF_ONLY_AST, None
+        with contextlib.suppress(SyntaxError, ValueError):   # perhaps it has magics in it
+            tree = compile(code, name, "exec", flags, True)
+        tree = tree or compile(translate(code), name, "exec", flags, True)
         steps = []
         for part, mode in zip(split_cell(tree), ("exec", "eval"), strict=True):
             if part is not None:
@@ -2521,7 +2528,7 @@ class Cells:
         kernel, content = self.kernel, request["content"]
         kernel.enter(request)
         self.is_busy, stops = True, content.get("stop_on_error", True)
-        started = {"started": self.kernel.session.message("", {})["header"]["date"]}
+        started = {"started": date_now()}
         kernel.status("busy", request)
         try:
             reply = await kernel.execute_request(request, lambda: self.was_cancelled)
