@@ -1105,6 +1105,7 @@ class KernelErrors(KernelCase):
         cell = self.run_cell("x = 1\ny = = 2")
         self.assertFails(cell, "SyntaxError")
         self.assertRegex(cell.traceback, r"y = = 2\s*\n\s*\^")
+        self.assertNotIn("another exception", cell.traceback)
 
     def test_a_chained_error_shows_its_cause(self):
         cell = self.run_cell("try:\n    1/0\nexcept ZeroDivisionError as e:\n"
