@@ -460,7 +460,7 @@ BIG_TEXT = 1 << 16          # characters; a thread that has printed so much at o
 MOST_BIG_WAITING = 64       # until no more entries than these are left
 MOST_TEXT = 1 << 20         # characters in one stream message: a browser draws that in one frame
 FIRST, SECOND = operator.itemgetter(0), operator.itemgetter(1)
-SILENT = {}                 # the parent_header of a silent request: known by identity, never sent
+SILENT = {"silent": True}   # stands for the parent_header of a silent request; is never sent
 Scope = collections.namedtuple("Scope", "header stdout stderr")   # whose output it is; see scope_of
 
 
@@ -665,7 +665,7 @@ class Descriptor:
         os.dup2(self.write_end, descriptor)
         os.set_blocking(self.pipe, False)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()   # a `__del__` may print while its thread is in `drain`
 
     def drain(self):
         with self.lock:
