@@ -485,6 +485,7 @@ class Outbox:
         self.latest = scope_of({})         # the scope of threads that inherited none
         self.catch_up = None               # brings in what a cell's child processes have printed
         self.wants_nudge = False           # io sleeps without a time limit, or is far behind
+        self.is_held = False               # a subscriber of iopub is slow: who prints must wait
         self.is_urgent = False             # a message is waiting, or too much text
         self.last_flush = 0.0
         self.flush_at = None               # when the waiting text is due
@@ -503,6 +504,8 @@ class Outbox:
         parent = self.parent_header() if parent is None else parent
         if parent is SILENT:
             return
+        if self.is_held and msg_type == "display_data":
+            self.nudge(0)
         message = self.session.message(msg_type, content, parent, metadata, buffers)
         message["identities"] = [f"kernel.{self.session.session}.{msg_type}".encode()]
         self.put("iopub", message)
@@ -516,7 +519,8 @@ class Outbox:
         wake io, and hold a thread that floods, in short sleeps, so that it can be interrupted."""
         self.wake()
         most = MOST_WAITING if size < BIG_TEXT else MOST_BIG_WAITING
-        while len(self.queue) > most and threading.current_thread().name != "io":
+        while (len(self.queue) > most or self.is_held) \
+                and threading.current_thread().name != "io":
             self.is_urgent = True
             self.wake()
             time.sleep(0.001)
@@ -2605,7 +2609,7 @@ class Kernel:
         self.latest = None                    # the execute_request that runs or ran last
         self.interrupt_due = None             # when a SIGINT that nobody has noticed is repeated
         self.unasked = []                     # an input_request that could not be delivered yet
-        self.unsent = collections.deque()     # (channel, parts) that a full socket holds up
+        self.unsent = []                      # (channel, parts) that a full iopub holds up
         self.last_sent = time.monotonic()     # when nothing was held up
         self.is_finished, self.io_done = False, threading.Event()
 
@@ -2624,6 +2628,7 @@ class Kernel:
             else:
                 new.xpub_verbose = 1      # every subscriber gets its welcome, not just the first
                 new.xpub_nodrop = 1       # a full subscriber is waited for: see `send_due`
+                new.sndhwm = 64           # messages, of up to a megabyte, for each subscriber
             self.open(new, channel)
 
     def open(self, new, channel):
@@ -2734,27 +2739,30 @@ class Kernel:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def send_due(self):
-        """Send what is due, in order. When iopub is full because a subscriber is slow, the rest
-        waits, and soon whoever prints; one that stands still for STALL_SECONDS misses messages."""
-        if not self.unsent:
-            self.unsent.extend([*self.unasked, *self.outbox.take()])
-            self.unasked = []
-        while self.unsent:
-            channel, parts = self.unsent[0]
+        """Send what is due, in order. When iopub is full because a subscriber is slow, its messages
+        wait (replies don't), and so does whoever prints; one that stands still for STALL_SECONDS
+        misses messages."""
+        due, self.unasked, unsent = [*self.unsent, *self.unasked, *self.outbox.take()], [], []
+        for channel, parts in due:
+            if channel == "iopub" and unsent:
+                unsent.append((channel, parts))
+                continue
             try:
                 self.sockets[channel].send_multipart(parts, zmq.NOBLOCK,
                                                      copy=len(parts[-1]) < BIG_TEXT)
             except zmq.Again:
-                self.outbox.wants_nudge = len(self.outbox.queue) > MOST_WAITING
-                if time.monotonic() - self.last_sent > STALL_SECONDS:
-                    self.sockets["iopub"].xpub_nodrop = 0   # from now on as in other kernels
-                return
+                unsent.append((channel, parts))
             except zmq.ZMQError as problem:
                 if problem.errno != zmq.EHOSTUNREACH:
                     raise
                 self.unasked = [(channel, parts)]   # its client is not yet on stdin: try again
-            self.unsent.popleft()
-        self.last_sent = time.monotonic()
+        self.unsent, self.outbox.is_held = unsent, bool(unsent)
+        if not unsent:
+            self.last_sent = time.monotonic()
+            return
+        self.outbox.wants_nudge = True
+        if time.monotonic() - self.last_sent > STALL_SECONDS:
+            self.sockets["iopub"].xpub_nodrop = 0   # from now on as in other kernels
 
     def receive_safely(self, channel, source):
         """Log and drop a bad message: no busy, no reply, and never the end of this thread."""
