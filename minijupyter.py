@@ -31,6 +31,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import html
@@ -49,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 import uuid
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,7 +62,7 @@ except ImportError:
     sys.exit("MiniJupyter needs pyzmq: run `pip install pyzmq`.")
 
 import kernel as our_kernel
-from kernel import BadMessage, Session, to_json
+from kernel import Session, to_json
 
 __version__ = our_kernel.__version__
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -673,54 +675,326 @@ def fill_in(argv, values):
     return words
 
 
-# ---- 4. Kernels: processes, and who watches them ----------------------------------------------
+# ---- 4. Kernels: processes, journals, and who watches them ------------------------------------
 #
 # A kernel is started with a connection file that names five ports and a key. From then on one
-# thread watches that process: it hears iopub (busy or idle?), what the process writes on its own
-# stderr, and its end. What the watcher has to say to the pages (that the kernel died) it publishes
-# on an in-process socket as a signed `status` message; the bridges listen there as they listen to
-# iopub.
+# thread watches that process: it hears iopub (once, for all pages), what the process writes on its
+# own stderr, its heartbeat, and its end. What it hears is filed in the kernel's *journal* and put
+# into the mailbox of each page's bridge (section 7), under one lock: so a page that comes back can
+# be given what it missed and then all that is new, with nothing twice and nothing missing.
+#
+# A kernel that crashes is started again; one that never spoke is not.
 
 CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
-    "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER}
+    "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
+    "hb": zmq.DEALER}
 ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
-SHUTDOWN_SECONDS = 2.5    # after each of: request, SIGTERM; as jupyter_client does
-NOTICE = b"minijupyter"   # the iopub topic of what the watcher says in the kernel's stead
-TAIL = 4_000              # characters of a kernel's own stderr that are kept for an explanation
+SHUTDOWN_SECONDS = 2.5      # after each of: request, SIGTERM; as jupyter_client does
+NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
+LAST_WORDS_MS = 100         # that what a kernel said before its death may take through TCP
+HEARTBEAT_SECONDS = 5       # between two beats; SILENT_BEATS without an echo are reported
+SILENT_BEATS = 3
+STABLE_SECONDS = 10         # a crash within so long of the start counts; MOST_RESTARTS of them in
+MOST_RESTARTS = 5           # a row are enough. Both as jupyter_client's KernelRestarter
+MOST_WAITING = 16 << 20     # bytes in a page's mailbox; then whoever prints has to wait for it,
+STALLED_SECONDS = 10        # for so long; then the page is cut off (and can come back)
+MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
+MOST_REQUESTS = 1_000       # of a kernel that are remembered
+MOST_PARKED = 16            # clients that left with a request open, per kernel
+BATCH = 1 << 20             # bytes that are taken from a socket in one go
+ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
+TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
 # Their busy and idle say nothing about running code; a frontend sends them all the time.
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
                   "shutdown_request"}
+STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
+         "status"}   # what a full journal keeps; all else is output
+
+
+class Entry:
+    """One message on its way through the server: its JSON as it came; the headers are read."""
+
+    __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "number", "size")
+
+    def __init__(self, channel, json_parts, buffers=()):
+        """Raises ValueError when the headers are not JSON objects with the fields they need."""
+        self.channel, self.json_parts, self.buffers = channel, json_parts, buffers
+        self.header, self.parent_id = read_header(json_parts[0]), parent_id(json_parts[1])
+        self.number = 0   # its place in the journal
+        self.size = 1_000 + len(json_parts[3]) + sum(map(len, buffers))   # bytes, about
+
+    @property
+    def msg_type(self):
+        return self.header["msg_type"]
+
+    @property
+    def content(self):
+        return json.loads(self.json_parts[3])
+
+    @property
+    def is_idle(self):
+        return self.msg_type == "status" and b'"idle"' in self.json_parts[3]
+
+
+def read_header(part):
+    header = json.loads(part)
+    if not isinstance(header, dict) or not {"msg_id", "msg_type"} <= header.keys():
+        raise ValueError("a header without msg_id or msg_type")
+    return header
+
+
+@functools.lru_cache(maxsize=64)   # a thousand lines of output have one parent
+def parent_id(part):
+    parent = json.loads(part)
+    return parent.get("msg_id") if isinstance(parent, dict) else None
+
+
+class Record:
+    """An execute_request and all that came of it."""
+
+    def __init__(self, request, is_followed):
+        self.request = request
+        self.is_followed = is_followed   # who asked will say when the file holds the outputs
+        self.entries, self.size = [], 0
+        self.due = {"execute_reply", "idle"}   # what must still come
+        self.dropped = 0                       # bytes of output that did not fit
+
+    @property
+    def is_over(self):
+        """True when no more output is to come; a reply may have nobody to go to."""
+        return "idle" not in self.due
+
+    def add(self, entry):
+        self.entries.append(entry)
+        self.size += entry.size
+        self.due.discard("idle" if entry.is_idle else entry.msg_type)
+
+    def shorten(self, session):
+        """Drop the older half of the output, leave a note; returns how many bytes that freed.
+
+        The note has the place and the msg_id of the last entry dropped: whoever has seen that one
+        needs no note.
+        """
+        outputs = [entry for entry in self.entries if entry.msg_type not in STORY]
+        dropped = outputs[:(len(outputs) + 1) // 2]
+        if not dropped:
+            return 0
+        freed = sum(entry.size for entry in dropped)
+        self.dropped += freed
+        text = (f"[{self.dropped / 1e6:.1f} MB of this output are missing here: MiniJupyter keeps "
+                f"{MOST_JOURNAL >> 20} MB for a page that is away]\n")
+        note = said(session, "iopub", "stream", {"name": "stderr", "text": text}, self.request)
+        note.header["msg_id"], note.number = dropped[-1].header["msg_id"], dropped[-1].number
+        note.json_parts[0] = to_json(note.header)
+        gone = set(dropped)
+        self.entries = [note if entry is dropped[-1] else entry
+                        for entry in self.entries if entry is dropped[-1] or entry not in gone]
+        self.size -= freed - note.size
+        return freed - note.size
+
+
+def said(session, channel, msg_type, content, request=None):
+    """What the server itself has to say in a kernel's stead, as an Entry."""
+    message = session.message(msg_type, content, request and request.header)
+    return Entry(channel, session.pack(message)[2:6])
+
+
+class Journal:
+    """What came of the requests whose outputs no file holds yet: execute_requests, replies, iopub,
+    questions for input and their answers, in the order in which they passed.
+
+    Its owner locks: filing an entry and handing it to those who listen must be one step.
+    """
+
+    def __init__(self, session):
+        self.session = session
+        self.records = {}     # msg_id of an execute_request -> Record, oldest first
+        self.requests = {}    # the same, forgotten ones too: msg_id -> (entry, is_followed)
+        self.questions = {}   # msg_id of an open input_request -> (its request's, is it secret)
+        self.number = self.size = 0
+
+    def add(self, entry, is_followed=False):
+        """File an entry, if it is an execute_request or came of one."""
+        self.number += 1
+        entry.number = self.number
+        request_id = entry.parent_id
+        if entry.msg_type == "execute_request":
+            request_id = self.begin(entry, is_followed)
+        elif entry.msg_type == "input_request":
+            is_secret = bool(entry.content.get("password"))
+            self.questions[entry.header["msg_id"]] = request_id, is_secret
+        elif entry.msg_type == "input_reply":
+            request_id, _ = self.questions.pop(entry.parent_id, (None, None))
+        if record := self.record(request_id, entry):
+            self.file(record, entry)
+
+    def begin(self, request, is_followed):
+        id = request.header["msg_id"]
+        self.requests[id] = request, is_followed
+        self.records[id] = Record(request, is_followed)
+        if len(self.requests) > MOST_REQUESTS:
+            oldest = next(iter(self.requests))
+            del self.requests[oldest]
+            self.forget([oldest])
+        return id
+
+    def record(self, request_id, entry):
+        """The record of a request, or None. What a thread prints after its cell's outputs were
+        saved begins a new one that lacks the cell's beginning: a page appends what is in it."""
+        if request_id in self.records or request_id not in self.requests or entry.msg_type in STORY:
+            return self.records.get(request_id)
+        request, is_followed = self.requests[request_id]
+        idle = said(self.session, "iopub", "status", {"execution_state": "idle"}, request)
+        idle.number = request.number
+        self.records[request_id] = record = Record(request, is_followed)
+        self.file(record, request)
+        self.file(record, idle)
+        return record
+
+    def file(self, record, entry):
+        record.add(entry)
+        self.size += entry.size
+        if entry.is_idle:
+            self.questions = {id: about for id, about in self.questions.items()
+                              if about[0] != record.request.header["msg_id"]}
+        if self.size > MOST_JOURNAL:
+            largest = max(self.records.values(), key=lambda record: record.size)
+            self.size -= largest.shorten(self.session)
+
+    def forget(self, ids):
+        """The outputs of these requests are in the file now."""
+        for id in ids:
+            if record := self.records.pop(id, None):
+                self.size -= record.size
+
+    def forget_unfollowed(self):
+        """The same for all that are over, of clients that do not tell what they have saved."""
+        self.forget([id for id, record in self.records.items()
+                     if record.is_over and not record.is_followed])
+
+    def replay(self, after=0):
+        """All entries that came after number `after`, in their order."""
+        entries = [entry for record in self.records.values() for entry in record.entries
+                   if entry.number > after]
+        return sorted(entries, key=lambda entry: entry.number)
+
+    def endings(self):
+        """What a process that has ended cannot say any more: an aborted reply, an idle, where they
+        are due."""
+        self.questions.clear()
+        endings = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
+                   "idle": ("iopub", "status", {"execution_state": "idle"})}
+        return [said(self.session, *endings[due], record.request)
+                for record in self.records.values() for due in sorted(record.due)]
+
+
+class Mailbox:
+    """What other threads have for one thread, with a descriptor that its poller can wait for."""
+
+    def __init__(self):
+        self.items, self.size = [], 0   # size: of the entries among them, bytes
+        self.has_room = threading.Condition()
+        self.ear, self.mouth = socket.socketpair()
+        self.is_signalled = False       # a byte is on its way from mouth to ear
+
+    def fileno(self):
+        return self.ear.fileno()
+
+    def put(self, items=()):
+        """Append items and wake the owner; without items just wake it."""
+        with self.has_room:
+            self.items.extend(items)
+            self.size += sum(item.size for item in items if isinstance(item, Entry))
+            if not self.is_signalled:
+                self.is_signalled = True
+                self.mouth.send(b"\0")
+
+    def take(self):
+        """All items, oldest first."""
+        with self.has_room:
+            if self.is_signalled:
+                self.ear.recv(1)
+            self.is_signalled = False
+            items, self.items, self.size = self.items, [], 0
+            self.has_room.notify_all()
+        return items
+
+    def wait_for_room(self, seconds):
+        """False when the owner has not made room in time."""
+        with self.has_room:
+            return self.has_room.wait_for(lambda: self.size <= MOST_WAITING, seconds)
+
+    def close(self):
+        with self.has_room:   # whoever waits for room need not any more
+            self.size = 0
+            self.is_signalled = True
+            self.has_room.notify_all()
+        self.ear.close()
+        self.mouth.close()
+
+
+class Ends:
+    """One client's ends of shell, control and stdin, by which a kernel knows it. When the client
+    leaves with a request open, another one inherits them: replies and questions still come."""
+
+    def __init__(self, kernel, session_id):
+        self.session_id = session_id
+        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
+        identity = secrets.token_bytes(16)
+        self.sockets = {channel: kernel.connect(channel, identity)
+                        for channel in ("shell", "control", "stdin")}
+        self.open = set()        # msg_ids of execute_requests without a reply
+        self.questions = set()   # msg_ids of input_requests that came here, without an answer
+
+    def close(self):
+        for sock in self.sockets.values():
+            sock.close()
+
+
+class Answer(typing.NamedTuple):
+    """An input_reply from one page to a question that came to another."""
+
+    message: dict
+    question: str   # msg_id of the input_request
 
 
 class Kernel:
-    """One kernel: its process, its connection, its state."""
+    """One kernel: its process, its connection, its state, and who listens to it."""
 
-    def __init__(self, name, spec, folder, cwd, path=""):
-        self.id = str(uuid.uuid4())
+    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None):
+        self.id = id or str(uuid.uuid4())
         self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
-        self.state, self.reason, self.connections = "starting", None, 0
+        self.env = env or {}      # variables that the client asks for
+        self.state, self.reason = "starting", None
         self.last_activity = time.time()
         self.intent = None        # why the process is about to end: "restart", "shutdown" or None
         self.is_gone = False      # it will not be started again
-        self.lock = threading.Lock()
+        self.is_heard = False     # iopub of this process is connected: no answer can be missed
+        self.crashes = 0          # in a row
+        self.lock = threading.Lock()           # one start or stop at a time
         self.connection = new_connection(name, path)
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
         self.session = Session(self.connection["key"], username="server")
-        self.notices = ZMQ.socket(zmq.PUB)   # the watcher's voice
-        self.notices.bind(self.notices_endpoint)
+        self.journal = Journal(self.session)
+        self.journal_lock = threading.Lock()   # guards what stands from here on
+        self.listeners = []                    # bridges
+        self.parked = []                       # Ends of clients that left
+        self.left_at = {}                      # session_id -> journal number when it left
         self.process, self.ended = None, threading.Event()
         self.ended.set()
 
     @property
-    def notices_endpoint(self):
-        return f"inproc://kernel-{self.id}"
+    def connections(self):
+        return len(self.listeners)
 
     def model(self):
         model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
                  "execution_state": self.state, "connections": self.connections}
         return {**model, "reason": self.reason} if self.reason else model
+
+    # -- the process --
 
     def launch(self):
         """Write the connection file and start the process. Raises Problem 500."""
@@ -735,7 +1009,8 @@ class Kernel:
         except OSError as problem:
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
             raise Problem(500, self.reason) from None
-        self.state, self.reason, self.intent = "starting", None, None
+        REAPER.note("+", self.process.pid)
+        self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
@@ -744,7 +1019,7 @@ class Kernel:
         for name, value in self.spec["env"].items():   # $NAME stands for a variable's value
             env[name] = re.sub(r"\$\{(\w+)\}|\$(\w+)",
                                lambda m: os.environ.get(m[1] or m[2], m[0]), value)
-        return env
+        return {**env, **self.env}
 
     def connect(self, channel, identity=b""):
         """A client's socket, connected to a channel; it belongs to the calling thread."""
@@ -765,12 +1040,6 @@ class Kernel:
             message = self.session.message(msg_type, content)
             control.send_multipart(self.session.pack(message))
             return bool(control.poll(int(seconds * 1000)))
-
-    def status_message(self, state):
-        """The parts of a `status` message that the kernel itself cannot send any more."""
-        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else {}
-        content = {"execution_state": state, **reason}
-        return self.session.pack(self.session.message("status", content))
 
     def interrupt(self):
         """Interrupt the running cell, by signal or by message as the spec says."""
@@ -805,20 +1074,93 @@ class Kernel:
         with self.lock:
             if self.is_gone:
                 raise Problem(404, f"Kernel does not exist: {self.id}")
-            self.state = "restarting"
+            self.state, self.is_heard, self.crashes = "restarting", False, 0
             self.stop("restart")
             self.launch()
+
+    def restart_after_crash(self, process):
+        """Start again what ended by itself, unless somebody else has done it meanwhile."""
+        with self.lock:
+            if self.process is process and self.intent is None and not self.is_gone:
+                with contextlib.suppress(Problem):   # its reason is in the model
+                    self.launch()
 
     def shutdown(self):
         with self.lock:
             self.is_gone = True
             self.stop("shutdown")
-            self.forget()
+            with self.journal_lock:
+                for bridge in self.listeners:
+                    bridge.inbox.put()   # it sees that the kernel is gone, and closes
+                self.close_parked()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.connection_file)
 
-    def forget(self):
-        self.notices.close(linger=1000)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.connection_file)
+    def close_parked(self, most=0):
+        while len(self.parked) > most:
+            self.parked.pop(0).close()
+
+    # -- who listens --
+
+    def publish(self, entries, client=None):
+        """File entries, and hand them to whoever listens: all of iopub to everybody, the rest to
+        those who follow the whole conversation; `client`, who has them, is left out."""
+        with self.journal_lock:
+            for entry in entries:
+                self.journal.add(entry, client is not None and client.is_follower)
+            for bridge in self.listeners:
+                if bridge is not client:
+                    bridge.inbox.put([entry for entry in entries if bridge.wants(entry)])
+
+    def join(self, bridge):
+        """From now on `bridge` hears everything; what it missed is in its mailbox before it."""
+        with self.journal_lock:
+            after = 0 if bridge.is_follower else self.left_at.get(bridge.session_id)
+            missed = []
+            for other in [each for each in self.listeners if each.session_id == bridge.session_id]:
+                self.listeners.remove(other)   # the same page, which comes by a new connection
+                other.websocket.abort()
+                missed, after = other.inbox.take(), 0 if bridge.is_follower else None
+            if after is not None:
+                missed = [*(item for item in missed if not isinstance(item, Entry)),
+                          *self.journal.replay(after)]
+            bridge.inbox.put([item for item in missed if bridge.wants(item)])
+            inherited = [ends for ends in self.parked if bridge.is_heir(ends)]
+            self.parked = [ends for ends in self.parked if ends not in inherited]
+            bridge.inbox.put(inherited)
+            if self.state == "dead":
+                bridge.inbox.put([self.status("dead")])
+            self.listeners.append(bridge)
+
+    def leave(self, bridge):
+        """`bridge` goes. Its ends on which a reply is due go to an heir, or wait for one."""
+        with self.journal_lock:
+            if bridge in self.listeners:
+                self.listeners.remove(bridge)
+                self.left_at[bridge.session_id] = self.journal.number
+            if len(self.left_at) > MOST_REQUESTS:
+                del self.left_at[next(iter(self.left_at))]
+            items = [*bridge.ends, *bridge.inbox.take()]
+            for item in items:
+                if isinstance(item, Ends) and (self.is_gone or not item.open):
+                    item.close()
+                elif not isinstance(item, Entry):
+                    self.pass_on(item)
+            self.close_parked(MOST_PARKED)
+
+    def pass_on(self, item):
+        """Ends, or an Answer to a question that came to them, go to another bridge."""
+        heir = next((bridge for bridge in self.listeners if bridge.is_heir(item)), None)
+        if heir:
+            heir.inbox.put([item])
+        elif isinstance(item, Ends):
+            self.parked.append(item)
+
+    def status(self, state):
+        """A status message that the kernel itself cannot send any more, as an Entry."""
+        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else (
+            {"reason": self.reason} if self.reason else {})
+        return said(self.session, "iopub", "status", {"execution_state": state, **reason})
 
 
 class Watcher:
@@ -827,50 +1169,98 @@ class Watcher:
     def __init__(self, kernel):
         self.kernel, self.process = kernel, kernel.process
         self.tail = ""   # the last that the process wrote on its own stdout or stderr
+        self.started = self.last_echo = time.monotonic()
+        self.next_nudge = self.next_beat = 0.0
+        self.has_answered = False
 
     def run(self):
-        iopub, shell = self.kernel.connect("iopub"), self.kernel.connect("shell")
+        self.iopub, self.shell, self.heart = map(self.kernel.connect, ("iopub", "shell", "hb"))
         output = self.process.stdout
         os.set_blocking(output.fileno(), False)
         poller = zmq.Poller()
-        for source in (iopub, shell, output.fileno()):
+        for source in (self.iopub, self.shell, self.heart, output.fileno()):
             poller.register(source, zmq.POLLIN)
-        end = watch_process(self.process, poller)
-        # Its answer says that the kernel has started.
-        shell.send_multipart(self.kernel.session.pack(
-            self.kernel.session.message("kernel_info_request", {})))
-        while self.process.poll() is None:
-            # Without a pidfd the end is looked for twice a second.
-            ready = dict(poller.poll(None if end else 500))
-            if shell in ready and shell.recv_multipart() and self.kernel.state == "starting":
-                self.kernel.state = "idle"
-            if iopub in ready:
-                self.hear(iopub)
-            if output.fileno() in ready and not self.read(output):
-                poller.unregister(output.fileno())
-        self.read(output)
-        if end:
-            os.close(end)
-        output.close()
-        iopub.close()
-        shell.close()
-        try:
-            self.tell_end()
-        finally:
-            self.kernel.ended.set()   # whoever stops the kernel waits for this
+        with watched_process(self.process, poller) as is_watched:
+            while self.process.poll() is None:
+                # Without a pidfd the end is looked for twice a second.
+                self.step(poller, output, min(self.patience(), 60 if is_watched else 0.5))
+        self.end(output)
 
-    def hear(self, iopub):
-        """Learn the kernel's state from the `status` messages that running code causes."""
-        try:
-            message = self.kernel.session.unpack(iopub.recv_multipart())
-        except BadMessage as problem:
-            return log(f"kernel {self.kernel.id}: dropped a message on iopub: {problem}")
-        if message["header"]["msg_type"] != "status":
+    def step(self, poller, output, seconds):
+        ready = dict(poller.poll(seconds * 1000))
+        if self.iopub in ready:
+            self.hear()
+        if self.shell in ready and self.shell.recv_multipart():
+            self.has_answered = True
+        if self.heart in ready and self.heart.recv_multipart():
+            self.last_echo = time.monotonic()
+        if output.fileno() in ready and not self.read(output):
+            poller.unregister(output.fileno())
+        self.nudge()
+        self.beat()
+
+    def patience(self):
+        """Seconds until there is something to say to the kernel."""
+        due = self.next_beat if self.has_answered else min(self.next_beat, self.next_nudge)
+        return max(0.0, due - time.monotonic())
+
+    def nudge(self):
+        """Ask a new kernel for its info until it has answered and iopub was heard: a kernel
+        publishes only to those who have subscribed by then."""
+        kernel, now = self.kernel, time.monotonic()
+        if self.has_answered and kernel.is_heard:
+            if kernel.state == "starting":
+                kernel.state = "idle"
             return
-        state = message["content"].get("execution_state")
-        parent = message["parent_header"].get("msg_type")
+        if now >= self.next_nudge:
+            self.has_answered = False
+            self.next_nudge = now + NUDGE_SECONDS
+            message = kernel.session.message("kernel_info_request", {})
+            self.shell.send_multipart(kernel.session.pack(message))
+
+    def beat(self):
+        """Send a heartbeat; say so when a kernel that once spoke has stopped to echo it."""
+        now, kernel = time.monotonic(), self.kernel
+        is_silent = now - self.last_echo > SILENT_BEATS * HEARTBEAT_SECONDS
+        if is_silent and kernel.is_heard and not kernel.reason:
+            kernel.reason = "The kernel process is there, but does not answer its heartbeat."
+            log(f"kernel {kernel.id}: {kernel.reason}")
+        elif not is_silent and self.process.poll() is None:
+            kernel.reason = None
+        if now >= self.next_beat:
+            self.next_beat = now + HEARTBEAT_SECONDS
+            self.heart.send_multipart([b"", b"ping"])
+
+    def hear(self):
+        """Take what iopub has, in one go: for the kernel's state, the journal and the pages."""
+        kernel, entries = self.kernel, []
+        for parts in waiting_messages(self.iopub):
+            try:
+                _, json_parts, buffers = kernel.session.verify(parts)
+                entries.append(Entry("iopub", json_parts, buffers))
+            except ValueError as problem:
+                log(f"kernel {kernel.id}: dropped a message on iopub: {problem}")
+        for entry in entries:
+            if entry.msg_type == "status":
+                self.note_state(entry)
+        kernel.publish(entries)
+        if entries and not kernel.is_heard:
+            kernel.is_heard = True
+            kernel.publish([])   # the bridges may let requests through now
+        self.wait_for_slow()
+
+    def note_state(self, entry):
+        """Learn the kernel's state from the `status` messages that running code causes."""
+        state = entry.content.get("execution_state")
+        parent = json.loads(entry.json_parts[1]).get("msg_type")
         if parent not in QUIET_REQUESTS and state in ("busy", "idle"):
             self.kernel.state, self.kernel.last_activity = state, time.time()
+
+    def wait_for_slow(self):
+        """Hear no more before every page has room for it: then the kernel holds whoever prints."""
+        for bridge in list(self.kernel.listeners):
+            if self.kernel.intent is None and not bridge.inbox.wait_for_room(STALLED_SECONDS):
+                bridge.websocket.abort()
 
     def read(self, output):
         """Pass on what the process says itself; False at the end of the file."""
@@ -884,17 +1274,49 @@ class Watcher:
             log(text.rstrip())
         return bool(data)
 
-    def tell_end(self):
-        """Publish that the process has ended, and why, to every page."""
+    def end(self, output):
+        """The process is gone: hear its last words, tell every page, and start it anew or not."""
         kernel = self.kernel
-        if kernel.intent == "restart":
-            self.publish("restarting")
-        else:
-            if kernel.intent is None:
-                kernel.reason = self.explain()
-                log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
-            kernel.state = "dead"
-            self.publish("dead")
+        REAPER.note("-", self.process.pid)
+        try:
+            while self.iopub.poll(LAST_WORDS_MS):
+                self.hear()
+            self.read(output)
+            output.close()
+            for sock in (self.iopub, self.shell, self.heart):
+                sock.close()
+            will_restart = self.tell_end()
+        finally:
+            kernel.ended.set()   # whoever stops the kernel waits for this
+        if will_restart:
+            kernel.restart_after_crash(self.process)
+
+    def tell_end(self):
+        """Publish that the process has ended, and why; True when it is to be started again."""
+        kernel, spoke = self.kernel, self.kernel.is_heard
+        kernel.is_heard = False
+        is_crash = kernel.intent is None
+        if is_crash:
+            kernel.reason = self.explain()
+            log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
+            was_short = time.monotonic() - self.started < STABLE_SECONDS
+            kernel.crashes = kernel.crashes + 1 if was_short else 1
+        will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
+        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
+        kernel.publish(self.last_replies())
+        with kernel.journal_lock:
+            endings = kernel.journal.endings()
+        kernel.publish([*endings, kernel.status(kernel.state)])
+        return will_restart
+
+    def last_replies(self):
+        """The replies to clients that have left, as Entries; their ends are of no use any more."""
+        with self.kernel.journal_lock:
+            entries = [Entry("shell", *self.kernel.session.verify(parts)[1:])
+                       for ends in self.kernel.parked
+                       for parts in waiting_messages(ends.sockets["shell"])]
+            self.kernel.close_parked()
+        return entries
 
     def explain(self):
         code, said = self.process.returncode, self.tail.strip()
@@ -902,20 +1324,66 @@ class Watcher:
                else f"ended with exit code {code}")
         return f"The kernel process {how}" + (f":\n{said}" if said else ".")
 
-    def publish(self, state):
-        self.kernel.notices.send_multipart([NOTICE, *self.kernel.status_message(state)])
+
+def waiting_messages(sock):
+    """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
+    size = 0
+    while size < BATCH:
+        try:
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        size += sum(map(len, parts))
+        yield parts
 
 
-def watch_process(process, poller):
-    """Let `poller` wake when the process ends, where the system can; returns a descriptor."""
-    if not hasattr(os, "pidfd_open"):
-        return None
+@contextlib.contextmanager
+def watched_process(process, poller):
+    """Lets `poller` wake when the process ends, where the system can; gives True if so."""
     try:
-        descriptor = os.pidfd_open(process.pid)
-    except OSError:
-        return None
+        descriptor = os.pidfd_open(process.pid)   # Linux
+    except (AttributeError, OSError):
+        yield False
+        return
     poller.register(descriptor, zmq.POLLIN)
-    return descriptor
+    yield True
+    os.close(descriptor)
+
+
+class Reaper:
+    """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
+
+    The server tells it of every kernel's process group; when the pipe between them breaks, it ends
+    those that are left.
+    """
+
+    SCRIPT = """
+        while read -r sign group; do
+            case $sign in
+                +) groups="$groups $group " ;;
+                -) groups="${groups%% $group *} ${groups#* $group }" ;;
+            esac
+        done
+        for signal in TERM KILL; do
+            for group in $groups; do kill -$signal -- -$group; done 2>/dev/null
+            [ -z "${groups## }" ] || sleep 1
+        done"""
+
+    def __init__(self):
+        self.lock, self.shell = threading.Lock(), None
+
+    def note(self, sign, pid):
+        """A process group began ("+") or ended ("-")."""
+        with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
+            if self.shell is None and os.name == "posix":
+                self.shell = subprocess.Popen(
+                    ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            if self.shell:
+                self.shell.stdin.write(f"{sign} {pid}\n")
+
+
+REAPER = Reaper()
 
 
 def new_connection(name, path):
@@ -946,19 +1414,24 @@ class Kernels:
         self.contents = contents
         self.all = {}   # id -> Kernel
 
-    def start(self, name=None, path=""):
+    def start(self, name=None, path="", id=None, env=None):
         """Start the kernel called `name` in the folder of `path`. Raises Problem."""
         name = name or DEFAULT_KERNEL
         specs = find_specs()
         if name not in specs:
             raise Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
-        new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path)
+        if id is not None and (not re.fullmatch(ID, id) or id in self.all):
+            raise Problem(400, f"{id} is no UUID, or the id of another kernel")
+        # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
+        env = {name: value for name, value in (env or {}).items()
+               if name.startswith("KERNEL_") and isinstance(value, str)}
+        new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env)
         self.all[new.id] = new
         try:
             new.launch()
         except Problem:
             del self.all[new.id]
-            new.forget()
+            new.shutdown()
             raise
         return new
 
@@ -989,6 +1462,17 @@ class Kernels:
         for thread in threads:
             thread.join()
         self.all.clear()
+
+    def cull(self, seconds):
+        """Forever: end the kernels that nobody listens to and that have been idle for so long."""
+        while True:
+            time.sleep(min(10, seconds / 4))
+            for kernel in list(self.all.values()):
+                is_idle = kernel.state == "idle" and not kernel.connections
+                if is_idle and time.time() - kernel.last_activity > seconds:
+                    log(f"kernel {kernel.id} was idle for {seconds:g} s: it is shut down")
+                    with contextlib.suppress(Problem):
+                        self.shutdown(kernel.id)
 
 
 # ---- 5. Sessions: which file belongs to which kernel ------------------------------------------
@@ -1232,6 +1716,16 @@ class WebSocket:
     def fileno(self):
         return self.socket.fileno()
 
+    @property
+    def has_bytes(self):
+        """True when there is something to read that the descriptor does not tell of."""
+        return bool(self.first_bytes)
+
+    def abort(self):
+        """End the connection from another thread: its owner then sees its end."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
     def receive(self):
         """The next message, str or bytes; None when the connection is closed. Waits."""
         while not self.waiting and not self.is_closed:
@@ -1295,34 +1789,32 @@ def message_frame(message):
 
 # ---- 7. The bridge: WebSocket <-> ZeroMQ ------------------------------------------------------
 #
-# One thread, one poller over the TCP socket and four ZeroMQ sockets; what arrives on one side
-# leaves on the other. Only what comes from a browser is parsed: a kernel's message is four JSON
-# parts already, so its bytes are put between braces and sent on; just its header is read.
+# One thread, one poller over the TCP socket, the page's ends of shell, control and stdin, and a
+# mailbox for what the kernel's watcher has heard on iopub; what arrives on one side leaves on the
+# other. Only what comes from a browser is parsed: a kernel's message is four JSON parts already,
+# so its bytes are put between braces and sent on.
 #
-# A kernel publishes to those who have subscribed *by then*. So a new bridge lets no request
-# through until it has heard something on iopub: the welcome of a modern kernel, or what a
-# `kernel_info_request` stirs up in an older one.
+# A kernel publishes to those who have subscribed *by then*. So no request passes before the
+# watcher has heard something on iopub, also after a restart.
 
-NUDGE_MS = 500        # between two kernel_info_requests to a kernel that is silent
-LAST_WORDS_MS = 100   # that what a kernel said before its death may take through TCP
-PING_SECONDS = 30     # between pings; a peer silent for three of them is gone
+PING_SECONDS = 30    # between pings; a peer silent for three of them is gone
+MOST_UNSENT = 100    # messages that a page may send ahead of a kernel that is not ready
 
 
-def splice(channel, json_parts, buffers):
-    """The WebSocket frame of a kernel's message in Jupyter's default protocol: its JSON as it came.
+def splice(entry):
+    """(opcode, payload) of an Entry in Jupyter's default protocol: its JSON as it came.
 
     `msg_id` and `msg_type` stand at the top level, too: Python clients look there.
     """
-    header, parent_header, metadata, content = json_parts
-    about = json.loads(header)
+    header, parent_header, metadata, content = entry.json_parts
     text = b"".join((
         b'{"header":', header, b',"parent_header":', parent_header, b',"metadata":', metadata,
-        b',"content":', content, b',"buffers":[],"channel":"', channel.encode(),
-        b'","msg_id":', to_json(about["msg_id"]),
-        b',"msg_type":', to_json(about["msg_type"]), b"}"))
-    if not buffers:
-        return encode_frame(TEXT, text)
-    return encode_frame(BINARY, join_parts([text, *buffers]))
+        b',"content":', content, b',"buffers":[],"channel":"', entry.channel.encode(),
+        b'","msg_id":', to_json(entry.header["msg_id"]),
+        b',"msg_type":', to_json(entry.msg_type), b"}"))
+    if not entry.buffers:
+        return TEXT, text
+    return BINARY, join_parts([text, *entry.buffers])
 
 
 def join_parts(parts):
@@ -1347,16 +1839,16 @@ def decode_message(message):
     return {**json.loads(parts[0]), "buffers": parts[1:]}
 
 
-def splice_v1(channel, json_parts, buffers):
+def splice_v1(entry):
     """The same in `v1.kernel.websocket.jupyter.org`: n, n offsets (little-endian u64; the last one
     is the end), then channel, header, parent_header, metadata, content, buffers."""
-    parts, offsets = [channel.encode(), *json_parts, *buffers], []
+    parts, offsets = [entry.channel.encode(), *entry.json_parts, *entry.buffers], []
     at = 8 * (len(parts) + 2)
     for part in parts:
         offsets.append(at)
         at += len(part)
     head = struct.pack(f"<{len(parts) + 2}Q", len(parts) + 1, *offsets, at)
-    return encode_frame(BINARY, head + b"".join(parts))
+    return BINARY, head + b"".join(parts)
 
 
 def decode_v1(message):
@@ -1377,120 +1869,166 @@ LAYOUTS = {None: (decode_message, splice), V1: (decode_v1, splice_v1)}   # subpr
 
 
 class Bridge:
-    """Carries messages between one WebSocket and one kernel until either is gone."""
+    """Carries messages between one WebSocket and one kernel until either is gone.
 
-    def __init__(self, websocket, kernel):
+    `is_follower`: the page follows the kernel's whole conversation (`?journal=1`). On connecting it
+    gets what no file holds yet, afterwards also the requests, replies, questions and answers of
+    other pages; it says what it has saved by `{"channel": "journal", "content": {"forget":
+    [msg_ids of execute_requests]}}`.
+    """
+
+    def __init__(self, websocket, kernel, session_id, is_follower=False):
         self.websocket, self.kernel = websocket, kernel
-        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
-        identity = secrets.token_bytes(16)
-        self.sockets = {channel: kernel.connect(channel, identity) for channel in CHANNELS}
-        self.sockets["iopub"].connect(kernel.notices_endpoint)
+        self.session_id, self.is_follower = session_id, is_follower
         self.session = Session(kernel.connection["key"], username="page")
-        self.process = kernel.process
         self.decode, self.splice = LAYOUTS[websocket.protocol]
-        # True once iopub is known to be connected, so that no answer can be missed. A busy kernel
-        # could not answer a nudge; it is taken as heard, for it has been running for long.
-        self.is_heard = kernel.state == "busy"
+        self.inbox = Mailbox()     # of Entry (for the page), Ends (inherited), Answer (to pass on)
+        self.unsent = []           # messages that wait for the kernel to be ready
+        self.ends = []             # its own first
+        self.process = kernel.process
         self.last_ping = time.monotonic()
-        self.obituary = None   # (when, frame): that the kernel is dead, after its last words
 
     def run(self):
-        poller, by_socket = zmq.Poller(), {s: channel for channel, s in self.sockets.items()}
-        for sock in by_socket:
-            poller.register(sock, zmq.POLLIN)
-        self.kernel.connections += 1
-        if self.kernel.state == "dead":   # who comes late is told as well
-            parts = self.kernel.status_message("dead")
-            self.websocket.write(self.splice("iopub", parts[2:], []))
+        self.poller = zmq.Poller()
+        self.poller.register(self.inbox.fileno(), zmq.POLLIN)
+        self.inherit(Ends(self.kernel, self.session_id))
+        self.kernel.join(self)
         try:
             while not self.websocket.is_closed:
-                self.step(poller, by_socket)
+                self.step()
         finally:
-            self.kernel.connections -= 1
-            for sock in by_socket:
-                sock.close()
+            self.kernel.leave(self)
+            self.inbox.close()
 
-    def step(self, poller, by_socket):
+    def wants(self, item):
+        """iopub is for everybody; what else passes between pages and kernel, for followers."""
+        return self.is_follower or not isinstance(item, Entry) or item.channel == "iopub"
+
+    def is_heir(self, item):
+        """True when this bridge takes over what belonged to one that has left."""
+        return self.is_follower or getattr(item, "session_id", None) == self.session_id
+
+    def inherit(self, ends):
+        self.ends.append(ends)
+        for sock in ends.sockets.values():
+            self.poller.register(sock, zmq.POLLIN)
+
+    def step(self):
         """Wait for either side and carry what has come."""
-        if self.kernel.process is not self.process:   # restarted: iopub must be heard anew
-            self.process, self.is_heard, self.obituary = self.kernel.process, False, None
-        if self.websocket.first_bytes and self.is_heard:
-            return self.carry_up()
+        if self.kernel.process is not self.process:   # restarted: no reply is due any more
+            self.process = self.kernel.process
+            for ends in self.ends:
+                ends.open.clear()
+                ends.questions.clear()
         page = self.websocket.fileno()
-        poller.register(page, zmq.POLLIN if self.is_heard else 0)
-        ready = dict(poller.poll(LAST_WORDS_MS if self.obituary else
-                                 PING_SECONDS * 1000 if self.is_heard else NUDGE_MS))
-        frames = [frame for sock, channel in by_socket.items() if sock in ready
-                  for frame in self.from_kernel(channel, sock)]
+        self.poller.register(page, zmq.POLLIN if len(self.unsent) < MOST_UNSENT else 0)
+        ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
+        frames = []
+        if self.inbox.fileno() in ready:
+            frames += self.from_others()
+        for ends in self.ends:
+            for channel, sock in ends.sockets.items():
+                if sock in ready:
+                    frames += self.from_kernel(channel, sock, ends)
         if frames:
             self.websocket.write(b"".join(frames))
-        if page in ready and self.kernel.process is self.process:
-            self.carry_up()
-        if not ready and not self.is_heard and self.kernel.state != "dead":
-            nudge = self.session.message("kernel_info_request", {})
-            self.sockets["shell"].send_multipart(self.session.pack(nudge))
-        self.tell_end()
-        self.ping_or_give_up()
-
-    def tell_end(self):
-        """Tell the page of its kernel's death when that is due; close when no other will come."""
-        if self.obituary:
-            when, frame = self.obituary
-            if when > time.monotonic():
-                return
-            self.websocket.write(frame)
-            self.obituary = None
-        if self.kernel.is_gone and self.kernel.process.returncode is not None:
+        if page in ready or self.websocket.has_bytes:
+            self.unsent += self.websocket.arrived()
+        self.carry_up()
+        if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
+        self.ping_or_give_up()
+
+    def from_others(self):
+        """WebSocket frames of what the watcher and other bridges have for this one."""
+        frames = []
+        for item in self.inbox.take():
+            if isinstance(item, Ends):
+                self.inherit(item)
+            elif isinstance(item, Answer):
+                self.answer(item.message, item.question)
+            else:
+                # Journey 11: verified, marked with its channel, and on its way to the page.
+                frames.append(encode_frame(*self.splice(item)))
+        return frames
+
+    def from_kernel(self, channel, sock, ends):
+        """WebSocket frames of replies and questions, as long as there are more."""
+        frames = []
+        for parts in waiting_messages(sock):
+            try:
+                entry = Entry(channel, *self.session.verify(parts)[1:])
+            except ValueError as problem:
+                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem}")
+                continue
+            if channel == "shell":
+                ends.open.discard(entry.parent_id)
+            if entry.msg_type == "input_request":
+                ends.questions.add(entry.header["msg_id"])
+            if entry.msg_type in STORY:
+                self.kernel.publish([entry], self)
+            frames.append(encode_frame(*self.splice(entry)))
+        return frames
 
     def carry_up(self):
-        for message in self.websocket.arrived():
-            try:
-                self.to_kernel(message)
-            except Exception as problem:   # whatever a page may send: the bridge goes on
-                log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
+        """Send on what the page has said, as soon as the kernel can be heard."""
+        if self.kernel.state == "dead":
+            self.unsent.clear()
+        if self.unsent and self.kernel.is_heard:
+            messages, self.unsent = self.unsent, []
+            for message in messages:
+                try:
+                    self.to_kernel(self.decode(message))
+                except Exception as problem:   # whatever a page may send: the bridge goes on
+                    log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
     def to_kernel(self, message):
         """Send a page's message down its channel; raises ValueError for anything else."""
-        message = self.decode(message)
         channel = message.get("channel", "shell")
+        if channel == "journal":
+            return self.forget(message["content"]["forget"])
         if channel not in ("shell", "control", "stdin"):
             raise ValueError(f"there is no channel {channel!r} to a kernel")
-        parts = {"header": message["header"], "parent_header": message.get("parent_header") or {},
+        whole = {"header": message["header"], "parent_header": message.get("parent_header") or {},
                  "metadata": message.get("metadata") or {}, "content": message["content"],
                  "buffers": message.get("buffers", ())}
+        if channel == "stdin" and self.hand_over(whole):
+            return
         # Journey 3: the request is signed and leaves on the ZeroMQ socket of its channel.
-        self.sockets[channel].send_multipart(self.session.pack(parts))
+        parts = self.session.pack(whole)
+        if whole["header"]["msg_type"] == "execute_request":
+            self.kernel.publish([Entry(channel, parts[2:6], parts[6:])], self)
+            self.ends[0].open.add(whole["header"]["msg_id"])
+        self.ends[0].sockets[channel].send_multipart(parts)
 
-    def from_kernel(self, channel, sock):
-        """WebSocket frames of what has come on a channel, as long as there is more."""
-        frames, size = [], 0
-        while size < 1 << 20:
-            try:
-                parts = sock.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            try:
-                _, json_parts, buffers = self.session.verify(parts)
-            except BadMessage as problem:
-                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem}")
-                continue
-            if not self.is_heard and channel == "iopub" and parts[0] != NOTICE:
-                self.is_heard, self.websocket.last_heard = True, time.monotonic()
-            # Journey 11: verified, marked with its channel, and on its way to the page.
-            frame = self.splice(channel, json_parts, buffers)
-            if parts[0] == NOTICE and b'"dead"' in json_parts[3]:
-                # It came by a shorter way than what the kernel itself said last.
-                self.obituary = time.monotonic() + LAST_WORDS_MS / 1000, frame
-                continue
-            frames.append(frame)
-            size += len(frame)
-        return frames
+    def forget(self, ids):
+        with self.kernel.journal_lock:
+            self.kernel.journal.forget(ids)
+
+    def hand_over(self, reply):
+        """Give an input_reply to whoever has the question; False when no question is known."""
+        question = reply["parent_header"].get("msg_id")
+        with self.kernel.journal_lock:
+            if question not in self.kernel.journal.questions:
+                return False
+            _, is_secret = self.kernel.journal.questions[question]
+            owner = next((bridge for bridge in self.kernel.listeners
+                          if any(question in ends.questions for ends in bridge.ends)), self)
+        shown = {**reply, "content": {**reply["content"], "value": ""}} if is_secret else reply
+        self.kernel.publish([Entry("stdin", self.session.pack(shown)[2:6])], self)
+        owner.inbox.put([Answer(reply, question)])
+        return True
+
+    def answer(self, reply, question):
+        for ends in self.ends:
+            if question in ends.questions:
+                ends.questions.discard(question)
+                ends.sockets["stdin"].send_multipart(self.session.pack(reply))
 
     def ping_or_give_up(self):
         now = time.monotonic()
-        if now - self.websocket.last_heard > 3 * PING_SECONDS and self.is_heard:
+        if now - self.websocket.last_heard > 3 * PING_SECONDS:
             self.websocket.is_closed = True
         elif now - self.last_ping > PING_SECONDS:
             self.last_ping = now
@@ -1507,7 +2045,6 @@ class Bridge:
 # here: DNS rebinding), does the client know the token, and does a browser's request come from our
 # own page?
 
-ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
@@ -1939,7 +2476,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def start_kernel(self):
         body = self.json_body()
-        new = self.server.kernels.start(body.get("name"), body.get("path") or "")
+        new = self.server.kernels.start(body.get("name"), body.get("path") or "",
+                                        body.get("kernel_id"), body.get("env"))
         self.created(new.model(), "kernels", new.id)
 
     def get_kernel(self, id):
@@ -1962,7 +2500,8 @@ class Handler(BaseHTTPRequestHandler):
         kernel = self.server.kernels.get(id)
         websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
-        Bridge(websocket, kernel).run()
+        session_id = self.asked("session_id") or secrets.token_hex()
+        Bridge(websocket, kernel, session_id, self.asked("journal") == "1").run()
 
     def list_sessions(self):
         return self.server.sessions.list()
@@ -2075,6 +2614,8 @@ def parse_arguments():
     parser.add_argument("--port", type=int, help=f"default: {FIRST_PORT}, or the next that is free")
     parser.add_argument("--token", default=os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24),
                         help="the secret that opens the server (default: a new one)")
+    parser.add_argument("--cull-idle", type=float, metavar="SECONDS",
+                        help="shut down kernels that nobody uses, after so long (default: never)")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
@@ -2099,6 +2640,9 @@ def main():
     if not arguments.no_browser:
         import webbrowser
         threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+    if arguments.cull_idle:
+        threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
+                         daemon=True).start()
     try:
         server.serve_forever()
     except KeyboardInterrupt:

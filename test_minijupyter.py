@@ -321,6 +321,8 @@ class Answer:
         self.reply = None    # the message on shell or control
         self.messages = []   # from iopub, this request as their parent
         self.questions = []  # contents of input_request
+        self.question = None  # header of the last one
+        self.answers = []    # contents of the input_replies of others
         self.is_idle = False
 
     @property
@@ -355,6 +357,10 @@ class Answer:
         return content["data"]
 
     @property
+    def count(self):
+        return next((c["execution_count"] for c in self.of("execute_input")), None)
+
+    @property
     def error(self):
         """Content of the error message, {} when the cell had none."""
         return next(iter(self.of("error")), {})
@@ -377,16 +383,18 @@ class Frontend:
         self.typed = []    # what the user will type when the kernel asks
         self.log = []      # message types and states, all of them, in order of arrival
 
-    def ask(self, msg_type, channel="shell", **content):
+    def ask(self, msg_type, channel="shell", metadata=None, **content):
         """Send a request, return its Answer, which fills as messages come in."""
-        message = self.session.message(msg_type, content)
+        message = self.session.message(msg_type, content, metadata=metadata)
         answer = self.answers[message["header"]["msg_id"]] = Answer(message)
         self.wire.send(channel, message)
         return answer
 
     def pump(self, seconds=SECONDS):
         """Take one message and file it."""
-        channel, message = self.wire.receive(seconds)
+        self.file(*self.wire.receive(seconds))
+
+    def file(self, channel, message):
         self.log.append(word(message))
         answer = self.answers.get(message["parent_header"].get("msg_id"))
         if answer is None:
@@ -401,6 +409,7 @@ class Frontend:
 
     def question(self, answer, message):
         answer.questions.append(message["content"])
+        answer.question = message["header"]
         if self.typed:
             self.type(self.typed.pop(0), message["header"])
 
@@ -434,6 +443,38 @@ class Frontend:
             with contextlib.suppress(TimeoutError):
                 return self.finish(self.ask("kernel_info_request"), seconds=0.5)
         raise TimeoutError("the kernel does not answer")
+
+
+class Page(Frontend):
+    """A Frontend that follows the whole conversation of a kernel, as index.html does."""
+
+    def __init__(self, wire):
+        super().__init__(wire)
+        self.session.session = wire.session_id
+        self.cells = {}   # cell id -> Answer of the last request for it
+
+    def start(self, code, cell, **options):
+        answer = super().start(code, metadata={"cellId": cell}, **options)
+        self.cells[cell] = answer
+        return answer
+
+    def pump(self, seconds=SECONDS):
+        channel, message = self.wire.receive(seconds)
+        msg_type, parent_id = message["msg_type"], message["parent_header"].get("msg_id")
+        if msg_type == "execute_request":
+            answer = self.answers[message["msg_id"]] = Answer(message)
+            self.cells[message["metadata"].get("cellId")] = answer
+        elif msg_type == "input_reply":
+            for answer in self.answers.values():
+                if answer.question and answer.question["msg_id"] == parent_id:
+                    answer.answers.append(message["content"])
+        else:
+            self.file(channel, message)
+
+    def forget(self, answer):
+        """Say that the file holds this answer's outputs."""
+        self.wire.send("journal", self.session.message(
+            "forget", {"forget": [answer.request["header"]["msg_id"]]}))
 
 
 class Reply:
@@ -633,10 +674,12 @@ class WebSocketClient:
 class WebSocketWire:
     """Carries messages to a kernel through the server: JSON texts that name their channel."""
 
-    def __init__(self, server, kernel_id, **headers):
-        path = f"/api/kernels/{kernel_id}/channels?session_id={secrets.token_hex(8)}"
+    def __init__(self, server, kernel_id, session_id=None, journal=0):
+        self.session_id = session_id or secrets.token_hex(8)
+        path = (f"/api/kernels/{kernel_id}/channels?session_id={self.session_id}"
+                f"&journal={journal}")
         self.client = WebSocketClient(
-            server.port, path, {"Authorization": f"token {server.token}", **headers})
+            server.port, path, {"Authorization": f"token {server.token}"})
         if self.client.status != 101:
             raise ConnectionError(self.client.status)
 
@@ -3703,43 +3746,67 @@ class Kernels(ServerCase):
         self.addCleanup(again.wire.close)
         self.assertEqual(again.finish(again.start("6 * 7")).result, "42")
 
-    def test_a_kernel_that_dies_is_noticed_and_told_to_every_frontend(self):
+    def test_a_kernel_that_crashes_is_started_again_and_every_frontend_is_told_why(self):
         kernel_id, frontend, pid = self.start_kernel()
         other = self.server.frontend(kernel_id)
         self.addCleanup(other.wire.close)
+        cell = frontend.start("print('ready'); input()")
+        frontend.until(lambda: cell.questions)
         os.kill(pid, signal.SIGKILL)
         for each in (frontend, other):
-            each.until(lambda each=each: "dead" in each.log)
-            (dead,) = [message for message in each.unasked if word(message) == "dead"]
-            self.assertEqual(dead["parent_header"], {})
-            self.assertTrue(dead["content"]["reason"])
+            each.until(lambda each=each: "restarting" in each.log)
+            (told,) = [m for m in each.unasked if word(m) == "restarting"]
+            self.assertEqual(told["parent_header"], {})
+            self.assertIn("signal 9", told["content"]["reason"])
+        self.assertTrue(cell.is_idle)   # its end is told in the kernel's stead
+        cell = frontend.finish(frontend.start("import os; print(os.getpid()); ready"))
+        self.assertNotEqual(int(cell.text()), pid)
+        self.assertFails(cell, "NameError")
+
+    def test_a_kernel_that_keeps_crashing_is_given_up(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        while "dead" not in frontend.log:
+            frontend.start("import os; os._exit(3)")
+            ends = len(frontend.unasked)
+            frontend.until(lambda ends=ends: {"dead", "restarting"} & set(
+                map(word, frontend.unasked[ends:])))
+        self.assertEqual(frontend.log.count("restarting"), minijupyter.MOST_RESTARTS)
         model = self.server.get(f"/api/kernels/{kernel_id}").json
         self.assertEqual(model["execution_state"], "dead")
-        self.assertTrue(model["reason"])
-
-    def test_a_frontend_that_comes_after_the_death_is_told(self):
-        kernel_id, _, pid = self.start_kernel()
-        os.kill(pid, signal.SIGKILL)
-        path = f"/api/kernels/{kernel_id}"
-        wait_until(lambda: self.server.get(path).json["execution_state"] == "dead")
+        self.assertIn("exit code 3", model["reason"])
         late = Frontend(WebSocketWire(self.server, kernel_id))
         self.addCleanup(late.wire.close)
         late.until(lambda: "dead" in late.log)
-        self.assertTrue(late.unasked[-1]["content"]["reason"])
-
-    def test_a_dead_kernel_can_be_restarted(self):
-        kernel_id, frontend, pid = self.start_kernel()
-        os.kill(pid, signal.SIGKILL)
-        frontend.until(lambda: "dead" in frontend.log)
+        self.assertIn("exit code 3", late.unasked[-1]["content"]["reason"])
         self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
-        again = self.server.frontend(kernel_id)
-        self.addCleanup(again.wire.close)
-        self.assertEqual(again.finish(again.start("6 * 7")).result, "42")
+        self.assertEqual(late.finish(late.start("6 * 7")).result, "42")
 
-    def test_a_cell_that_ends_the_process_is_noticed(self):
-        kernel_id, frontend, _ = self.start_kernel()
-        frontend.start("import os; os._exit(3)")
-        frontend.until(lambda: "dead" in frontend.log)
+    def test_a_kernel_that_does_not_echo_its_heartbeat_is_reported(self):
+        kernel_id, _, pid = self.start_kernel()
+        path = f"/api/kernels/{kernel_id}"
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: "heartbeat" in self.server.get(path).json.get("reason", ""), 30)
+        os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: "reason" not in self.server.get(path).json)
+
+    def test_an_idle_kernel_that_nobody_uses_is_culled_when_asked(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--cull-idle", "1"])
+        used, frontend, _ = self.start_kernel(server)
+        frontend.finish(frontend.start("import time; time.sleep(2)"))
+        left = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
+        wait_until(lambda: server.get(f"/api/kernels/{left}").status == 404)
+        self.assertEqual(server.get(f"/api/kernels/{used}").status, 200)
+
+    def test_a_client_may_name_a_kernel_and_pass_kernel_variables(self):
+        wish = "11111111-2222-3333-4444-555555555555"
+        kernel_id, frontend, _ = self.start_kernel(
+            id=wish, kernel_id=wish, env={"KERNEL_USERNAME": "ada", "PATH": "/nowhere"})
+        self.assertEqual(kernel_id, wish)
+        cell = frontend.finish(frontend.start(
+            "import os; print(os.environ['KERNEL_USERNAME'], os.environ['PATH'] == '/nowhere')"))
+        self.assertEqual(cell.text(), "ada False\n")
+        self.assertReply(self.server.post("/api/kernels", {"kernel_id": wish}), 400)
+        self.assertReply(self.server.post("/api/kernels", {"kernel_id": "../x"}), 400)
 
     def test_an_unknown_kernel_name_is_refused_with_a_message(self):
         reply = self.assertReply(self.server.post("/api/kernels", {"name": "cobol"}),
@@ -4211,6 +4278,181 @@ class Bridge(ServerCase):
                 types.add(json.loads(client.recv(timeout=SECONDS))["header"]["msg_type"])
 
 
+class Journal(ServerCase):
+    """What the server keeps for a page that is away, and for one that comes new."""
+
+    def setUp(self):
+        self.kernel_id, self.plain, _ = self.start_kernel()
+
+    def follow(self, session=None):
+        """A page: it hears the whole conversation, from what no file holds yet."""
+        page = Page(WebSocketWire(self.server, self.kernel_id, session, journal=1))
+        self.addCleanup(page.wire.close)
+        return page
+
+    def test_what_was_printed_while_nobody_listened_is_there_for_a_new_page(self):
+        page = self.follow()
+        cell = page.start("import time\nfor i in range(50): print(i); time.sleep(0.01)\n6 * 7",
+                          cell="a")
+        page.until(lambda: cell.text())
+        page.wire.close()
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
+        found = again.cells["a"]
+        self.assertEqual(found.text(), "".join(f"{i}\n" for i in range(50)))
+        self.assertMessages(found, "busy execute_input stream execute_result idle")
+        self.assertEqual((found.result, found.status), ("42", "ok"))
+
+    def test_a_page_that_lost_its_connection_gets_nothing_twice_and_misses_nothing(self):
+        page = self.follow()
+        code = "import time\nfor i in range(300): print(i, flush=True); time.sleep(0.002)"
+        cell = page.start(code, cell="a")
+        for _ in range(3):
+            page.until(lambda cell=cell: len(cell.messages) > 5)
+            lost, page = page, self.follow(page.session.session)
+            page.until(lambda page=page: "a" in page.cells)
+            cell = page.cells["a"]
+            lost.wire.close()
+        page.until(lambda: cell.is_done)
+        self.assertEqual(cell.text(), "".join(f"{i}\n" for i in range(300)))
+        ids = [message["header"]["msg_id"] for message in cell.messages]
+        self.assertEqual(len(ids), len(set(ids)))
+
+    def test_a_new_page_learns_which_cells_run_and_which_are_queued(self):
+        page = self.follow()
+        first = page.start("input()", cell="runs")
+        page.start("1", cell="waits")
+        page.until(lambda: first.questions)
+        other = self.follow()
+        other.until(lambda: {"runs", "waits"} <= set(other.cells))
+        other.until(lambda: other.cells["runs"].questions)
+        self.assertEqual(other.cells["runs"].story, "busy execute_input")
+        self.assertEqual(other.cells["waits"].story, "")
+        page.type("", first.question)
+        other.until(lambda: other.cells["waits"].is_done)
+        self.assertEqual(other.cells["waits"].result, "1")
+
+    def test_a_question_is_answered_after_a_reload(self):
+        page = self.follow()
+        cell = page.start("print(input('Name? '))", cell="a")
+        page.until(lambda: cell.questions)
+        page.wire.close()
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and again.cells["a"].questions)
+        again.type("Ada", again.cells["a"].question)
+        again.until(lambda: again.cells["a"].is_done)
+        self.assertEqual(again.cells["a"].text(), "Ada\n")
+
+    def test_another_page_may_answer_a_question(self):
+        page, other = self.follow(), self.follow()
+        cell = page.start("print(input('Name? '))", cell="a")
+        other.until(lambda: "a" in other.cells and other.cells["a"].questions)
+        page.until(lambda: cell.questions)
+        other.type("Ada", other.cells["a"].question)
+        page.until(lambda: cell.is_done and cell.answers)
+        self.assertEqual((cell.text(), cell.answers), ("Ada\n", [{"value": "Ada"}]))
+
+    def test_a_password_is_not_kept(self):
+        page = self.follow()
+        cell = page.start("import getpass; len(getpass.getpass())", cell="a")
+        page.until(lambda: cell.questions)
+        page.type("geheim", cell.question)
+        page.until(lambda: cell.is_done)
+        self.assertEqual(cell.result, "6")
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
+        self.assertEqual(again.cells["a"].answers, [{"value": ""}])
+
+    def test_two_pages_see_each_others_cells(self):
+        page, other = self.follow(), self.follow()
+        cell = page.start("print('for both'); 1 / 0", cell="a")
+        page.until(lambda: cell.is_done)
+        other.until(lambda: "a" in other.cells and other.cells["a"].is_done)
+        self.assertEqual(other.cells["a"].story, cell.story)
+        self.assertFails(other.cells["a"], "ZeroDivisionError")
+
+    def test_what_is_saved_is_not_told_again(self):
+        page = self.follow()
+        saved, kept = (page.start(f"print({n})", cell=n) for n in "12")
+        page.until(lambda: saved.is_done and kept.is_done)
+        page.forget(saved)
+        page.request("kernel_info_request")
+        again = self.follow()
+        again.until(lambda: "2" in again.cells and again.cells["2"].is_done)
+        self.assertNotIn("1", again.cells)
+
+    def test_what_a_thread_prints_after_the_save_is_kept_too(self):
+        page = self.follow()
+        cell = page.start("import threading; go = threading.Event()\n"
+                          "threading.Thread(target=lambda: (go.wait(), print('late'))).start()\n"
+                          "print('early')", cell="a")
+        page.until(lambda: cell.is_done)
+        page.forget(cell)
+        other = page.start("go.set()", cell="b")
+        page.until(lambda: other.is_done and "late" in cell.text())
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and "late" in again.cells["a"].text())
+        self.assertEqual((again.cells["a"].text(), again.cells["a"].is_idle), ("late\n", True))
+
+    def test_too_much_output_loses_its_beginning_and_says_so(self):
+        page = self.follow()
+        cell = page.start("for i in range(60): print(f'<{i}>' + 'x' * 1_000_000)\n'end'", cell="a")
+        page.until(lambda: cell.text())
+        page.wire.close()
+        self.plain.finish(self.plain.start("'after'"), seconds=60)
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
+        found = again.cells["a"]
+        self.assertRegex(found.text("stderr"), r"MB of this output are missing here")
+        self.assertNotIn("<0>", found.text())
+        self.assertIn("<59>", found.text())
+        self.assertLess(len(found.text()), 40_000_000)
+        self.assertEqual((found.result, found.status), ("'end'", "ok"))
+
+    def test_a_kernels_death_ends_the_cells_of_a_page_that_is_away(self):
+        page = self.follow()
+        cell = page.start("print('before'); input()", cell="a")
+        page.start("1", cell="b")
+        page.until(lambda: cell.questions)
+        page.wire.close()
+        self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/restart"), 200)
+        again = self.follow()
+        again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
+        again.until(lambda: "b" in again.cells and again.cells["b"].is_done)
+        self.assertEqual([again.cells[name].status for name in "ab"], ["error", "aborted"])
+        self.assertEqual(again.cells["a"].text(), "before\n")
+
+    def test_another_client_that_returns_gets_what_it_missed_like_from_jupyter_server(self):
+        wire = WebSocketWire(self.server, self.kernel_id, "same")
+        client = Frontend(wire)
+        client.greet()
+        cell = client.start("print('one'); input(); print('two')\n3")
+        client.until(lambda: cell.questions and cell.text())
+        wire.close()
+        client.wire = WebSocketWire(self.server, self.kernel_id, "same")
+        self.addCleanup(client.wire.close)
+        client.type("", cell.question)
+        client.finish(cell)
+        self.assertEqual((cell.text(), cell.result), ("one\ntwo\n", "3"))
+        self.assertMessages(cell, "busy execute_input stream execute_result idle")
+
+    def test_a_second_connection_of_a_session_ends_the_first(self):
+        first = WebSocketWire(self.server, self.kernel_id, "same")
+        second = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        self.addCleanup(second.wire.close)
+        with self.assertRaises((EOFError, ConnectionError)):
+            while True:
+                first.receive(SECONDS)
+        self.assertEqual(second.finish(second.start("6 * 7")).result, "42")
+
+    def test_a_browser_that_reads_nothing_holds_up_no_other_for_long(self):
+        stuck = self.follow()
+        cell = self.plain.start("for _ in range(80): print('x' * 1_000_000)\n'done'")
+        self.plain.finish(cell, seconds=60)
+        self.assertEqual((cell.result, len(cell.text())), ("'done'", 80_000_080))
+        stuck.wire.close()
+
+
 # ---- 9. The page, in Chromium ------------------------------------------------------
 #
 # A new user's first ten minutes, with real clicks and keys, then whole notebooks by other
@@ -4572,14 +4814,13 @@ class PageRuns(PageCase):
         self.assertShows(tab.outputs(0), "6")
         self.assertNotIn("secret", tab.page.content())
 
-    def test_a_kernel_that_dies_is_told_and_can_be_restarted(self):
+    def test_a_kernel_that_dies_is_told_and_started_again(self):
         tab = self.open("import os\nos._exit(3)", "'alive'")
         tab.select(0)
         tab.press("Control+Enter")
-        tab.wait_for(kernel="dead")
-        self.assertShows(tab.page.locator("#notices"), "died")
-        tab.page.locator("#notices").get_by_role("button", name="Restart").click()
+        self.assertShows(tab.page.locator("#notices"), "exit code 3")
         tab.wait_for(kernel="idle")
+        self.assertEqual(tab.cell(0).get_attribute("data-state"), "idle")
         tab.run(1)
         self.assertShows(tab.outputs(1), "'alive'")
 
@@ -5353,6 +5594,100 @@ class PageNotebooks(PageCase):
                 else:
                     self.assertShows(tab.page.locator("[role=alert]"), reply.json["message"])
                 tab.page.close()
+
+
+class PageComesBack(PageCase):
+    """Outputs made while no page was there, and by others: the server's journal tells of them."""
+
+    COUNT = ("import os, time\nfor i in range(12):\n    print(i)\n"
+             "    while not os.path.exists(f'go{min(i, 1)}'): time.sleep(0.01)\n'end'")
+
+    def leave_and_return(self, tab):
+        tab.page.close(run_before_unload=False)
+        return self.visit("/notebooks/" + quote(self.name))
+
+    def test_a_reload_amid_a_run_loses_no_output_and_shows_what_waits(self):
+        tab = self.open(self.COUNT, "'next'")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(0), "0")
+        tab = self.leave_and_return(tab)
+        self.assertShows(tab.outputs(0), "0")
+        self.assertEqual([tab.cell(i).get_attribute("data-state") for i in (0, 1)],
+                         ["running", "queued"])
+        for name in ("go0", "go1"):
+            (self.root / name).touch()
+            self.addCleanup((self.root / name).unlink)
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["\n".join(map(str, range(12))) + "'end'", "'next'"])
+        tab.save()
+        self.assertEqual([len(cell["outputs"]) for cell in self.saved()["cells"]], [2, 1])
+
+    def test_what_ended_while_no_tab_was_open_is_there_and_only_once(self):
+        tab = self.open("import time; time.sleep(0.3); print('was', 'there')\n1 / 0", "print('no')")
+        tab.command("run-all")
+        tab.page.wait_for_selector(".cell[data-state=running]")
+        tab.page.close(run_before_unload=False)
+        (session,) = self.server.get("/api/sessions").json
+        wait_until(lambda: self.server.get("/api/kernels/" + session["kernel"]["id"]).json[
+            "execution_state"] == "idle")
+        for _ in range(2):   # before and after it was saved
+            tab = self.visit("/notebooks/" + quote(self.name))
+            self.assertShows(tab.outputs(0), "ZeroDivisionError")
+            self.assertEqual(tab.outputs(0).inner_text().count("was there"), 1)
+            self.assertEqual(tab.texts()[1], "")
+            tab.save()
+            tab.page.close(run_before_unload=False)
+
+    def test_a_question_waits_for_a_page_that_comes_back(self):
+        tab = self.open("name = input('Name? ')\nprint('Hello', name)")
+        tab.command("run-all")
+        tab.page.wait_for_selector("form.stdin input")
+        tab = self.leave_and_return(tab)
+        tab.page.locator("form.stdin input").fill("Ada")
+        tab.page.locator("form.stdin input").press("Enter")
+        self.assertShows(tab.outputs(0), "Hello Ada")
+        self.assertEqual(tab.texts(), ["Name? Ada\nHello Ada"])
+
+    def test_a_lost_connection_mends_itself_and_nothing_is_missing_or_twice(self):
+        self.context.add_init_script("""
+            window.sockets = [];
+            window.WebSocket = class extends WebSocket {
+              constructor(...all) { super(...all); sockets.push(this); }
+            };""")
+        tab = self.open("import time\nfor i in range(100): print(i); time.sleep(0.02)", "'next'")
+        tab.command("run-all")
+        self.assertShows(tab.outputs(0), "5")
+        tab.page.evaluate("sockets.at(-1).close()")
+        tab.page.wait_for_selector("body[data-kernel=disconnected]")
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["\n".join(map(str, range(100))), "'next'"])
+
+    def test_two_tabs_see_each_others_cells(self):
+        one = self.open("print('from one')", "print(input('Who? '))")
+        two = self.visit("/notebooks/" + quote(self.name))
+        two.wait_for(kernel="idle")
+        one.run(0)
+        self.assertShows(two.outputs(0), "from one")
+        one.cell(1).locator("textarea.editor").focus()
+        one.press("Control+Enter")
+        two.page.locator("form.stdin input").fill("two")
+        two.page.locator("form.stdin input").press("Enter")
+        for tab in (one, two):
+            self.assertShows(tab.outputs(1), "Who? two\ntwo\n")
+            self.assertCount(tab.page.locator("form.stdin"), 0)
+
+    def test_a_cell_of_a_file_without_ids_is_found_by_its_text(self):
+        nb = notebook("1 + 1", "'slow'; import time; time.sleep(0.5); 42")
+        nb["nbformat_minor"] = 4
+        for cell in nb["cells"]:
+            del cell["id"]
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.command("run-all")
+        tab.page.wait_for_selector(".cell[data-state=running]")
+        tab = self.leave_and_return(tab)
+        self.assertShows(tab.outputs(1), "42")
+        self.assertEqual(tab.texts(), ["2", "42"])
 
 
 # ---- 10. Documentation under test --------------------------------------------------
