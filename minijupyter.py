@@ -45,6 +45,7 @@ import shutil
 import signal
 import socket
 import stat
+import string
 import struct
 import subprocess
 import sys
@@ -630,25 +631,63 @@ os.umask(UMASK)
 JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
 DEFAULT_KERNEL = "python3"
+LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
+SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
+    "argv": (list, None), "display_name": (str, ""), "language": (str, ""), "env": (dict, {}),
+    "interrupt_mode": (str, "signal"), "metadata": (dict, {}), "kernel_protocol_version": (str, "")}
+
+
+def data_folders():
+    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
+    import site
+    share = os.path.join("share", "jupyter")
+    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
+    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
+        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
+    user = [JUPYTER_DATA]
+    if site.ENABLE_USER_SITE:
+        user.append(os.path.join(site.getuserbase(), share))
+    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
+    nearest = [*own, *user] if prefers_environment() else [*user, *own]
+    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+
+
+def prefers_environment():
+    """True when this Python's own folder comes before the user's: when asked for, or by default
+    in a virtual or Conda environment that belongs to the user."""
+    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
+        return is_set("JUPYTER_PREFER_ENV_PATH")
+    conda = os.environ.get("CONDA_PREFIX")
+    is_conda = bool(conda) and sys.prefix.startswith(conda) \
+        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
+    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
+
+
+def is_set(name):
+    value = os.environ.get(name, "no").lower()
+    return value not in ("no", "n", "false", "off", "0", "0.0")
 
 
 def spec_folders():
-    """Every data folder's `kernels`, in Jupyter's order: the first that has a name wins."""
-    listed = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
-    own = [os.path.join(sys.prefix, "share", "jupyter"), JUPYTER_DATA]
-    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
-    return [os.path.join(path, "kernels") for path in (*listed, *own, *system)]
+    """Every folder of kernel specs: the first that has a name wins."""
+    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
 
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
     specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
     for folder in spec_folders():
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            spec = read_spec(os.path.join(folder, name, "kernel.json"))
-            key = name.lower() if name.lower() != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
-            if spec and key not in specs:
-                specs[key] = (spec, os.path.join(folder, name))
+        for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            name = entry.lower()
+            key = name if name != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
+            if key in specs or not re.fullmatch(r"[a-z0-9._-]+", name):
+                continue
+            spec = read_spec(os.path.join(folder, entry, "kernel.json"))
+            if spec:
+                specs[key] = (spec, os.path.join(folder, entry))
     return specs
 
 
@@ -656,16 +695,28 @@ def read_spec(path):
     """A kernel.json with all of its fields, or None: a broken one must not hide the others."""
     try:
         with open(path, encoding="utf-8") as file:
-            spec = json.load(file)
-        if not isinstance(spec["argv"], list) or not spec["argv"]:
-            raise ValueError("argv must be a list of words")
-        return {"interrupt_mode": "signal", "env": {}, "metadata": {}, **spec,
-                "display_name": str(spec["display_name"]), "language": str(spec["language"])}
-    except FileNotFoundError:
+            return complete_spec(json.load(file))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        log(f"Ignored the kernel spec {path}: {problem!r}")
+    except (OSError, ValueError, AttributeError, RecursionError) as problem:
+        log(f"Ignored the kernel spec {path}: {problem}")
         return None
+
+
+def complete_spec(found):
+    """The spec in a kernel.json; None when another must start it; ValueError for a broken one."""
+    spec = {name: found.get(name, default) for name, (_, default) in SPEC_FIELDS.items()}
+    for name, (kind, _) in SPEC_FIELDS.items():
+        if not isinstance(spec[name], kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}")
+    words = [*spec["argv"], *spec["env"].values()]
+    if not spec["argv"] or not all(isinstance(word, str) for word in words):
+        raise ValueError("argv must be a list of words, and env must name some")
+    spec["interrupt_mode"] = spec["interrupt_mode"].lower()
+    if spec["interrupt_mode"] not in ("signal", "message"):
+        raise ValueError("interrupt_mode must be signal or message")
+    provisioner = spec["metadata"].get("kernel_provisioner", {})
+    return spec if provisioner.get("provisioner_name", LOCAL) == LOCAL else None
 
 
 def fill_in(argv, values):
@@ -673,7 +724,17 @@ def fill_in(argv, values):
     words = [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in argv]
     if words[0] in ("python", "python3", f"python3.{sys.version_info[1]}"):
         words[0] = sys.executable
-    return words
+    return [os.path.expanduser(word) for word in words]
+
+
+def kernel_environment(spec):
+    """The environment of a spec's kernel: ours and its `env`, where $NAME stands for a value."""
+    env = dict(os.environ)
+    env.update((name, string.Template(value).safe_substitute(os.environ))
+               for name, value in spec["env"].items())
+    if spec["language"].lower().startswith("python"):
+        env.pop("PYTHONEXECUTABLE", None)   # macOS: it would start another Python than argv's
+    return env
 
 
 # ---- 4. Kernels: processes, and who watches them ----------------------------------------------
@@ -729,8 +790,8 @@ class Kernel:
         """Write the connection file and start the process. Raises Problem 500."""
         write_secret(self.connection_file, json.dumps(self.connection, indent=1))
         argv = fill_in(self.spec["argv"], {
-            "connection_file": self.connection_file, "resource_dir": self.folder or HERE,
-            "prefix": sys.prefix})
+            "connection_file": os.path.realpath(self.connection_file),
+            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
             self.process = subprocess.Popen(
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
@@ -743,11 +804,8 @@ class Kernel:
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
     def environment(self):
-        env = {**os.environ, "JPY_PARENT_PID": str(os.getpid()), "JPY_SESSION_NAME": self.path}
-        for name, value in self.spec["env"].items():   # $NAME stands for a variable's value
-            env[name] = re.sub(r"\$\{(\w+)\}|\$(\w+)",
-                               lambda m: os.environ.get(m[1] or m[2], m[0]), value)
-        return env
+        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
+                "JPY_SESSION_NAME": self.path}
 
     def connect(self, channel, identity=b""):
         """A client's socket, connected to a channel; it belongs to the calling thread."""

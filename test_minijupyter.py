@@ -10,6 +10,7 @@
 #     "jupyter_server",  # the server to compare with
 #     "websockets",      # a WebSocket client written by others
 #     "kosoku",          # the Autobahn test suite's cases
+#     "bash_kernel", "xeus-python",   # kernels of others
 #     "playwright",      # drives the page in Chromium
 #     "matplotlib",      # a plot, as users make them
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
@@ -867,8 +868,15 @@ class Wire(Case):
             for i in range(4):
                 parts = [header, b"{}", b"{}", b"{}"]
                 parts[i] = bad
+                if bad == b"null" and i in (1, 2):   # xeus kernels say so that there is none
+                    continue
                 with self.subTest(part=i, bad=bad):
                     self.assertRefused(signed("secret", *parts))
+
+    def test_no_parent_and_no_metadata_may_be_null(self):
+        header = json.dumps(self.sender.message("status", {})["header"]).encode()
+        message = self.receiver.unpack(signed("secret", header, b"null", b"null", b"{}"))
+        self.assertEqual((message["parent_header"], message["metadata"]), ({}, {}))
 
     def test_with_an_empty_key_nothing_is_signed_and_nothing_checked(self):
         for key in ("", b""):
@@ -4485,6 +4493,241 @@ class WebSocketOverTls(Case):
         self.assertTrue(websocket.has_bytes)
         client.recv(1000)
         self.assertFalse(websocket.has_bytes)
+
+
+class KernelSpecs(ServerCase):
+    """The same kernels as Jupyter finds, and the same commands for them."""
+
+    FIELDS = ("argv", "env", "display_name", "language", "interrupt_mode", "metadata",
+              "kernel_protocol_version")
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = Path("never")   # each test has a server of its own
+
+    def spec(self, folder, name, **fields):
+        """A kernel.json that tells by its display_name where it lies."""
+        fields = {"argv": [name, "{connection_file}"], "language": "none", **fields}
+        path = folder / "kernels" / name
+        path.mkdir(parents=True)
+        (path / "kernel.json").write_text(json.dumps(
+            {"display_name": str(path.relative_to(self.base)), **fields}))
+        return path
+
+    def setUp(self):
+        self.base = self.folder()
+        self.places = {name: self.base / name for name in (
+            "first", "second", "data", "userbase/share/jupyter", "ipython")}
+        for i, folder in enumerate(self.places.values()):
+            for name in ("everywhere", *[f"from-{n}" for n in range(i, len(self.places))]):
+                self.spec(folder, name)
+        self.env = {
+            "JUPYTER_PATH": os.pathsep.join(str(self.places[name]) for name in ("first", "second")),
+            "JUPYTER_DATA_DIR": str(self.places["data"]), "PYTHONUSERBASE":
+            str(self.base / "userbase"), "IPYTHONDIR": str(self.places["ipython"])}
+
+    def ours(self, **env):
+        server = self.own_server(env={**self.env, **env})
+        specs = self.assertReply(server.get("/api/kernelspecs"), 200).json["kernelspecs"]
+        server.end()
+        return {name: entry["spec"] for name, entry in specs.items()}
+
+    def theirs(self, **env):
+        """What jupyter_client finds in the same environment."""
+        output = subprocess.run(
+            [sys.executable, "-m", "jupyter_client.kernelspecapp", "list", "--json"], check=True,
+            capture_output=True, env=clean_environment(self.base, **{**self.env, **env})).stdout
+        return {name: entry["spec"] for name, entry in json.loads(output)["kernelspecs"].items()}
+
+    def assertAgree(self, **env):
+        ours, theirs = self.ours(**env), self.theirs(**env)
+        ours.pop("python3")   # this one is built in
+        theirs["python3-installed"] = theirs.pop("python3")
+        self.assertEqual(ours, theirs)
+        return ours
+
+    @needs("jupyter_client")
+    def test_the_first_folder_that_has_a_name_wins_as_in_jupyter(self):
+        specs = self.assertAgree()
+        self.assertEqual(specs["everywhere"]["display_name"], "first/kernels/everywhere")
+        self.assertEqual(specs["from-2"]["display_name"], "first/kernels/from-2")
+
+    @needs("jupyter_client")
+    def test_the_user_or_the_environment_comes_first_as_jupyter_is_told(self):
+        self.spec(self.places["data"], "python3", language="python")
+        for value in ("1", "0", "no", "TRUE"):
+            with self.subTest(value):
+                specs = self.assertAgree(JUPYTER_PREFER_ENV_PATH=value, JUPYTER_PATH="")
+                is_user = specs["python3-installed"]["display_name"] == "data/kernels/python3"
+                self.assertEqual(is_user, value in ("0", "no"))
+
+    @needs("jupyter_client")
+    def test_every_field_is_read_as_jupyter_reads_it(self):
+        self.spec(self.places["first"], "full", env={"A": "$B"}, interrupt_mode="message",
+                  metadata={"debugger": True}, kernel_protocol_version="5.4", mimetype="x/y",
+                  codemirror_mode="shell")
+        self.spec(self.places["first"], "Capitals")
+        specs = self.assertAgree()
+        self.assertEqual(set(specs["full"]), set(self.FIELDS))
+        self.assertEqual(specs["full"]["interrupt_mode"], "message")
+        self.assertIn("capitals", specs)
+
+    def test_a_broken_kernel_json_hides_no_other(self):
+        for i, text in enumerate(('{', '[]', 'null', '{}', '{"argv": []}', '{"argv": "python"}',
+                                  '{"argv": [1]}', '{"argv": ["x"], "env": {"A": 1}}',
+                                  '{"argv": ["x"], "interrupt_mode": "shout"}', '[' * 100_000,
+                                  '{"argv": ["x"], "metadata": {"kernel_provisioner": 3}}')):
+            path = self.spec(self.places["first"], f"broken-{i}")
+            (path / "kernel.json").write_text(text)
+        self.spec(self.places["first"], "not a name")
+        (self.places["first"] / "kernels" / "no-folder").write_text("")
+        names = set(self.ours())
+        self.assertIn("everywhere", names)
+        self.assertEqual({name for name in names if name.startswith(("broken", "no"))}, set())
+
+    def test_a_kernel_that_only_a_provisioner_can_start_is_left_out(self):
+        self.spec(self.places["first"], "remote", metadata={
+            "kernel_provisioner": {"provisioner_name": "somewhere-else"}})
+        self.spec(self.places["first"], "local", metadata={
+            "kernel_provisioner": {"provisioner_name": "local-provisioner"}})
+        names = set(self.ours())
+        self.assertEqual(names & {"remote", "local"}, {"local"})
+
+    @needs("jupyter_client")
+    def test_the_command_is_filled_in_as_jupyter_does(self):
+        from jupyter_client.kernelspec import KernelSpec
+        from jupyter_client.manager import KernelManager
+        file = str(self.base / "kernel-1.json")
+        for argv in (["python", "{connection_file}"], ["python3", "-m", "x"], ["/bin/python", "-E"],
+                     [f"python3.{sys.version_info[1]}"], ["python2.7"], ["python3.99"],
+                     ["{prefix}/bin/x", "{resource_dir}/y", "{unknown}", "{}", "{ prefix }"],
+                     ["x", "--file={connection_file}", "{connection_file}{connection_file}"]):
+            with self.subTest(argv):
+                manager = KernelManager(connection_file=file)
+                manager._kernel_spec = KernelSpec(argv=argv, resource_dir="/resources")
+                self.assertEqual(
+                    minijupyter.fill_in(argv, {"connection_file": file, "prefix": sys.prefix,
+                                               "resource_dir": "/resources"}),
+                    manager.format_kernel_cmd())
+
+    @needs("jupyter_client")
+    def test_the_environment_is_filled_in_as_jupyter_does(self):
+        from jupyter_client.kernelspec import KernelSpec
+        from jupyter_client.provisioning import LocalProvisioner
+        env = {"PS1": "$", "A": "$FIRST/x", "B": "${FIRST}x", "C": "$$FIRST", "D": "${FIRST",
+               "E": "$UNKNOWN ${UNKNOWN}", "F": "100 $ $1", "PATH": "/mine:${PATH}"}
+        with unittest.mock.patch.dict(os.environ, FIRST="first", PYTHONEXECUTABLE="/other"):
+            for language in ("python", "bash"):
+                spec = {"env": env, "language": language}
+                local = LocalProvisioner(kernel_spec=KernelSpec(**spec), kernel_id="1")
+                expected = asyncio.run(super(LocalProvisioner, local).pre_launch())["env"]
+                self.assertEqual(minijupyter.kernel_environment(spec), expected)
+
+    def test_logos_and_scripts_beside_the_kernel_json_are_served(self):
+        path = self.spec(self.places["first"], "logos")
+        for name in ("logo-64x64.png", "logo-svg.svg", "kernel.js", "other.txt"):
+            (path / name).write_text(name)
+        server = self.own_server(env=self.env)
+        entry = server.get("/api/kernelspecs/logos").json
+        self.assertEqual(set(entry["resources"]), {"logo-64x64", "logo-svg", "kernel.js"})
+        for url in entry["resources"].values():
+            self.assertEqual(server.get(url).body.decode(), url.rpartition("/")[2])
+        for name in ("..%2f..%2fkernels%2flogos%2fkernel.json", "..", "none"):
+            self.assertReply(server.get(f"/kernelspecs/logos/{name}"), 404)
+        self.assertReply(server.get("/api/kernelspecs/none"), 404)
+
+
+NODE = HERE / ".ci-venv" / "node" / "node_modules"   # where .ci/run installs packages from npm
+DENO = next(NODE.glob("@deno/*/deno"), NODE / "deno")
+FOREIGN = {   # kernel -> command and fields of its spec, then cells and what comes of them
+    "ipykernel": {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "cell": "print('☃')\n6 * 7", "prints": "☃\n", "result": "42", "interrupt_mode": "signal",
+        "wrong": "1 / 0", "fails": "ZeroDivisionError",
+        "endless": "import time\nprint('ready')\nwhile True: time.sleep(0.1)"},
+    "bash": {
+        "argv": [sys.executable, "-m", "bash_kernel", "-f", "{connection_file}"],
+        "language": "bash", "env": {"PS1": "$"}, "cell": "echo ☃ $((6 * 7))", "prints": "☃ 42\n",
+        "wrong": "ls /no/such/folder", "fails": "", "endless": "echo ready; sleep 1000"},
+    "xpython": {   # from a wheel: it ends when it is interrupted
+        "argv": [sys.executable, "-m", "xpython_launcher", "-f", "{connection_file}"],
+        "cell": "print('☃')\n6 * 7", "prints": "☃\n", "result": "42",
+        "wrong": "1 / 0", "fails": "<class 'ZeroDivisionError'>"},
+    "deno": {      # so does this one
+        "argv": [str(DENO), "jupyter", "--kernel", "--conn", "{connection_file}"],
+        "language": "typescript", "cell": "console.log('☃');\n6 * 7", "prints": "☃\n",
+        "result": "42", "wrong": "throw new TypeError('no')", "fails": "TypeError"},
+    "ir": {
+        "argv": ["R", "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"],
+        "language": "R", "cell": "cat('1\\n')\n6 * 7", "prints": "1\n", "result": "[1] 42",
+        "wrong": "stop('no')", "fails": "ERROR",
+        "endless": "cat('ready\\n'); flush(stdout()); Sys.sleep(1000)"}}
+
+
+class ForeignKernels(ServerCase):
+    """Real kernels of other languages, by other people, under our server."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.specs = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.specs.cleanup)
+        for name, kernel_ in FOREIGN.items():
+            fields = {key: kernel_[key] for key in ("language", "env") if key in kernel_}
+            install_kernelspec(Path(cls.specs.name), name, kernel_["argv"], **fields)
+        cls.options = {"env": {"JUPYTER_PATH": cls.specs.name, "DENO_NO_UPDATE_CHECK": "1"}}
+        super().setUpClass()
+
+    def run_cells(self, name):
+        """A cell, a wrong one, an interrupt and a restart, as the table has them."""
+        row = FOREIGN[name]
+        reply = self.assertReply(self.server.post("/api/kernels", {"name": name}), 201)
+        path = f"/api/kernels/{reply.json['id']}"
+        self.addCleanup(self.server.delete, path)
+        frontend = self.connect(path)
+        self.assertCell(frontend, row)
+        cell = frontend.finish(frontend.start(row["wrong"]))
+        self.assertEqual((cell.status, cell.error.get("ename")), ("error", row["fails"]), cell)
+        if "endless" in row:
+            cell = frontend.start(row["endless"])
+            frontend.until(lambda: "ready" in cell.text())
+            self.assertReply(self.server.post(f"{path}/interrupt"), 204)
+            frontend.finish(cell)
+            self.assertNotEqual(cell.status, "ok")
+        self.assertReply(self.server.post(f"{path}/restart"), 200)
+        self.assertCell(self.connect(path), row)
+
+    def connect(self, path):
+        frontend = self.server.frontend(path.rpartition("/")[2])
+        self.addCleanup(frontend.wire.close)
+        return frontend
+
+    def assertCell(self, frontend, row):
+        cell = frontend.finish(frontend.start(row["cell"]))
+        self.assertEqual((cell.status, cell.text()), ("ok", row["prints"]), cell)
+        shown = [c["data"]["text/plain"] for c in cell.of("execute_result")
+                 + cell.of("display_data")]
+        plain = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in shown]
+        self.assertEqual(plain, [row["result"]] if "result" in row else [])
+
+    @needs("ipykernel")
+    def test_ipykernel_runs(self):
+        self.run_cells("ipykernel")
+
+    @needs("bash_kernel")
+    def test_bash_runs(self):
+        self.run_cells("bash")
+
+    @needs("xpython_launcher")
+    def test_xeus_python_runs(self):
+        self.run_cells("xpython")
+
+    @needs_programs(str(DENO))
+    def test_deno_runs(self):
+        self.run_cells("deno")
+
+    @unittest.skipUnless(shutil.which("R"), "R with IRkernel is not installed")
+    def test_r_runs(self):
+        self.run_cells("ir")
 
 
 # ---- 9. The page, in Chromium ------------------------------------------------------
