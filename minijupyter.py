@@ -29,12 +29,14 @@ kernel process. Sources: Jupyter Server's REST API (jupyter_server, api.yaml), n
 import argparse
 import base64
 import binascii
+import codecs
 import contextlib
 import errno
 import functools
 import hashlib
 import hmac
 import html
+import io
 import json
 import mimetypes
 import os
@@ -44,6 +46,7 @@ import shutil
 import signal
 import socket
 import stat
+import string
 import struct
 import subprocess
 import sys
@@ -52,6 +55,7 @@ import threading
 import time
 import typing
 import uuid
+import zlib
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -629,25 +633,63 @@ os.umask(UMASK)
 JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
 DEFAULT_KERNEL = "python3"
+LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
+SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
+    "argv": (list, None), "display_name": (str, ""), "language": (str, ""), "env": (dict, {}),
+    "interrupt_mode": (str, "signal"), "metadata": (dict, {}), "kernel_protocol_version": (str, "")}
+
+
+def data_folders():
+    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
+    import site
+    share = os.path.join("share", "jupyter")
+    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
+    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
+        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
+    user = [JUPYTER_DATA]
+    if site.ENABLE_USER_SITE:
+        user.append(os.path.join(site.getuserbase(), share))
+    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
+    nearest = [*own, *user] if prefers_environment() else [*user, *own]
+    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+
+
+def prefers_environment():
+    """True when this Python's own folder comes before the user's: when asked for, or by default
+    in a virtual or Conda environment that belongs to the user."""
+    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
+        return is_set("JUPYTER_PREFER_ENV_PATH")
+    conda = os.environ.get("CONDA_PREFIX")
+    is_conda = bool(conda) and sys.prefix.startswith(conda) \
+        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
+    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
+
+
+def is_set(name):
+    value = os.environ.get(name, "no").lower()
+    return value not in ("no", "n", "false", "off", "0", "0.0")
 
 
 def spec_folders():
-    """Every data folder's `kernels`, in Jupyter's order: the first that has a name wins."""
-    listed = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
-    own = [os.path.join(sys.prefix, "share", "jupyter"), JUPYTER_DATA]
-    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
-    return [os.path.join(path, "kernels") for path in (*listed, *own, *system)]
+    """Every folder of kernel specs: the first that has a name wins."""
+    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
 
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
     specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
     for folder in spec_folders():
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            spec = read_spec(os.path.join(folder, name, "kernel.json"))
-            key = name.lower() if name.lower() != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
-            if spec and key not in specs:
-                specs[key] = (spec, os.path.join(folder, name))
+        for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            name = entry.lower()
+            key = name if name != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
+            if key in specs or not re.fullmatch(r"[a-z0-9._-]+", name):
+                continue
+            spec = read_spec(os.path.join(folder, entry, "kernel.json"))
+            if spec:
+                specs[key] = (spec, os.path.join(folder, entry))
     return specs
 
 
@@ -655,16 +697,28 @@ def read_spec(path):
     """A kernel.json with all of its fields, or None: a broken one must not hide the others."""
     try:
         with open(path, encoding="utf-8") as file:
-            spec = json.load(file)
-        if not isinstance(spec["argv"], list) or not spec["argv"]:
-            raise ValueError("argv must be a list of words")
-        return {"interrupt_mode": "signal", "env": {}, "metadata": {}, **spec,
-                "display_name": str(spec["display_name"]), "language": str(spec["language"])}
-    except FileNotFoundError:
+            return complete_spec(json.load(file))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        log(f"Ignored the kernel spec {path}: {problem!r}")
+    except (OSError, ValueError, AttributeError, RecursionError) as problem:
+        log(f"Ignored the kernel spec {path}: {problem}")
         return None
+
+
+def complete_spec(found):
+    """The spec in a kernel.json; None when another must start it; ValueError for a broken one."""
+    spec = {name: found.get(name, default) for name, (_, default) in SPEC_FIELDS.items()}
+    for name, (kind, _) in SPEC_FIELDS.items():
+        if not isinstance(spec[name], kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}")
+    words = [*spec["argv"], *spec["env"].values()]
+    if not spec["argv"] or not all(isinstance(word, str) for word in words):
+        raise ValueError("argv must be a list of words, and env must name some")
+    spec["interrupt_mode"] = spec["interrupt_mode"].lower()
+    if spec["interrupt_mode"] not in ("signal", "message"):
+        raise ValueError("interrupt_mode must be signal or message")
+    provisioner = spec["metadata"].get("kernel_provisioner", {})
+    return spec if provisioner.get("provisioner_name", LOCAL) == LOCAL else None
 
 
 def fill_in(argv, values):
@@ -672,7 +726,17 @@ def fill_in(argv, values):
     words = [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in argv]
     if words[0] in ("python", "python3", f"python3.{sys.version_info[1]}"):
         words[0] = sys.executable
-    return words
+    return [os.path.expanduser(word) for word in words]
+
+
+def kernel_environment(spec):
+    """The environment of a spec's kernel: ours and its `env`, where $NAME stands for a value."""
+    env = dict(os.environ)
+    env.update((name, string.Template(value).safe_substitute(os.environ))
+               for name, value in spec["env"].items())
+    if spec["language"].lower().startswith("python"):
+        env.pop("PYTHONEXECUTABLE", None)   # macOS: it would start another Python than argv's
+    return env
 
 
 # ---- 4. Kernels: processes, journals, and who watches them ------------------------------------
@@ -1000,8 +1064,8 @@ class Kernel:
         """Write the connection file and start the process. Raises Problem 500."""
         write_secret(self.connection_file, json.dumps(self.connection, indent=1))
         argv = fill_in(self.spec["argv"], {
-            "connection_file": self.connection_file, "resource_dir": self.folder or HERE,
-            "prefix": sys.prefix})
+            "connection_file": os.path.realpath(self.connection_file),
+            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
             self.process = subprocess.Popen(
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
@@ -1015,11 +1079,8 @@ class Kernel:
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
     def environment(self):
-        env = {**os.environ, "JPY_PARENT_PID": str(os.getpid()), "JPY_SESSION_NAME": self.path}
-        for name, value in self.spec["env"].items():   # $NAME stands for a variable's value
-            env[name] = re.sub(r"\$\{(\w+)\}|\$(\w+)",
-                               lambda m: os.environ.get(m[1] or m[2], m[0]), value)
-        return {**env, **self.env}
+        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
+                "JPY_SESSION_NAME": self.path, **self.env}
 
     def connect(self, channel, identity=b""):
         """A client's socket, connected to a channel; it belongs to the calling thread."""
@@ -1557,13 +1618,26 @@ class Sessions:
 # send frames: two bytes (FIN and opcode, mask bit and length), perhaps a longer length, perhaps a
 # mask, then the payload. `FrameParser` turns bytes into messages and knows no socket, so every
 # rule of the RFC can be tested with two strings of bytes; `WebSocket` reads and writes.
+#
+# Messages may be compressed (permessage-deflate, RFC 7692), each by itself: "no context takeover",
+# so that no connection keeps a window of 32 kB for later. Through loopback it only costs time.
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+FIN, COMPRESSED, RESERVED = 0b1000_0000, 0b0100_0000, 0b0011_0000   # bits beside the opcode
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"   # RFC 6455 1.3
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG = 1000, 1001, 1002, 1007, 1009
 MOST_BYTES = 256 << 20    # of one message: a picture pasted into a widget should pass
 MOST_FRAGMENTS = 1 << 16  # of one message: empty ones cost nothing to send
-CLOSE_CODES = {*range(1000, 1004), *range(1007, 1012), *range(3000, 5000)}   # RFC 6455 7.4
+CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}   # RFC 6455 7.4, IANA
+BLOCK = 1 << 15           # bytes unmasked at a time: they and their numbers fit in a core's cache
+WORTH_DEFLATING = 1 << 10   # bytes; a smaller message fits in one packet anyway
+FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 7.2.1)
+LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
+KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
+HANG_UP_SECONDS = 2       # that a peer which broke a rule gets to take its close frame
+DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
+    "server_no_context_takeover": "", "client_no_context_takeover": "",
+    "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
 
 
 class WebSocketError(Exception):
@@ -1579,147 +1653,237 @@ def accept_key(key):
     return base64.b64encode(hashlib.sha1((key + GUID).encode()).digest()).decode()
 
 
-def apply_mask(data, mask):
-    """XOR with the repeated four-byte mask, as one big number: at the speed of memory."""
-    repeated = (mask * (len(data) // 4 + 1))[:len(data)]
-    number = int.from_bytes(data, "little") ^ int.from_bytes(repeated, "little")
-    return number.to_bytes(len(data), "little")
+def apply_mask(data, mask, start=0, end=None):
+    """data[start:end] XOR the repeated four-byte mask, in big numbers: at the speed of memory."""
+    end = len(data) if end is None else end
+    size = min(BLOCK, end - start)
+    key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
+    if end - start == size:
+        return (int.from_bytes(data[start:end], "little") ^ key).to_bytes(size, "little")
+    result = io.BytesIO()
+    for at in range(start, end, BLOCK):
+        block = data[at:min(at + BLOCK, end)]
+        number = int.from_bytes(block, "little") ^ key
+        result.write(number.to_bytes(size, "little")[:len(block)])
+    return result.getvalue()
 
 
 def encode_frame(opcode, payload, mask=None):
     """One unfragmented frame; a client must mask, a server must not (RFC 6455 5.2, 5.3)."""
     masked = 0b1000_0000 if mask else 0
     if len(payload) < 126:
-        head = bytes([0b1000_0000 | opcode, masked | len(payload)])
+        head = bytes([FIN | opcode, masked | len(payload)])
     elif len(payload) < 1 << 16:
-        head = struct.pack("!BBH", 0b1000_0000 | opcode, masked | 126, len(payload))
+        head = struct.pack("!BBH", FIN | opcode, masked | 126, len(payload))
     else:
-        head = struct.pack("!BBQ", 0b1000_0000 | opcode, masked | 127, len(payload))
+        head = struct.pack("!BBQ", FIN | opcode, masked | 127, len(payload))
     return head + mask + apply_mask(payload, mask) if mask else head + payload
 
 
-class FrameParser:
-    """Bytes in, messages out: `feed` returns (opcode, payload) of messages and control frames.
+def words(headers, name):
+    """The comma-separated words of a header, which may be there more than once."""
+    return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
 
-    Raises WebSocketError. TEXT payloads are str, all others bytes.
+
+def handshake_key(headers):
+    """The Sec-WebSocket-Key of a handshake; Problem 400 when it is none (RFC 6455 4.2.1)."""
+    key = headers.get("Sec-WebSocket-Key", "")
+    upgrades = [word.lower() for word in words(headers, "Upgrade")]
+    options = [word.lower() for word in words(headers, "Connection")]
+    if "websocket" not in upgrades or "upgrade" not in options or not KEY.fullmatch(key) \
+            or headers.get("Sec-WebSocket-Version") != "13":
+        raise Problem(400, "This address speaks WebSocket (RFC 6455, version 13) only")
+    return key
+
+
+def accept_deflate(offers):
+    """(answer, window bits) to the first offer of permessage-deflate that we can accept; (None,
+    None) without one (RFC 7692 5)."""
+    for offer in offers:
+        name, *parameters = [part.strip() for part in offer.split(";")]
+        values = {key.strip(): value.strip(' "') for key, _, value in (
+            parameter.partition("=") for parameter in parameters)}
+        is_known = len(values) == len(parameters) and all(
+            key in DEFLATE_PARAMETERS and re.fullmatch(DEFLATE_PARAMETERS[key], value)
+            for key, value in values.items())
+        if name == "permessage-deflate" and is_known:
+            bits = values.get("server_max_window_bits")
+            answer = f"{name}; server_no_context_takeover; client_no_context_takeover"
+            return answer + (f"; server_max_window_bits={bits}" if bits else ""), int(bits or 15)
+    return None, None
+
+
+def deflate(payload, window_bits):
+    """A message's payload, compressed (RFC 7692 7.2.1); quickly, for a person waits."""
+    compressor = zlib.compressobj(1, zlib.DEFLATED, -window_bits)
+    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    return data.removesuffix(FLUSH_TAIL)
+
+
+class FrameParser:
+    """Bytes in, messages out: `feed` yields (opcode, payload) of messages and control frames.
+
+    Raises WebSocketError where a rule is broken. TEXT payloads are str, all others bytes.
     """
 
-    def __init__(self, most_bytes=MOST_BYTES):
-        self.most_bytes = most_bytes
-        self.bytes = bytearray()     # not yet a whole frame
-        self.opcode = None           # of the fragmented message that is under way
+    def __init__(self, most_bytes=MOST_BYTES, may_compress=False):
+        self.most_bytes, self.may_compress = most_bytes, may_compress
+        self.bytes, self.at = bytearray(), 0   # what has not been a whole frame yet; from where on
+        self.opcode = None            # of the message that is under way
+        self.inflater = None          # decompresses it
         self.fragments, self.size = [], 0
+        self.cut = b""                # the beginning of a character whose end comes next
         self.is_closed = False
 
     def feed(self, data):
         self.bytes += data
-        messages = []
         while not self.is_closed and (frame := self.next_frame()) is not None:
             message = self.message(*frame)
             if message is not None:
-                messages.append(message)
                 self.is_closed = message[0] == CLOSE   # RFC 6455 5.5.1: nothing comes after it
-        return messages
+                yield message
+        del self.bytes[:self.at]
+        self.at = 0
 
     def next_frame(self):
-        """(is it the last fragment, opcode, payload), or None while bytes are missing."""
-        if len(self.bytes) < 2:
+        """(first byte, payload), or None while bytes are missing."""
+        have, at = len(self.bytes), self.at + 2
+        if have < at:
             return None
-        first, second = self.bytes[:2]
-        opcode, length, head = first & 0b1111, second & 0b0111_1111, 2
-        self.check_head(first, opcode, second, length)
+        first, second = self.bytes[self.at], self.bytes[self.at + 1]
+        length = second & 0b0111_1111
+        self.check_head(first, second, length)
         if length >= 126:
             size, layout = (2, "!H") if length == 126 else (8, "!Q")
-            if len(self.bytes) < 2 + size:
+            if have < at + size:
                 return None
-            length, head = struct.unpack_from(layout, self.bytes, 2)[0], 2 + size
+            length, at = struct.unpack_from(layout, self.bytes, at)[0], at + size
         if self.size + length > self.most_bytes or len(self.fragments) > MOST_FRAGMENTS:
             raise WebSocketError(TOO_BIG, f"a message may have {self.most_bytes} bytes")
-        end = head + 4 + length
-        if len(self.bytes) < end:
+        at, end = at + 4, at + 4 + length
+        if have < end:
             return None
         # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
-        payload = apply_mask(self.bytes[head + 4:end], bytes(self.bytes[head:head + 4]))
-        del self.bytes[:end]
-        return bool(first & 0b1000_0000), opcode, payload
+        self.at = end
+        return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)
 
-    def check_head(self, first, opcode, second, length):
-        if first & 0b0111_0000:
+    def check_head(self, first, second, length):
+        opcode = first & 0b1111
+        if first & RESERVED or first & COMPRESSED and not (
+                self.may_compress and opcode in (TEXT, BINARY)):
             raise WebSocketError(PROTOCOL_ERROR, "reserved bits are set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise WebSocketError(PROTOCOL_ERROR, f"unknown opcode {opcode}")
         if not second & 0b1000_0000:
             raise WebSocketError(PROTOCOL_ERROR, "a client's frame must be masked")
-        if opcode >= CLOSE and (length > 125 or not first & 0b1000_0000):
+        if opcode >= CLOSE and (length > 125 or not first & FIN):
             raise WebSocketError(PROTOCOL_ERROR, "a control frame must be short and whole")
+        if opcode < CLOSE and (opcode == CONTINUATION) != (self.opcode is not None):
+            raise WebSocketError(PROTOCOL_ERROR, "a fragment out of order")
 
-    def message(self, is_last, opcode, payload):
+    def message(self, first, payload):
         """The message that a frame completes; control frames may stand between fragments."""
+        opcode, is_last = first & 0b1111, first & FIN
         if opcode >= CLOSE:
             return opcode, payload
-        if (opcode == CONTINUATION) != (self.opcode is not None):
-            raise WebSocketError(PROTOCOL_ERROR, "a fragment out of order")
-        self.opcode = self.opcode or opcode
-        self.fragments.append(payload)
+        if opcode != CONTINUATION:
+            self.opcode = opcode
+            self.inflater = zlib.decompressobj(-15) if first & COMPRESSED else None
+        if self.inflater:
+            payload = self.inflate(payload + FLUSH_TAIL if is_last else payload)
         self.size += len(payload)
+        self.fragments.append(self.decode(payload, is_last) if self.opcode == TEXT else payload)
         if not is_last:
             return None
-        opcode, payload = self.opcode, b"".join(self.fragments)
+        empty = "" if self.opcode == TEXT else b""
+        message = self.opcode, empty.join(self.fragments)
         self.opcode, self.fragments, self.size = None, [], 0
-        return opcode, decode(payload) if opcode == TEXT else payload
+        return message
+
+    def inflate(self, payload):
+        """A compressed payload in full; one that would grow beyond the limit is not even made."""
+        try:
+            data = self.inflater.decompress(payload, self.most_bytes - self.size + 1)
+        except zlib.error as problem:
+            raise WebSocketError(INVALID_DATA, f"not compressed by deflate: {problem}") from None
+        if self.size + len(data) > self.most_bytes:
+            raise WebSocketError(TOO_BIG, f"a message may have {self.most_bytes} bytes")
+        return data
+
+    def decode(self, payload, is_last):
+        """The text of a fragment, which may begin and end within a character (RFC 6455 8.1)."""
+        data = self.cut + payload
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", bool(is_last))
+        except UnicodeDecodeError:
+            raise WebSocketError(INVALID_DATA, "a text message must be UTF-8") from None
+        self.cut = data[used:]
+        return text
 
 
-def decode(payload):
+def close_code(payload):
+    """The code in a CLOSE frame's payload; raises WebSocketError (RFC 6455 5.5.1, 7.4)."""
+    if not payload:
+        return NORMAL
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) == 1 or code not in CLOSE_CODES:
+        raise WebSocketError(PROTOCOL_ERROR, "no such close code")
     try:
-        return payload.decode()
+        payload[2:].decode()
     except UnicodeDecodeError:
-        raise WebSocketError(INVALID_DATA, "a text message must be UTF-8") from None
+        raise WebSocketError(INVALID_DATA, "a close reason must be UTF-8") from None
+    return code
 
 
 class WebSocket:
     """One accepted connection. It belongs to one thread: its handler's."""
 
-    def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES, protocol=None):
-        self.socket, self.parser, self.protocol = sock, FrameParser(most_bytes), protocol
+    def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES, protocol=None,
+                 window_bits=None):
+        self.socket, self.protocol = sock, protocol
+        self.window_bits = window_bits   # of what we compress; None when nothing is
+        self.parser = FrameParser(most_bytes, may_compress=window_bits is not None)
         self.first_bytes = first_bytes   # came glued to the handshake
-        self.waiting = []                # whole messages that nobody has taken
+        self.messages = self.all_messages()
         self.is_closed = self.close_sent = False
         self.last_heard = time.monotonic()
 
     @classmethod
-    def accept(cls, handler, protocols=()):
+    def accept(cls, handler, protocols=(), may_compress=None):
         """Answer the handshake of a BaseHTTPRequestHandler. Raises Problem 400 (RFC 6455 4.2).
 
-        The first of the client's subprotocols that is in `protocols` is chosen, or none.
+        The first of the client's subprotocols that is in `protocols` is chosen, or none. Messages
+        are compressed when the client offers it, by default only if it is another machine.
         """
-        headers = handler.headers
-        key, version = headers.get("Sec-WebSocket-Key"), headers.get("Sec-WebSocket-Version")
-        if "websocket" not in headers.get("Upgrade", "").lower() or not key or version != "13":
-            raise Problem(400, "This address speaks WebSocket (RFC 6455, version 13) only")
-        handler.send_response(101)
-        handler.send_header("Upgrade", "websocket")
-        handler.send_header("Connection", "Upgrade")
-        handler.send_header("Sec-WebSocket-Accept", accept_key(key))
-        offered = [name.strip() for name in headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        key = handshake_key(handler.headers)
+        offered = words(handler.headers, "Sec-WebSocket-Protocol")
         protocol = next((name for name in offered if name in protocols), None)
-        if protocol:
-            handler.send_header("Sec-WebSocket-Protocol", protocol)
+        if may_compress is None:
+            may_compress = not handler.client_address[0].startswith(LOOPBACK)
+        offers = words(handler.headers, "Sec-WebSocket-Extensions") if may_compress else []
+        extension, window_bits = accept_deflate(offers)
+        handler.send_response(101)
+        for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                            ("Sec-WebSocket-Accept", accept_key(key)),
+                            ("Sec-WebSocket-Protocol", protocol),
+                            ("Sec-WebSocket-Extensions", extension)):
+            if value:
+                handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
         handler.close_connection = True
-        # What the client sent right behind its handshake is in rfile's buffer, not in the socket.
-        handler.connection.setblocking(False)
-        first_bytes = handler.rfile.read1(len(handler.rfile.peek() or b"")) or b""
+        first_bytes = buffered(handler)
         handler.connection.settimeout(60)   # seconds a peer may take to accept what we send
-        return cls(handler.connection, first_bytes, protocol=protocol)
+        return cls(handler.connection, first_bytes, protocol=protocol, window_bits=window_bits)
 
     def fileno(self):
         return self.socket.fileno()
 
     @property
     def has_bytes(self):
-        """True when there is something to read that the descriptor does not tell of."""
-        return bool(self.first_bytes)
+        """True when bytes have arrived that no poll of the TCP socket tells: they came with the
+        handshake, or TLS has decrypted them already."""
+        return bool(self.first_bytes) or getattr(self.socket, "pending", int)() > 0
 
     def abort(self):
         """End the connection from another thread: its owner then sees its end."""
@@ -1728,44 +1892,52 @@ class WebSocket:
 
     def receive(self):
         """The next message, str or bytes; None when the connection is closed. Waits."""
-        while not self.waiting and not self.is_closed:
-            self.waiting += self.arrived()
-        return self.waiting.pop(0) if self.waiting else None
+        return next(self.messages, None)
+
+    def all_messages(self):
+        while not self.is_closed:
+            yield from self.arrived()
 
     def arrived(self):
-        """The messages in what has arrived; waits for the next bytes. Answers pings and closes."""
+        """Yield the messages in what has arrived; wait for it. Answers pings and closes, in turn
+        with the messages: a peer's mistake does not undo what it said before."""
         try:
             data, self.first_bytes = self.first_bytes or self.socket.recv(1 << 18), b""
-            if not data:
-                self.is_closed = True
+            self.is_closed = not data
             self.last_heard = time.monotonic()
-            return [payload for opcode, payload in self.parser.feed(data)
-                    if opcode in (TEXT, BINARY) or self.control(opcode, payload)]
+            for opcode, payload in self.parser.feed(data):
+                if opcode in (TEXT, BINARY):
+                    yield payload
+                else:
+                    self.control(opcode, payload)
         except TimeoutError:
-            return []
+            pass
         except OSError:
             self.is_closed = True
         except WebSocketError as problem:
             self.close(problem.code, problem.reason)
-            self.is_closed = True
-        return []
+            self.hang_up()
 
     def control(self, opcode, payload):
-        """Obey a control frame; False, because it is no message."""
+        """Obey a control frame."""
         if opcode == PING:
             self.write(encode_frame(PONG, payload))
         elif opcode == CLOSE:
             # RFC 6455 5.5.1: a close is answered once, with the same code.
-            code = struct.unpack("!H", payload[:2])[0] if len(payload) >= 2 else NORMAL
-            is_fine = len(payload) != 1 and code in CLOSE_CODES
-            decode(payload[2:])
-            self.close(code if is_fine else PROTOCOL_ERROR)
+            self.close(close_code(payload))
             self.is_closed = True
-        return False
+
+    def frame(self, opcode, payload):
+        """The finished frame of a whole message, compressed where that is agreed and worth it."""
+        if self.window_bits and len(payload) >= WORTH_DEFLATING:
+            return encode_frame(opcode | COMPRESSED, deflate(payload, self.window_bits))
+        return encode_frame(opcode, payload)
 
     def send(self, message):
         """Send a str as a text message, bytes as a binary one."""
-        self.write(message_frame(message))
+        is_text = isinstance(message, str)
+        self.write(self.frame(TEXT if is_text else BINARY,
+                              message.encode() if is_text else bytes(message)))
 
     def write(self, data):
         """Send finished frames; a peer that is gone or does not read closes the connection."""
@@ -1777,14 +1949,30 @@ class WebSocket:
 
     def close(self, code=NORMAL, reason=""):
         """Send a close frame, once."""
-        self.write(encode_frame(CLOSE, struct.pack("!H", code) + reason.encode()[:123]))
+        text = reason.encode()[:123].decode(errors="ignore")   # RFC 6455 5.5: 125 bytes in all
+        self.write(encode_frame(CLOSE, struct.pack("!H", code) + text.encode()))
         self.close_sent = True
 
+    def hang_up(self):
+        """End our half of the connection and throw away what the peer still sends, or its system
+        might throw away our close frame (RFC 6455 7.1.1)."""
+        self.is_closed = True
+        deadline = time.monotonic() + HANG_UP_SECONDS
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self.socket.settimeout(left)
+                if not self.socket.recv(1 << 18):
+                    break
 
-def message_frame(message):
-    if isinstance(message, str):
-        return encode_frame(TEXT, message.encode())
-    return encode_frame(BINARY, bytes(message))
+
+def buffered(handler):
+    """What the client sent right behind its handshake: rfile has it, the socket no longer does."""
+    handler.connection.setblocking(False)
+    try:
+        return handler.rfile.read1(len(handler.rfile.peek()))
+    except OSError:
+        return b""   # where TCP has nothing yet and says so by an empty string, TLS raises
 
 
 # ---- 7. The bridge: WebSocket <-> ZeroMQ ------------------------------------------------------
@@ -1950,7 +2138,7 @@ class Bridge:
                 self.answer(item.message, item.question)
             else:
                 # Journey 11: verified, marked with its channel, and on its way to the page.
-                frames.append(encode_frame(*self.splice(item)))
+                frames.append(self.websocket.frame(*self.splice(item)))
         return frames
 
     def from_kernel(self, channel, sock, ends):
@@ -1968,7 +2156,7 @@ class Bridge:
                 ends.questions.add(entry.header["msg_id"])
             if entry.msg_type in STORY:
                 self.kernel.publish([entry], self)
-            frames.append(encode_frame(*self.splice(entry)))
+            frames.append(self.websocket.frame(*self.splice(entry)))
         return frames
 
     def carry_up(self):
