@@ -33,6 +33,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -99,7 +100,9 @@ def log(text):
 # know (keys, output types, MIME types) is carried along untouched.
 #
 # A browser cannot keep a file byte for byte: to JavaScript 1.0 and 1 are the same number. So a
-# save is compared with what the file says: cells that nobody changed are written as they stood.
+# save is compared with what the file says: an untouched notebook is not written at all, and in a
+# changed one every untouched cell stays as it stood. For that a file is read cell by cell, and the
+# place of each is kept.
 
 SHORT_MIME = {   # nbformat 3's names
     "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
@@ -109,6 +112,8 @@ CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
+to_text = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class NotANotebook(ValueError):
@@ -125,8 +130,10 @@ def is_split_mime(mime):
 
 
 def join(text):
-    is_split = isinstance(text, list) and all(isinstance(line, str) for line in text)
-    return "".join(text) if is_split else text
+    try:
+        return "".join(text) if isinstance(text, list) else text
+    except TypeError:   # not a list of strings
+        return text
 
 
 def split(text):
@@ -152,25 +159,95 @@ def map_output(output, convert, is_converted):
     return output
 
 
-def parse_notebook(data):
-    """The JSON object in the bytes of a notebook file, of version 4 and of a sound structure.
+class NotebookFile:
+    """What a notebook file says, and where it says it. Raises NotANotebook.
 
-    An empty file is a new notebook. Raises NotANotebook.
+    notebook = the JSON object, of version 4 and of a sound structure
+    places = {key: slice of `text`}; for "cells" a list of them, one for each cell
+    tail = what comes after the object: one newline, as a rule
     """
-    if not data.strip():
-        return new_notebook()
-    try:
-        notebook = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as problem:
-        raise NotANotebook(f"the file is not JSON: {problem}") from None
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("nbformat"), int):
-        raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
-    if notebook["nbformat"] in (2, 3):
-        notebook = upgrade(notebook)
-    if notebook["nbformat"] != 4:
-        raise NotANotebook(f"this is nbformat {notebook['nbformat']}; versions 2 to 4 can be read")
-    validate(notebook)
-    return notebook
+
+    def __init__(self, data):
+        self.data, self.text, self.tail = data, "", ""
+        self.notebook, self.places = {}, {}
+        try:
+            self.text = data.decode("utf-8-sig")
+            self.read()
+        except (ValueError, RecursionError) as problem:
+            raise NotANotebook(f"the file is not JSON: {problem}") from None
+        self.version = self.notebook.get("nbformat")
+        if not isinstance(self.version, int):
+            raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
+        if self.version not in (2, 3, 4):
+            raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
+        if self.version < 4:
+            self.notebook = upgrade(self.notebook)
+        validate(self.notebook)
+
+    def read(self):
+        start = skip_space(self.text, 0)
+        if start == len(self.text):   # an empty file is a new notebook
+            self.notebook = new_notebook()
+        elif self.text[start] != "{":
+            JSON.decode(self.text)
+        else:
+            end = read_entries(self.text, start, "}", self.read_member)
+            self.tail = self.text[end:]
+            if self.tail.strip():
+                raise json.JSONDecodeError("Extra data", self.text, end)
+
+    def read_member(self, at):
+        """Read the member of the notebook's object that begins at `at`; returns where it ends."""
+        if not self.text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting a name", self.text, at)
+        key, at = JSON.raw_decode(self.text, at)
+        at = skip(":", self.text, skip_space(self.text, at))
+        if key == "cells" and self.text.startswith("[", at):
+            self.notebook[key], self.places[key] = [], []
+            return read_entries(self.text, at, "]", self.read_cell)
+        self.notebook[key], end = JSON.raw_decode(self.text, at)
+        self.places[key] = slice(at, end)
+        return end
+
+    def read_cell(self, at):
+        cell, end = JSON.raw_decode(self.text, at)
+        self.notebook["cells"].append(cell)
+        self.places["cells"].append(slice(at, end))
+        return end
+
+    @functools.cached_property
+    def served(self):
+        """The notebook as the API gives it: strings joined, ids in 4.5."""
+        cells = [map_strings(cell, join) for cell in self.notebook["cells"]]
+        if self.notebook.get("nbformat_minor", 0) >= ID_MINOR:
+            cells = with_ids(cells)
+        return {**self.notebook, "cells": cells}
+
+
+def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
+    return space.match(text, at).end()
+
+
+def skip(mark, text, at):
+    """Where the next thing begins, after the mark that must stand at `at`."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
+    return skip_space(text, at + 1)
+
+
+def read_entries(text, at, end_mark, read_entry):
+    """Read the JSON list or object that opens at `at`; returns where it ends.
+
+    `read_entry(at)` reads one entry and returns its end.
+    """
+    at = skip_space(text, at + 1)
+    is_empty = text.startswith(end_mark, at)
+    while not is_empty:
+        at = skip_space(text, read_entry(at))
+        if text.startswith(end_mark, at):
+            break
+        at = skip(",", text, at)
+    return at + 1
 
 
 def validate(notebook):
@@ -261,49 +338,128 @@ def with_ids(cells):
 
 
 def read_notebook(data):
-    """The notebook in the bytes of a file, as the API gives it: strings joined, ids in 4.5."""
-    return as_served(parse_notebook(data))
-
-
-def as_served(notebook):
-    cells = [map_strings(cell, join) for cell in notebook["cells"]]
-    if notebook.get("nbformat_minor", 0) >= ID_MINOR:
-        cells = with_ids(cells)
-    return {**notebook, "cells": cells}
+    """The notebook in the bytes of a file, as the API gives it."""
+    return NotebookFile(data).served
 
 
 def new_notebook():
     return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": ID_MINOR}
 
 
+class Layout:
+    """How JSON is laid out in a notebook file: as Jupyter does it, or as an older file has it."""
+
+    def __init__(self, file=None):
+        self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, "", "\n"
+        if file:
+            match = re.match(r"\s*\{(\r?\n|)([ \t]*)", file.text)
+            self.newline, self.step = match.groups()
+            self.is_sorted = [*file.places] == sorted(file.places)
+            self.start = "\ufeff" if file.data.startswith(b"\xef\xbb\xbf") else ""
+            self.end = file.tail
+
+    def write(self, value, depth):
+        if isinstance(value, dict):
+            return self.enclose("{}", depth, [f"{to_text(key)}: {self.write(part, depth + 1)}"
+                                              for key, part in self.in_order(value)])
+        if isinstance(value, list):
+            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+        return to_text(value)
+
+    def in_order(self, members):
+        return sorted(members.items()) if self.is_sorted else members.items()
+
+    def enclose(self, brackets, depth, texts):
+        if not texts:
+            return brackets
+        outer = self.newline + self.step * depth
+        inner = outer + self.step
+        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
+
+
 def write_notebook(notebook, old=None):
     """The bytes of a notebook file that says what `notebook` says. What `old`, the bytes that are
     on disk now, says already is left as it stands there. Raises NotANotebook."""
     validate(notebook)
-    cells = [map_strings(cell, split, is_split_mime) for cell in notebook["cells"]]
-    on_disk = parse_or_none(old)
-    if on_disk is not None:
-        served = as_served(on_disk)
-        if fingerprint(served) == fingerprint(notebook):
-            return old
-        unchanged = {fingerprint(s): cell
-                     for s, cell in zip(served["cells"], on_disk["cells"], strict=True)}
-        cells = [unchanged.get(fingerprint(cell), new)
-                 for cell, new in zip(notebook["cells"], cells, strict=True)]
-    text = json.dumps({**notebook, "cells": cells}, indent=1, sort_keys=True, ensure_ascii=False)
-    return (text + "\n").encode("utf-8", "surrogatepass")
-
-
-def parse_or_none(data):
     try:
-        return parse_notebook(data) if data else None
+        file = file_or_none(old)
+        if file and same(file.served, notebook):
+            return old
+        return rewritten(notebook, file if file and file.version == 4 else None)
+    except RecursionError:
+        raise NotANotebook("it is nested too deep") from None
+
+
+def file_or_none(data):
+    try:
+        return NotebookFile(data) if data and not data.isspace() else None
     except NotANotebook:
         return None
 
 
-def fingerprint(value):
-    """A text that is the same for all values that a JavaScript client cannot tell apart."""
-    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
+def rewritten(notebook, file):
+    """The bytes of a changed notebook, with the texts of what did not change."""
+    layout = Layout(file)
+    texts = {"cells": layout.enclose("[]", 1, [*cell_texts(notebook["cells"], file, layout)])}
+    for key, value in notebook.items():
+        if key != "cells":
+            is_kept = file and key in file.places and same(file.notebook[key], value)
+            texts[key] = file.text[file.places[key]] if is_kept else layout.write(value, 1)
+    keys = sorted(texts) if layout.is_sorted else dict.fromkeys([*file.places, *texts])
+    members = [f"{to_text(key)}: {texts[key]}" for key in keys if key in texts]
+    return encode_text(layout.start + layout.enclose("{}", 0, members) + layout.end)
+
+
+def cell_texts(cells, file, layout):
+    """Yield the text of each cell: where nobody changed it, what stands in the file."""
+    known = {}   # (id, source) -> cells of the file that look alike, the first one last
+    if file:
+        on_disk = zip(file.served["cells"], file.notebook["cells"], file.places["cells"],
+                      strict=True)
+        for served, cell, place in reversed([*on_disk]):
+            if served.get("id") == cell.get("id"):   # an id that was made up is to be written
+                known.setdefault(looks(cell), []).append((served, file.text[place]))
+    for cell in cells:
+        alike = known.get(looks(cell))
+        served, text = alike.pop() if alike else (None, None)
+        is_kept = served is not None and same(served, cell)
+        yield text if is_kept else layout.write(map_strings(cell, split, is_split_mime), 2)
+
+
+def looks(cell):
+    return str(cell.get("id")), str(join(cell.get("source")))
+
+
+def encode_text(text):
+    """A JSON text in UTF-8, which has no halves of surrogate pairs: they are written as escapes."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text).encode()
+
+
+def same(one, other):
+    """True when a JavaScript client cannot tell `other` from `one`, which stands in a file."""
+    if isinstance(one, str):
+        return one == other
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() \
+            and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    return in_javascript(one) == in_javascript(other)
+
+
+def in_javascript(value):
+    """(type, value) as which a simple JSON value comes back from a browser. It has but one kind of
+    number; an integer too large for that becomes Infinity, and then null."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return type(value), value
+    try:
+        value = float(value)
+    except OverflowError:
+        return type(None), None
+    return (float, value) if abs(value) != float("inf") else (str, str(value))
 
 
 # ---- 2. Contents: files and folders below the root --------------------------------------------
@@ -2823,6 +2979,9 @@ def main():
     server = open_server(arguments.folder, arguments.ip, arguments.port, arguments.token)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
+    gc.freeze()
+    gc.set_threshold(our_kernel.COLLECT_AFTER, *gc.get_threshold()[1:])
     print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    {server.address()}\n\n"
           "Ctrl-C stops it and its kernels.", flush=True)
     if not arguments.no_browser:

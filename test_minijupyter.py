@@ -3169,6 +3169,8 @@ def through_javascript(value):
     if isinstance(value, list):
         return [through_javascript(item) for item in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            return None
         return int(float(value)) if float(value).is_integer() else value
     return value
 
@@ -3541,6 +3543,132 @@ class PathsOutsideTheRoot(Case):
                     self.server.delete(f"/api/sessions/{reply.json['id']}")
                     self.assertTrue(Path(cell.text().strip()).resolve().is_relative_to(
                         self.server.root.resolve()), cell)
+
+
+def two_cells():
+    """A notebook in the order of keys that Colab writes, with what JavaScript cannot keep."""
+    output = {"output_type": "display_data", "metadata": {}, "data": {
+        "application/json": {"10": 12345678901234567890, "9": float("nan")},
+        "x/unknown": ["kept", "apart"]}}
+    first = {"cell_type": "code", "source": ["first ☃"], "metadata": {"id": "x", "number": 1.0},
+             "execution_count": 1, "outputs": [output]}
+    second = {"cell_type": "code", "source": ["second"], "metadata": {}, "execution_count": None,
+              "outputs": []}
+    return {"nbformat": 4, "nbformat_minor": 0, "metadata": {"colab": {"b": 1, "a": 2}},
+            "cells": [first, second]}
+
+
+JUPYTERS = jupyter_bytes(two_cells())
+FILE_STYLES = {   # ways to lay out one notebook
+    "Jupyter": JUPYTERS, "Colab": json.dumps(two_cells(), indent=2).encode(),
+    "four spaces": json.dumps(two_cells(), indent=4, sort_keys=True).encode() + b"\n",
+    "tabs": json.dumps(two_cells(), indent="\t", ensure_ascii=False).encode(),
+    "CRLF": JUPYTERS.replace(b"\n", b"\r\n"), "a byte order mark": b"\xef\xbb\xbf" + JUPYTERS,
+    "no newline at the end": JUPYTERS.rstrip(), "blank lines at the end": JUPYTERS + b"\n \n",
+    "escapes": json.dumps(two_cells(), indent=1, sort_keys=True).encode() + b"\n",
+    "half a surrogate pair": JUPYTERS.replace("☃".encode(), rb"\ud83d"),
+    "numbers beyond all bounds": JUPYTERS.replace(
+        b"NaN", b"[1e999, -1e999, Infinity, -Infinity, 1" + 400 * b"0" + b"]"),
+    "a later minor version": jupyter_bytes({**two_cells(), "nbformat_minor": 9, "cells": [
+        {**cell, "id": f"c{i}", "new": {}} for i, cell in enumerate(two_cells()["cells"])]})}
+
+
+class NotebookFiles(ServerCase):
+    """Whoever wrote the file, and however it is laid out."""
+
+    save_untouched, assertUntouched = Documents.save_untouched, Documents.assertUntouched
+
+    def open(self, data):
+        """The content of a notebook of these bytes; strictly JSON, as a browser wants it."""
+        (self.root / "styled.ipynb").write_bytes(data)
+        reply = self.assertReply(self.server.get("/api/contents/styled.ipynb"), 200)
+        return json.loads(reply.body, parse_constant=self.fail)["content"]
+
+    def save(self, content):
+        self.assertReply(self.server.put("/api/contents/styled.ipynb", {
+            "type": "notebook", "format": "json", "content": content}), 200)
+        return (self.root / "styled.ipynb").read_bytes()
+
+    def test_an_untouched_file_keeps_every_byte(self):
+        for style, data in FILE_STYLES.items():
+            with self.subTest(style):
+                self.assertUntouched(data)
+
+    def test_a_change_of_one_cell_changes_nothing_else_in_the_file(self):
+        for style, data in FILE_STYLES.items():
+            with self.subTest(style):
+                content = through_javascript(self.open(data))
+                content["cells"][1]["source"] = "changed"
+                self.assertEqual(self.save(content), data.replace(b'"second"', b'"changed"'))
+
+    def test_cells_that_are_moved_deleted_and_added_leave_the_others_as_they_stand(self):
+        content = through_javascript(self.open(FILE_STYLES["Colab"]))
+        content["cells"] = [*reversed(content["cells"]), notebook("new")["cells"][0]]
+        saved = self.save(content)
+        for text in (b'"number": 1.0', b"NaN", b"12345678901234567890", rb"\u2603"):
+            self.assertIn(text, saved)
+        self.assertEqual([cell["source"] for cell in json.loads(saved)["cells"]],
+                         [["second"], ["first ☃"], ["new"]])
+
+    def test_every_style_is_opened_as_valid_json(self):
+        for style, data in FILE_STYLES.items():
+            with self.subTest(style):
+                self.assertEqual(self.open(data)["cells"][1]["source"], "second")
+
+    def test_half_a_surrogate_pair_in_a_changed_cell_is_written_as_an_escape(self):
+        content = self.open(jupyter_bytes(notebook("")))
+        content["cells"][0]["source"] = "half \ud83d"
+        saved = self.save(content)
+        self.assertIn(rb'"half \ud83d"', saved)
+        self.assertEqual(self.open(saved)["cells"][0]["source"], "half \ud83d")
+
+    def test_cells_without_an_id_of_their_own_get_the_same_one_every_time(self):
+        nb = notebook("1", "2", "3")
+        del nb["cells"][0]["id"]
+        nb["cells"][2]["id"] = nb["cells"][1]["id"]
+        data = jupyter_bytes(nb)
+        content = self.open(data)
+        ids = [cell["id"] for cell in content["cells"]]
+        self.assertEqual(len(set(ids)), 3)
+        self.assertEqual([cell["id"] for cell in self.open(data)["cells"]], ids)
+        self.assertUntouched(data)
+        content["cells"][1]["source"] = "changed"
+        saved = json.loads(self.save(content))
+        self.assertEqual([cell["id"] for cell in saved["cells"]], ids)
+
+    def test_an_empty_file_is_a_new_notebook(self):
+        for data in (b"", b"\n"):
+            content = self.open(data)
+            self.assertEqual(content["cells"], [])
+            self.assertEqual(self.save(content), jupyter_bytes(notebook()))
+
+    def test_a_file_of_a_newer_format_is_refused_in_clear_words(self):
+        (self.root / "five.ipynb").write_text('{"nbformat": 5}')
+        reply = self.assertReply(self.server.get("/api/contents/five.ipynb"), 400)
+        self.assertIn("nbformat 5", reply.json["message"])
+
+    def test_a_damaged_notebook_is_refused_with_the_place_of_the_fault(self):
+        cases = {   # what stands in the place of the first cell -> what the message says
+            "7": "/cells/0", '{"metadata": {}, "outputs": []}': "/cells/0/cell_type",
+            '{"cell_type": "code", "metadata": {}, "outputs": []}': "/cells/0/source",
+            '{"cell_type": "code", "metadata": {}, "source": "", "outputs": [{}]}':
+                "/cells/0/outputs/0/output_type",
+            '{"cell_type": "raw", "metadata": 1, "source": ""}': "/cells/0/metadata",
+            "": "column", "{}, ": "column", "{} {}": "column", "[": "column", '{"a" 1}': "column"}
+        for cell, said in cases.items():
+            with self.subTest(cell):
+                (self.root / "damaged.ipynb").write_text(
+                    f'{{"cells": [{cell or ","}], "metadata": {{}}, "nbformat": 4}}')
+                reply = self.assertReply(self.server.get("/api/contents/damaged.ipynb"), 400)
+                self.assertIn(said, reply.json["message"])
+
+    def test_what_is_nested_too_deep_is_refused(self):
+        deep = 50_000 * "[" + 50_000 * "]"
+        data = json.dumps(notebook(deep=0)).replace('"deep": 0', f'"deep": {deep}')
+        (self.root / "deep.ipynb").write_text(data)
+        self.assertReply(self.server.get("/api/contents/deep.ipynb"), 400)
+        body = f'{{"type": "notebook", "format": "json", "content": {data}}}'
+        self.assertReply(self.server.put("/api/contents/saved.ipynb", body), 400)
 
 
 # ---- 7. HTTP, access, kernels and sessions ----------------------------------------
