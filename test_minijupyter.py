@@ -4956,6 +4956,275 @@ class PageAsksTheKernel(PageCase):
         self.assertEqual(tab.texts()[2], "")
 
 
+# Keys pressed in command mode on the second of the code cells a, b, c: the sources they leave.
+COMMAND_KEYS = [
+    ("a", ["a", "", "b", "c"]),
+    ("b", ["a", "b", "", "c"]),
+    ("x", ["a", "c"]),
+    ("x v", ["a", "c", "b"]),
+    ("x Shift+V", ["a", "b", "c"]),
+    ("c v v", ["a", "b", "b", "b", "c"]),
+    ("Shift+ArrowDown c ArrowUp ArrowUp v", ["a", "b", "c", "b", "c"]),
+    ("Shift+K x", ["c"]),
+    ("Shift+J d d", ["a"]),
+    ("Control+a d d", [""]),
+    ("d d z", ["a", "b", "c"]),
+    ("d d z Shift+Z", ["a", "c"]),
+    ("k d d", ["b", "c"]),
+    ("j d d", ["a", "b"]),
+    ("ArrowUp x ArrowDown v", ["b", "c", "a"]),
+    ("Shift+M", ["a", "b\n\nc"]),
+    ("Shift+ArrowUp Shift+M", ["a\n\nb", "c"]),
+    ("Control+Shift+ArrowUp", ["b", "a", "c"]),
+    ("Control+Shift+ArrowDown", ["a", "c", "b"]),
+    ("m 2", ["a", "## b", "c"]),
+    ("m 1 3", ["a", "### b", "c"]),
+    ("m Escape y 4", ["a", "b", "c"]),
+    ("Enter End x", ["a", "bx", "c"]),
+    ("Enter Control+m d d", ["a", "c"]),
+    ("Alt+Enter", ["a", "b", "", "c"]),
+    ("Shift+Enter d d", ["a", "b"]),
+    ("Control+Enter d d", ["a", "c"]),
+]
+# Text with the caret as | (or the selection between two): keys, and what they leave.
+EDIT_KEYS = [
+    ("if x:|", "Enter", "if x:\n    |"),
+    ("    y|", "Enter", "    y\n    |"),
+    ("f(|)", "Enter", "f(\n    |\n)"),
+    ("        |", "Backspace", "    |"),
+    ("(|)", "Backspace", "|"),
+    ("|", "(", "(|)"),
+    ("|", "'", "'|'"),
+    ("(|)", ")", "()|"),
+    ("|abc|", "[", "[|abc|]"),
+    ("it|", "'", "it'|"),
+    ("|", '" " "', '"""|'),
+    ("|a\nb|", "Tab", "    |a\n    b|"),
+    ("|    a\n    b|", "Shift+Tab", "|a\nb|"),
+    ("a|", "Control+]", "    a|"),
+    ("    a|", "Control+[", "a|"),
+    ("a|", "Control+/", "# a|"),
+    ("|a\n  b|", "Control+/", "# |a\n#   b|"),
+    ("# a|", "Control+/", "a|"),
+    ("one\ntw|o\nthree", "Control+d", "one\n|three"),
+    ("|", "a b Control+z", "|"),
+    ("|", "a b Control+z Control+Shift+Z", "ab|"),
+    ("|", "a b Control+z Control+y", "ab|"),
+    ("|", "Control+z", "|"),
+]
+
+
+class PageKeys(PageCase):
+    """What the fingers know from the classic Notebook and JupyterLab."""
+
+    def test_command_mode_has_the_keys_of_jupyter(self):
+        tab = self.open("a", "b", "c")
+        start = self.root / self.name
+        for keys, sources in COMMAND_KEYS:
+            with self.subTest(keys):
+                start.write_bytes(jupyter_bytes(notebook("a", "b", "c")))
+                tab.page.evaluate("document.body.dataset.saved = 'true'")  # or leaving would ask
+                tab.page.reload()
+                self.assertCount(tab.page.locator(".cell"), 3)
+                tab.select(1)
+                tab.press(*keys.split())
+                self.assertEqual(tab.sources(), sources)
+
+    def test_edit_mode_has_the_keys_of_jupyter(self):
+        tab = self.open("")
+        area = tab.cell(0).locator("textarea.editor")
+        for before, keys, after in EDIT_KEYS:
+            with self.subTest(before=before, keys=keys):
+                self.place(area, before)
+                tab.press(*keys.split(" "))
+                self.assertEqual(self.marked(area), after)
+
+    def place(self, area, marked):
+        """Set the text without its marks, and the selection to where they were."""
+        parts = marked.split("|")
+        area.evaluate("""(area, [text, start, end]) => {
+            area.closest('.cell').cell.editor.value = text;
+            area.focus();
+            area.setSelectionRange(start, end);
+        }""", ["".join(parts), len(parts[0]), len("".join(parts[:2])) if len(parts) > 2
+               else len(parts[0])])
+
+    def marked(self, area):
+        text, start, end = area.evaluate("a => [a.value, a.selectionStart, a.selectionEnd]")
+        inner = text[start:end] + "|" if start != end else ""
+        return f"{text[:start]}|{inner}{text[end:]}"
+
+    def test_a_cell_is_split_at_the_cursor_and_merged_again(self):
+        tab = self.open("one\ntwo")
+        tab.select(0)
+        tab.press("Enter", "Control+Home", "ArrowDown", "Control+Shift+Minus")
+        self.assertEqual(tab.sources(), ["one", "two"])
+        tab.press("Escape", "ArrowUp", "Shift+M")
+        self.assertEqual(tab.sources(), ["one\n\ntwo"])
+
+    def test_up_and_down_at_the_edge_go_to_the_neighbour(self):
+        tab = self.open("a\nb", "c")
+        tab.select(0)
+        tab.press("Enter", "Control+End", "ArrowDown", "1", "ArrowUp", "End", "2")
+        self.assertEqual(tab.sources(), ["a\nb2", "1c"])
+
+    def test_undo_of_text_stays_in_its_cell(self):
+        tab = self.open("a", "b")
+        tab.select(0)
+        tab.press("Enter", "End", "1", "Escape", "ArrowDown", "Enter", "End", "2")
+        tab.press("Control+z", "Control+z")
+        self.assertEqual(tab.sources(), ["a1", "b"])
+        tab.press("Escape", "ArrowUp", "Enter", "Control+z")
+        self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_line_numbers_are_shown_for_one_cell_or_all(self):
+        tab = self.open("1\n2", "3")
+        tab.select(0)
+        tab.press("l")
+        self.assertEqual(tab.page.locator(".numbers:visible").all_text_contents(), ["1\n2"])
+        tab.press("Shift+L", "Shift+L")
+        self.assertCount(tab.page.locator(".numbers:visible"), 2)
+
+    def test_output_is_collapsed_and_scrolled_by_key_and_stays_so_in_the_file(self):
+        tab = self.open("print('here')")
+        tab.run(0)
+        tab.select(0)
+        tab.press("o")
+        self.assertFalse(tab.outputs(0).is_visible())
+        tab.save()
+        self.assertTrue(self.saved()["cells"][0]["metadata"]["collapsed"])
+        tab.press("o", "Shift+O")
+        self.assertIn("folded", tab.outputs(0).get_attribute("class"))
+
+    def test_help_lists_every_key_and_the_palette_every_command(self):
+        tab = self.open("1")
+        tab.select(0)
+        tab.press("h")
+        for words in ("Run and go on", "Split cell at the cursor", "Complete, or indent"):
+            self.assertShows(tab.page.locator("dialog"), words)
+        tab.press("Escape", "p")
+        tab.page.keyboard.type("insert below")
+        tab.press("Enter")
+        self.assertEqual(tab.sources(), ["1", ""])
+
+    def test_space_scrolls_down_and_with_shift_up(self):
+        tab = self.open("x = 1\n" * 200)
+        tab.select(0)
+        tab.page.evaluate("scrollTo(0, 0)")
+        tab.press("Space")
+        tab.page.wait_for_function("() => scrollY > 300")
+        tab.press("Shift+Space")
+        tab.page.wait_for_function("() => scrollY === 0")
+
+
+class PageManages(PageCase):
+    """Files, kernels and cells: what is not done every minute."""
+
+    def test_save_as_goes_on_with_the_new_file_and_leaves_the_old_one(self):
+        tab = self.open("old", name="first.ipynb")
+        tab.write(0, "new")
+        tab.command("save-as")
+        tab.page.locator("dialog input").fill("second.ipynb")
+        tab.choose("Save")
+        tab.page.wait_for_url("**/notebooks/second.ipynb")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources("second.ipynb"), ["new"])
+        paths = [session["path"] for session in self.server.get("/api/sessions").json]
+        self.assertEqual(paths, ["second.ipynb"])
+
+    def test_save_as_asks_before_it_replaces_a_file(self):
+        (self.root / "there.ipynb").write_bytes(jupyter_bytes(notebook("precious")))
+        tab = self.open("mine")
+        tab.command("save-as")
+        tab.page.locator("dialog input").fill("there.ipynb")
+        tab.choose("Save")
+        self.assertShows(tab.page.locator("dialog[open]"), "already there")
+        tab.choose("Cancel")
+        self.assertEqual(self.saved_sources("there.ipynb"), ["precious"])
+
+    def test_revert_brings_back_the_last_save_by_hand(self):
+        tab = self.open("first")
+        tab.write(0, "kept")
+        tab.save()
+        tab.page.wait_for_load_state("networkidle")
+        tab.write(0, "later")
+        tab.page.evaluate("view.file.save()")      # as autosave does: without a checkpoint
+        tab.wait_for(saved="true")
+        tab.command("revert")
+        tab.choose("Revert")
+        tab.page.wait_for_function("() => document.querySelector('.editor')?.value === 'kept'")
+        self.assertEqual(self.saved_sources(), ["kept"])
+
+    def test_a_notebook_joins_the_kernel_of_another(self):
+        first = self.open("x = 'shared'", name="one.ipynb")
+        first.run(0)
+        second = self.open("x", name="two.ipynb")
+        second.command("change-kernel")
+        label = second.page.locator("dialog option", has_text="one.ipynb").text_content()
+        second.page.locator("dialog select").select_option(label=label)
+        second.choose("Select")
+        second.wait_for(kernel="idle")
+        second.run(0)
+        self.assertShows(second.outputs(0), "'shared'")
+
+    def test_waiting_cells_tell_their_place_and_an_interrupt_drops_them(self):
+        tab = self.open("input()", "1", "2")
+        for i in range(3):
+            tab.select(i)
+            tab.press("Control+Enter")
+        self.assertShows(tab.cell(1).locator(".timer"), "queued 1")
+        self.assertShows(tab.cell(2).locator(".timer"), "queued 2")
+        self.assertTrue(tab.page.title().startswith("(0/3)"))
+        tab.press("i", "i")
+        tab.wait_until_done()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        self.assertEqual(tab.texts()[1:], ["", ""])
+
+    def test_a_cell_tells_whether_its_text_has_run(self):
+        tab = self.open("1")
+        runs = []
+        for act in (lambda: None, lambda: tab.run(0), lambda: tab.write(0, "2"),
+                    lambda: tab.write(0, "1"), self.restart):
+            act(*[tab] if act == self.restart else [])
+            runs.append(tab.cell(0).get_attribute("data-run"))
+        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "never"])
+
+    def restart(self, tab):
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+
+    def test_tags_and_metadata_are_edited_and_undone(self):
+        tab = self.open("1")
+        tab.select(0)
+        tab.command("metadata")
+        tab.page.get_by_role("textbox", name="Tags").fill("slow, needs-net")
+        tab.page.get_by_label("Metadata as JSON").fill('{"owner": "Ada"}')
+        tab.choose("Change")
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["metadata"],
+                         {"owner": "Ada", "tags": ["slow", "needs-net"]})
+        tab.press("z")
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["metadata"], {})
+
+    def test_a_command_leads_to_the_failed_cell(self):
+        tab = self.open("1", "1/0", "2")
+        tab.run(1)
+        tab.select(2)
+        tab.command("go-failed")
+        self.assertEqual(tab.page.locator(".cell.selected textarea").input_value(), "1/0")
+
+    def test_output_is_copied_as_text(self):
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = self.open("print('\\x1b[31mred')\n6 * 7")
+        tab.run(0)
+        tab.select(0)
+        tab.command("copy-output")
+        self.assertShows(tab.page.locator("#notices"), "Copied")
+        self.assertEqual(tab.page.evaluate("navigator.clipboard.readText()"), "red\n\n42")
+
+
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
 
