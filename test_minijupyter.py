@@ -5225,6 +5225,157 @@ class PageManages(PageCase):
         self.assertEqual(tab.page.evaluate("navigator.clipboard.readText()"), "red\n\n42")
 
 
+class PageLosesNothing(PageCase):
+    """Crashes, other writers, other tabs, and a server that goes away."""
+
+    def refuse_saves(self):
+        """From now on no save reaches the server."""
+        self.context.route("**/api/contents/**", lambda route: route.abort()
+                           if route.request.method == "PUT" else route.continue_())
+
+    def wait_for_draft(self, tab, is_there=True):
+        tab.page.evaluate("""async isThere => {
+            while (Boolean(await drafts('get', view.file.key)) !== isThere) await nextFrame();
+        }""", is_there)
+
+    def crashed(self):
+        """A new tab on a notebook whose last tab crashed with something unsaved."""
+        tab = self.open("saved")
+        self.refuse_saves()
+        tab.write(0, "typed before the crash")
+        self.wait_for_draft(tab)
+        tab.page.on("dialog", lambda dialog: dialog.accept())
+        with tab.page.expect_event("crash"), contextlib.suppress(Exception):
+            tab.page.goto("chrome://crash")
+        tab.page.close()
+        self.context.unroute_all()
+        self.problems.clear()      # the browser notes the saves that failed
+        return self.visit("/notebooks/" + quote(self.name))
+
+    def test_a_draft_survives_a_crash_and_is_offered_with_what_differs(self):
+        tab = self.crashed()
+        self.assertShows(tab.page.locator("dialog del"), "- saved")
+        self.assertShows(tab.page.locator("dialog ins"), "+ typed before the crash")
+        tab.choose("Restore them")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["typed before the crash"])
+
+    def test_a_draft_that_is_discarded_is_not_offered_again(self):
+        tab = self.crashed()
+        tab.choose("Discard them")
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.sources(), ["saved"])
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator("dialog"), 0)
+
+    def test_a_draft_that_is_neither_restored_nor_discarded_is_offered_again(self):
+        tab = self.crashed()
+        tab.choose("Cancel")
+        tab.wait_for(kernel="idle")
+        tab.page.reload()
+        self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
+
+    def test_a_save_ends_the_draft(self):
+        tab = self.open("a")
+        tab.write(0, "b")
+        self.wait_for_draft(tab)
+        tab.save()
+        self.wait_for_draft(tab, is_there=False)
+
+    def test_a_conflict_shows_what_differs(self):
+        tab = self.open("same", "mine")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("same", "theirs", "more")))
+        tab.write(1, "changed")
+        tab.press("Control+s")
+        dialog = tab.page.locator("dialog[open]")
+        self.assertShows(dialog, "changed on disk")
+        self.assertEqual([line.strip() for line in dialog.locator("del").all_text_contents()],
+                         ["- theirs", "- ── code", "- more"])
+        self.assertEqual([line.strip() for line in dialog.locator("ins").all_text_contents()],
+                         ["+ changed"])
+        tab.choose("Keep both")
+
+    def test_closing_warns_while_something_is_not_saved(self):
+        tab = self.open("a")
+        self.refuse_saves()
+        tab.select(0)
+        tab.press("Enter", "x")
+        with tab.page.expect_event("dialog") as asked:
+            tab.page.close(run_before_unload=True)
+        self.assertEqual(asked.value.type, "beforeunload")
+        asked.value.accept()
+        self.problems.clear()
+
+    def test_a_save_that_failed_is_told_and_made_up_for_by_itself(self):
+        tab = self.open("a")
+        self.refuse_saves()
+        tab.write(0, "b")
+        tab.press("Control+s")
+        self.assertShows(tab.page.locator("#notices"), "Not saved: The server does not answer")
+        self.context.unroute_all()
+        tab.wait_for(saved="true")
+        self.assertCount(tab.page.locator(".notice.bad"), 0)
+        self.assertEqual(self.saved_sources(), ["b"])
+        self.problems.clear()
+
+    def test_a_request_that_failed_says_what_and_can_be_tried_again(self):
+        (self.root / "stays.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select stays.txt").check()
+        self.context.route("**/stays.txt", lambda route: route.abort())
+        tab.page.locator("[data-command=delete]").click()
+        tab.choose("Delete")
+        self.assertShows(tab.page.locator("#notices"), "“stays.txt” was not deleted")
+        self.context.unroute_all()
+        tab.page.get_by_role("button", name="Try again").click()
+        self.assertCount(tab.page.get_by_text("stays.txt"), 0)
+        self.problems.clear()
+
+    def two_tabs(self):
+        first = self.open("old")
+        second = self.reopen(self.name)
+        self.assertShows(second.page.locator("#notices"), "open in another tab")
+        return first, second
+
+    def test_a_second_tab_says_so_and_does_not_save(self):
+        first, second = self.two_tabs()
+        second.write(0, "second")
+        first.write(0, "first")
+        first.save()
+        self.assertShows(second.page.locator("#save-state"), "Open in another tab")
+        self.assertEqual(self.saved_sources(), ["first"])
+        first.page.close()
+
+    def test_the_second_tab_takes_over_what_the_first_has_written(self):
+        first, second = self.two_tabs()
+        first.write(0, "typed in the first")
+        second.page.get_by_role("button", name="Take over").click()
+        second.page.wait_for_function(
+            "() => document.querySelector('.editor')?.value === 'typed in the first'")
+        second.write(0, "and the second goes on")
+        second.save()
+        self.assertShows(first.page.locator("#notices"), "open in another tab")
+        self.assertEqual(self.saved_sources(), ["and the second goes on"])
+
+    def test_when_the_first_tab_closes_the_second_saves(self):
+        first, second = self.two_tabs()
+        first.page.close()
+        second.write(0, "second")
+        second.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["second"])
+
+    def test_a_traceback_leads_to_the_line_and_folds(self):
+        tab = self.open("def f():\n    return 1 / 0", "f()")
+        tab.run(0)
+        tab.run(1)
+        tab.page.get_by_role("button", name="[1] line 2").click()
+        tab.wait_for(mode="edit")
+        self.assertEqual(tab.page.evaluate("getSelection().toString()"), "    return 1 / 0")
+        tab.outputs(1).locator("summary").click()
+        self.assertFalse(tab.outputs(1).locator("pre").first.is_visible())
+
+
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
 
