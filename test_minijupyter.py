@@ -14,6 +14,7 @@
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets",      # behave in a notebook as in Jupyter
+#     "axe-playwright-python",  # carries axe-core, which finds what shuts people out
 # ]
 # ///
 """The tests and the benchmark of MiniJupyter: what it promises, proved on the real thing.
@@ -5018,15 +5019,13 @@ class PageKeys(PageCase):
     """What the fingers know from the classic Notebook and JupyterLab."""
 
     def test_command_mode_has_the_keys_of_jupyter(self):
-        tab = self.open("a", "b", "c")
-        start = self.root / self.name
+        tab = self.open("")
         for keys, sources in COMMAND_KEYS:
             with self.subTest(keys):
-                start.write_bytes(jupyter_bytes(notebook("a", "b", "c")))
-                tab.page.evaluate("document.body.dataset.saved = 'true'")  # or leaving would ask
-                tab.page.reload()
-                self.assertCount(tab.page.locator(".cell"), 3)
-                tab.select(1)
+                tab.page.evaluate("""() => {
+                    view.cells = [...'abc'].map(source => view.newCell('code', { source }));
+                    view.arrange([view.cells[1]]);
+                }""")
                 tab.press(*keys.split())
                 self.assertEqual(tab.sources(), sources)
 
@@ -5374,6 +5373,210 @@ class PageLosesNothing(PageCase):
         self.assertEqual(tab.page.evaluate("getSelection().toString()"), "    return 1 / 0")
         tab.outputs(1).locator("summary").click()
         self.assertFalse(tab.outputs(1).locator("pre").first.is_visible())
+
+
+AXE_FINDS = """async () => (await axe.run()).violations.flatMap(
+    ({ id, nodes }) => nodes.map(node => `${id}: ${node.html.slice(0, 200)}`))"""
+ALL_KINDS = """# Title
+
+[link](https://example.org) `code` $x^2$ **bold**
+
+- [ ] task
+
+> quote
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+x = 'a'  # comment
+```"""
+
+
+@needs("axe_playwright_python")
+class PageForEveryone(PageCase):
+    """axe-core, keyboard, screen readers, small screens, paper."""
+
+    def assertAxeFindsNothing(self, tab):
+        import axe_playwright_python
+        axe = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text("utf-8")
+        tab.page.evaluate(axe)
+        for scheme in ("light", "dark"):
+            tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            with self.subTest(scheme):
+                self.assertEqual(tab.page.evaluate(AXE_FINDS), [])
+
+    def test_files_menus_and_dialogs_of_the_tree(self):
+        (self.root / "sub").mkdir()
+        (self.root / "t.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select t.txt").check()
+        self.assertAxeFindsNothing(tab)
+        tab.page.locator("[data-command=rename]").last.click()
+        self.assertAxeFindsNothing(tab)
+        tab.choose("Cancel")
+        tab.page.get_by_label("Select t.txt").uncheck()
+        tab.page.locator("[data-command=new]").click()
+        self.assertAxeFindsNothing(tab)
+
+    def test_a_notebook_with_every_kind_of_output(self):
+        tab = self.open(
+            "", "import sys\nfor i in range(99): print(i)\nprint('e', file=sys.stderr)", "1 / 0",
+            "from IPython.display import HTML\nHTML('<table><tr><td>1</table>')")
+        tab.select(0)
+        tab.press("m")
+        tab.run(0, ALL_KINDS)
+        for i in (1, 2, 3):
+            tab.run(i)
+        tab.select(1)
+        tab.press("l")
+        tab.command("contents")
+        self.assertAxeFindsNothing(tab)
+
+    def test_popups_of_a_notebook(self):
+        tab = self.open("import os", "os.path.", "input('name? ')")
+        tab.run(0)
+        for open_it, close_it in (("f", "Escape"), ("h", "Escape"), ("p", "Escape"),
+                                  ("0 0", "Escape"), ("Enter Control+End Tab", "Escape Escape"),
+                                  ("Enter Control+Home Shift+Tab", "Escape Escape")):
+            with self.subTest(open_it):
+                tab.select(1)
+                tab.press(*open_it.split())
+                self.assertAxeFindsNothing(tab)
+                tab.press(*close_it.split())
+        tab.page.locator("[popovertarget=menu-file]").click()
+        self.assertAxeFindsNothing(tab)
+        tab.press("Escape")
+        tab.select(2)
+        tab.press("Control+Enter")
+        tab.page.locator(".stdin").wait_for()
+        self.assertAxeFindsNothing(tab)
+
+    def test_a_text_file_and_a_file_that_is_missing(self):
+        (self.root / "t.txt").write_text("x")
+        self.assertAxeFindsNothing(self.visit("/edit/t.txt"))
+        tab = self.visit("/notebooks/missing.ipynb")
+        tab.page.get_by_role("alert").wait_for()
+        self.assertAxeFindsNothing(tab)
+
+    def test_menus_work_by_keyboard_and_give_the_focus_back(self):
+        tab = self.open("a", "b")
+        tab.page.locator("[popovertarget=menu-file]").focus()
+        for key, menu in (("Enter", "file"), ("ArrowRight", "edit"), ("ArrowRight", "view"),
+                          ("ArrowRight", "insert")):
+            tab.press(key)
+            tab.page.locator(f"#menu-{menu} button:focus").wait_for()
+        tab.press("ArrowDown", "Enter")
+        self.assertEqual(tab.sources(), ["a", "", "b"])
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_screen_readers_hear_how_a_run_ended(self):
+        tab = self.open("print('all is well')", "1 / 0")
+        spoken = tab.page.locator("#spoken")
+        tab.run(0)
+        self.assertShows(spoken, "Cell [1] done: all is well")
+        tab.run(1)
+        self.assertShows(spoken, "Cell [2] failed: ZeroDivisionError: division by zero")
+
+    def test_on_a_phone_nothing_is_wider_than_the_screen(self):
+        tab = self.open("x = 'a' * 300; print(x)  # " + "long " * 40, "1")
+        tab.page.set_viewport_size({"width": 360, "height": 700})
+        tab.run(0)
+        width = tab.page.evaluate("document.documentElement.scrollWidth")
+        self.assertLessEqual(width, 360)
+        tab.page.locator("#toolbar [data-command=run]").click()
+        self.assertShows(tab.outputs(1), "1")
+        tree = self.visit("/tree")
+        tree.page.set_viewport_size({"width": 360, "height": 700})
+        self.assertLessEqual(tree.page.evaluate("document.documentElement.scrollWidth"), 360)
+
+    def test_on_paper_there_are_whole_cells_and_no_controls(self):
+        tab = self.open("for i in range(99): print(i)  # " + "long " * 60)
+        tab.run(0)
+        tab.page.emulate_media(media="print", color_scheme="dark")
+        self.assertFalse(tab.page.locator("#top").is_visible())
+        output = tab.outputs(0)
+        self.assertEqual(output.evaluate("o => o.scrollHeight - o.clientHeight"), 0)
+        code = tab.cell(0).locator(".input")
+        self.assertEqual(code.evaluate("o => o.scrollWidth - o.clientWidth"), 0)
+        self.assertEqual(code.evaluate("o => getComputedStyle(o).color"), "rgb(28, 35, 48)")
+
+
+class PageDownloads(PageCase):
+    """Download as: a program, Markdown, and this page with the notebook in it."""
+
+    def downloaded(self, kind, *sources, cells=()):
+        """(file name, text) of a notebook whose code has run, downloaded as this kind."""
+        nb = notebook(*sources)
+        nb["cells"][:0] = cells
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.command("run-all")
+        tab.wait_until_done()
+        with tab.page.expect_download() as download:
+            tab.command(f"download-{kind}")
+        return download.value.suggested_filename, Path(download.value.path()).read_text("utf-8")
+
+    def test_a_program_has_the_code_and_the_rest_as_comments(self):
+        name, text = self.downloaded("script", "x = 1", "%pwd\nx", cells=[
+            markdown("# Title\n\ntext", id="m")])
+        self.assertEqual(name, self.name.replace(".ipynb", ".py"))
+        self.assertEqual(text, "# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n"
+                               "# %%\n# %pwd\nx\n")
+
+    def test_markdown_has_everything_in_one_file(self):
+        pixel = base64.b64encode(one_red_pixel()).decode()
+        attachments = {"a.png": {"image/png": pixel}}
+        name, text = self.downloaded("markdown", "print('```')", cells=[
+            markdown("![a](attachment:a.png)", id="m", attachments=attachments)])
+        self.assertEqual(name, self.name.replace(".ipynb", ".md"))
+        self.assertEqual(text, f"![a](data:image/png;base64,{pixel})\n\n"
+                               "````python\nprint('```')\n````\n\n````\n```\n````\n")
+
+    def page(self, *sources, cells=()):
+        """The downloaded page, opened from the disk; what asks for the network is a problem."""
+        _, text = self.downloaded("html", *sources, cells=cells)
+        path = self.folder() / "notebooks.html"
+        path.write_text(text, "utf-8")
+        page = self.context.new_page()
+        page.goto(path.as_uri())
+        return page
+
+    def test_the_page_shows_the_notebook_without_a_server(self):
+        (self.root / "pixel.png").write_bytes(one_red_pixel())
+        page = self.page("print('out' + 'put')", cells=[
+            markdown("# Title\n\n$x^2$ ![p](pixel.png)", id="m")])
+        self.assertShows(page.locator("h1").nth(1), "Title")
+        self.assertCount(page.locator("math"), 1)
+        self.assertShows(page.locator(".outputs").nth(1), "output")
+        width = page.locator(".rendered img").evaluate("i => i.decode().then(() => i.naturalWidth)")
+        self.assertEqual(width, 1)
+
+    def test_the_page_can_be_read_but_not_changed(self):
+        page = self.page("text = 1", "2")
+        tab = Tab(page)
+        tab.select(0)
+        tab.press("d", "d", "Enter", "x", "Tab", "Escape", "ArrowDown", "Shift+Enter")
+        self.assertEqual(tab.sources(), ["text = 1", "2"])
+        tab.press("f")
+        page.keyboard.type("text")
+        self.assertShows(page.locator("#find-count"), "1")
+
+    def test_nothing_in_the_notebook_can_act_in_the_page(self):
+        evil = "</script><script>document.title = 'owned'</script><!--<script>"
+        cell = markdown(f"{evil}<img src=x onerror=document.title='owned'>", id="m")
+        page = self.page(f"print({evil!r})", f"from IPython.display import HTML; HTML({evil!r})",
+                         cells=[cell])
+        self.assertShows(page.locator(".outputs").nth(1), evil)
+        self.assertNotIn("owned", page.title())
+        blocked = page.evaluate("""() => new Promise(resolve => {
+            addEventListener('securitypolicyviolation', event => resolve(event.effectiveDirective));
+            fetch('https://example.org/').catch(() => {});
+        })""")
+        self.assertEqual(blocked, "connect-src")
+        self.problems.clear()
 
 
 class PageRunsScripts(PageCase):
