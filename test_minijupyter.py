@@ -16,6 +16,7 @@
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets",      # behave in a notebook as in Jupyter
+#     "axe-playwright-python",  # carries axe-core, which finds what shuts people out
 # ]
 # ///
 """The tests and the benchmark of MiniJupyter: what it promises, proved on the real thing.
@@ -5842,6 +5843,628 @@ class PageAsksTheKernel(PageCase):
         tab.wait_until_done()
         self.assertEqual(len(set(tab.page.evaluate("dates"))), 1)
         self.assertEqual(tab.texts()[2], "")
+
+
+# Keys pressed in command mode on the second of the code cells a, b, c: the sources they leave.
+COMMAND_KEYS = [
+    ("a", ["a", "", "b", "c"]),
+    ("b", ["a", "b", "", "c"]),
+    ("x", ["a", "c"]),
+    ("x v", ["a", "c", "b"]),
+    ("x Shift+V", ["a", "b", "c"]),
+    ("c v v", ["a", "b", "b", "b", "c"]),
+    ("Shift+ArrowDown c ArrowUp ArrowUp v", ["a", "b", "c", "b", "c"]),
+    ("Shift+K x", ["c"]),
+    ("Shift+J d d", ["a"]),
+    ("Control+a d d", [""]),
+    ("d d z", ["a", "b", "c"]),
+    ("d d z Shift+Z", ["a", "c"]),
+    ("k d d", ["b", "c"]),
+    ("j d d", ["a", "b"]),
+    ("ArrowUp x ArrowDown v", ["b", "c", "a"]),
+    ("Shift+M", ["a", "b\n\nc"]),
+    ("Shift+ArrowUp Shift+M", ["a\n\nb", "c"]),
+    ("Control+Shift+ArrowUp", ["b", "a", "c"]),
+    ("Control+Shift+ArrowDown", ["a", "c", "b"]),
+    ("m 2", ["a", "## b", "c"]),
+    ("m 1 3", ["a", "### b", "c"]),
+    ("m Escape y 4", ["a", "b", "c"]),
+    ("Enter End x", ["a", "bx", "c"]),
+    ("Enter Control+m d d", ["a", "c"]),
+    ("Alt+Enter", ["a", "b", "", "c"]),
+    ("Shift+Enter d d", ["a", "b"]),
+    ("Control+Enter d d", ["a", "c"]),
+]
+# Text with the caret as | (or the selection between two): keys, and what they leave.
+EDIT_KEYS = [
+    ("if x:|", "Enter", "if x:\n    |"),
+    ("    y|", "Enter", "    y\n    |"),
+    ("f(|)", "Enter", "f(\n    |\n)"),
+    ("        |", "Backspace", "    |"),
+    ("(|)", "Backspace", "|"),
+    ("|", "(", "(|)"),
+    ("|", "'", "'|'"),
+    ("(|)", ")", "()|"),
+    ("|abc|", "[", "[|abc|]"),
+    ("it|", "'", "it'|"),
+    ("|", '" " "', '"""|'),
+    ("|a\nb|", "Tab", "    |a\n    b|"),
+    ("|    a\n    b|", "Shift+Tab", "|a\nb|"),
+    ("a|", "Control+]", "    a|"),
+    ("    a|", "Control+[", "a|"),
+    ("a|", "Control+/", "# a|"),
+    ("|a\n  b|", "Control+/", "# |a\n#   b|"),
+    ("# a|", "Control+/", "a|"),
+    ("one\ntw|o\nthree", "Control+d", "one\n|three"),
+    ("|", "a b Control+z", "|"),
+    ("|", "a b Control+z Control+Shift+Z", "ab|"),
+    ("|", "a b Control+z Control+y", "ab|"),
+    ("|", "Control+z", "|"),
+]
+
+
+class PageKeys(PageCase):
+    """What the fingers know from the classic Notebook and JupyterLab."""
+
+    def test_command_mode_has_the_keys_of_jupyter(self):
+        tab = self.open("")
+        for keys, sources in COMMAND_KEYS:
+            with self.subTest(keys):
+                tab.page.evaluate("""() => {
+                    view.cells = [...'abc'].map(source => view.newCell('code', { source }));
+                    view.arrange([view.cells[1]]);
+                }""")
+                tab.press(*keys.split())
+                self.assertEqual(tab.sources(), sources)
+
+    def test_edit_mode_has_the_keys_of_jupyter(self):
+        tab = self.open("")
+        area = tab.cell(0).locator("textarea.editor")
+        for before, keys, after in EDIT_KEYS:
+            with self.subTest(before=before, keys=keys):
+                self.place(area, before)
+                tab.press(*keys.split(" "))
+                self.assertEqual(self.marked(area), after)
+
+    def place(self, area, marked):
+        """Set the text without its marks, and the selection to where they were."""
+        parts = marked.split("|")
+        area.evaluate("""(area, [text, start, end]) => {
+            area.closest('.cell').cell.editor.value = text;
+            area.focus();
+            area.setSelectionRange(start, end);
+        }""", ["".join(parts), len(parts[0]), len("".join(parts[:2])) if len(parts) > 2
+               else len(parts[0])])
+
+    def marked(self, area):
+        text, start, end = area.evaluate("a => [a.value, a.selectionStart, a.selectionEnd]")
+        inner = text[start:end] + "|" if start != end else ""
+        return f"{text[:start]}|{inner}{text[end:]}"
+
+    def test_a_cell_is_split_at_the_cursor_and_merged_again(self):
+        tab = self.open("one\ntwo")
+        tab.select(0)
+        tab.press("Enter", "Control+Home", "ArrowDown", "Control+Shift+Minus")
+        self.assertEqual(tab.sources(), ["one", "two"])
+        tab.press("Escape", "ArrowUp", "Shift+M")
+        self.assertEqual(tab.sources(), ["one\n\ntwo"])
+
+    def test_up_and_down_at_the_edge_go_to_the_neighbour(self):
+        tab = self.open("a\nb", "c")
+        tab.select(0)
+        tab.press("Enter", "Control+End", "ArrowDown", "1", "ArrowUp", "End", "2")
+        self.assertEqual(tab.sources(), ["a\nb2", "1c"])
+
+    def test_undo_of_text_stays_in_its_cell(self):
+        tab = self.open("a", "b")
+        tab.select(0)
+        tab.press("Enter", "End", "1", "Escape", "ArrowDown", "Enter", "End", "2")
+        tab.press("Control+z", "Control+z")
+        self.assertEqual(tab.sources(), ["a1", "b"])
+        tab.press("Escape", "ArrowUp", "Enter", "Control+z")
+        self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_line_numbers_are_shown_for_one_cell_or_all(self):
+        tab = self.open("1\n2", "3")
+        tab.select(0)
+        tab.press("l")
+        self.assertEqual(tab.page.locator(".numbers:visible").all_text_contents(), ["1\n2"])
+        tab.press("Shift+L", "Shift+L")
+        self.assertCount(tab.page.locator(".numbers:visible"), 2)
+
+    def test_output_is_collapsed_and_scrolled_by_key_and_stays_so_in_the_file(self):
+        tab = self.open("print('here')")
+        tab.run(0)
+        tab.select(0)
+        tab.press("o")
+        self.assertFalse(tab.outputs(0).is_visible())
+        tab.save()
+        self.assertTrue(self.saved()["cells"][0]["metadata"]["collapsed"])
+        tab.press("o", "Shift+O")
+        self.assertIn("folded", tab.outputs(0).get_attribute("class"))
+
+    def test_help_lists_every_key_and_the_palette_every_command(self):
+        tab = self.open("1")
+        tab.select(0)
+        tab.press("h")
+        for words in ("Run and go on", "Split cell at the cursor", "Complete, or indent"):
+            self.assertShows(tab.page.locator("dialog"), words)
+        tab.press("Escape", "p")
+        tab.page.keyboard.type("insert below")
+        tab.press("Enter")
+        self.assertEqual(tab.sources(), ["1", ""])
+
+    def test_space_scrolls_down_and_with_shift_up(self):
+        tab = self.open("x = 1\n" * 200)
+        tab.select(0)
+        tab.page.evaluate("scrollTo(0, 0)")
+        tab.press("Space")
+        tab.page.wait_for_function("() => scrollY > 300")
+        tab.press("Shift+Space")
+        tab.page.wait_for_function("() => scrollY === 0")
+
+
+class PageManages(PageCase):
+    """Files, kernels and cells: what is not done every minute."""
+
+    def test_save_as_goes_on_with_the_new_file_and_leaves_the_old_one(self):
+        tab = self.open("old", name="first.ipynb")
+        tab.write(0, "new")
+        tab.command("save-as")
+        tab.page.locator("dialog input").fill("second.ipynb")
+        tab.choose("Save")
+        tab.page.wait_for_url("**/notebooks/second.ipynb")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources("second.ipynb"), ["new"])
+        paths = [session["path"] for session in self.server.get("/api/sessions").json]
+        self.assertEqual(paths, ["second.ipynb"])
+
+    def test_save_as_asks_before_it_replaces_a_file(self):
+        (self.root / "there.ipynb").write_bytes(jupyter_bytes(notebook("precious")))
+        tab = self.open("mine")
+        tab.command("save-as")
+        tab.page.locator("dialog input").fill("there.ipynb")
+        tab.choose("Save")
+        self.assertShows(tab.page.locator("dialog[open]"), "already there")
+        tab.choose("Cancel")
+        self.assertEqual(self.saved_sources("there.ipynb"), ["precious"])
+
+    def test_revert_brings_back_the_last_save_by_hand(self):
+        tab = self.open("first")
+        tab.write(0, "kept")
+        tab.save()
+        tab.page.wait_for_load_state("networkidle")
+        tab.write(0, "later")
+        tab.page.evaluate("view.file.save()")      # as autosave does: without a checkpoint
+        tab.wait_for(saved="true")
+        tab.command("revert")
+        tab.choose("Revert")
+        tab.page.wait_for_function("() => document.querySelector('.editor')?.value === 'kept'")
+        self.assertEqual(self.saved_sources(), ["kept"])
+
+    def test_a_notebook_joins_the_kernel_of_another(self):
+        first = self.open("x = 'shared'", name="one.ipynb")
+        first.run(0)
+        second = self.open("x", name="two.ipynb")
+        second.command("change-kernel")
+        label = second.page.locator("dialog option", has_text="one.ipynb").text_content()
+        second.page.locator("dialog select").select_option(label=label)
+        second.choose("Select")
+        second.wait_for(kernel="idle")
+        second.run(0)
+        self.assertShows(second.outputs(0), "'shared'")
+
+    def test_waiting_cells_tell_their_place_and_an_interrupt_drops_them(self):
+        tab = self.open("input()", "1", "2")
+        for i in range(3):
+            tab.select(i)
+            tab.press("Control+Enter")
+        self.assertShows(tab.cell(1).locator(".timer"), "queued 1")
+        self.assertShows(tab.cell(2).locator(".timer"), "queued 2")
+        self.assertTrue(tab.page.title().startswith("(0/3)"))
+        tab.press("i", "i")
+        tab.wait_until_done()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        self.assertEqual(tab.texts()[1:], ["", ""])
+
+    def test_a_cell_tells_whether_its_text_has_run(self):
+        tab = self.open("1")
+        runs = []
+        for act in (lambda: None, lambda: tab.run(0), lambda: tab.write(0, "2"),
+                    lambda: tab.write(0, "1"), self.restart):
+            act(*[tab] if act == self.restart else [])
+            runs.append(tab.cell(0).get_attribute("data-run"))
+        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "never"])
+
+    def restart(self, tab):
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+
+    def test_tags_and_metadata_are_edited_and_undone(self):
+        tab = self.open("1")
+        tab.select(0)
+        tab.command("metadata")
+        tab.page.get_by_role("textbox", name="Tags").fill("slow, needs-net")
+        tab.page.get_by_label("Metadata as JSON").fill('{"owner": "Ada"}')
+        tab.choose("Change")
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["metadata"],
+                         {"owner": "Ada", "tags": ["slow", "needs-net"]})
+        tab.press("z")
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["metadata"], {})
+
+    def test_a_command_leads_to_the_failed_cell(self):
+        tab = self.open("1", "1/0", "2")
+        tab.run(1)
+        tab.select(2)
+        tab.command("go-failed")
+        self.assertEqual(tab.page.locator(".cell.selected textarea").input_value(), "1/0")
+
+    def test_output_is_copied_as_text(self):
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = self.open("print('\\x1b[31mred')\n6 * 7")
+        tab.run(0)
+        tab.select(0)
+        tab.command("copy-output")
+        self.assertShows(tab.page.locator("#notices"), "Copied")
+        self.assertEqual(tab.page.evaluate("navigator.clipboard.readText()"), "red\n\n42")
+
+
+class PageLosesNothing(PageCase):
+    """Crashes, other writers, other tabs, and a server that goes away."""
+
+    def refuse_saves(self):
+        """From now on no save reaches the server."""
+        self.context.route("**/api/contents/**", lambda route: route.abort()
+                           if route.request.method == "PUT" else route.continue_())
+
+    def wait_for_draft(self, tab, is_there=True):
+        tab.page.evaluate("""async isThere => {
+            while (Boolean(await drafts('get', view.file.key)) !== isThere) await nextFrame();
+        }""", is_there)
+
+    def crashed(self):
+        """A new tab on a notebook whose last tab crashed with something unsaved."""
+        tab = self.open("saved")
+        self.refuse_saves()
+        tab.write(0, "typed before the crash")
+        self.wait_for_draft(tab)
+        tab.page.on("dialog", lambda dialog: dialog.accept())
+        with tab.page.expect_event("crash"), contextlib.suppress(Exception):
+            tab.page.goto("chrome://crash")
+        tab.page.close()
+        self.context.unroute_all()
+        self.problems.clear()      # the browser notes the saves that failed
+        return self.visit("/notebooks/" + quote(self.name))
+
+    def test_a_draft_survives_a_crash_and_is_offered_with_what_differs(self):
+        tab = self.crashed()
+        self.assertShows(tab.page.locator("dialog del"), "- saved")
+        self.assertShows(tab.page.locator("dialog ins"), "+ typed before the crash")
+        tab.choose("Restore them")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["typed before the crash"])
+
+    def test_a_draft_that_is_discarded_is_not_offered_again(self):
+        tab = self.crashed()
+        tab.choose("Discard them")
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.sources(), ["saved"])
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator("dialog"), 0)
+
+    def test_a_draft_that_is_neither_restored_nor_discarded_is_offered_again(self):
+        tab = self.crashed()
+        tab.choose("Cancel")
+        tab.wait_for(kernel="idle")
+        tab.page.reload()
+        self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
+
+    def test_a_save_ends_the_draft(self):
+        tab = self.open("a")
+        tab.write(0, "b")
+        self.wait_for_draft(tab)
+        tab.save()
+        self.wait_for_draft(tab, is_there=False)
+
+    def test_a_conflict_shows_what_differs(self):
+        tab = self.open("same", "mine")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("same", "theirs", "more")))
+        tab.write(1, "changed")
+        tab.press("Control+s")
+        dialog = tab.page.locator("dialog[open]")
+        self.assertShows(dialog, "changed on disk")
+        self.assertEqual([line.strip() for line in dialog.locator("del").all_text_contents()],
+                         ["- theirs", "- ── code", "- more"])
+        self.assertEqual([line.strip() for line in dialog.locator("ins").all_text_contents()],
+                         ["+ changed"])
+        tab.choose("Keep both")
+
+    def test_closing_warns_while_something_is_not_saved(self):
+        tab = self.open("a")
+        self.refuse_saves()
+        tab.select(0)
+        tab.press("Enter", "x")
+        with tab.page.expect_event("dialog") as asked:
+            tab.page.close(run_before_unload=True)
+        self.assertEqual(asked.value.type, "beforeunload")
+        asked.value.accept()
+        self.problems.clear()
+
+    def test_a_save_that_failed_is_told_and_made_up_for_by_itself(self):
+        tab = self.open("a")
+        self.refuse_saves()
+        tab.write(0, "b")
+        tab.press("Control+s")
+        self.assertShows(tab.page.locator("#notices"), "Not saved: The server does not answer")
+        self.context.unroute_all()
+        tab.wait_for(saved="true")
+        self.assertCount(tab.page.locator(".notice.bad"), 0)
+        self.assertEqual(self.saved_sources(), ["b"])
+        self.problems.clear()
+
+    def test_a_request_that_failed_says_what_and_can_be_tried_again(self):
+        (self.root / "stays.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select stays.txt").check()
+        self.context.route("**/stays.txt", lambda route: route.abort())
+        tab.page.locator("[data-command=delete]").click()
+        tab.choose("Delete")
+        self.assertShows(tab.page.locator("#notices"), "“stays.txt” was not deleted")
+        self.context.unroute_all()
+        tab.page.get_by_role("button", name="Try again").click()
+        self.assertCount(tab.page.get_by_text("stays.txt"), 0)
+        self.problems.clear()
+
+    def two_tabs(self):
+        first = self.open("old")
+        second = self.reopen(self.name)
+        self.assertShows(second.page.locator("#notices"), "open in another tab")
+        return first, second
+
+    def test_a_second_tab_says_so_and_does_not_save(self):
+        first, second = self.two_tabs()
+        second.write(0, "second")
+        first.write(0, "first")
+        first.save()
+        self.assertShows(second.page.locator("#save-state"), "Open in another tab")
+        self.assertEqual(self.saved_sources(), ["first"])
+        first.page.close()
+
+    def test_the_second_tab_takes_over_what_the_first_has_written(self):
+        first, second = self.two_tabs()
+        first.write(0, "typed in the first")
+        second.page.get_by_role("button", name="Take over").click()
+        second.page.wait_for_function(
+            "() => document.querySelector('.editor')?.value === 'typed in the first'")
+        second.write(0, "and the second goes on")
+        second.save()
+        self.assertShows(first.page.locator("#notices"), "open in another tab")
+        self.assertEqual(self.saved_sources(), ["and the second goes on"])
+
+    def test_when_the_first_tab_closes_the_second_saves(self):
+        first, second = self.two_tabs()
+        first.page.close()
+        second.write(0, "second")
+        second.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["second"])
+
+    def test_a_traceback_leads_to_the_line_and_folds(self):
+        tab = self.open("def f():\n    return 1 / 0", "f()")
+        tab.run(0)
+        tab.run(1)
+        tab.page.get_by_role("button", name="[1] line 2").click()
+        tab.wait_for(mode="edit")
+        self.assertEqual(tab.page.evaluate("getSelection().toString()"), "    return 1 / 0")
+        tab.outputs(1).locator("summary").click()
+        self.assertFalse(tab.outputs(1).locator("pre").first.is_visible())
+
+
+AXE_FINDS = """async () => (await axe.run()).violations.flatMap(
+    ({ id, nodes }) => nodes.map(node => `${id}: ${node.html.slice(0, 200)}`))"""
+ALL_KINDS = """# Title
+
+[link](https://example.org) `code` $x^2$ **bold**
+
+- [ ] task
+
+> quote
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+x = 'a'  # comment
+```"""
+
+
+@needs("axe_playwright_python")
+class PageForEveryone(PageCase):
+    """axe-core, keyboard, screen readers, small screens, paper."""
+
+    def assertAxeFindsNothing(self, tab):
+        import axe_playwright_python
+        axe = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text("utf-8")
+        tab.page.evaluate(axe)
+        for scheme in ("light", "dark"):
+            tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            with self.subTest(scheme):
+                self.assertEqual(tab.page.evaluate(AXE_FINDS), [])
+
+    def test_files_menus_and_dialogs_of_the_tree(self):
+        (self.root / "sub").mkdir()
+        (self.root / "t.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select t.txt").check()
+        self.assertAxeFindsNothing(tab)
+        tab.page.locator("[data-command=rename]").last.click()
+        self.assertAxeFindsNothing(tab)
+        tab.choose("Cancel")
+        tab.page.get_by_label("Select t.txt").uncheck()
+        tab.page.locator("[data-command=new]").click()
+        self.assertAxeFindsNothing(tab)
+
+    def test_a_notebook_with_every_kind_of_output(self):
+        tab = self.open(
+            "", "import sys\nfor i in range(99): print(i)\nprint('e', file=sys.stderr)", "1 / 0",
+            "from IPython.display import HTML\nHTML('<table><tr><td>1</table>')")
+        tab.select(0)
+        tab.press("m")
+        tab.run(0, ALL_KINDS)
+        for i in (1, 2, 3):
+            tab.run(i)
+        tab.select(1)
+        tab.press("l")
+        tab.command("contents")
+        self.assertAxeFindsNothing(tab)
+
+    def test_popups_of_a_notebook(self):
+        tab = self.open("import os", "os.path.", "input('name? ')")
+        tab.run(0)
+        for open_it, close_it in (("f", "Escape"), ("h", "Escape"), ("p", "Escape"),
+                                  ("0 0", "Escape"), ("Enter Control+End Tab", "Escape Escape"),
+                                  ("Enter Control+Home Shift+Tab", "Escape Escape")):
+            with self.subTest(open_it):
+                tab.select(1)
+                tab.press(*open_it.split())
+                self.assertAxeFindsNothing(tab)
+                tab.press(*close_it.split())
+        tab.page.locator("[popovertarget=menu-file]").click()
+        self.assertAxeFindsNothing(tab)
+        tab.press("Escape")
+        tab.select(2)
+        tab.press("Control+Enter")
+        tab.page.locator(".stdin").wait_for()
+        self.assertAxeFindsNothing(tab)
+
+    def test_a_text_file_and_a_file_that_is_missing(self):
+        (self.root / "t.txt").write_text("x")
+        self.assertAxeFindsNothing(self.visit("/edit/t.txt"))
+        tab = self.visit("/notebooks/missing.ipynb")
+        tab.page.get_by_role("alert").wait_for()
+        self.assertAxeFindsNothing(tab)
+
+    def test_menus_work_by_keyboard_and_give_the_focus_back(self):
+        tab = self.open("a", "b")
+        tab.page.locator("[popovertarget=menu-file]").focus()
+        for key, menu in (("Enter", "file"), ("ArrowRight", "edit"), ("ArrowRight", "view"),
+                          ("ArrowRight", "insert")):
+            tab.press(key)
+            tab.page.locator(f"#menu-{menu} button:focus").wait_for()
+        tab.press("ArrowDown", "Enter")
+        self.assertEqual(tab.sources(), ["a", "", "b"])
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_screen_readers_hear_how_a_run_ended(self):
+        tab = self.open("print('all is well')", "1 / 0")
+        spoken = tab.page.locator("#spoken")
+        tab.run(0)
+        self.assertShows(spoken, "Cell [1] done: all is well")
+        tab.run(1)
+        self.assertShows(spoken, "Cell [2] failed: ZeroDivisionError: division by zero")
+
+    def test_on_a_phone_nothing_is_wider_than_the_screen(self):
+        tab = self.open("x = 'a' * 300; print(x)  # " + "long " * 40, "1")
+        tab.page.set_viewport_size({"width": 360, "height": 700})
+        tab.run(0)
+        width = tab.page.evaluate("document.documentElement.scrollWidth")
+        self.assertLessEqual(width, 360)
+        tab.page.locator("#toolbar [data-command=run]").click()
+        self.assertShows(tab.outputs(1), "1")
+        tree = self.visit("/tree")
+        tree.page.set_viewport_size({"width": 360, "height": 700})
+        self.assertLessEqual(tree.page.evaluate("document.documentElement.scrollWidth"), 360)
+
+    def test_on_paper_there_are_whole_cells_and_no_controls(self):
+        tab = self.open("for i in range(99): print(i)  # " + "long " * 60)
+        tab.run(0)
+        tab.page.emulate_media(media="print", color_scheme="dark")
+        self.assertFalse(tab.page.locator("#top").is_visible())
+        output = tab.outputs(0)
+        self.assertEqual(output.evaluate("o => o.scrollHeight - o.clientHeight"), 0)
+        code = tab.cell(0).locator(".input")
+        self.assertEqual(code.evaluate("o => o.scrollWidth - o.clientWidth"), 0)
+        self.assertEqual(code.evaluate("o => getComputedStyle(o).color"), "rgb(28, 35, 48)")
+
+
+class PageDownloads(PageCase):
+    """Download as: a program, Markdown, and this page with the notebook in it."""
+
+    def downloaded(self, kind, *sources, cells=()):
+        """(file name, text) of a notebook whose code has run, downloaded as this kind."""
+        nb = notebook(*sources)
+        nb["cells"][:0] = cells
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.command("run-all")
+        tab.wait_until_done()
+        with tab.page.expect_download() as download:
+            tab.command(f"download-{kind}")
+        return download.value.suggested_filename, Path(download.value.path()).read_text("utf-8")
+
+    def test_a_program_has_the_code_and_the_rest_as_comments(self):
+        name, text = self.downloaded("script", "x = 1", "%pwd\nx", cells=[
+            markdown("# Title\n\ntext", id="m")])
+        self.assertEqual(name, self.name.replace(".ipynb", ".py"))
+        self.assertEqual(text, "# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n"
+                               "# %%\n# %pwd\nx\n")
+
+    def test_markdown_has_everything_in_one_file(self):
+        pixel = base64.b64encode(one_red_pixel()).decode()
+        attachments = {"a.png": {"image/png": pixel}}
+        name, text = self.downloaded("markdown", "print('```')", cells=[
+            markdown("![a](attachment:a.png)", id="m", attachments=attachments)])
+        self.assertEqual(name, self.name.replace(".ipynb", ".md"))
+        self.assertEqual(text, f"![a](data:image/png;base64,{pixel})\n\n"
+                               "````python\nprint('```')\n````\n\n````\n```\n````\n")
+
+    def page(self, *sources, cells=()):
+        """The downloaded page, opened from the disk; what asks for the network is a problem."""
+        _, text = self.downloaded("html", *sources, cells=cells)
+        path = self.folder() / "notebooks.html"
+        path.write_text(text, "utf-8")
+        page = self.context.new_page()
+        page.goto(path.as_uri())
+        return page
+
+    def test_the_page_shows_the_notebook_without_a_server(self):
+        (self.root / "pixel.png").write_bytes(one_red_pixel())
+        page = self.page("print('out' + 'put')", cells=[
+            markdown("# Title\n\n$x^2$ ![p](pixel.png)", id="m")])
+        self.assertShows(page.locator("h1").nth(1), "Title")
+        self.assertCount(page.locator("math"), 1)
+        self.assertShows(page.locator(".outputs").nth(1), "output")
+        width = page.locator(".rendered img").evaluate("i => i.decode().then(() => i.naturalWidth)")
+        self.assertEqual(width, 1)
+
+    def test_the_page_can_be_read_but_not_changed(self):
+        page = self.page("text = 1", "2")
+        tab = Tab(page)
+        tab.select(0)
+        tab.press("d", "d", "Enter", "x", "Tab", "Escape", "ArrowDown", "Shift+Enter")
+        self.assertEqual(tab.sources(), ["text = 1", "2"])
+        tab.press("f")
+        page.keyboard.type("text")
+        self.assertShows(page.locator("#find-count"), "1")
+
+    def test_nothing_in_the_notebook_can_act_in_the_page(self):
+        evil = "</script><script>document.title = 'owned'</script><!--<script>"
+        cell = markdown(f"{evil}<img src=x onerror=document.title='owned'>", id="m")
+        page = self.page(f"print({evil!r})", f"from IPython.display import HTML; HTML({evil!r})",
+                         cells=[cell])
+        self.assertShows(page.locator(".outputs").nth(1), evil)
+        self.assertNotIn("owned", page.title())
+        blocked = page.evaluate("""() => new Promise(resolve => {
+            addEventListener('securitypolicyviolation', event => resolve(event.effectiveDirective));
+            fetch('https://example.org/').catch(() => {});
+        })""")
+        self.assertEqual(blocked, "connect-src")
+        self.problems.clear()
 
 
 class PageRunsScripts(PageCase):
