@@ -80,6 +80,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -6958,6 +6959,78 @@ class PageComesBack(PageCase):
         tab = self.leave_and_return(tab)
         self.assertShows(tab.outputs(1), "42")
         self.assertEqual(tab.texts(), ["2", "42"])
+
+
+# Markdown beyond CommonMark, and its HTML
+GFM = [
+    ("a | b\n-|-:\n1 | 2", '<table><thead><tr><th align="">a</th><th align="right">b</th></tr>'
+     '</thead><tbody><tr><td align="">1</td><td align="right">2</td></tr></tbody></table>'),
+    ("|a|\n|-|\n|`x\\|y`|\n|p|q|", '<table><thead><tr><th align="">a</th></tr></thead><tbody><tr>'
+     '<td align=""><code>x|y</code></td></tr><tr><td align="">p</td></tr></tbody></table>'),
+    ("text\n\na | b\nno table", "<p>text</p><p>a | b\nno table</p>"),
+    ("- [ ] to do\n- [x] **done**", '<ul><li><input type="checkbox" disabled aria-label="Task"> to '
+     'do</li><li><input type="checkbox" disabled aria-label="Task" checked> <strong>done</strong>'
+     "</li></ul>"),
+    ("~~gone~~ ~too~ ~~~not~~~ a~b", "<p><del>gone</del> <del>too</del> ~~~not~~~ a~b</p>"),
+    ("see www.a.org/x_(y), (https://b.org).", '<p>see <a href="http://www.a.org/x_(y)">'
+     'www.a.org/x_(y)</a>, (<a href="https://b.org">https://b.org</a>).</p>'),
+    ("[https://a.org](https://b.org)", '<p><a href="https://b.org">https://a.org</a></p>'),
+    ("`https://a.org` xhttps://a.org", "<p><code>https://a.org</code> xhttps://a.org</p>"),
+]
+# What Markdown and HTML show, without the blank space between blocks
+MARKDOWN_AND_HTML = r"""([text, html]) => {
+    const said = shown => {
+        const holder = document.createElement('div');
+        holder.append(shown);
+        const block = /\s*(<\/?(?:p|h\d|[uo]l|li|blockquote|pre|hr|t\w+)\b[^>]*>)\s*/g;
+        return holder.innerHTML.replace(block, '$1').trim();
+    };
+    return [said(renderMarkdown(text)), said(dress(sanitize(html)))];
+}"""
+
+
+class PageRendersMarkdown(PageCase):
+    def page(self):
+        return self.visit("/tree").page
+
+    def test_commonmark_is_rendered_as_its_specification_says(self):
+        """At least 95 % of its examples; both sides pass the sanitiser, which is our choice."""
+        page = self.page()
+        examples = commonmark_examples()
+        wrong = [example["example"] for example in examples if len(set(page.evaluate(
+            MARKDOWN_AND_HTML, [example["markdown"], example["html"]]))) > 1]
+        right = 1 - len(wrong) / len(examples)
+        self.assertGreaterEqual(right, 0.95, f"{right:.1%}; wrong are the examples {wrong}")
+        self.assertEqual(wrong, [608, 611])     # GFM makes links of bare addresses
+        self.problems.clear()                   # their images are not there
+
+    def test_github_flavoured_markdown_is_rendered(self):
+        page = self.page()
+        for text, html in GFM:
+            with self.subTest(text):
+                self.assertEqual(*page.evaluate(MARKDOWN_AND_HTML, [text, html]))
+
+    def test_markdown_of_any_shape_is_rendered_in_one_go(self):
+        """Each of these takes minutes where the time grows with the square of the length."""
+        page = self.page()
+        for text in ("> ", ">", "- ", "1. ", "[", "![", "[a](", "[a][", "]", "*a ", "*a_ ", "a**b",
+                     "` `` ", "<", "<a ", '<a x="', "<!-" "- ", "<![CDATA[", "$", "$a ", "$$ a ",
+                     r"\begin{a}", r"\[", "&", "https://a.b)", "www.", "a $$ b\n", "|a", "\t", " ",
+                     "[a]: b\n", "[a](b) [", "-", "#", "{", "~", "_a_b", "\n", "a"):
+            with self.subTest(text):
+                shown = page.evaluate("text => renderMarkdown(text).textContent.length",
+                                      "x" + text * (60_000 // len(text)))
+                self.assertGreater(shown, 0)
+
+
+def commonmark_examples():
+    """The 652 of version 0.31. They come with the sources of markdown-it-py; see .ci/run."""
+    sources = list(Path(sys.prefix, "sources").glob("markdown_it_py-*.tar.gz"))
+    if not sources:
+        raise unittest.SkipTest("needs the sources of markdown-it-py")
+    with tarfile.open(sources[0]) as archive:
+        name = next(name for name in archive.getnames() if name.endswith("/commonmark.json"))
+        return json.load(archive.extractfile(name))
 
 
 # ---- 10. Documentation under test --------------------------------------------------
