@@ -11,6 +11,7 @@
 #     "websockets",      # a WebSocket client written by others
 #     "kosoku",          # the Autobahn test suite's cases
 #     "bash_kernel", "xeus-python",   # kernels of others
+#     "jupyter_kernel_client",        # a client of servers
 #     "playwright",      # drives the page in Chromium
 #     "matplotlib",      # a plot, as users make them
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
@@ -126,8 +127,8 @@ def needs(*modules):
 
 
 def needs_programs(*names):
-    """Skip a test when one of these programs cannot be found."""
-    missing = [name for name in names if not shutil.which(name)]
+    """Skip a test when one of these programs, or files, cannot be found."""
+    missing = [name for name in names if not (shutil.which(name) or os.path.exists(name))]
     return unittest.skipIf(missing, "needs " + ", ".join(missing))
 
 
@@ -5100,6 +5101,276 @@ class ForeignKernels(ServerCase):
     @unittest.skipUnless(shutil.which("R"), "R with IRkernel is not installed")
     def test_r_runs(self):
         self.run_cells("ir")
+
+
+SERVICES = """
+const services = require('@jupyterlab/services');
+const assert = require('assert');
+const [baseUrl, token] = process.argv.slice(1);
+const serverSettings = services.ServerConnection.makeSettings({
+  baseUrl, token, wsUrl: baseUrl.replace('http', 'ws'), appendToken: true});
+const until = async condition => {
+  while (!condition()) await new Promise(resolve => setTimeout(resolve, 10));
+};
+// Runs a cell: what it printed, its result, its reply's content; `answer` replies to its input().
+async function run(kernel, code, answer) {
+  const future = kernel.requestExecute({code, allow_stdin: answer !== undefined});
+  const outcome = {text: '', result: null};
+  future.onIOPub = message => {
+    if (message.header.msg_type === 'stream') outcome.text += message.content.text;
+    if (message.header.msg_type === 'execute_result')
+      outcome.result = message.content.data['text/plain'];
+  };
+  future.onStdin = message =>
+    kernel.sendInputReply({value: answer, status: 'ok'}, message.header);
+  outcome.reply = (await future.done).content;
+  return outcome;
+}
+(async () => {
+%s
+})().then(() => { console.log('done'); process.exit(0); },
+          error => { console.error(error); process.exit(1); });
+"""
+
+
+@needs_programs("node", str(NODE / "@jupyterlab" / "services"))
+class JupyterLabServices(ServerCase):
+    """@jupyterlab/services, the library by which JupyterLab and Notebook 7 talk to a server."""
+
+    def javascript(self, text):
+        """Run an async function's body in node; an assertion that fails there fails here."""
+        process = Process(["node", "-e", SERVICES % text, "--",
+                           f"http://127.0.0.1:{self.server.port}/", self.server.token],
+                          env={**os.environ, "NODE_PATH": str(NODE)})
+        self.addCleanup(process.end)
+        self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
+        self.assertTrue(process.output.endswith("done\n"), process.output)
+
+    def test_files_are_made_saved_moved_copied_and_deleted(self):
+        self.javascript("""
+          const contents = new services.ContentsManager({serverSettings});
+          const changes = [];
+          contents.fileChanged.connect((_, change) => changes.push(change.type));
+          const folder = await contents.newUntitled({type: 'directory'});
+          let file = await contents.newUntitled({path: folder.path, type: 'file', ext: '.md'});
+          const made = await contents.newUntitled({path: folder.path, type: 'notebook'});
+          assert.strictEqual(file.path, 'Untitled Folder/untitled.md');
+          await contents.save(file.path, {type: 'file', format: 'text', content: '# ☃'});
+          assert.strictEqual((await contents.get(file.path)).content, '# ☃');
+          file = await contents.rename(file.path, folder.path + '/über 100%.md');
+          const copy = await contents.copy(file.path, folder.path);
+          assert.strictEqual(copy.name, 'über 100%-Copy1.md');
+          assert.strictEqual((await contents.get(
+            copy.path, {format: 'base64', content: true})).content,
+                             Buffer.from('# ☃').toString('base64'));
+          const hashed = await contents.get(file.path, {content: false, hash: true});
+          assert.strictEqual(hashed.hash_algorithm, 'sha256');
+          const listed = await contents.get(folder.path);
+          assert.deepStrictEqual(listed.content.map(model => model.name).sort(),
+                                 ['Untitled.ipynb', 'über 100%-Copy1.md', 'über 100%.md']);
+          const url = await contents.getDownloadUrl(file.path);
+          const reply = await services.ServerConnection.makeRequest(url, {}, serverSettings);
+          assert.strictEqual(await reply.text(), '# ☃');
+          for (const path of [file.path, copy.path, made.path, folder.path])
+            await contents.delete(path);
+          await assert.rejects(contents.get(file.path),
+                               error => error.response.status === 404 && !!error.message);
+          assert.deepStrictEqual([...new Set(changes)].sort(),
+                                 ['delete', 'new', 'rename', 'save']);
+        """)
+        self.assertEqual([path.name for path in self.root.iterdir()], [])
+
+    def test_a_notebook_is_saved_and_its_checkpoint_restored(self):
+        self.javascript("""
+          const contents = new services.ContentsManager({serverSettings});
+          const {path} = await contents.newUntitled({type: 'notebook'});
+          const model = await contents.get(path, {type: 'notebook', content: true});
+          const checkpoint = await contents.createCheckpoint(path);
+          assert.deepStrictEqual((await contents.listCheckpoints(path)).map(c => c.id),
+                                 [checkpoint.id]);
+          model.content.cells = [{id: 'a', cell_type: 'markdown', metadata: {}, source: '☃'}];
+          await contents.save(path, model);
+          assert.strictEqual((await contents.get(path)).content.cells[0].source, '☃');
+          await contents.restoreCheckpoint(path, checkpoint.id);
+          assert.deepStrictEqual((await contents.get(path)).content.cells, []);
+          await contents.deleteCheckpoint(path, checkpoint.id);
+          assert.deepStrictEqual(await contents.listCheckpoints(path), []);
+          await contents.delete(path);
+        """)
+
+    def test_a_large_upload_comes_in_chunks(self):
+        self.javascript("""
+          const contents = new services.ContentsManager({serverSettings});
+          const part = 'x'.repeat(100000);
+          for (const chunk of [1, 2, -1])
+            await contents.save('big.txt', {type: 'file', format: 'text', content: part, chunk});
+          assert.strictEqual((await contents.get('big.txt')).content, part + part + part);
+          await contents.delete('big.txt');
+        """)
+
+    def test_kernel_specs_sessions_and_kernels_are_managed(self):
+        self.javascript("""
+          const kernelspecs = new services.KernelSpecManager({serverSettings});
+          await kernelspecs.ready;
+          assert.strictEqual(kernelspecs.specs.default, 'python3');
+          assert.strictEqual(kernelspecs.specs.kernelspecs.python3.language, 'python');
+          const kernels = new services.KernelManager({serverSettings});
+          const sessions = new services.SessionManager({serverSettings, kernelManager: kernels});
+          const session = await sessions.startNew({
+            path: 'one.ipynb', type: 'notebook', name: 'one.ipynb', kernel: {name: 'python3'}});
+          assert.strictEqual((await run(session.kernel, '6 * 7')).result, '42');
+          await session.setPath('two.ipynb');
+          await session.setName('two');
+          await until(() => [...sessions.running()][0]?.name === 'two');
+          assert.strictEqual((await sessions.findByPath('two.ipynb')).id, session.id);
+          const before = session.kernel.id;
+          await session.changeKernel({name: 'python3'});
+          assert.notStrictEqual(session.kernel.id, before);
+          assert.strictEqual((await run(session.kernel, '6 * 7')).result, '42');
+          await kernels.refreshRunning();
+          assert.deepStrictEqual([...kernels.running()].map(k => k.id), [session.kernel.id]);
+          await session.shutdown();
+          await kernels.refreshRunning();
+          assert.deepStrictEqual([...kernels.running()], []);
+          await assert.rejects(kernels.startNew({name: 'cobol'}), /cobol/);
+        """)
+
+    def test_a_kernel_runs_asks_is_interrupted_and_restarted(self):
+        self.javascript("""
+          const kernels = new services.KernelManager({serverSettings});
+          const kernel = await kernels.startNew({name: 'python3'});
+          assert.strictEqual((await kernel.info).language_info.name, 'python');
+          let cell = await run(kernel, "print('☃' * 3)\\n6 * 7");
+          assert.deepStrictEqual([cell.text, cell.result, cell.reply.status],
+                                 ['☃☃☃\\n', '42', 'ok']);
+          cell = await run(kernel, "input('Name? ')", 'Ada');
+          assert.strictEqual(cell.result, "'Ada'");
+          const future = kernel.requestExecute({code: "print('ready')\\nwhile True: pass"});
+          let isReady = false;
+          future.onIOPub = message => { isReady ||= message.header.msg_type === 'stream'; };
+          await until(() => isReady);
+          await kernel.interrupt();
+          assert.strictEqual((await future.done).content.ename, 'KeyboardInterrupt');
+          await run(kernel, 'kept = 1');
+          await kernel.restart();
+          assert.strictEqual((await run(kernel, 'kept')).reply.ename, 'NameError');
+          const completion = await kernel.requestComplete({code: 'impor', cursor_pos: 5});
+          assert.ok(completion.content.matches.includes('import'));
+          await kernel.shutdown();
+          assert.strictEqual(kernel.status, 'dead');
+        """)
+
+    def test_comms_carry_buffers_both_ways(self):
+        self.javascript("""
+          const kernel = await new services.KernelManager({serverSettings}).startNew();
+          await run(kernel, `
+        from comm import get_comm_manager
+        def opened(comm, message):
+            @comm.on_msg
+            def echo(message):
+                comm.send(message['content']['data'],
+                          buffers=[bytes(reversed(b)) for b in message['buffers']])
+        get_comm_manager().register_target('echo', opened)`.replaceAll('\\n        ', '\\n'));
+          const comm = kernel.createComm('echo');
+          const answered = new Promise(resolve => { comm.onMsg = resolve; });
+          await comm.open({}).done;
+          await comm.send({'☃': 1}, {}, [new Uint8Array([1, 2, 3]).buffer]).done;
+          const message = await answered;
+          assert.deepStrictEqual(message.content.data, {'☃': 1});
+          const bytes = message.buffers.map(buffer => [...new Uint8Array(buffer.buffer ?? buffer)
+            .slice(buffer.byteOffset ?? 0, (buffer.byteOffset ?? 0) + buffer.byteLength)]);
+          assert.deepStrictEqual(bytes, [[3, 2, 1]]);
+          await comm.close().done;
+          await kernel.shutdown();
+        """)
+
+    def test_both_subprotocols_are_spoken(self):
+        self.javascript("""
+          const WebSocket = require('ws');
+          const spoken = [];
+          for (const offered of [true, false]) {
+            class Choosing extends WebSocket {
+              constructor(url, protocols) {
+                super(url, offered ? protocols : []);
+                this.on('open', () => spoken.push(this.protocol));
+              }
+            }
+            const kernels = new services.KernelManager(
+              {serverSettings: {...serverSettings, WebSocket: Choosing}});
+            const kernel = await kernels.startNew();
+            const cell = await run(kernel, "print('☃')");
+            assert.strictEqual(cell.text, '☃\\n');
+            await kernel.shutdown();
+          }
+          assert.deepStrictEqual(spoken, ['v1.kernel.websocket.jupyter.org', '']);
+        """)
+
+
+class Gateway(ServerCase):
+    """Jupyter Server, and clients that use ours as the gateway to its kernels."""
+
+    @needs("jupyter_server")
+    def test_jupyter_server_runs_its_kernels_on_ours(self):
+        def gateway(root, port, token):
+            return [sys.executable, "-m", "jupyter_server", f"--port={port}", "--no-browser",
+                    "--allow-root", f"--IdentityProvider.token={token}",
+                    f"--ServerApp.root_dir={root}",
+                    f"--gateway-url=http://127.0.0.1:{self.server.port}",
+                    f"--GatewayClient.auth_token={self.server.token}"]
+        front = self.own_server(program=gateway)
+        wait_until(lambda: answers(front))
+        specs = self.assertReply(front.get("/api/kernelspecs"), 200).json
+        self.assertEqual(specs["default"], "python3")
+        model = self.assertReply(front.post("/api/sessions", {
+            "path": "x.ipynb", "type": "notebook", "name": "", "kernel": {"name": "python3"}}),
+            201).json
+        (ours,) = self.server.get("/api/kernels").json
+        self.assertEqual(ours["id"], model["kernel"]["id"])
+        frontend = front.frontend(ours["id"])
+        self.addCleanup(frontend.wire.close)
+        frontend.typed = ["Ada"]
+        cell = frontend.finish(frontend.start("print('☃')\ninput()"))
+        self.assertEqual((cell.text(), cell.result), ("☃\n", "'Ada'"))
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: "ready" in cell.text())
+        path = f"/api/kernels/{ours['id']}"
+        self.assertReply(front.post(f"{path}/interrupt"), 204)
+        self.assertFails(frontend.finish(cell), "KeyboardInterrupt")
+        self.assertReply(front.post(f"{path}/restart"), 200)
+        self.assertReply(front.delete(f"/api/sessions/{model['id']}"), 204)
+        self.assertEqual(self.server.get("/api/kernels").json, [])
+
+    @needs("jupyter_kernel_client")
+    def test_jupyter_kernel_client_runs_code(self):
+        from jupyter_kernel_client import JupyterKernelClient
+        url = f"http://127.0.0.1:{self.server.port}"
+        with JupyterKernelClient(server_url=url, token=self.server.token) as client:
+            reply = client.execute("print('☃')\n6 * 7")
+            self.assertEqual(reply["status"], "ok")
+            printed, result = reply["outputs"]
+            self.assertEqual((printed["text"], result["data"]["text/plain"]), ("☃\n", "42"))
+            self.assertEqual(client.execute("1 / 0")["status"], "error")
+        wait_until(lambda: self.server.get("/api/kernels").json == [])
+
+    @needs("jupyter_server", "nbclient", "nbformat")
+    def test_nbclient_runs_a_notebook_through_the_gateway(self):
+        program = """
+import functools, nbclient, nbformat, sys, websocket
+# The gateway's own kernel client forgets the token when it opens the WebSocket.
+websocket.create_connection = functools.partial(
+    websocket.create_connection, header=["Authorization: token " + sys.argv[1]])
+from jupyter_server.gateway.managers import GatewayKernelManager
+nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 6; print('☃')"),
+                                     nbformat.v4.new_code_cell("x * 7")])
+nbclient.NotebookClient(nb, kernel_manager_class=GatewayKernelManager, timeout=60).execute()
+print(nb.cells[0].outputs[0].text, nb.cells[1].outputs[0].data["text/plain"])
+"""
+        process = Process([sys.executable, "-c", program, self.server.token], env=clean_environment(
+            self.folder(), JUPYTER_GATEWAY_URL=f"http://127.0.0.1:{self.server.port}",
+            JUPYTER_GATEWAY_AUTH_TOKEN=self.server.token))
+        self.addCleanup(process.end)
+        self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
+        self.assertTrue(process.output.endswith("☃\n 42\n"), process.output)
 
 
 # ---- 9. The page, in Chromium ------------------------------------------------------
