@@ -2475,6 +2475,7 @@ class Handler(BaseHTTPRequestHandler):
         """Check the request, read its body, find its route, send what the handler returns."""
         self.is_answered, self.body = False, None
         try:
+            self.check_headers()
             self.split_path()
             name, groups = self.find_route()
             if self.admit(name):
@@ -2507,6 +2508,13 @@ class Handler(BaseHTTPRequestHandler):
             super().finish()
 
     # -- the request --
+
+    def check_headers(self):
+        """Problem 400, and the end of the connection, where one cannot be sure how long the body
+        is: another request could hide in it (RFC 9112 5.1, 6.3)."""
+        if self.headers.defects or len(self.headers.get_all("Content-Length", ())) > 1:
+            self.body, self.close_connection = b"", True
+            raise Problem(400, "The headers of the request are malformed")
 
     def split_path(self):
         """`route` and `query` of the request line; "//host/" is a path here, never a host."""

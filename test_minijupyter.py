@@ -10,6 +10,7 @@
 #     "jupyter_server",  # the server to compare with
 #     "websockets",      # a WebSocket client written by others
 #     "kosoku",          # the Autobahn test suite's cases
+#     "hypothesis",      # makes up what nobody thinks of
 #     "bash_kernel", "xeus-python",   # kernels of others
 #     "jupyter_kernel_client",        # a client of servers
 #     "playwright",      # drives the page in Chromium
@@ -5371,6 +5372,280 @@ print(nb.cells[0].outputs[0].text, nb.cells[1].outputs[0].data["text/plain"])
         self.addCleanup(process.end)
         self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
         self.assertTrue(process.output.endswith("☃\n 42\n"), process.output)
+
+
+def fuzzed(*strategies, examples=200):
+    """Run a test with many made-up values, the same ones every time; a failing one is shrunk.
+
+    A strategy is a function of hypothesis.strategies, which need not be installed.
+    """
+    def decorate(test):
+        def run(self):
+            from hypothesis import HealthCheck, given, settings
+            from hypothesis import strategies as st
+            limits = settings(derandomize=True, database=None, deadline=None,
+                              max_examples=examples, suppress_health_check=list(HealthCheck))
+            limits(given(st.tuples(*[strategy(st) for strategy in strategies]))(
+                lambda values: test(self, *values)))()
+        return needs("hypothesis")(functools.wraps(test)(run))
+    return decorate
+
+
+def chunked(st):
+    """Sizes of the pieces in which bytes arrive."""
+    return st.lists(st.integers(1, 50), max_size=20)
+
+
+def pieces(data, sizes):
+    """`data` in pieces of these sizes; the last one is the rest."""
+    for size in sizes:
+        yield data[:size]
+        data = data[size:]
+    yield data
+
+
+def messages(st):
+    """WebSocket messages, each with the places where it is cut into fragments."""
+    return st.lists(st.tuples(st.text() | st.binary(), st.lists(st.integers(0, 30), max_size=4),
+                              st.booleans()), max_size=5)
+
+
+def json_values(st):
+    """Any JSON value, with the words of a notebook among its strings and keys."""
+    known = st.sampled_from([
+        "nbformat", "nbformat_minor", "metadata", "cells", "worksheets", "cell_type", "code",
+        "markdown", "raw", "heading", "source", "input", "outputs", "output_type", "stream",
+        "display_data", "pyout", "error", "text", "data", "text/plain", "application/json", "id"])
+    words = known | st.text(max_size=5)
+    simple = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | words
+    return st.recursive(simple, lambda inner: st.lists(inner, max_size=3)
+                        | st.dictionaries(words, inner, max_size=4), max_leaves=12)
+
+
+def almost_notebooks(st):
+    """JSON that looks like a notebook, with something else in one place or another."""
+    anything = json_values(st)
+
+    def mostly(usual):
+        return st.one_of(usual, usual, usual, anything)
+    text = mostly(st.text(max_size=5) | st.lists(st.text(max_size=5), max_size=3))
+    output = st.fixed_dictionaries({}, optional={
+        "output_type": mostly(st.sampled_from(["stream", "display_data", "pyout", "error"])),
+        "text": text, "data": mostly(st.dictionaries(st.text(max_size=5), text, max_size=2)),
+        "name": text, "metadata": mostly(st.just({})), "png": text, "json": text})
+    cell = st.fixed_dictionaries({}, optional={
+        "cell_type": mostly(st.sampled_from(["code", "markdown", "raw", "heading"])),
+        "metadata": mostly(st.just({})), "source": text, "input": text, "level": anything,
+        "outputs": mostly(st.lists(output, max_size=2)), "id": text, "language": text})
+    cells = mostly(st.lists(mostly(cell), max_size=3))
+    return st.fixed_dictionaries(
+        {"nbformat": mostly(st.integers(1, 5))}, optional={
+            "nbformat_minor": mostly(st.integers(0, 9)), "metadata": mostly(st.just({})),
+            "cells": cells, "worksheets": mostly(st.lists(st.fixed_dictionaries(
+                {"cells": cells}), max_size=2)), "other": anything})
+
+
+class FuzzedWebSocket(Case):
+    @fuzzed(lambda st: st.binary(max_size=200), chunked, lambda st: st.booleans(), examples=500)
+    def test_any_bytes_are_messages_or_an_error_with_a_code(self, data, sizes, may_compress):
+        parser = minijupyter.FrameParser(most_bytes=1000, may_compress=may_compress)
+        try:
+            for piece in pieces(data, sizes):
+                for opcode, payload in parser.feed(piece):
+                    self.assertIsInstance(payload, str if opcode == TEXT else bytes)
+        except minijupyter.WebSocketError as problem:
+            self.assertIn(problem.code, (1002, 1007, 1009))
+
+    @fuzzed(lambda st: st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=130)),
+                                max_size=6), chunked, examples=500)
+    def test_any_masked_frames_are_messages_or_an_error_with_a_code(self, frames, sizes):
+        data = b"".join(bytes([first]) + frame(0, payload)[1:] for first, payload in frames)
+        parser = minijupyter.FrameParser(most_bytes=1000, may_compress=True)
+        try:
+            for piece in pieces(data, sizes):
+                list(parser.feed(piece))
+        except minijupyter.WebSocketError as problem:
+            self.assertIn(problem.code, (1002, 1007, 1009))
+
+    @fuzzed(messages, chunked, examples=300)
+    def test_messages_come_out_as_they_went_in_however_they_are_cut(self, sent, sizes):
+        parser, data = minijupyter.FrameParser(may_compress=True), b""
+        for message, cuts, is_compressed in sent:
+            opcode = TEXT if isinstance(message, str) else BINARY
+            payload = message.encode() if opcode == TEXT else message
+            if is_compressed:
+                opcode, payload = opcode | 0x40, deflated(payload)
+            parts = list(pieces(payload, cuts))
+            for i, part in enumerate(parts):
+                data += frame(0 if i else opcode, part, fin=i == len(parts) - 1)
+                data += frame(PING, b"between")
+        received = [payload for piece in pieces(data, sizes) for opcode, payload in
+                    parser.feed(piece) if opcode != PING]
+        self.assertEqual(received, [message for message, _, _ in sent])
+
+
+class FuzzedDocuments(Case):
+    def assertReadable(self, data):
+        """The bytes are refused, or a notebook that is valid and goes back to disk untouched."""
+        try:
+            notebook_ = minijupyter.read_notebook(data)
+        except minijupyter.NotANotebook as problem:
+            return self.assertTrue(str(problem))
+        self.assertEqual(notebook_["nbformat"], 4)
+        json.loads(kernel.to_json(notebook_), parse_constant=self.fail)
+        again = minijupyter.write_notebook(notebook_, data)
+        if json.loads(data)["nbformat"] == 4:
+            self.assertEqual(again, data)
+        self.assertEqual(kernel.to_json(minijupyter.read_notebook(again)),
+                         kernel.to_json(notebook_))
+
+    @fuzzed(json_values, examples=300)
+    def test_any_json_is_refused_or_a_notebook(self, value):
+        self.assertReadable(json.dumps(value).encode())
+
+    @fuzzed(almost_notebooks, examples=700)
+    def test_what_looks_like_a_notebook_is_refused_or_is_one(self, value):
+        self.assertReadable(json.dumps(value).encode())
+
+    @fuzzed(lambda st: st.binary(max_size=50), examples=200)
+    def test_any_bytes_are_refused_or_a_notebook(self, data):
+        with contextlib.suppress(minijupyter.NotANotebook):
+            minijupyter.read_notebook(data)
+
+
+class FuzzedContents(ServerCase):
+    """Whatever is asked of the contents: no failure, nothing outside the root, no torn file."""
+
+    PATHS = ["a.txt", "b.ipynb", "folder", "folder/c.txt", "é ☃.txt", "", ".", "..", "-rf", "*?",
+             "../outside.txt", "folder/../../outside.txt", "link/outside.txt", ".hidden",
+             "a.txt/below", "x" * 300, "a\\b", "nul\0", "a%2fb", " ", "~", "folder/", "//a.txt",
+             "a.txt/checkpoints", ".ipynb_checkpoints/a-checkpoint.txt", "CON", "\ud800"]
+
+    def setUp(self):
+        self.outside = self.root.parent / "outside.txt"
+        self.outside.write_text("outside")
+        (self.root / "link").symlink_to(self.root.parent)
+        self.connection = self.server.connect()
+        self.addCleanup(self.connection.close)
+
+    def models(st):
+        anything = json_values(st)
+        texts = st.sampled_from(["text", "base64", "json", "file", "notebook", "directory",
+                                 *FuzzedContents.PATHS]) | st.text(max_size=5)
+        return st.fixed_dictionaries({}, optional={
+            "type": texts | anything, "format": texts | anything, "content": anything | texts,
+            "path": texts | anything, "copy_from": texts | anything, "ext": texts | anything,
+            "chunk": st.integers(-2, 3) | anything, "name": texts}) | anything
+
+    @fuzzed(lambda st: st.sampled_from(["GET", "PUT", "POST", "PATCH", "DELETE"]),
+            lambda st: st.sampled_from(FuzzedContents.PATHS) | st.text(max_size=10),
+            lambda st: st.sampled_from(["", "/checkpoints", "/checkpoints/checkpoint"]),
+            models, examples=600)
+    def test_any_request_is_done_or_refused(self, method, path, suffix, model):
+        url = f"/api/contents/{quote(path, errors='surrogatepass')}{suffix}"
+        reply = self.server.request(method, url, json.dumps(model), connection=self.connection)
+        self.assertLess(reply.status, 500, reply)
+        if reply.status >= 400:
+            self.assertTrue(reply.json["message"], reply)
+        self.assertEqual(self.outside.read_text(), "outside")
+        self.assertLessEqual({path.name for path in self.root.parent.iterdir()} - {"root"},
+                             {"outside.txt", "jupyter_runtime_dir", "jupyter_data_dir"})
+        torn = [file for file in self.root.rglob(".*.saving")]
+        self.assertEqual(torn, [])
+
+
+class FuzzedHttp(ServerCase):
+    """Whatever comes in at the door: an answer or a closed door, and the others are served."""
+
+    def ask(self, data):
+        """All that the server answers to these bytes, until it closes."""
+        with socket.create_connection(("127.0.0.1", self.server.port), SECONDS) as raw:
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(data)
+                raw.shutdown(socket.SHUT_WR)
+                while piece := raw.recv(65536):
+                    answer += piece
+        return answer
+
+    def assertAnswered(self, data):
+        """Nothing, or responses none of which says that the server failed."""
+        answer = self.ask(data)
+        for status in re.findall(rb"(?m)^HTTP/1\.[01] (\d+)", answer):
+            self.assertTrue(int(status) < 500 or status in (b"501", b"505"), answer)
+        self.assertNotIn("Traceback", self.server.process.output)
+        self.assertNotIn("A connection failed", self.server.process.output)
+
+    @fuzzed(lambda st: st.binary(max_size=300), examples=150)
+    def test_any_bytes(self, data):
+        self.assertAnswered(data)
+
+    def headers(st):
+        names = st.sampled_from(["Host", "Content-Length", "Transfer-Encoding", "Connection",
+                                 "Expect", "Range", "Authorization", "Cookie", "Origin", "Upgrade",
+                                 "If-Match", "X"]) | st.text(max_size=5)
+        values = st.sampled_from([
+            "5", "-1", "+5", "0x5", "99999999999999999999", "5, 5", "chunked", "gzip, chunked",
+            "close", "keep-alive", "upgrade", "websocket", "100-continue", "bytes=0-", "bytes=9-1",
+            "token", "a" * 70_000, "127.0.0.1", "[::1", "http://[", "=;=", "\x00", "²"])
+        return st.lists(st.tuples(names, values | st.text(max_size=10)), max_size=5)
+
+    METHODS = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "BREW", "get", ""]
+    TARGETS = ["/", "/api", "/api/contents", "//evil/", "*", "http://x/", "/%", "/%ff", "/\xff",
+               "?", "/api?token=%", "/files/..%00", "/" + "x" * 70_000, "", "/api/kernels?&&=&a"]
+    VERSIONS = ["HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/x", "", "HTTP/1"]
+    BODIES = [b"", b"{}", b"5\r\nabcde\r\n0\r\n\r\n", b"\0" * 9]
+
+    @fuzzed(lambda st: st.sampled_from(FuzzedHttp.METHODS),
+            lambda st: st.sampled_from(FuzzedHttp.TARGETS),
+            lambda st: st.sampled_from(FuzzedHttp.VERSIONS), headers,
+            lambda st: st.sampled_from(FuzzedHttp.BODIES), examples=300)
+    def test_any_request(self, method, target, version, headers, body):
+        lines = [f"{method} {target} {version}", f"Authorization: token {self.server.token}",
+                 "Host: 127.0.0.1", *[f"{name}: {value}" for name, value in headers], "", ""]
+        self.assertAnswered("\r\n".join(lines).encode("utf-8", "replace") + body)
+
+    def test_what_could_be_read_in_two_ways_is_refused(self):
+        """Where a body ends must be clear, or a second request could hide in it (RFC 9112 6.3)."""
+        hidden = b"GET /api HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        head = f"POST /api/nothing HTTP/1.1\r\nHost: localhost\r\nAuthorization: token " \
+               f"{self.server.token}\r\n"
+        for fields in ("Content-Length: 0\r\nContent-Length: 40\r\n", "Content-Length: +40\r\n",
+                       "Content-Length : 40\r\n", "Content-Length: 40\r\n\tx: 1\r\n",
+                       "Content-Length: 0, 40\r\n", "Content-Length: 4_0\r\n",
+                       "Content-Length: ４\r\n",
+                       "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
+                       "Transfer-Encoding : chunked\r\n", "no colon\r\nContent-Length: 0\r\n",
+                       "Transfer-Encoding: identity\r\n"):
+            with self.subTest(fields):
+                answer = self.ask(f"{head}{fields}\r\n".encode() + hidden)
+                self.assertRegex(answer[:20], rb"HTTP/1.1 4(00|04|11|13)")
+                self.assertEqual(answer.count(b"HTTP/1.1 "), 1, answer)
+
+    def test_too_many_or_too_large_headers_are_refused(self):
+        for fields in ("X: y\r\n" * 200, f"X: {'y' * 70_000}\r\n"):
+            self.assertRegex(self.ask(f"GET /api HTTP/1.1\r\n{fields}\r\n".encode())[:20],
+                             rb"HTTP/1.1 4(00|31)")
+
+    def test_a_client_that_stalls_is_left_and_holds_up_nobody(self):
+        with tempfile.TemporaryDirectory() as root, \
+                unittest.mock.patch.object(minijupyter.Handler, "timeout", 0.2):
+            server = minijupyter.Server(root, "127.0.0.1", 0, "secret")
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            for begun in (b"", b"GET /ap", b"GET /api HTTP/1.1\r\nHost: loc",
+                          b"POST /api/kernels HTTP/1.1\r\nHost: localhost\r\nAuthorization: token "
+                          b"secret\r\nContent-Length: 9\r\n\r\n{"):
+                with socket.create_connection(server.server_address, SECONDS) as slow:
+                    slow.sendall(begun)
+                    quick = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
+                    quick.request("GET", "/api")
+                    self.assertEqual(quick.getresponse().status, 200)
+                    quick.close()
+                    self.assertEqual(slow.recv(1000), b"")   # the server gives up first
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 # ---- 9. The page, in Chromium ------------------------------------------------------
