@@ -5563,7 +5563,8 @@ class FuzzedHttp(ServerCase):
             answer = b""
             with contextlib.suppress(ConnectionError):
                 raw.sendall(data)
-                raw.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):   # the server may have hung up by now
+                    raw.shutdown(socket.SHUT_WR)
                 while piece := raw.recv(65536):
                     answer += piece
         return answer
@@ -5587,12 +5588,12 @@ class FuzzedHttp(ServerCase):
         values = st.sampled_from([
             "5", "-1", "+5", "0x5", "99999999999999999999", "5, 5", "chunked", "gzip, chunked",
             "close", "keep-alive", "upgrade", "websocket", "100-continue", "bytes=0-", "bytes=9-1",
-            "token", "a" * 70_000, "127.0.0.1", "[::1", "http://[", "=;=", "\x00", "²"])
+            "token", "LONG", "127.0.0.1", "[::1", "http://[", "=;=", "\x00", "²"])
         return st.lists(st.tuples(names, values | st.text(max_size=10)), max_size=5)
 
     METHODS = ["GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "BREW", "get", ""]
     TARGETS = ["/", "/api", "/api/contents", "//evil/", "*", "http://x/", "/%", "/%ff", "/\xff",
-               "?", "/api?token=%", "/files/..%00", "/" + "x" * 70_000, "", "/api/kernels?&&=&a"]
+               "?", "/api?token=%", "/files/..%00", "/LONG", "", "/api/kernels?&&=&a"]
     VERSIONS = ["HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "HTTP/x", "", "HTTP/1"]
     BODIES = [b"", b"{}", b"5\r\nabcde\r\n0\r\n\r\n", b"\0" * 9]
 
@@ -5603,7 +5604,8 @@ class FuzzedHttp(ServerCase):
     def test_any_request(self, method, target, version, headers, body):
         lines = [f"{method} {target} {version}", f"Authorization: token {self.server.token}",
                  "Host: 127.0.0.1", *[f"{name}: {value}" for name, value in headers], "", ""]
-        self.assertAnswered("\r\n".join(lines).encode("utf-8", "replace") + body)
+        head = "\r\n".join(lines).replace("LONG", "x" * 70_000)
+        self.assertAnswered(head.encode("utf-8", "replace") + body)
 
     def test_what_could_be_read_in_two_ways_is_refused(self):
         """Where a body ends must be clear, or a second request could hide in it (RFC 9112 6.3)."""
