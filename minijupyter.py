@@ -28,7 +28,6 @@ kernel process. Sources: Jupyter Server's REST API (jupyter_server, api.yaml), n
 """
 import argparse
 import base64
-import binascii
 import codecs
 import contextlib
 import errno
@@ -615,7 +614,7 @@ class Contents:
             return (content or "").encode()
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
-        except (binascii.Error, TypeError, AttributeError, UnicodeEncodeError) as problem:
+        except (ValueError, TypeError, AttributeError) as problem:
             raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
                                f"{problem}") from None
 

@@ -5422,27 +5422,57 @@ def json_values(st):
                         | st.dictionaries(words, inner, max_size=4), max_leaves=12)
 
 
-def almost_notebooks(st):
-    """JSON that looks like a notebook, with something else in one place or another."""
-    anything = json_values(st)
+def notebooks(st):
+    """Valid notebooks of versions 3 and 4, as Python values."""
+    text = st.text(max_size=5) | st.lists(st.text(max_size=5), max_size=3)
+    data = st.dictionaries(st.sampled_from(["text/plain", "image/png", "x/y"]), text, max_size=2)
+    any_json = st.fixed_dictionaries({"application/json": json_values(st)})
+    output = st.one_of(*[st.fixed_dictionaries({"output_type": st.just(kind), **fields})
+                         for kind, fields in {
+        "stream": {"name": st.just("stdout"), "text": text},
+        "display_data": {"data": data | any_json, "metadata": st.just({})},
+        "execute_result": {"data": data, "metadata": st.just({}), "execution_count": st.just(1)},
+        "error": {"ename": text, "evalue": text, "traceback": st.just(["a", "b"])}}.items()])
+    code = {"cell_type": st.just("code"), "metadata": st.just({}), "source": text,
+            "execution_count": st.none(), "outputs": st.lists(output, max_size=2)}
+    other = {"cell_type": st.sampled_from(["markdown", "raw", "unheard-of"]),
+             "metadata": st.just({}), "source": text}
+    cell = st.one_of(*[st.fixed_dictionaries({**fields, **ids}) for fields in (code, other)
+                       for ids in ({}, {"id": st.sampled_from(["a", "b", "ü"])})])
+    old_output = st.fixed_dictionaries(
+        {"output_type": st.sampled_from(["pyout", "display_data"])},
+        optional={"text": text, "png": text, "prompt_number": st.just(1)})
+    old_cell = st.fixed_dictionaries(
+        {"cell_type": st.sampled_from(["code", "heading", "markdown"])}, optional={
+            "input": text, "source": text, "level": st.integers(1, 6), "metadata": st.just({}),
+            "outputs": st.lists(old_output, max_size=2), "collapsed": st.booleans()})
+    return st.fixed_dictionaries({
+        "nbformat": st.just(4), "nbformat_minor": st.integers(0, 9), "metadata": st.just({}),
+        "cells": st.lists(cell, max_size=3)}) | st.fixed_dictionaries({
+            "nbformat": st.integers(2, 3), "metadata": st.just({}), "worksheets": st.lists(
+                st.fixed_dictionaries({"cells": st.lists(old_cell, max_size=3)}), max_size=2)})
 
-    def mostly(usual):
-        return st.one_of(usual, usual, usual, anything)
-    text = mostly(st.text(max_size=5) | st.lists(st.text(max_size=5), max_size=3))
-    output = st.fixed_dictionaries({}, optional={
-        "output_type": mostly(st.sampled_from(["stream", "display_data", "pyout", "error"])),
-        "text": text, "data": mostly(st.dictionaries(st.text(max_size=5), text, max_size=2)),
-        "name": text, "metadata": mostly(st.just({})), "png": text, "json": text})
-    cell = st.fixed_dictionaries({}, optional={
-        "cell_type": mostly(st.sampled_from(["code", "markdown", "raw", "heading"])),
-        "metadata": mostly(st.just({})), "source": text, "input": text, "level": anything,
-        "outputs": mostly(st.lists(output, max_size=2)), "id": text, "language": text})
-    cells = mostly(st.lists(mostly(cell), max_size=3))
-    return st.fixed_dictionaries(
-        {"nbformat": mostly(st.integers(1, 5))}, optional={
-            "nbformat_minor": mostly(st.integers(0, 9)), "metadata": mostly(st.just({})),
-            "cells": cells, "worksheets": mostly(st.lists(st.fixed_dictionaries(
-                {"cells": cells}), max_size=2)), "other": anything})
+
+def slots(value):
+    """(container, key) of every value within a JSON value."""
+    for key in {dict: list, list: lambda v: range(len(v))}.get(type(value), lambda v: ())(value):
+        yield value, key
+        yield from slots(value[key])
+
+
+def almost_notebooks(st):
+    """Valid notebooks in which a few values have been replaced by something else, or removed."""
+    def changed(pair):
+        notebook_, changes = json.loads(json.dumps(pair[0])), pair[1]
+        for at, value in changes:
+            places = list(slots(notebook_))
+            container, key = places[at % len(places)]
+            container[key] = value
+            if value == "id":
+                del container[key]
+        return notebook_
+    changes = st.lists(st.tuples(st.integers(0, 60), json_values(st)), max_size=2)
+    return st.tuples(notebooks(st), changes).map(changed)
 
 
 class FuzzedWebSocket(Case):
@@ -5516,10 +5546,10 @@ class FuzzedDocuments(Case):
 class FuzzedContents(ServerCase):
     """Whatever is asked of the contents: no failure, nothing outside the root, no torn file."""
 
-    PATHS = ["a.txt", "b.ipynb", "folder", "folder/c.txt", "é ☃.txt", "", ".", "..", "-rf", "*?",
-             "../outside.txt", "folder/../../outside.txt", "link/outside.txt", ".hidden",
-             "a.txt/below", "x" * 300, "a\\b", "nul\0", "a%2fb", " ", "~", "folder/", "//a.txt",
-             "a.txt/checkpoints", ".ipynb_checkpoints/a-checkpoint.txt", "CON", "\ud800"]
+    PATHS = ["", ".", "..", "-rf", "*?", "../outside.txt", "folder/../../outside.txt", ".hidden",
+             "link/outside.txt", "a.txt/below", "x" * 300, "a\\b", "nul\0", "a%2fb", " ", "~",
+             "folder/", "//a.txt", "a.txt/checkpoints", "\ud800",
+             ".ipynb_checkpoints/a-checkpoint.txt"]
 
     def setUp(self):
         self.outside = self.root.parent / "outside.txt"
@@ -5528,20 +5558,32 @@ class FuzzedContents(ServerCase):
         self.connection = self.server.connect()
         self.addCleanup(self.connection.close)
 
-    def models(st):
-        anything = json_values(st)
-        texts = st.sampled_from(["text", "base64", "json", "file", "notebook", "directory",
-                                 *FuzzedContents.PATHS]) | st.text(max_size=5)
-        return st.fixed_dictionaries({}, optional={
-            "type": texts | anything, "format": texts | anything, "content": anything | texts,
-            "path": texts | anything, "copy_from": texts | anything, "ext": texts | anything,
-            "chunk": st.integers(-2, 3) | anything, "name": texts}) | anything
+    def paths(st):
+        """Most of them good ones."""
+        good = st.sampled_from(["a.txt", "b.ipynb", "folder", "folder/c.txt", "é ☃.txt"])
+        return st.one_of(good, good, st.sampled_from(FuzzedContents.PATHS), st.text(max_size=10))
 
-    @fuzzed(lambda st: st.sampled_from(["GET", "PUT", "POST", "PATCH", "DELETE"]),
-            lambda st: st.sampled_from(FuzzedContents.PATHS) | st.text(max_size=10),
-            lambda st: st.sampled_from(["", "/checkpoints", "/checkpoints/checkpoint"]),
+    def models(st):
+        """Bodies of requests, good ones and others."""
+        paths, text = FuzzedContents.paths(st), st.text(max_size=5)
+        good = [st.just({"type": "directory"}), st.fixed_dictionaries({"path": paths}),
+                st.fixed_dictionaries({"copy_from": paths}),
+                st.fixed_dictionaries({"type": st.just("notebook"), "content": notebooks(st)}),
+                st.fixed_dictionaries({"type": st.just("file"), "content": text, "format":
+                                       st.sampled_from(["text", "base64"])}, optional={
+                                           "chunk": st.sampled_from([1, 2, -1])})]
+        fields = ["type", "format", "content", "path", "copy_from", "ext", "chunk", "name"]
+        return st.one_of(*good, st.dictionaries(st.sampled_from(fields), json_values(st) | paths),
+                         json_values(st))
+
+    @fuzzed(lambda st: st.sampled_from(["GET", "PUT", "PUT", "POST", "PATCH", "DELETE"]), paths,
+            lambda st: st.sampled_from(["", "", "/checkpoints", "/checkpoints/checkpoint"]),
             models, examples=600)
     def test_any_request_is_done_or_refused(self, method, path, suffix, model):
+        (self.root / "folder").mkdir(exist_ok=True)
+        for name in ("a.txt", "folder/c.txt", "b.ipynb"):
+            if not (self.root / name).exists():
+                (self.root / name).write_text("")
         url = f"/api/contents/{quote(path, errors='surrogatepass')}{suffix}"
         reply = self.server.request(method, url, json.dumps(model), connection=self.connection)
         self.assertLess(reply.status, 500, reply)
