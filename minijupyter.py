@@ -740,6 +740,18 @@ class Contents:
         shutil.rmtree(absolute)
 
 
+def model_json(model):
+    """A contents model as JSON. A notebook is written cell by cell: between two cells other threads
+    get their turn, which would have to wait for a large one to be done."""
+    if model["type"] != "notebook" or model["content"] is None:
+        return to_json(model)
+    notebook, model = {**model["content"]}, {**model}
+    del model["content"]
+    cells = b",".join([to_json(cell) for cell in notebook.pop("cells")])
+    return b"".join([to_json(model)[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[',
+                     cells, b"]}}"])
+
+
 def is_within(real, root):
     """True when `real` is `root` or below it; both are real paths."""
     return real == root or real.startswith(os.path.join(root, ""))
@@ -2752,10 +2764,11 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def get_contents(self, path):
-        return self.server.contents.get(
+        model = self.server.contents.get(
             path, self.asked("type", choices=("notebook", "file", "directory")),
             self.asked("format", choices=("text", "base64", "json")),
             content=self.asked("content", "1", "01") == "1", with_hash=self.asked("hash") == "1")
+        self.send(200, model_json(model), "application/json")
 
     def create_contents(self, path):
         body = self.json_body()

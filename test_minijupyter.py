@@ -27,6 +27,7 @@ Run:  python test_minijupyter.py              all tests; the last line counts th
       python test_minijupyter.py NAME...      the tests whose name contains NAME
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
+      python test_minijupyter.py bench NAME   the measures whose label contains NAME
 
     Chromium ---- page ----+
     HTTP client -----------+--> minijupyter.py --> kernel.py <--+-- Frontend over ZeroMQ
@@ -72,9 +73,11 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -7702,9 +7705,12 @@ def dependencies(text):
 #
 # What a user waits for, beside what is physically possible on this machine (the same frames
 # through a bare ZeroMQ socket, the bare interpreter) and beside ipykernel and jupyter_server.
-# All contenders take turns in one run; a figure is a median. To add a measure, write a function
-# that yields (label, milliseconds) and name it in BENCHES.
+# All contenders take turns in one run; a figure is a median. A label ends in its unit when that is
+# not milliseconds. To add a measure of a server, add a row to SERVER_MEASURES or FILE_MEASURES: a
+# label and a function that yields the figures. For another subject, write a function that yields
+# (label, figure) and name it in BENCHES.
 
+WANTED = []   # words of the command line: a label must contain one of them
 PRINTS = "for i in range(200_000): print(i)"
 ALLOCATE = "x = [[i] for i in range(2_000_000)]; del x"
 WORK = {
@@ -7719,6 +7725,18 @@ router = zmq.Context().socket(zmq.ROUTER)
 print(router.bind_to_random_port("tcp://127.0.0.1"), flush=True)
 while True: router.send_multipart(router.recv_multipart())
 """
+
+
+def wanted(*labels):
+    return not WANTED or any(word in label for word in WANTED for label in labels)
+
+
+def yields(*labels):
+    """Say which labels a function yields, so that it need not run when none is wanted."""
+    def mark(function):
+        function.labels = labels
+        return function
+    return mark
 
 
 def milliseconds(action):
@@ -7740,6 +7758,8 @@ def round_trips(frontend, count):
         yield milliseconds(lambda: frontend.finish(frontend.start("1+1"), seconds=60))
 
 
+@yields("kernel: start to first answer", "kernel: start to first result",
+        "server: start to first 200 on /api")
 def bench_interpreter(count):
     """The limit of every start: an interpreter that has imported zmq."""
     def start():
@@ -7749,6 +7769,8 @@ def bench_interpreter(count):
         yield label, milliseconds(start)
 
 
+@yields("kernel: 1+1, p50", "server: 1+1, p50", "kernel: 200,000 printed lines",
+        "server: 200,000 printed lines")
 def bench_echo(count):
     """The limit of every exchange: the same bytes there and back, with nothing in between."""
     echo, context = Process([sys.executable, "-c", ECHO]), zmq.Context()
@@ -7768,6 +7790,8 @@ def bench_echo(count):
         echo.end()
 
 
+@yields("kernel: start to first answer", "kernel: start to first result", "kernel: 1+1, p50",
+        "kernel: 200,000 printed lines")
 def bench_kernel(argv, count):
     """A kernel alone, over ZeroMQ."""
     began = time.perf_counter()
@@ -7809,21 +7833,23 @@ def interrupt_times(process, frontend, count):
         frontend.finish(cell)
 
 
-def idle_memory(process):
-    """MB of the process's own share (PSS), where Linux tells."""
-    rollup = Path(f"/proc/{process.process.pid}/smaps_rollup")
+def memory(pid, kinds="Pss"):
+    """MB of a process's own share (PSS), or of what it shares with nobody, where Linux tells."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup")
     if rollup.exists():
-        yield int(re.search(r"Pss:\s+(\d+)", rollup.read_text())[1]) / 1000
+        yield sum(map(int, re.findall(rf"(?:{kinds}):\s+(\d+)", rollup.read_text()))) / 1000
 
 
+@yields("kernel: idle memory, MB", "kernel: completion, p50", "kernel: SIGINT to reply", *WORK,
+        "kernel: control while Python runs")
 def bench_work(argv, count):
     """What a kernel does all day, over ZeroMQ."""
     process = KernelProcess(argv)
     try:
         frontend = process.connect()
         frontend.finish(frontend.start("import os, json, threading"), seconds=60)
-        for memory in idle_memory(process):
-            yield "kernel: idle memory (MB)", memory
+        for megabytes in memory(process.process.pid):
+            yield "kernel: idle memory, MB", megabytes
         for trip in reply_times(frontend, count, "complete_request", code="from os import ",
                                 cursor_pos=15):
             yield "kernel: completion, p50", trip
@@ -7840,6 +7866,7 @@ def bench_work(argv, count):
         process.end()
 
 
+@yields("kernel: a cell that allocates")
 def bench_plain(count):
     """The limit of a cell that allocates: the same code in the bare interpreter."""
     for _ in range(3):
@@ -7848,6 +7875,106 @@ def bench_plain(count):
         yield "kernel: a cell that allocates", float(done.stdout) * 1000
 
 
+@contextlib.contextmanager
+def connected(server, kernel_id):
+    frontend = server.frontend(kernel_id)
+    try:
+        yield frontend
+    finally:
+        frontend.wire.close()
+
+
+def server_round_trips(server, kernel_id, count):
+    with connected(server, kernel_id) as frontend:
+        yield from round_trips(frontend, count)
+
+
+def quick_round_trips(server, kernel_id, count):
+    """The same for a client that acknowledges every TCP segment at once: many wait for 40 ms, and
+    with them waits a server that leaves Nagle's algorithm on."""
+    if not hasattr(socket, "TCP_QUICKACK"):
+        return
+    with connected(server, kernel_id) as frontend:
+        client = frontend.wire.client
+        receive_more = client.more
+
+        def more(seconds):
+            receive_more(seconds)
+            client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+        client.more = more
+        yield from round_trips(frontend, count)
+
+
+def one_cell(code):
+    """A measure: how long a cell takes, until all of its output has arrived."""
+    def measure(server, kernel_id, count):
+        with connected(server, kernel_id) as frontend:
+            yield milliseconds(lambda: frontend.finish(frontend.start(code), seconds=120))
+    return measure
+
+
+def deliveries(clients, messages):
+    """A measure: messages per second that reach the clients of one kernel, all of them together.
+
+    One loop reads for all; it counts a word of each message, which costs next to nothing.
+    """
+    def measure(server, kernel_id, count):
+        with contextlib.ExitStack() as stack:
+            frontends = [stack.enter_context(connected(server, kernel_id)) for _ in range(clients)]
+            began = time.perf_counter()
+            frontends[0].start(f"for i in range({messages}): "
+                               "display({'text/plain': 'tick' + chr(33)}, raw=True)")
+            found, ended = read_words([f.wire.client for f in frontends], b"tick!", messages)
+            if found < clients * messages:
+                name = " ".join(map(str, server.process.popen.args[1:3]))
+                print(f"{name} lost {clients * messages - found} of {clients * messages} messages")
+            yield found / (ended - began)
+    return measure
+
+
+def read_words(clients, word, number):
+    """Read until `word` has come that often to each of the clients, or nothing comes any more;
+    returns how many came, and when the last one did."""
+    found, ended = 0, time.perf_counter()
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            client.socket.setblocking(False)
+            selector.register(client.socket, selectors.EVENT_READ, bytearray())   # last bytes
+        while found < number * len(clients) and (ready := selector.select(3)):
+            for key, _ in ready:
+                key.data.extend(key.fileobj.recv(1 << 20))
+                found += key.data.count(word)
+                del key.data[:1 - len(word)]
+            ended = time.perf_counter()
+    return found, ended
+
+
+def large_message(server, kernel_id, count):
+    """From the first byte of a request of 64 MB to its reply; it is made before."""
+    with connected(server, kernel_id) as frontend:
+        message = frontend.session.message("kernel_info_request", {"padding": "x" * (64 << 20)})
+        answer = frontend.answers[message["header"]["msg_id"]] = Answer(message)
+        text = json.dumps({**message, "channel": "shell", "buffers": []}).encode()
+        data = frame(TEXT, text)
+        frontend.wire.client.socket.settimeout(60)
+        yield milliseconds(lambda: (frontend.wire.client.socket.sendall(data),
+                                    answered(frontend, answer)))
+
+
+SERVER_MEASURES = {   # label -> function(server, kernel id, count of round trips)
+    "server: 1+1, p50": server_round_trips,
+    "server: 1+1, acknowledged at once, p50": quick_round_trips,
+    "server: 200,000 printed lines": one_cell(PRINTS),
+    "server: 100 MB of output": one_cell("for i in range(1000): print(i, 'x' * 100_000)"),
+    "server: small messages, 1/s": deliveries(1, 5000),
+    "server: to 50 clients, 1/s": deliveries(50, 500),
+    "server: a 64 MB message to the kernel": large_message,
+}
+
+
+@yields("server: start to first 200 on /api", "server: new session to first result",
+        *SERVER_MEASURES)
 def bench_server(program, count):
     """A server and its kernel, over the WebSocket."""
     began = time.perf_counter()
@@ -7858,17 +7985,131 @@ def bench_server(program, count):
         began = time.perf_counter()
         session = server.post("/api/sessions", {
             "path": "x.ipynb", "name": "", "type": "notebook", "kernel": {"name": "python3"}}).json
-        frontend = Frontend(WebSocketWire(server, session["kernel"]["id"]))
+        kernel_id = session["kernel"]["id"]
+        frontend = Frontend(WebSocketWire(server, kernel_id))
         frontend.finish(frontend.start("1+1"), seconds=60)
         yield "server: new session to first result", (time.perf_counter() - began) * 1000
-        for trip in round_trips(frontend, count):
-            yield "server: 1+1, p50", trip
-        yield "server: 200,000 printed lines", milliseconds(
-            lambda: frontend.finish(frontend.start(PRINTS), seconds=120))
         frontend.wire.close()
+        for label, measure in SERVER_MEASURES.items():
+            for figure in measure(server, kernel_id, count) if wanted(label) else ():
+                yield label, figure
         server.delete("/api/sessions/" + session["id"])
     finally:
         server.end()
+
+
+@functools.cache
+def large_notebook():
+    """50 MB as they come about: 5,000 cells, each with sixty printed lines and a picture."""
+    def outputs(number):
+        lines = [f"{number:5} {line:3} {line / 7:.12f} {number * line:9}\n" for line in range(60)]
+        return [{"output_type": "stream", "name": "stdout", "text": lines},
+                {"output_type": "display_data", "metadata": {}, "data": {
+                    "image/png": base64.b64encode(random.randbytes(5000)).decode(),
+                    "text/plain": ["<Figure size 640x480 with 1 Axes>"]}}]
+
+    nb = notebook(*(f"plot({number})\n" for number in range(5000)))
+    nb["cells"] = [{**cell, "outputs": outputs(number), "source": [cell["source"]]}
+                   for number, cell in enumerate(nb["cells"])]
+    return jupyter_bytes(nb)
+
+
+def open_notebook(server, count):
+    for _ in range(3):
+        yield milliseconds(lambda: server.get("/api/contents/large.ipynb"))
+
+
+def save_notebook(server, count):
+    """As a page does after a cell was changed."""
+    content = server.get("/api/contents/large.ipynb").json["content"]
+    for number in range(3):
+        content["cells"][number]["source"] += "# changed\n"
+        body = json.dumps({"type": "notebook", "format": "json", "content": content})
+        yield milliseconds(lambda body=body: server.put("/api/contents/large.ipynb", body))
+
+
+def save_untouched_notebook(server, count):
+    model = server.get("/api/contents/large.ipynb").json
+    body = json.dumps({"type": "notebook", "format": "json", "content": model["content"]})
+    for _ in range(3):
+        yield milliseconds(lambda: server.put("/api/contents/large.ipynb", body))
+
+
+def small_requests(server, count, clients=8, seconds=1):
+    """Requests for a small notebook that are answered in a second, on connections kept alive."""
+    request = (f"GET /api/contents/small.ipynb HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+               f"Authorization: token {server.token}\r\n\r\n").encode()
+    answered, end = 0, time.perf_counter() + seconds
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        for _ in range(clients):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            selector.register(connection, selectors.EVENT_READ, bytearray())
+            connection.sendall(request)
+        while time.perf_counter() < end:
+            for key, _ in selector.select(SECONDS):
+                key.data.extend(key.fileobj.recv(1 << 16))
+                head, _, body = key.data.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                if length and len(body) == int(length[1]):
+                    answered += head.startswith(b"HTTP/1.1 200")
+                    key.data.clear()
+                    key.fileobj.sendall(request)
+    yield answered / seconds
+
+
+FILE_MEASURES = {   # label -> function(server, count)
+    "files: open a 50 MB notebook": open_notebook,
+    "files: save it, a cell changed": save_notebook,
+    "files: save it, nothing changed": save_untouched_notebook,
+    "files: small notebooks, 8 connections, 1/s": small_requests,
+}
+
+
+@yields(*FILE_MEASURES)
+def bench_files(program, count):
+    """A server and its files."""
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        (server.root / "large.ipynb").write_bytes(large_notebook())
+        (server.root / "small.ipynb").write_bytes(jupyter_bytes(notebook("x = 1\ny = 2", "x + y")))
+        for label, measure in FILE_MEASURES.items():
+            for figure in measure(server, count) if wanted(label) else ():
+                yield label, figure
+    finally:
+        server.end()
+
+
+@yields("memory: idle server, MB", "memory: idle server and ten kernels, MB")
+def bench_memory(program, count):
+    """What a server and its kernels, all idle, share with no other process."""
+    def private(pid):
+        return next(memory(pid, "Private_Clean|Private_Dirty"), None)
+
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        alone = private(server.process.pid)
+        if alone is None:
+            return
+        yield "memory: idle server, MB", alone
+        for _ in range(10):
+            kernel_id = server.post("/api/kernels", {"name": "python3"}).json["id"]
+            with connected(server, kernel_id) as frontend:
+                frontend.finish(frontend.start("1+1"), seconds=60)
+        kernels = sum(map(private, children(server.process.pid)))
+        yield "memory: idle server and ten kernels, MB", private(server.process.pid) + kernels
+    finally:
+        server.end()
+
+
+def children(pid):
+    """Yield the ids of a process's children."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                yield int(path.parent.name)
 
 
 def answers(server):
@@ -7879,45 +8120,61 @@ def answers(server):
 def jupyter_server(root, port, token):
     return [sys.executable, "-m", "jupyter_server", "--allow-root", "--ServerApp.ip=127.0.0.1",
             f"--ServerApp.port={port}", f"--IdentityProvider.token={token}",
-            "--ServerApp.open_browser=False", f"--ServerApp.root_dir={root}"]
+            "--ServerApp.open_browser=False", f"--ServerApp.root_dir={root}",
+            # Without these it drops what it finds too much.
+            "--ZMQChannelsWebsocketConnection.limit_rate=False",
+            "--ServerApp.tornado_settings={'websocket_max_message_size': 1073741824}"]
 
 
-BENCHES = [  # column, needed module, function(count of round trips)
+BENCHES = [  # column, needed module, function, its arguments before the count of round trips
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
     ("limit", None, bench_plain),
-    ("ours", None, functools.partial(bench_kernel, kernel.command())),
-    ("theirs", "ipykernel", functools.partial(bench_kernel, IPYKERNEL)),
-    ("ours", None, functools.partial(bench_work, kernel.command())),
-    ("theirs", "ipykernel", functools.partial(bench_work, IPYKERNEL)),
-    ("ours", None, functools.partial(bench_server, None)),
-    ("theirs", "jupyter_server", functools.partial(bench_server, jupyter_server)),
+    ("ours", None, bench_kernel, kernel.command()),
+    ("theirs", "ipykernel", bench_kernel, IPYKERNEL),
+    ("ours", None, bench_work, kernel.command()),
+    ("theirs", "ipykernel", bench_work, IPYKERNEL),
+    ("ours", None, bench_server, None),
+    ("theirs", "jupyter_server", bench_server, jupyter_server),
+    ("ours", None, bench_files, None),
+    ("theirs", "jupyter_server", bench_files, jupyter_server),
+    ("ours", None, bench_memory, None),
+    ("theirs", "jupyter_server", bench_memory, jupyter_server),
 ]
 
 
-def bench(is_quick):
+def bench(words):
     """Let all contenders take turns, then print the table."""
-    samples = {}  # label -> column -> milliseconds
+    is_quick = "quick" in words
+    WANTED[:] = [word for word in words if word != "quick"]
+    samples = {}  # label -> column -> figures
     for _ in range(2 if is_quick else 5):
-        for column, needed, measure in BENCHES:
-            if needed is None or importlib.util.find_spec(needed):
-                for label, value in measure(20 if is_quick else 60):
+        for column, needed, function, *arguments in BENCHES:
+            if wanted(*function.labels) and (not needed or importlib.util.find_spec(needed)):
+                for label, value in function(*arguments, 20 if is_quick else 60):
                     samples.setdefault(label, {}).setdefault(column, []).append(value)
-                    if label.endswith("p50"):
-                        tail = samples.setdefault(label.replace("p50", "p99"), {})
-                        tail.setdefault(column, []).append(value)
-    print_table(samples)
+    print_table({label: figures for label, figures in samples.items() if wanted(label)})
 
 
 def print_table(samples):
-    print(f"{'milliseconds, medians':38}{'limit':>9}{'ours':>9}{'theirs':>9}{'ours/theirs':>13}")
-    for label in sorted(samples):
-        figures = {column: quantile(values, 0.99 if label.endswith("p99") else 0.5)
-                   for column, values in samples[label].items()}
-        shown = "".join(f"{figures[c]:9.2f}" if c in figures else f"{'-':>9}"
-                        for c in ("limit", "ours", "theirs"))
-        ratio = figures["ours"] / figures["theirs"] if "theirs" in figures else None
-        print(f"{label:38}{shown} {f'{ratio:.3f}' if ratio else '-':>12}")
+    print(f"{'medians':44}{'unit':>5}{'limit':>9}{'ours':>9}{'theirs':>9}{'better by':>11}")
+    for label, columns in samples.items():
+        show_row(label, columns, 0.5)
+        if label.endswith("p50"):
+            show_row(label.replace("p50", "p99"), columns, 0.99)
+
+
+def show_row(label, columns, share):
+    """A line of the table. Ours is better by a factor: what takes less, or does more a second."""
+    name, _, unit = label.rpartition(", ") if label.endswith(("MB", "1/s")) else (label, "", "ms")
+    figures = {column: quantile(values, share) for column, values in columns.items()}
+    shown = "".join(f"{figures[c]:9,.{1 if figures[c] < 1000 else 0}f}" if c in figures
+                    else f"{'-':>9}" for c in ("limit", "ours", "theirs"))
+    factor = ""
+    if {"ours", "theirs"} <= figures.keys():
+        ratio = figures["theirs"] / figures["ours"]
+        factor = f"{1 / ratio if unit == '1/s' else ratio:.2f} x"
+    print(f"{name:44}{unit:>5}{shown}{factor:>11}")
 
 
 def quantile(values, share):
@@ -7996,7 +8253,7 @@ def main(names):
     """Run the benchmark, or the tests whose name contains one of `names`, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names[:1] == ["bench"]:
-        return bench(is_quick="quick" in names)
+        return bench(names[1:])
     classes = [c for c in globals().values()
                if isinstance(c, type) and issubclass(c, unittest.TestCase)]
     chosen = unittest.TestSuite()
