@@ -6237,6 +6237,117 @@ def jupyter_server(root, port, token):
             "--ServerApp.open_browser=False", f"--ServerApp.root_dir={root}"]
 
 
+def notebook_7(root, port, token):
+    return [sys.executable, "-m", "notebook", "--allow-root", "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--no-browser",
+            "--JupyterNotebookApp.expose_app_in_browser=True", f"--ServerApp.root_dir={root}"]
+
+
+BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outputs, its kernel
+    None: {"editor": ".cell .editor", "output": ".output", "cells": ".cell",
+           "text": "document.querySelector('.cell .editor').value",
+           "ready": "document.body.dataset.kernel === 'idle'",
+           "run_all": "runCommand('run-all')"},
+    notebook_7: {"editor": ".jp-Cell .cm-content", "output": ".jp-OutputArea-output",
+                 "cells": ".jp-Cell",
+                 "text": "document.querySelector('.jp-Cell .cm-content')?.textContent",
+                 "ready": "[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')]"
+                          ".some(i => i.dataset.status === 'idle')",
+                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')"},
+}
+KEY_TO_PAINT = """count => new Promise(resolve => {
+    const times = [];
+    addEventListener('keydown', () => {
+        const pressed = performance.now();
+        requestAnimationFrame(() => setTimeout(() => {
+            times.push(performance.now() - pressed);
+            if (times.length === count) resolve(times);
+        }));
+    }, true);
+    console.log('listening');
+})"""
+
+
+class BenchPage:
+    """A notebook in a new browser profile, opened from a server of ours or of theirs."""
+
+    def __init__(self, program, server, sources, name="bench.ipynb"):
+        self.words = BENCH_PAGES[program]
+        (server.root / name).write_bytes(jupyter_bytes(notebook(*sources, kernelspec={
+            "name": "python3", "display_name": "Python 3", "language": "python"})))
+        self.context = browser().new_context(bypass_csp=True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.goto(f"http://127.0.0.1:{server.port}/notebooks/{name}?token={server.token}",
+                       wait_until="commit")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.context.close()
+
+    def until(self, condition):
+        self.page.wait_for_function(f"() => {condition}")
+
+    def type(self, text):
+        """Type into the first cell, and see it there."""
+        self.page.locator(self.words["editor"]).first.click()
+        self.page.keyboard.type(text)
+        self.until(f"({self.words['text']} ?? '').includes({json.dumps(text)})")
+
+    def is_shown(self, text):
+        return (f"[...document.querySelectorAll({json.dumps(self.words['output'])})]"
+                f".some(o => o.textContent.includes({json.dumps(text)}))")
+
+
+def bench_page_opens(program, server):
+    """From the address to the first typed character."""
+    for label, count in (("page: 10 cells, to typing", 10), ("page: 1,000 cells, to typing", 1000)):
+        began = time.perf_counter()
+        with BenchPage(program, server, [f"x = {i}" for i in range(count)]) as page:
+            page.type("# typed")
+            yield label, (time.perf_counter() - began) * 1000
+
+
+def bench_page_keys(program, server, count):
+    with BenchPage(program, server, [f"x = {i}" for i in range(100)]) as page:
+        page.until(page.words["ready"])
+        page.type("# ")
+        with page.page.expect_console_message(lambda message: message.text == "listening"):
+            page.page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
+        page.page.keyboard.type("a" * count, delay=30)
+        for milliseconds_ in page.page.evaluate("() => window.times"):
+            yield "page: key to paint, p50", milliseconds_
+
+
+def bench_page_runs(program, server):
+    """From Shift+Enter, or from "run all", to the last output on the page."""
+    with BenchPage(program, server, ["", *["1 + 1"] * 99, "'the ' + 'end'"]) as page:
+        page.until(page.words["ready"])
+        page.type("for i in range(10_000): print('line', i)")
+        began = time.perf_counter()
+        page.page.keyboard.press("Shift+Enter")
+        page.until(page.is_shown("line 9999"))
+        yield "page: a cell prints 10,000 lines", (time.perf_counter() - began) * 1000
+        began = time.perf_counter()
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(page.is_shown("the end"))
+        yield "page: run all of 100 cells", (time.perf_counter() - began) * 1000
+
+
+def bench_page(program, count):
+    """What a user of the page waits for, in Chromium with a new profile."""
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        yield from bench_page_opens(program, server)
+        yield from bench_page_keys(program, server, count)
+        yield from bench_page_runs(program, server)
+    finally:
+        server.end()
+
+
 BENCHES = [  # column, needed module, function(count of round trips)
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
@@ -6247,6 +6358,8 @@ BENCHES = [  # column, needed module, function(count of round trips)
     ("theirs", "ipykernel", functools.partial(bench_work, IPYKERNEL)),
     ("ours", None, functools.partial(bench_server, None)),
     ("theirs", "jupyter_server", functools.partial(bench_server, jupyter_server)),
+    ("ours", "playwright", functools.partial(bench_page, None)),
+    ("theirs", "notebook", functools.partial(bench_page, notebook_7)),
 ]
 
 
