@@ -5579,6 +5579,53 @@ class PageDownloads(PageCase):
         self.problems.clear()
 
 
+class PageStaysFluid(PageCase):
+    """Big notebooks and much output."""
+
+    def test_a_notebook_of_ten_thousand_cells_opens_and_scrolls(self):
+        nb = notebook(*[f"x = {i}" for i in range(9_999)])
+        nb["cells"].append(markdown("# The end", id="end"))
+        (self.root / "big.ipynb").write_bytes(jupyter_bytes(nb))
+        tab = self.reopen("big.ipynb")
+        tab.run(0, "6 * 7")
+        self.assertShows(tab.outputs(0), "42")
+        tab.select(9_990)
+        for _ in range(9):
+            tab.press("ArrowDown")
+        heading = tab.page.locator(".rendered h1")
+        heading.wait_for()
+        self.assertLess(heading.bounding_box()["y"], 720)
+
+    def test_cells_near_the_viewport_are_coloured_and_the_others_are_not(self):
+        tab = self.open(*["def f(): pass\n" * 40] * 20)
+        coloured = "() => view.cells.map(cell => colouredRanges.has(cell.editor.text))"
+        tab.page.wait_for_function(f"() => ({coloured})()[0]")
+        self.assertFalse(tab.page.evaluate(coloured)[-1])
+        tab.select(19)
+        tab.page.wait_for_function(f"() => ({coloured})()[19]")
+
+    def test_an_endless_print_can_be_interrupted_by_button(self):
+        tab = self.open("while True: print('on and on')", "'next'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "on and on")
+        tab.page.get_by_role("button", name="Interrupt", exact=True).click()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "'next'")
+
+    def test_a_run_of_many_cells_leaves_the_view_where_it_is(self):
+        tab = self.open(*["for i in range(30): print(i)"] * 20)
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.cell(9).scroll_into_view_if_needed()
+        place = "document.querySelectorAll('.cell')[9].getBoundingClientRect().top"
+        before = tab.page.evaluate(place)
+        tab.command("run-all")
+        tab.wait_until_done()
+        self.assertAlmostEqual(tab.page.evaluate(place), before, delta=2)
+
+
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
 
@@ -6338,6 +6385,7 @@ def bench_page_runs(program, server):
 
 def bench_page(program, count):
     """What a user of the page waits for, in Chromium with a new profile."""
+    browser()      # its own start is not the page's
     server = Server(program=program)
     try:
         wait_until(lambda: answers(server), 60)
