@@ -4957,6 +4957,10 @@ class PageAsksTheKernel(PageCase):
         self.assertEqual(tab.texts()[2], "")
 
 
+def markdown(text, **fields):
+    return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
+
+
 # Keys pressed in command mode on the second of the code cells a, b, c: the sources they leave.
 COMMAND_KEYS = [
     ("a", ["a", "", "b", "c"]),
@@ -5012,6 +5016,15 @@ EDIT_KEYS = [
     ("|", "a b Control+z Control+Shift+Z", "ab|"),
     ("|", "a b Control+z Control+y", "ab|"),
     ("|", "Control+z", "|"),
+    ("🙂 a|", "Backspace Control+z", "🙂 a|"),
+]
+OTHER_LANGUAGES = [  # language, line, (kind, token) of what is coloured
+    ("javascript", "let s = `a` // c", [("keyword", "let"), ("string", "`a`"),
+                                        ("comment", "// c")]),
+    ("r", "f <- function(x) TRUE # c", [("keyword", "function"), ("keyword", "TRUE"),
+                                        ("comment", "# c")]),
+    ("sql", "select 1 -- c", [("keyword", "select"), ("number", "1"), ("comment", "-- c")]),
+    ("rust", "fn name<'a>() {}", [("keyword", "fn"), ("definition", "name")]),
 ]
 
 
@@ -5052,6 +5065,64 @@ class PageKeys(PageCase):
         text, start, end = area.evaluate("a => [a.value, a.selectionStart, a.selectionEnd]")
         inner = text[start:end] + "|" if start != end else ""
         return f"{text[:start]}|{inner}{text[end:]}"
+
+    def test_the_partner_of_a_bracket_is_marked_unless_it_is_quoted(self):
+        tab = self.open("")
+        area = tab.cell(0).locator("textarea.editor")
+        for text, places in (("f(a[1], ')')|", [11, 1]), ("|(x]", []), ("a|", []),
+                             ("'(|)'", [1, 2]), ("{|x: (1)}", [0, 7])):
+            with self.subTest(text):
+                self.place(area, text)
+                tab.page.wait_for_function("""places => {
+                    const found = [...CSS.highlights.get('bracket') ?? []].map(r => r.startOffset);
+                    return JSON.stringify(found) === places;
+                }""", arg=json.dumps(places, separators=(",", ":")))
+
+    def test_a_word_from_an_input_method_is_one_step_of_undo(self):
+        tab = self.open("x = ")
+        tab.select(0)
+        tab.press("Enter", "End")
+        session = self.context.new_cdp_session(tab.page)
+        for text in ("n", "ni", "你"):
+            session.send("Input.imeSetComposition",
+                         {"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
+        session.send("Input.insertText", {"text": "你好"})
+        self.assertEqual(tab.sources(), ["x = 你好"])
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["x = "])
+
+    def test_the_chosen_completion_is_described_beside_the_list(self):
+        tab = self.open("import os", "")
+        tab.run(0)
+        self.place(tab.cell(1).locator("textarea.editor"), "os.get|")
+        tab.press("Tab")
+        tab.page.keyboard.type("cw")
+        self.assertShows(tab.page.get_by_role("tooltip"), "current working directory")
+        tab.press("Escape")
+        self.assertCount(tab.page.get_by_role("tooltip"), 0)
+
+    def test_what_is_pasted_arrives_as_it_is_and_is_one_step_of_undo(self):
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = self.open("old")
+        text = "a\t'🙂'\n\n  <b> \\x00 ${x} `\u2028` שלום\n"
+        tab.page.evaluate("text => navigator.clipboard.writeText(text)", text)
+        tab.select(0)
+        tab.press("Enter", "Control+a", "Control+v")
+        self.assertEqual(tab.sources(), [text])
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["old"])
+
+    def test_other_languages_have_their_colours_and_comments(self):
+        tab = self.open("")
+        for language, line, coloured in OTHER_LANGUAGES:
+            with self.subTest(language):
+                found = tab.page.evaluate("""([line, language]) => [...tokens(line, language)].map(
+                    ([kind, start, end]) => [kind, line.slice(start, end)])""", [line, language])
+                self.assertEqual([tuple(token) for token in found], coloured)
+        tab.page.evaluate("view.cells[0].editor.setLanguage('sql')")
+        self.place(tab.cell(0).locator("textarea.editor"), "a|")
+        tab.press("Control+/")
+        self.assertEqual(tab.sources(), ["-- a"])
 
     def test_a_cell_is_split_at_the_cursor_and_merged_again(self):
         tab = self.open("one\ntwo")
@@ -5626,6 +5697,61 @@ class PageStaysFluid(PageCase):
         self.assertAlmostEqual(tab.page.evaluate(place), before, delta=2)
 
 
+ODD_OUTPUTS = [
+    {"output_type": "nope"}, {"output_type": "stream"},
+    {"output_type": "stream", "name": "weird", "text": 5}, {"output_type": "error"},
+    {"output_type": "error", "traceback": "one string", "ename": 5},
+    {"output_type": "error", "traceback": {"a": 1}, "ename": None},
+    {"output_type": "display_data"}, {"output_type": "display_data", "data": None},
+    {"output_type": "display_data", "data": {"text/plain": 5}, "metadata": {"text/plain": None}},
+    {"output_type": "display_data", "data": {"text/html": {"a": 1}}},
+    {"output_type": "display_data", "data": {"text/markdown": {"a": [1]}}},
+    {"output_type": "execute_result", "data": {"application/json": None}},
+    {"output_type": "execute_result", "data": {"x/unknown": {"a": 1}}, "metadata": None},
+    {"output_type": "display_data", "data": {"image/svg+xml": ["<svg", 5]}, "metadata": 5},
+]
+ODD_CELLS = [
+    {"cell_type": "diagram", "metadata": {"k": 1}, "source": "boxes", "extra": {"deep": [1]}},
+    markdown("![a](attachment:a) ![b](attachment:%zz) ![c](attachment:__proto__)",
+             attachments={"a": "attachment:a", "%zz": None}),
+    markdown("![a](attachment:a)", attachments=None),
+    markdown("[" * 5000 + "*" * 5000 + "<div" * 1000 + "> " * 500 + "$" * 1001),
+    {"cell_type": "code", "source": "x" * 1_000_000, "outputs": [], "execution_count": "many",
+     "metadata": {"scrolled": "x", "collapsed": [], "jupyter": 5, "tags": "no list"}},
+]
+
+
+class PageBearsAnything(PageCase):
+    """Notebooks as they come: shown as well as possible, kept as they are."""
+
+    def opened(self, cells, **metadata):
+        """A tab on these cells, with one more below them that must be drawn, too."""
+        nb = {"cells": [{**cell, "id": f"c{n}"} for n, cell in enumerate(
+            [*cells, markdown("# the last")])],
+            "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        (self.root / self.name).write_text(json.dumps(nb))
+        tab = self.visit("/notebooks/" + self.name)
+        tab.page.locator(".rendered h1").wait_for()
+        tab.page.evaluate("view.file.touch()")
+        tab.save()
+        self.assertEqual(self.saved(), nb)
+        return tab
+
+    def test_outputs_of_odd_shapes_are_shown_or_named_and_kept(self):
+        after = {"output_type": "stream", "name": "stdout", "text": "after"}
+        tab = self.opened([{"cell_type": "code", "metadata": {}, "source": "x",
+                            "outputs": [odd, after], "execution_count": 1} for odd in ODD_OUTPUTS])
+        for i, shown in enumerate(tab.texts()[:-1]):
+            self.assertTrue(shown.endswith("after"), ODD_OUTPUTS[i])
+
+    def test_cells_of_odd_kinds_are_shown_and_kept(self):
+        tab = self.opened(ODD_CELLS)
+        self.assertEqual(tab.sources()[0], "boxes")
+
+    def test_odd_metadata_is_kept(self):
+        self.opened([], kernelspec=5, language_info="x", widgets=None)
+
+
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
 
@@ -5751,10 +5877,6 @@ class PageTypesetsMath(PageCase):
         tab = self.open(r"from IPython.display import Math; Math(r'\frac{1}{2}')")
         tab.run(0)
         self.assertCount(tab.outputs(0).locator("mfrac"), 1)
-
-
-def markdown(text, **fields):
-    return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
 
 
 class PageMoves(PageCase):
