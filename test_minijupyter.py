@@ -6439,6 +6439,10 @@ class PageAsksTheKernel(PageCase):
         self.assertEqual(tab.texts()[2], "")
 
 
+def markdown(text, **fields):
+    return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
+
+
 # Keys pressed in command mode on the second of the code cells a, b, c: the sources they leave.
 COMMAND_KEYS = [
     ("a", ["a", "", "b", "c"]),
@@ -6494,6 +6498,15 @@ EDIT_KEYS = [
     ("|", "a b Control+z Control+Shift+Z", "ab|"),
     ("|", "a b Control+z Control+y", "ab|"),
     ("|", "Control+z", "|"),
+    ("🙂 a|", "Backspace Control+z", "🙂 a|"),
+]
+OTHER_LANGUAGES = [  # language, line, (kind, token) of what is coloured
+    ("javascript", "let s = `a` // c", [("keyword", "let"), ("string", "`a`"),
+                                        ("comment", "// c")]),
+    ("r", "f <- function(x) TRUE # c", [("keyword", "function"), ("keyword", "TRUE"),
+                                        ("comment", "# c")]),
+    ("sql", "select 1 -- c", [("keyword", "select"), ("number", "1"), ("comment", "-- c")]),
+    ("rust", "fn name<'a>() {}", [("keyword", "fn"), ("definition", "name")]),
 ]
 
 
@@ -6534,6 +6547,64 @@ class PageKeys(PageCase):
         text, start, end = area.evaluate("a => [a.value, a.selectionStart, a.selectionEnd]")
         inner = text[start:end] + "|" if start != end else ""
         return f"{text[:start]}|{inner}{text[end:]}"
+
+    def test_the_partner_of_a_bracket_is_marked_unless_it_is_quoted(self):
+        tab = self.open("")
+        area = tab.cell(0).locator("textarea.editor")
+        for text, places in (("f(a[1], ')')|", [11, 1]), ("|(x]", []), ("a|", []),
+                             ("'(|)'", [1, 2]), ("{|x: (1)}", [0, 7])):
+            with self.subTest(text):
+                self.place(area, text)
+                tab.page.wait_for_function("""places => {
+                    const found = [...CSS.highlights.get('bracket') ?? []].map(r => r.startOffset);
+                    return JSON.stringify(found) === places;
+                }""", arg=json.dumps(places, separators=(",", ":")))
+
+    def test_a_word_from_an_input_method_is_one_step_of_undo(self):
+        tab = self.open("x = ")
+        tab.select(0)
+        tab.press("Enter", "End")
+        session = self.context.new_cdp_session(tab.page)
+        for text in ("n", "ni", "你"):
+            session.send("Input.imeSetComposition",
+                         {"text": text, "selectionStart": len(text), "selectionEnd": len(text)})
+        session.send("Input.insertText", {"text": "你好"})
+        self.assertEqual(tab.sources(), ["x = 你好"])
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["x = "])
+
+    def test_the_chosen_completion_is_described_beside_the_list(self):
+        tab = self.open("import os", "")
+        tab.run(0)
+        self.place(tab.cell(1).locator("textarea.editor"), "os.get|")
+        tab.press("Tab")
+        tab.page.keyboard.type("cw")
+        self.assertShows(tab.page.get_by_role("tooltip"), "current working directory")
+        tab.press("Escape")
+        self.assertCount(tab.page.get_by_role("tooltip"), 0)
+
+    def test_what_is_pasted_arrives_as_it_is_and_is_one_step_of_undo(self):
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = self.open("old")
+        text = "a\t'🙂'\n\n  <b> \\x00 ${x} `\u2028` שלום\n"
+        tab.page.evaluate("text => navigator.clipboard.writeText(text)", text)
+        tab.select(0)
+        tab.press("Enter", "Control+a", "Control+v")
+        self.assertEqual(tab.sources(), [text])
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["old"])
+
+    def test_other_languages_have_their_colours_and_comments(self):
+        tab = self.open("")
+        for language, line, coloured in OTHER_LANGUAGES:
+            with self.subTest(language):
+                found = tab.page.evaluate("""([line, language]) => [...tokens(line, language)].map(
+                    ([kind, start, end]) => [kind, line.slice(start, end)])""", [line, language])
+                self.assertEqual([tuple(token) for token in found], coloured)
+        tab.page.evaluate("view.cells[0].editor.setLanguage('sql')")
+        self.place(tab.cell(0).locator("textarea.editor"), "a|")
+        tab.press("Control+/")
+        self.assertEqual(tab.sources(), ["-- a"])
 
     def test_a_cell_is_split_at_the_cursor_and_merged_again(self):
         tab = self.open("one\ntwo")
@@ -7061,6 +7132,108 @@ class PageDownloads(PageCase):
         self.problems.clear()
 
 
+class PageStaysFluid(PageCase):
+    """Big notebooks and much output."""
+
+    def test_a_notebook_of_ten_thousand_cells_opens_and_scrolls(self):
+        nb = notebook(*[f"x = {i}" for i in range(9_999)])
+        nb["cells"].append(markdown("# The end", id="end"))
+        (self.root / "big.ipynb").write_bytes(jupyter_bytes(nb))
+        tab = self.reopen("big.ipynb")
+        tab.run(0, "6 * 7")
+        self.assertShows(tab.outputs(0), "42")
+        tab.select(9_990)
+        for _ in range(9):
+            tab.press("ArrowDown")
+        heading = tab.page.locator(".rendered h1")
+        heading.wait_for()
+        self.assertLess(heading.bounding_box()["y"], 720)
+
+    def test_cells_near_the_viewport_are_coloured_and_the_others_are_not(self):
+        tab = self.open(*["def f(): pass\n" * 40] * 20)
+        coloured = "() => view.cells.map(cell => colouredRanges.has(cell.editor.text))"
+        tab.page.wait_for_function(f"() => ({coloured})()[0]")
+        self.assertFalse(tab.page.evaluate(coloured)[-1])
+        tab.select(19)
+        tab.page.wait_for_function(f"() => ({coloured})()[19]")
+
+    def test_an_endless_print_can_be_interrupted_by_button(self):
+        tab = self.open("while True: print('on and on')", "'next'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "on and on")
+        tab.page.get_by_role("button", name="Interrupt", exact=True).click()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "'next'")
+
+    def test_a_run_of_many_cells_leaves_the_view_where_it_is(self):
+        tab = self.open(*["for i in range(30): print(i)"] * 20)
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.cell(9).scroll_into_view_if_needed()
+        place = "document.querySelectorAll('.cell')[9].getBoundingClientRect().top"
+        before = tab.page.evaluate(place)
+        tab.command("run-all")
+        tab.wait_until_done()
+        self.assertAlmostEqual(tab.page.evaluate(place), before, delta=2)
+
+
+ODD_OUTPUTS = [
+    {"output_type": "nope"}, {"output_type": "stream"},
+    {"output_type": "stream", "name": "weird", "text": 5}, {"output_type": "error"},
+    {"output_type": "error", "traceback": "one string", "ename": 5},
+    {"output_type": "error", "traceback": {"a": 1}, "ename": None},
+    {"output_type": "display_data"}, {"output_type": "display_data", "data": None},
+    {"output_type": "display_data", "data": {"text/plain": 5}, "metadata": {"text/plain": None}},
+    {"output_type": "display_data", "data": {"text/html": {"a": 1}}},
+    {"output_type": "display_data", "data": {"text/markdown": {"a": [1]}}},
+    {"output_type": "execute_result", "data": {"application/json": None}},
+    {"output_type": "execute_result", "data": {"x/unknown": {"a": 1}}, "metadata": None},
+    {"output_type": "display_data", "data": {"image/svg+xml": ["<svg", 5]}, "metadata": 5},
+]
+ODD_CELLS = [
+    {"cell_type": "diagram", "metadata": {"k": 1}, "source": "boxes", "extra": {"deep": [1]}},
+    markdown("![a](attachment:a) ![b](attachment:%zz) ![c](attachment:__proto__)",
+             attachments={"a": "attachment:a", "%zz": None}),
+    markdown("![a](attachment:a)", attachments=None),
+    markdown("[" * 5000 + "*" * 5000 + "<div" * 1000 + "> " * 500 + "$" * 1001),
+    {"cell_type": "code", "source": "x" * 1_000_000, "outputs": [], "execution_count": "many",
+     "metadata": {"scrolled": "x", "collapsed": [], "jupyter": 5, "tags": "no list"}},
+]
+
+
+class PageBearsAnything(PageCase):
+    """Notebooks as they come: shown as well as possible, kept as they are."""
+
+    def opened(self, cells, **metadata):
+        """A tab on these cells, with one more below them that must be drawn, too."""
+        nb = {"cells": [{**cell, "id": f"c{n}"} for n, cell in enumerate(
+            [*cells, markdown("# the last")])],
+            "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        (self.root / self.name).write_text(json.dumps(nb))
+        tab = self.visit("/notebooks/" + self.name)
+        tab.page.locator(".rendered h1").wait_for()
+        tab.page.evaluate("view.file.touch()")
+        tab.save()
+        self.assertEqual(self.saved(), nb)
+        return tab
+
+    def test_outputs_of_odd_shapes_are_shown_or_named_and_kept(self):
+        after = {"output_type": "stream", "name": "stdout", "text": "after"}
+        tab = self.opened([{"cell_type": "code", "metadata": {}, "source": "x",
+                            "outputs": [odd, after], "execution_count": 1} for odd in ODD_OUTPUTS])
+        for i, shown in enumerate(tab.texts()[:-1]):
+            self.assertTrue(shown.endswith("after"), ODD_OUTPUTS[i])
+
+    def test_cells_of_odd_kinds_are_shown_and_kept(self):
+        tab = self.opened(ODD_CELLS)
+        self.assertEqual(tab.sources()[0], "boxes")
+
+    def test_odd_metadata_is_kept(self):
+        self.opened([], kernelspec=5, language_info="x", widgets=None)
+
+
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
 
@@ -7186,10 +7359,6 @@ class PageTypesetsMath(PageCase):
         tab = self.open(r"from IPython.display import Math; Math(r'\frac{1}{2}')")
         tab.run(0)
         self.assertCount(tab.outputs(0).locator("mfrac"), 1)
-
-
-def markdown(text, **fields):
-    return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
 
 
 class PageMoves(PageCase):
@@ -8126,6 +8295,118 @@ def jupyter_server(root, port, token):
             "--ServerApp.tornado_settings={'websocket_max_message_size': 1073741824}"]
 
 
+def notebook_7(root, port, token):
+    return [sys.executable, "-m", "notebook", "--allow-root", "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--no-browser",
+            "--JupyterNotebookApp.expose_app_in_browser=True", f"--ServerApp.root_dir={root}"]
+
+
+BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outputs, its kernel
+    None: {"editor": ".cell .editor", "output": ".output", "cells": ".cell",
+           "text": "document.querySelector('.cell .editor').value",
+           "ready": "document.body.dataset.kernel === 'idle'",
+           "run_all": "runCommand('run-all')"},
+    notebook_7: {"editor": ".jp-Cell .cm-content", "output": ".jp-OutputArea-output",
+                 "cells": ".jp-Cell",
+                 "text": "document.querySelector('.jp-Cell .cm-content')?.textContent",
+                 "ready": "[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')]"
+                          ".some(i => i.dataset.status === 'idle')",
+                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')"},
+}
+KEY_TO_PAINT = """count => new Promise(resolve => {
+    const times = [];
+    addEventListener('keydown', () => {
+        const pressed = performance.now();
+        requestAnimationFrame(() => setTimeout(() => {
+            times.push(performance.now() - pressed);
+            if (times.length === count) resolve(times);
+        }));
+    }, true);
+    console.log('listening');
+})"""
+
+
+class BenchPage:
+    """A notebook in a new browser profile, opened from a server of ours or of theirs."""
+
+    def __init__(self, program, server, sources, name="bench.ipynb"):
+        self.words = BENCH_PAGES[program]
+        (server.root / name).write_bytes(jupyter_bytes(notebook(*sources, kernelspec={
+            "name": "python3", "display_name": "Python 3", "language": "python"})))
+        self.context = browser().new_context(bypass_csp=True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.goto(f"http://127.0.0.1:{server.port}/notebooks/{name}?token={server.token}",
+                       wait_until="commit")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.context.close()
+
+    def until(self, condition):
+        self.page.wait_for_function(f"() => {condition}")
+
+    def type(self, text):
+        """Type into the first cell, and see it there."""
+        self.page.locator(self.words["editor"]).first.click()
+        self.page.keyboard.type(text)
+        self.until(f"({self.words['text']} ?? '').includes({json.dumps(text)})")
+
+    def is_shown(self, text):
+        return (f"[...document.querySelectorAll({json.dumps(self.words['output'])})]"
+                f".some(o => o.textContent.includes({json.dumps(text)}))")
+
+
+def bench_page_opens(program, server):
+    """From the address to the first typed character."""
+    for label, count in (("page: 10 cells, to typing", 10), ("page: 1,000 cells, to typing", 1000)):
+        began = time.perf_counter()
+        with BenchPage(program, server, [f"x = {i}" for i in range(count)]) as page:
+            page.type("# typed")
+            yield label, (time.perf_counter() - began) * 1000
+
+
+def bench_page_keys(program, server, count):
+    with BenchPage(program, server, [f"x = {i}" for i in range(100)]) as page:
+        page.until(page.words["ready"])
+        page.type("# ")
+        with page.page.expect_console_message(lambda message: message.text == "listening"):
+            page.page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
+        page.page.keyboard.type("a" * count, delay=30)
+        for milliseconds_ in page.page.evaluate("() => window.times"):
+            yield "page: key to paint, p50", milliseconds_
+
+
+def bench_page_runs(program, server):
+    """From Shift+Enter, or from "run all", to the last output on the page."""
+    with BenchPage(program, server, ["", *["1 + 1"] * 99, "'the ' + 'end'"]) as page:
+        page.until(page.words["ready"])
+        page.type("for i in range(10_000): print('line', i)")
+        began = time.perf_counter()
+        page.page.keyboard.press("Shift+Enter")
+        page.until(page.is_shown("line 9999"))
+        yield "page: a cell prints 10,000 lines", (time.perf_counter() - began) * 1000
+        began = time.perf_counter()
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(page.is_shown("the end"))
+        yield "page: run all of 100 cells", (time.perf_counter() - began) * 1000
+
+
+def bench_page(program, count):
+    """What a user of the page waits for, in Chromium with a new profile."""
+    browser()      # its own start is not the page's
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        yield from bench_page_opens(program, server)
+        yield from bench_page_keys(program, server, count)
+        yield from bench_page_runs(program, server)
+    finally:
+        server.end()
+
+
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
@@ -8140,6 +8421,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_server", bench_files, jupyter_server),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
+    ("ours", "playwright", bench_page, None),
+    ("theirs", "notebook", bench_page, notebook_7),
 ]
 
 
