@@ -13,7 +13,7 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
                                  Watcher <- iopub, the process's end ------
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
-7 The bridge · 8 HTTP · 9 main
+7 The bridge · 8 Access · 9 HTTP · 10 main
 
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.to_kernel` signs the request and sends it down its channel, `Bridge.from_kernel` takes what
@@ -85,10 +85,17 @@ def iso(seconds):
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def log(text):
-    """A line for the terminal, if there still is one."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def log(text, level="warning"):
+    """A line for the terminal, if there still is one and the level is asked for."""
+    if LEVELS.index(level) >= LEVELS.index(log.level):
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+
+
+log.level = "warning"
 
 
 # ---- 1. Documents: notebook files, bytes <-> dict ---------------------------------------------
@@ -1360,6 +1367,15 @@ class Kernel:
                 bridge.inbox.put([self.status("dead")])
             self.listeners.append(bridge)
 
+    def forget(self, ids=None):
+        """The journal need not keep these requests any longer; without ids: those that are over, of
+        clients that do not follow."""
+        with self.journal_lock:
+            if ids is None:
+                self.journal.forget_unfollowed()
+            else:
+                self.journal.forget(ids)
+
     def leave(self, bridge):
         """`bridge` goes. Its ends on which a reply is due go to an heir, or wait for one."""
         with self.journal_lock:
@@ -1723,9 +1739,13 @@ class Sessions:
             model["notebook"] = {"path": session["path"], "name": session["name"]}
         return model
 
-    def list(self):
-        return [self.model(session) for session in list(self.all.values())
+    def alive(self):
+        """The sessions whose kernel is still there."""
+        return [session for session in list(self.all.values())
                 if session["kernel"].id in self.kernels.all]
+
+    def list(self):
+        return [self.model(session) for session in self.alive()]
 
     def get(self, id):
         session = self.all.get(id)
@@ -1739,8 +1759,9 @@ class Sessions:
         if not isinstance(path, str) or not isinstance(kind, str):
             raise Problem(400, "A session needs a path and a type")
         with self.lock:
-            for session in list(self.all.values()):
-                if session["path"] == path and session["kernel"].id in self.kernels.all:
+            self.all = {session["id"]: session for session in self.alive()}
+            for session in self.all.values():
+                if session["path"] == path:
                     return session
             kernel = self.kernel_for(wish.get("kernel") or {}, path)
             name = wish.get("name") or path.rpartition("/")[2]
@@ -1750,13 +1771,15 @@ class Sessions:
             return session
 
     def kernel_for(self, wish, path):
-        if wish.get("id"):
+        if wish.get("id") in self.kernels.all:
             return self.kernels.get(wish["id"])
-        return self.kernels.start(wish.get("name"), path)
+        return self.kernels.start(wish.get("name"), path, wish.get("id"))
 
     def change(self, id, wish):
         """Change path, name, type or kernel; a kernel that is replaced is shut down."""
-        session = self.get(id)
+        session, kernel_id = self.get(id), (wish.get("kernel") or {}).get("id")
+        if kernel_id and kernel_id not in self.kernels.all:
+            raise Problem(400, f"There is no kernel {kernel_id}")
         session.update({key: wish[key] for key in ("path", "name", "type") if wish.get(key)})
         if wish.get("kernel"):
             old, session["kernel"] = session["kernel"], self.kernel_for(wish["kernel"],
@@ -1772,6 +1795,12 @@ class Sessions:
             if session["path"] == old or session["path"].startswith(f"{old}/"):
                 session["path"] = new + session["path"][len(old):]
                 session["name"] = session["path"].rpartition("/")[2]
+
+    def saved(self, path):
+        """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
+        for session in self.alive():
+            if session["path"] == path.strip("/"):
+                session["kernel"].forget()
 
     def delete(self, id):
         session = self.get(id)
@@ -2342,7 +2371,7 @@ class Bridge:
         """Send a page's message down its channel; raises ValueError for anything else."""
         channel = message.get("channel", "shell")
         if channel == "journal":
-            return self.forget(message["content"]["forget"])
+            return self.kernel.forget(message["content"]["forget"])
         if channel not in ("shell", "control", "stdin"):
             raise ValueError(f"there is no channel {channel!r} to a kernel")
         whole = {"header": message["header"], "parent_header": message.get("parent_header") or {},
@@ -2356,10 +2385,6 @@ class Bridge:
             self.kernel.publish([Entry(channel, parts[2:6], parts[6:])], self)
             self.ends[0].open.add(whole["header"]["msg_id"])
         self.ends[0].sockets[channel].send_multipart(parts)
-
-    def forget(self, ids):
-        with self.kernel.journal_lock:
-            self.kernel.journal.forget(ids)
 
     def hand_over(self, reply):
         """Give an input_reply to whoever has the question; False when no question is known."""
@@ -2390,24 +2415,124 @@ class Bridge:
             self.websocket.write(encode_frame(PING, b""))
 
 
-# ---- 8. HTTP: access, routes, handlers --------------------------------------------------------
+# ---- 8. Access: who may come in ---------------------------------------------------------------
+#
+# Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
+# here: DNS rebinding.) Does the client know the token, or the password, or has it the cookie that
+# one of them was exchanged for? And if it is a cookie, which a browser sends along whoever asks:
+# does the request come from our own page?
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+
+
+def hash_password(password, salt=None):
+    """What may be written down of a password: scrypt:SALT:HASH, both in hex."""
+    salt = salt or secrets.token_bytes(16)
+    digest = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+    return f"scrypt:{salt.hex()}:{digest.hex()}"
+
+
+def same_secret(given, secret):
+    """Compare without telling by the time it takes how much was right."""
+    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+
+
+class Access:
+    """What opens this server, and for whom. It knows requests by their headers alone."""
+
+    def __init__(self, token, password_hash, ip, port, base_url="/", is_tls=False):
+        self.token, self.password_hash = token, password_hash
+        self.ip, self.base_url, self.is_tls = ip, base_url, is_tls
+        self.cookie_name = f"minijupyter-{port}"   # cookies do not know ports
+        # It changes with token and password: who was let in by the old ones is out.
+        self.cookie_value = hmac.new(
+            token.encode(), f"cookie {password_hash}".encode(), "sha256").hexdigest()
+        self.guessing = threading.Lock()           # one guess at a time
+
+    def knows_secret(self, given):
+        """True for the token and for the password."""
+        if same_secret(given, self.token):
+            return True
+        if not self.password_hash:
+            return False
+        salt = bytes.fromhex(self.password_hash.split(":")[1])
+        with self.guessing:
+            return same_secret(hash_password(given, salt), self.password_hash)
+
+    def given_token(self, headers, query):
+        """The token of the Authorization header or of the query; None when there is none."""
+        scheme, _, value = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() in ("token", "bearer"):
+            return value.strip()
+        return query["token"][0] if "token" in query else None
+
+    def cookie(self, headers, name):
+        found = re.search(rf"(?:^|;\s*){re.escape(name)}=([^;\s]+)", headers.get("Cookie", ""))
+        return found[1] if found else ""
+
+    def has_cookie(self, headers):
+        return same_secret(self.cookie(headers, self.cookie_name), self.cookie_value)
+
+    def set_cookie(self, name, value, more="HttpOnly; SameSite=Strict"):
+        """The Set-Cookie header; without a value it takes the cookie away."""
+        end = "" if value else "; Max-Age=0"
+        secure = "; Secure" if self.is_tls else ""
+        return f"{name}={value}; Path={self.base_url}; {more}{secure}{end}"
+
+    def is_our_host(self, host):
+        """Bound to loopback, the server answers only to names that mean loopback."""
+        if not self.ip.startswith(LOOPBACK) and self.ip != "localhost":
+            return True
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+
+    def is_our_page(self, method, headers, query):
+        """True when a request with our cookie may come from our own page, or from a program that
+        knows what only a page of ours could: Jupyter's _xsrf cookie, said a second time."""
+        if headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+            return False
+        origin = headers.get("Origin")
+        if origin is not None:
+            return urlsplit(origin).netloc == headers.get("Host")
+        return method in SAFE_METHODS or self.repeats_xsrf(headers, query.get("_xsrf", [""])[0])
+
+    def repeats_xsrf(self, headers, given):
+        xsrf = self.cookie(headers, "_xsrf")
+        return bool(xsrf) and same_secret(headers.get("X-XSRFToken") or given, xsrf)
+
+    def safe_next(self, path):
+        """Where a login may lead: a path of ours, or our start. A browser takes "//host",
+        "/\\host" and the like for another site's address."""
+        is_ours = path.startswith(self.base_url) and not re.match(r"/[/\\]", path) \
+            and not re.search(r"[\x00-\x20\x7f\\]", path)
+        return quote(path, safe="/?&=%#:+,;@!$'()*~") if is_ours else self.base_url + "tree"
+
+
+# ---- 9. HTTP: routes, handlers ----------------------------------------------------------------
 #
 # ROUTES is the whole API: method, pattern, name of the handler. A handler gets the pattern's
 # groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
 # nothing. To add an endpoint, add a row and a method.
-#
-# Three questions come before any handler: is the Host one of ours (else a foreign name may point
-# here: DNS rebinding), does the client know the token, and does a browser's request come from our
-# own page?
 
 ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
+    ("GET", r"/login", "login_page"),
+    ("POST", r"/login", "login"),
+    ("GET", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
     ("GET", r"/api/me", "me"),
+    ("PATCH", r"/api/me", "change_me"),
+    ("GET", r"/api/config/([\w.-]+)", "get_config"),
+    ("PUT", r"/api/config/([\w.-]+)", "set_config"),
+    ("PATCH", r"/api/config/([\w.-]+)", "change_config"),
     ("POST", r"/api/shutdown", "shutdown_server"),
     ("GET", r"/api/contents/(.+)/checkpoints", "list_checkpoints"),
     ("POST", r"/api/contents/(.+)/checkpoints", "create_checkpoint"),
@@ -2434,10 +2559,11 @@ ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 )]
-OPEN_TO_ALL = {"version", "frame"}    # handlers that need no token
-PAGES = {"home", "page"}              # handlers whose refusal is a page for people, not JSON
+OPEN_TO_ALL = {"version", "frame", "login_page", "login", "logout", "options"}   # need no token
+PAGES = {"home", "page"}              # handlers whose refusal leads to the login, not to JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
+MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -2464,14 +2590,18 @@ addEventListener('message', event => {
   document.close();
 });
 </script>"""
-LOCKED_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
-                 "frame-ancestors 'none'")
-LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MiniJupyter: token</title>
-<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto}}
-input{{font:inherit;width:100%;padding:.4rem;margin:.5rem 0}}</style>
-<h1>MiniJupyter</h1><form method="get" action="{action}"><label for="token">{why} The terminal that
-started the server shows its address with the token.</label><input id="token" name="token"
-type="password" autofocus><button>Open</button></form></html>"""
+LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
+                "frame-ancestors 'none'")
+LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>MiniJupyter: log in</title>
+<meta name="viewport" content="width=device-width">
+<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
+padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
+button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
+<form method="post" action="{action}"><label for="password">{why}</label>
+<input id="password" name="password" type="password" autocomplete="current-password" autofocus>
+<input type="hidden" name="_xsrf" value="{xsrf}"><input type="hidden" name="next" value="{next}">
+<button>Log in</button></form></main></html>"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -2490,7 +2620,7 @@ class Handler(BaseHTTPRequestHandler):
             self.split_path()
             name, groups = self.find_route()
             if self.admit(name):
-                self.body = self.read_body()
+                self.body = self.read_body(MOST_FORM if name in OPEN_TO_ALL else MOST_BODY)
                 result = getattr(self, name)(*groups)
                 if not self.is_answered:
                     status, value = result if isinstance(result, tuple) else (200, result)
@@ -2535,12 +2665,16 @@ class Handler(BaseHTTPRequestHandler):
             self.route, self.query = "", {}
             raise Problem(400, "This is no path") from None
         self.route, self.query = unquote(url.path), parse_qs(url.query)
+        base = self.server.base_url
+        if not f"{self.route}/".startswith(base):
+            raise Problem(404, f"There is nothing at {self.route}; this server is at {base}")
+        self.route = "/" + self.route[len(base):]
 
-    def read_body(self):
-        """The body's bytes; only from those who were let in."""
+    def read_body(self, most):
+        """The body's bytes, at most so many."""
         length = self.headers.get("Content-Length", "0")
         is_number = re.fullmatch(r"[0-9]{1,10}", length)
-        if "Transfer-Encoding" in self.headers or not is_number or int(length) > MOST_BODY:
+        if "Transfer-Encoding" in self.headers or not is_number or int(length) > most:
             self.close_connection = True
             raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
                           "A body needs a Content-Length, and not too large a one")
@@ -2581,6 +2715,8 @@ class Handler(BaseHTTPRequestHandler):
                 allowed.append(route_method)
         if not allowed:
             raise Problem(404, f"There is nothing at {self.route}")
+        if self.command == "OPTIONS":
+            return "options", [allowed]
         problem = Problem(405, f"{self.command} is not possible at {self.route}")
         problem.allow = ", ".join(sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])}))
         raise problem
@@ -2588,57 +2724,76 @@ class Handler(BaseHTTPRequestHandler):
     # -- access --
 
     def admit(self, name):
-        """True when the request may pass; raises Problem 403 or answers with the token page."""
-        server = self.server
-        if not server.is_our_host(self.headers.get("Host", "")):
+        """True when the request may pass; raises Problem 403 or leads to the login page."""
+        access = self.server.access
+        if not access.is_our_host(self.headers.get("Host", "")):
             raise Problem(403, "This server does not answer to that Host name")
         if name in OPEN_TO_ALL:
             return True
-        given = self.given_token()
-        if given is not None and same_secret(given, server.token):
+        given = access.given_token(self.headers, self.query)
+        if given is not None and access.knows_secret(given):
+            self.note_activity()
             return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
-        if given is None and same_secret(self.cookie(), server.cookie_value):
-            self.check_origin()
+        if given is None and access.has_cookie(self.headers):
+            is_navigation = name in PAGES and self.command in SAFE_METHODS   # a link leads here
+            if not is_navigation and not access.is_our_page(
+                    self.command, self.headers, self.query):
+                raise Problem(403, "The request comes from another site")
+            self.note_activity()
             return True
         if name not in PAGES:
             raise Problem(403, "Forbidden: a valid token is needed")
-        why = "This token is not right." if given else "A token is needed."
-        page = LOCKED.format(action=html.escape(self.path.partition("?")[0]), why=why)
-        self.send(403, page.encode(), "text/html; charset=utf-8",
-                  {"Content-Security-Policy": LOCKED_POLICY})
+        self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
 
-    def given_token(self):
-        """The token of the Authorization header or of the query; None when there is none."""
-        scheme, _, value = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() in ("token", "bearer"):
-            return value.strip()
-        return self.query["token"][0] if "token" in self.query else None
+    def note_activity(self):
+        if "no_track_activity" not in self.query:
+            self.server.last_activity = time.time()
 
-    def cookie(self):
-        found = re.search(rf"(?:^|;\s*){self.server.cookie_name}=([0-9a-f]+)",
-                          self.headers.get("Cookie", ""))
-        return found[1] if found else ""
-
-    def check_origin(self):
-        """A request that a cookie admits must come from our own page, not from another site's."""
-        origin, is_write = self.headers.get("Origin"), self.command not in ("GET", "HEAD")
-        is_foreign = origin is not None and urlsplit(origin).netloc != self.headers.get("Host")
-        if is_foreign or is_write and origin is None:
-            raise Problem(403, "The request comes from another site")
-        is_data = self.route.startswith(("/api", "/files"))
-        if is_data and self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            raise Problem(403, "The request comes from another site")
+    def address_without_token(self):
+        query = "&".join(f"{quote(key)}={quote(value)}" for key, values in self.query.items()
+                         for value in values if key != "token")
+        return self.server.base_url + quote(self.route[1:]) + ("?" + query if query else "")
 
     def move_token_to_cookie(self):
         """Answer so that a cookie keeps the token and the address bar loses it; returns False."""
-        query = "&".join(f"{quote(k)}={quote(v)}" for k, values in self.query.items()
-                         for v in values if k != "token")
-        self.send(302, b"", "text/plain", {
-            "Location": quote(self.route) + ("?" + query if query else ""),
-            "Set-Cookie": f"{self.server.cookie_name}={self.server.cookie_value}; "
-                          "Path=/; HttpOnly; SameSite=Strict"})
+        access = self.server.access
+        self.redirect(self.address_without_token(),
+                      access.set_cookie(access.cookie_name, access.cookie_value))
         return False
+
+    def redirect(self, address, cookie=None):
+        self.send(302, b"", "text/plain",
+                  {"Location": address, **({"Set-Cookie": cookie} if cookie else {})})
+
+    def login_page(self, why="Token or password. The terminal that started the server shows its "
+                             "address with the token.", status=200):
+        access = self.server.access
+        xsrf = access.cookie(self.headers, "_xsrf") or secrets.token_hex(16)
+        page = LOGIN_PAGE.format(
+            action=f"{self.server.base_url}login", why=why, xsrf=html.escape(xsrf),
+            next=html.escape(self.asked("next", "")))
+        self.send(status, page.encode(), "text/html; charset=utf-8", {
+            "Content-Security-Policy": LOGIN_POLICY,
+            "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
+
+    def login(self):
+        """Exchange the password, or the token, for the cookie."""
+        access = self.server.access
+        form = {name: values[0] for name, values in parse_qs(
+            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+        self.query.setdefault("next", [form.get("next", "")])
+        # Else another site could log its visitor in, to a server that it knows.
+        if not access.repeats_xsrf(self.headers, form.get("_xsrf", "")):
+            return self.login_page("That took too long, or cookies are off: please try again.", 403)
+        if not access.knows_secret(form.get("password", "")):
+            return self.login_page("That was neither the token nor the password.", 401)
+        self.redirect(access.safe_next(self.asked("next", "")),
+                      access.set_cookie(access.cookie_name, access.cookie_value))
+
+    def logout(self):
+        access = self.server.access
+        self.redirect(f"{self.server.base_url}login", access.set_cookie(access.cookie_name, ""))
 
     # -- the response --
 
@@ -2673,15 +2828,28 @@ class Handler(BaseHTTPRequestHandler):
                        allow)
 
     def created(self, model, kind, id):
-        self.send_json(201, model, {"Location": f"/api/{kind}/{quote(id)}"})
+        self.send_json(201, model,
+                       {"Location": f"{self.server.base_url}api/{kind}/{quote(id)}"})
+
+    def options(self, allowed):
+        """What a browser asks before a request from elsewhere; no origin but ours is allowed."""
+        self.send(204, b"", "text/plain", {
+            "Allow": ", ".join(sorted({*allowed, "OPTIONS"})),
+            "Access-Control-Allow-Methods": "GET, PUT, POST, PATCH, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": "accept, content-type, authorization, x-xsrftoken"})
+
+    def log_request(self, code="-", size="-"):
+        """A line per request, when asked for; a query may hold the token and is left out."""
+        path = getattr(self, "path", "what was no request").partition("?")[0]
+        log(f"{int(code)} {self.command} {path}", "info")
 
     def log_message(self, format, *values):
-        """Requests are not logged: the terminal is for what a person needs to know."""
+        """What the standard library would say of bad requests is answered to them."""
 
     # -- pages and files --
 
     def home(self):
-        self.send(302, b"", "text/plain", {"Location": "/tree"})
+        self.redirect(f"{self.server.base_url}tree")
 
     def page(self):
         """index.html, for every page; its one script is named in the policy by its hash."""
@@ -2735,7 +2903,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def status(self):
         kernels = list(self.server.kernels.all.values())
-        latest = max([self.server.started, *(kernel.last_activity for kernel in kernels)])
+        latest = max([self.server.last_activity, *(kernel.last_activity for kernel in kernels)])
         return {"started": iso(self.server.started), "last_activity": iso(latest),
                 "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
 
@@ -2750,6 +2918,19 @@ class Handler(BaseHTTPRequestHandler):
         return {"identity": {"username": name, "name": name, "display_name": name,
                              "initials": name[:1].upper(), "avatar_url": None, "color": None},
                 "permissions": {**granted, "updatable_fields": []}}
+
+    def change_me(self):
+        raise Problem(501, "The user of this server is whoever started it")
+
+    def get_config(self, section):
+        return self.server.config.get(section)
+
+    def set_config(self, section):
+        self.server.config.set(section, self.json_body())
+        return 204, None
+
+    def change_config(self, section):
+        return self.server.config.change(section, self.json_body())
 
     def shutdown_server(self):
         """End the server and its kernels, once this answer is sent."""
@@ -2786,6 +2967,8 @@ class Handler(BaseHTTPRequestHandler):
             model, is_new = self.server.contents.save_chunk(path, body)
         else:
             model, is_new = self.server.contents.save(path, body, expected)
+        if model["type"] == "notebook":
+            self.server.sessions.saved(path)
         if self.asked("hash") != "1":
             model.update(hash=None, hash_algorithm=None)
         if is_new:
@@ -2819,14 +3002,23 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
     def list_kernelspecs(self):
-        specs = {name: spec_model(name, *found) for name, found in find_specs().items()}
+        specs = {name: self.spec_model(name, *found) for name, found in find_specs().items()}
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
 
     def get_kernelspec(self, name):
         specs = find_specs()
         if name not in specs:
             raise Problem(404, f"There is no kernel spec {name}")
-        return spec_model(name, *specs[name])
+        return self.spec_model(name, *specs[name])
+
+    def spec_model(self, name, spec, folder):
+        """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
+        address = f"{self.server.base_url}kernelspecs/{quote(name)}/"
+        resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
+                     address + quote(file)
+                     for file in (os.listdir(folder) if folder else ())
+                     if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
+        return {"name": name, "spec": spec, "resources": resources}
 
     def kernelspec_file(self, name, file):
         """A logo or the like from a kernel spec's folder."""
@@ -2885,16 +3077,6 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
 
-def spec_model(name, spec, folder):
-    """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
-    names = os.listdir(folder) if folder else ()
-    resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
-                 f"/kernelspecs/{quote(name)}/{quote(file)}"
-                 for file in names
-                 if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
-    return {"name": name, "spec": spec, "resources": resources}
-
-
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
@@ -2907,9 +3089,48 @@ def range_of(header, size):
     return (206, start, end) if start < end else (416, 0, 0)
 
 
-def same_secret(given, secret):
-    """Compare without telling by the time it takes how much was right."""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
+
+
+class Config:
+    """Settings that frontends keep with the server: a JSON object per section, in Jupyter's folder.
+
+    Jupyter Server calls this the config of `nbconfig`.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.lock = folder, threading.Lock()
+
+    def path(self, section):
+        return os.path.join(self.folder, f"{section}.json")
+
+    def get(self, section):
+        try:
+            with open(self.path(section), encoding="utf-8") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise Problem(400, f"The settings {section} on disk are damaged") from None
+
+    def set(self, section, values):
+        os.makedirs(self.folder, exist_ok=True)
+        write_atomically(self.path(section), to_json(values))
+
+    def change(self, section, values):
+        """Merge `values` into a section; null takes a key away. Returns the section."""
+        with self.lock:
+            merged = merge(self.get(section), values)
+            self.set(section, merged)
+        return merged
+
+
+def merge(old, new):
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    kept = {key: value for key, value in old.items() if new.get(key, value) is not None}
+    return {**kept, **{key: merge(old.get(key, {}) if isinstance(value, dict) else None, value)
+                       for key, value in new.items() if value is not None}}
 
 
 class Server(ThreadingHTTPServer):
@@ -2918,15 +3139,17 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # connections do not keep the program alive
     request_queue_size = 128    # connections that may wait to be accepted
 
-    def __init__(self, root, ip, port, token):
+    def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None):
+        """`tls` is an ssl.SSLContext or None. Raises OSError when it cannot listen there."""
         super().__init__((ip, port), Handler)
-        self.ip, self.token, self.started = ip, token, time.time()
+        self.ip, self.base_url, self.tls = ip, base_url, tls
+        self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
+        self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
         self.contents = Contents(root)
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
-        self.cookie_name = f"minijupyter-{self.server_port}"   # cookies do not know ports
-        self.cookie_value = hmac.new(token.encode(), b"cookie", "sha256").hexdigest()
+        self.config = Config(os.path.join(JUPYTER_CONFIG, "nbconfig"))
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""
@@ -2935,58 +3158,197 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
-    def is_our_host(self, host):
-        """Bound to loopback, the server answers only to names that mean loopback."""
-        if not self.ip.startswith("127.") and self.ip not in ("localhost", "::1"):
-            return True
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+    def finish_request(self, request, client_address):
+        """Serve a connection, in its own thread; the TLS handshake belongs there, too."""
+        if self.tls is None:
+            return super().finish_request(request, client_address)
+        with self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as safe:
+            safe.settimeout(Handler.timeout)
+            safe.do_handshake()
+            super().finish_request(safe, client_address)
+
+    @property
+    def url(self):
+        host = "127.0.0.1" if self.ip in ("", "0.0.0.0", "::") else self.ip
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}{self.base_url}"
 
     def address(self):
-        host = "127.0.0.1" if self.ip in ("", "0.0.0.0") else self.ip
-        return f"http://{host}:{self.server_port}/tree?token={quote(self.token)}"
+        """What a person opens: the token in it becomes a cookie."""
+        return f"{self.url}tree?token={quote(self.access.token)}"
 
     def handle_error(self, request, client_address):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
 
 
-# ---- 9. main ----------------------------------------------------------------------------------
+# ---- 10. main: options, running servers -------------------------------------------------------
+#
+# Every running server leaves a file in Jupyter's runtime folder, so that `list` and `stop`, and
+# `jupyter server list` as well, find it: its address, its process, its token (only its owner may
+# read it). To add a command, write a function of its arguments and a row in COMMANDS.
 
 FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
-
-
-def open_server(root, ip, port, token):
-    """A server at the wished port, or at the next free one when none was wished for."""
-    for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
-        try:
-            return Server(root, ip, candidate, token)
-        except OSError as problem:
-            if port is not None or problem.errno != errno.EADDRINUSE:
-                sys.exit(f"Cannot listen on {ip}:{candidate}: {problem.strerror}")
-    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
+STOP_SECONDS = 15                    # that a server may take to end its kernels
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="A notebook server, a kernel and a page.")
-    parser.add_argument("folder", nargs="?", default=".",
-                        help="what the server shows (default: the current folder)")
-    parser.add_argument("--ip", default="127.0.0.1", metavar="ADDRESS",
-                        help="where it listens (default: %(default)s, this machine only)")
-    parser.add_argument("--port", type=int, help=f"default: {FIRST_PORT}, or the next that is free")
-    parser.add_argument("--token", default=os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24),
-                        help="the secret that opens the server (default: a new one)")
-    parser.add_argument("--cull-idle", type=float, metavar="SECONDS",
-                        help="shut down kernels that nobody uses, after so long (default: never)")
-    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    parser = argparse.ArgumentParser(
+        description="A notebook server, a kernel and a page.",
+        usage="%(prog)s [folder] [options]\n       %(prog)s list | stop [PORT] | password",
+        epilog="Commands: `list` shows the servers that run, `stop` ends one of them, `password` "
+               "asks for a password and prints what to give to --password.")
+    add = parser.add_argument
+    add("folder", nargs="?", default=".", help="what the server shows (default: this folder)")
+    add("--ip", default="127.0.0.1", metavar="ADDRESS",
+        help="where it listens (default: %(default)s, which only this machine reaches)")
+    add("--port", type=int, help=f"default: {FIRST_PORT}, or the next that is free")
+    add("--token", default=default_token(),
+        help="the secret that opens the server (default: $JUPYTER_TOKEN, or a new one)")
+    add("--password", metavar="HASH", nargs="?", const="",
+        help="lets a password in, too: asked for now, or what `password` has printed")
+    add("--certfile", metavar="PEM", help="certificate: the server speaks https")
+    add("--keyfile", metavar="PEM", help="its key, when it is not in the same file")
+    add("--base-url", default="/", metavar="PATH", help="what all its addresses begin with")
+    add("--allow-hidden", action="store_true", help="show and serve hidden files")
+    add("--cull-idle", type=float, metavar="SECONDS",
+        help="shut down kernels that nobody uses, after so long (default: never)")
+    add("--log-level", choices=LEVELS, default="warning", metavar="LEVEL",
+        help=f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)")
+    add("--no-browser", action="store_true", help="do not open a browser")
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
         parser.error(f"there is no folder {arguments.folder}")
     if not arguments.token:
         parser.error("the token must not be empty")
+    if arguments.keyfile and not arguments.certfile:
+        parser.error("--keyfile needs --certfile")
+    if arguments.password and not re.fullmatch("scrypt:[0-9a-f]+:[0-9a-f]+", arguments.password):
+        parser.error("--password takes no password, which others could see in the list of "
+                     "processes, but what `minijupyter.py password` prints")
+    arguments.base_url = re.sub("/+", "/", f"/{arguments.base_url}/")
     return arguments
+
+
+def default_token():
+    if file := os.environ.get("JUPYTER_TOKEN_FILE"):
+        with open(file, encoding="utf-8") as opened:
+            return opened.read().strip()
+    return os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
+
+
+def ask_password(twice):
+    """A password from the terminal, or a line of the standard input when that is none."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    import getpass
+    password = getpass.getpass("Password: ")
+    if twice and getpass.getpass("Once more: ") != password:
+        sys.exit("These were two different passwords.")
+    return password
+
+
+def tls_context(certfile, keyfile):
+    """What makes sockets speak TLS; None without a certificate."""
+    if not certfile:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as problem:
+        sys.exit(f"Cannot use the certificate {certfile}: {problem}")
+    return context
+
+
+def open_server(arguments):
+    """A server at the wished port, or at the next free one when none was wished for."""
+    password_hash = arguments.password
+    if password_hash == "":
+        password_hash = hash_password(ask_password(twice=True))
+    tls, wish = tls_context(arguments.certfile, arguments.keyfile), arguments.port
+    for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        try:
+            return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
+                          arguments.base_url, tls)
+        except (OSError, OverflowError) as problem:
+            if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
+                reason = getattr(problem, "strerror", None) or problem
+                sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
+    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
+
+
+@contextlib.contextmanager
+def announced(server):
+    """The server's file in the runtime folder, as long as it runs (jupyter_server's fields)."""
+    path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
+    write_secret(path, json.dumps({
+        "base_url": server.base_url, "hostname": server.ip, "password": False,
+        "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
+        "secure": server.tls is not None, "sock": "", "token": server.access.token,
+        "url": server.url, "version": __version__}, indent=2))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def call(info, method, path):
+    """The answer of a running server to a request, as JSON; None when there is no answer."""
+    import ssl
+    import urllib.request
+    request = urllib.request.Request(
+        info["url"] + path, method=method, headers={"Authorization": f"token {info['token']}"})
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE   # it is this machine
+    try:
+        with urllib.request.urlopen(request, timeout=5, context=context) as response:
+            return json.load(response)
+    except (OSError, ValueError):
+        return None
+
+
+def running_servers():
+    """What the files in the runtime folder say, of those servers that answer."""
+    names = sorted(os.listdir(RUNTIME)) if os.path.isdir(RUNTIME) else ()
+    for name in names:
+        if re.fullmatch(r"jpserver-\d+\.json", name):
+            with open(os.path.join(RUNTIME, name), encoding="utf-8") as file:
+                info = json.load(file)
+            if call(info, "GET", "api"):
+                yield info
+
+
+def list_servers(words):
+    """`list`: a line for each running server."""
+    servers = list(running_servers())
+    for info in servers:
+        print(f"{info['url']}?token={quote(info['token'])} :: {info['root_dir']}")
+    if not servers:
+        print("No server runs.")
+
+
+def stop_server(words):
+    """`stop [PORT]`: end a running server and its kernels."""
+    servers = [info for info in running_servers() if words in ([], [str(info["port"])])]
+    if len(servers) != 1:
+        sys.exit("Which one? Give its port: " + ", ".join(str(s["port"]) for s in servers)
+                 if servers else "No such server runs.")
+    call(servers[0], "POST", "api/shutdown")
+    deadline = time.monotonic() + STOP_SECONDS
+    while call(servers[0], "GET", "api"):
+        if time.monotonic() > deadline:
+            sys.exit(f"{servers[0]['url']} does not end.")
+        time.sleep(0.1)
+    print(f"{servers[0]['url']} has ended.")
+
+
+def print_password(words):
+    """`password`: print what --password takes."""
+    print(hash_password(ask_password(twice=True)))
+
+
+COMMANDS = {"list": list_servers, "stop": stop_server, "password": print_password}
 
 
 def stop(signum, frame):
@@ -2994,22 +3356,34 @@ def stop(signum, frame):
 
 
 def main():
-    """Serve until Ctrl-C or SIGTERM; then end every kernel."""
+    """Obey a command, or serve until Ctrl-C or SIGTERM."""
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](sys.argv[2:])
     arguments = parse_arguments()
-    server = open_server(arguments.folder, arguments.ip, arguments.port, arguments.token)
+    log.level = arguments.log_level
+    server = open_server(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
     gc.freeze()
     gc.set_threshold(our_kernel.COLLECT_AFTER, *gc.get_threshold()[1:])
-    print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    {server.address()}\n\n"
-          "Ctrl-C stops it and its kernels.", flush=True)
-    if not arguments.no_browser:
-        import webbrowser
-        threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
-    if arguments.cull_idle:
-        threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
-                         daemon=True).start()
+    with announced(server):
+        print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
+              f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
+        if not server.ip.startswith(LOOPBACK) and not server.tls:
+            print("Other machines can reach it, and the network between can read along: consider "
+                  "--certfile.", flush=True)
+        if not arguments.no_browser:
+            import webbrowser
+            threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+        if arguments.cull_idle:
+            threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
+                             daemon=True).start()
+        serve(server)
+
+
+def serve(server):
+    """Answer requests until the server is told to end; then end every kernel."""
     try:
         server.serve_forever()
     except KeyboardInterrupt:

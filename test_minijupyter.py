@@ -489,10 +489,14 @@ class Page(Frontend):
         else:
             self.file(channel, message)
 
-    def forget(self, answer):
-        """Say that the file holds this answer's outputs."""
+    def forget(self, *answers):
+        """Say that the file holds these answers' outputs."""
         self.wire.send("journal", self.session.message(
-            "forget", {"forget": [answer.request["header"]["msg_id"]]}))
+            "forget", {"forget": [answer.request["header"]["msg_id"] for answer in answers]}))
+
+    def forget_all(self):
+        self.forget(*self.cells.values())
+        self.cells.clear()
 
 
 class Reply:
@@ -518,7 +522,7 @@ class Server:
     def __init__(self, root=None, options=None, env=None, program=None, **process):
         self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-server-")
         self.root = Path(root or self.folder.name) / "root"
-        self.root.mkdir()
+        self.root.mkdir(exist_ok=True)
         self.token = secrets.token_hex(8)
         port = free_ports(1)[0]
         ours = [sys.executable, HERE / "minijupyter.py", self.root, "--token", self.token,
@@ -527,7 +531,7 @@ class Server:
             program(self.root, port, self.token) if program else ours,
             env=clean_environment(self.folder.name, **(env or {})), **process)
         try:
-            self.url = self.process.wait_for(r"http://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
+            self.url = self.process.wait_for(r"https?://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
         except AssertionError:
             self.end()
             raise
@@ -3713,6 +3717,11 @@ class Http(ServerCase):
         reply = self.server.get("/api", Authorization=None)
         self.assertEqual((reply.status, type(reply.json["version"])), (200, str))
 
+    def test_options_are_answered_to_everybody_and_allow_no_other_origin(self):
+        reply = self.server.request("OPTIONS", "/api/kernels", headers={"Authorization": None})
+        self.assertEqual((reply.status, reply.headers["Allow"]), (204, "GET, OPTIONS, POST"))
+        self.assertNotIn("Access-Control-Allow-Origin", reply.headers)
+
     def test_errors_are_json_with_a_message(self):
         for method, path, status in [
                 ("GET", "/api/nothing", 404), ("DELETE", "/api/kernels", 405),
@@ -3834,6 +3843,212 @@ class Access(ServerCase):
         first_screen = self.server.process.output.count(self.server.token)
         self.server.get(f"/api/nothing?token={self.server.token}")
         self.assertEqual(self.server.process.output.count(self.server.token), first_screen)
+
+
+class Login(ServerCase):
+    """A password, or the token, is exchanged for a cookie at /login."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.hash = minijupyter.hash_password("correct horse")
+        cls.options = {"options": ["--port", free_ports(1)[0], "--password", cls.hash]}
+        super().setUpClass()
+
+    def form(self, password, next="", xsrf="x" * 32, cookie=None, **headers):
+        body = f"password={quote(password)}&next={quote(next, safe='')}&_xsrf={xsrf}"
+        cookie = f"_xsrf={xsrf}" if cookie is None else cookie
+        return self.server.request("POST", "/login", body, {
+            "Authorization": None, "Cookie": cookie,
+            "Content-Type": "application/x-www-form-urlencoded", **headers})
+
+    def login(self):
+        return self.form("correct horse").headers["Set-Cookie"].partition(";")[0]
+
+    def test_a_page_without_a_cookie_leads_to_the_login_and_back(self):
+        reply = self.server.get("/notebooks/a%20b.ipynb?x=1", Authorization=None)
+        self.assertEqual(reply.status, 302)
+        self.assertEqual(reply.headers["Location"],
+                         "/login?next=/notebooks/a%2520b.ipynb%3Fx%3D1")
+        page = self.server.get(reply.headers["Location"], Authorization=None)
+        self.assertIn('value="/notebooks/a%20b.ipynb?x=1"', page.body.decode())
+        reply = self.form("correct horse", "/notebooks/a%20b.ipynb?x=1")
+        self.assertEqual((reply.status, reply.headers["Location"]),
+                         (302, "/notebooks/a%20b.ipynb?x=1"))
+
+    def test_password_and_token_are_let_in_and_nothing_else(self):
+        for password, status in (("correct horse", 302), (self.server.token, 302), ("", 401),
+                                 ("wrong", 401), (self.hash, 401), ("correct horse ", 401)):
+            with self.subTest(password):
+                reply = self.form(password)
+                self.assertEqual(reply.status, status, reply)
+                self.assertEqual("minijupyter-" in reply.headers["Set-Cookie"], status == 302)
+
+    def test_the_cookie_opens_pages_and_api_until_the_logout(self):
+        cookie = self.login()
+        for path in ("/tree", "/api/kernels"):
+            reply = self.server.get(path, Authorization=None, Cookie=cookie)
+            self.assertEqual(reply.status, 200)
+        reply = self.server.get("/logout", Authorization=None, Cookie=cookie)
+        self.assertIn("Max-Age=0", reply.headers["Set-Cookie"])
+
+    def test_a_login_that_another_site_sends_is_refused(self):
+        self.assertEqual(self.form("correct horse", cookie="").status, 403)
+        self.assertEqual(self.form("correct horse", cookie="_xsrf=" + "y" * 32).status, 403)
+
+    def test_a_login_leads_nowhere_else(self):   # CVE-2019-10255 and its many successors
+        for next in ("//evil.example", "https://evil.example", "/\\evil.example",
+                     "\\\\evil.example", "///evil.example", "https:///evil.example",
+                     "http:evil.example",
+                     "\t//evil.example", "/\t/evil.example", "javascript:alert(1)", "evil.example",
+                     "/tree\r\nSet-Cookie: a=b", "%2f%2fevil.example"):
+            with self.subTest(next):
+                reply = self.form("correct horse", next)
+                self.assertEqual((reply.status, reply.headers["Location"]), (302, "/tree"))
+
+    def test_slashes_and_backslashes_in_a_path_lead_nowhere_else(self):
+        for path in ("//evil.example/", "//evil.example/..", "/\\evil.example/", "///evil.example",
+                     "/%2fevil.example/", "/tree//evil.example/"):
+            with self.subTest(path):
+                reply = self.server.get(path + f"?token={self.server.token}", Authorization=None)
+                self.assertRegex(reply.headers["Location"] or "/", r"^/(?![/\\])")
+
+    def test_jupyters_clients_repeat_the_xsrf_cookie_instead_of_an_origin(self):
+        page = self.server.get("/login", Authorization=None)
+        xsrf = re.search("_xsrf=([^;]+)", page.headers["Set-Cookie"])[1]
+        cookie = f"{self.login()}; _xsrf={xsrf}"
+        for token, status in ((xsrf, 201), ("0" * 32, 403), (None, 403)):
+            reply = self.server.request("POST", "/api/contents", "{}", {
+                "Authorization": None, "Cookie": cookie, "X-XSRFToken": token})
+            self.assertEqual(reply.status, status, token)
+
+    def test_a_new_password_shuts_out_who_was_let_in_by_the_old_one(self):   # CVE-2026-40934
+        access = [minijupyter.Access("token", hash, "127.0.0.1", 1) for hash in (
+            None, self.hash, minijupyter.hash_password("correct horse"))]
+        self.assertEqual(len({each.cookie_value for each in access}), 3)
+
+    def test_a_large_form_from_a_stranger_is_not_read(self):
+        reply = self.form("x" * 1_000_000)
+        self.assertEqual(reply.status, 413)
+
+    def test_the_password_is_never_given_in_the_open(self):
+        process = Process([sys.executable, HERE / "minijupyter.py", "--password", "geheim"])
+        self.addCleanup(process.end)
+        self.assertEqual(process.exit_code(), 2)
+        self.assertIn("minijupyter.py password", process.output)
+        made = subprocess.run([sys.executable, HERE / "minijupyter.py", "password"], check=True,
+                              input="geheim\n", capture_output=True, text=True).stdout.strip()
+        access = minijupyter.Access("token", made, "127.0.0.1", 1)
+        self.assertTrue(access.knows_secret("geheim"))
+        self.assertFalse(access.knows_secret("Geheim"))
+
+
+class Config(ServerCase):
+    """Settings that Jupyter's frontends keep with the server."""
+
+    def test_a_section_is_empty_then_set_then_merged(self):
+        path = "/api/config/notebook"
+        self.assertEqual(self.server.get(path).json, {})
+        self.assertReply(self.server.put(path, {"a": {"b": 1, "c": 2}, "d": 3}), 204)
+        merged = self.server.patch(path, {"a": {"b": None, "e": 4}, "d": None, "f": {"g": 5}})
+        self.assertEqual(merged.json, {"a": {"c": 2, "e": 4}, "f": {"g": 5}})
+        self.assertEqual(self.server.get(path).json, merged.json)
+
+    def test_what_is_no_object_or_no_section_is_refused(self):
+        self.assertReply(self.server.put("/api/config/notebook", "[]"), 400)
+        for section in ("..%2f..%2fx", "..", "a%2fb"):
+            self.assertIn(self.server.put(f"/api/config/{section}", {"a": 1}).status, (204, 404))
+        outside = Path(self.server.folder.name).parent / "x.json"
+        self.assertFalse(outside.exists())
+
+
+class BaseUrl(ServerCase):
+    """A server below a path, as behind a proxy."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"options": ["--port", free_ports(1)[0], "--base-url", "user/ada"]}
+        super().setUpClass()
+
+    def test_everything_is_below_the_path_and_nothing_beside_it(self):
+        self.assertIn("/user/ada/tree?token=", self.server.url[0])
+        for path, status in (("/user/ada/api", 200), ("/user/ada/api/kernels", 200),
+                             ("/api", 404), ("/user/adam/api", 404), ("/user/ada", 302),
+                             ("/user/ada/tree", 200), ("/", 404)):
+            with self.subTest(path):
+                self.assertEqual(self.server.get(path).status, status)
+
+    def test_addresses_in_replies_have_the_path(self):
+        made = self.server.post("/user/ada/api/contents", {})
+        self.assertEqual(made.headers["Location"], "/user/ada/api/contents/untitled.txt")
+        moved = self.server.get(f"/user/ada/tree?token={self.server.token}", Authorization=None)
+        self.assertEqual(moved.headers["Location"], "/user/ada/tree")
+        self.assertIn("; Path=/user/ada/;", moved.headers["Set-Cookie"])
+        asked = self.server.get("/user/ada/tree", Authorization=None)
+        self.assertEqual(asked.headers["Location"], "/user/ada/login?next=/user/ada/tree")
+
+
+class Tls(ServerCase):
+    """https and wss by the standard library, with a certificate made for the test."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not shutil.which("openssl"):
+            raise unittest.SkipTest("needs openssl")
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.certificate = Path(folder.name, "cert.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
+                        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+                        "-keyout", cls.certificate, "-out", Path(folder.name, "public.pem")],
+                       check=True, capture_output=True)
+        public = Path(folder.name, "public.pem").read_text()
+        cls.certificate.write_text(cls.certificate.read_text() + public)
+        cls.context = ssl.create_default_context(cafile=Path(folder.name, "public.pem"))
+        cls.options = {"options": ["--port", free_ports(1)[0], "--certfile", cls.certificate]}
+        super().setUpClass()
+
+    def request(self, method, path, body=None, **headers):
+        connection = http.client.HTTPSConnection("127.0.0.1", self.server.port, timeout=SECONDS,
+                                                 context=self.context)
+        self.addCleanup(connection.close)
+        return self.server.request(method, path, body, headers, connection)
+
+    def test_requests_are_answered_and_cookies_are_secure(self):
+        self.assertTrue(self.server.url[0].startswith("https://"))
+        self.assertEqual(self.request("GET", "/api/kernels").status, 200)
+        moved = self.request("GET", f"/tree?token={self.server.token}", Authorization=None)
+        self.assertIn("; Secure", moved.headers["Set-Cookie"])
+
+    @needs("websockets")
+    def test_a_cell_runs_over_wss_with_large_messages_both_ways(self):
+        from websockets.sync.client import connect
+        kernel_id = self.request("POST", "/api/kernels", {}).json["id"]
+        with connect(f"wss://127.0.0.1:{self.server.port}/api/kernels/{kernel_id}/channels",
+                     additional_headers={"Authorization": f"token {self.server.token}"},
+                     ssl=self.context, max_size=None) as client:
+            code = f"text = {'x' * 3_000_000!r}; print(text); len(text)"
+            message = kernel.Session("").message("execute_request", {"code": code})
+            client.send(json.dumps({**message, "channel": "shell"}))
+            result = ""
+            while "3000000" not in result:
+                heard = json.loads(client.recv(timeout=SECONDS))
+                if heard["msg_type"] == "execute_result":
+                    result = heard["content"]["data"]["text/plain"]
+        self.assertEqual(self.request("DELETE", f"/api/kernels/{kernel_id}").status, 204)
+
+    def test_who_does_not_speak_tls_or_stalls_hurts_nobody(self):
+        with socket.create_connection(("127.0.0.1", self.server.port), SECONDS) as silent, \
+                socket.create_connection(("127.0.0.1", self.server.port), SECONDS) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            self.assertEqual(self.request("GET", "/api").status, 200)
+            silent.close()
+
+    def test_a_missing_certificate_is_an_error_in_one_line(self):
+        process = Process([sys.executable, HERE / "minijupyter.py", "--certfile", "/no/such.pem",
+                           "--no-browser"])
+        self.addCleanup(process.end)
+        self.assertEqual((process.exit_code(), len(process.lines)), (1, 1))
+        self.assertIn("/no/such.pem", process.output)
 
 
 class Kernels(ServerCase):
@@ -4096,6 +4311,51 @@ class ServerLife(ServerCase):
                 self.assertEqual(process.exit_code(), 1)
                 self.assertEqual(len(process.lines), 1, process.output)
                 self.assertIn("pip install pyzmq", process.output)
+
+    def command(self, *words):
+        env = clean_environment(self.server.folder.name)
+        return subprocess.run([sys.executable, HERE / "minijupyter.py", *words], env=env,
+                              capture_output=True, text=True, timeout=60)
+
+    def test_list_shows_the_running_server_and_stop_ends_it(self):
+        _, _, pid = self.start_kernel(self.server)
+        shown = self.command("list").stdout
+        self.assertIn(f"http://127.0.0.1:{self.server.port}/?token={self.server.token}", shown)
+        self.assertIn(str(self.server.root.resolve()), shown)
+        self.assertIn("No such server", self.command("stop", "1").stderr)
+        self.assertEqual(self.command("stop").returncode, 0)
+        self.assertEqual(self.server.process.exit_code(), 0)
+        self.assertFalse(is_alive(pid))
+        self.assertEqual(self.command("list").stdout, "No server runs.\n")
+        self.assertEqual(list(Path(self.server.folder.name).rglob("jpserver-*")), [])
+        self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+
+    @needs("jupyter_server")
+    def test_jupyters_own_list_shows_our_server(self):
+        shown = subprocess.run(
+            [sys.executable, "-m", "jupyter_server", "list", "--json"], text=True, check=True,
+            env=clean_environment(self.server.folder.name), capture_output=True).stdout
+        info = json.loads(shown)
+        self.assertEqual((info["port"], info["token"], info["pid"]),
+                         (self.server.port, self.server.token, self.server.process.pid))
+
+    def test_a_killed_server_leaves_no_kernel_behind(self):
+        pids = [self.start_kernel(self.server)[2] for _ in range(2)]
+        cell = ("import subprocess, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                "print(subprocess.Popen(['sleep', '1000']).pid)")
+        _, frontend, pid = self.start_kernel(self.server)
+        child = int(frontend.finish(frontend.start(cell)).text())
+        os.kill(self.server.process.pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, [*pids, pid, child])))
+        self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+
+    def test_requests_are_logged_only_when_asked_and_without_the_token(self):
+        self.assertNotIn("GET", self.server.process.output)
+        loud = self.own_server(options=["--port", free_ports(1)[0], "--log-level", "info"])
+        before = loud.process.output.count(loud.token)
+        loud.get(f"/api/status?token={loud.token}")
+        loud.process.wait_for("200 GET /api/status\n")
+        self.assertEqual(loud.process.output.count(loud.token), before)
 
     def test_a_folder_that_does_not_exist_is_an_error(self):
         process = Process([sys.executable, HERE / "minijupyter.py", "/no/such/folder"])
@@ -5693,6 +5953,116 @@ class FuzzedHttp(ServerCase):
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+class Chaos(ServerCase):
+    """Browsers, kernels and the server are killed at random. What was printed is there, once; a
+    file is one of the versions that were saved; no process outlives its server."""
+
+    SECONDS = 60
+    COUNT = 300
+    TEXT = "".join(f"{i}\n" for i in range(COUNT))
+    CELL = f"import time\nfor i in range({COUNT}): print(i); time.sleep(0.001)"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root, cls.dice = Path("never"), random.Random(2026)
+
+    def setUp(self):
+        self.home, self.pids, self.versions = self.folder(), [], {b""}
+        self.begin()
+
+    def begin(self):
+        self.server = self.own_server(self.home)
+        self.new_kernel()
+
+    def new_kernel(self):
+        wish = {"path": "work.ipynb", "type": "notebook"}
+        self.kernel_id = self.server.post("/api/sessions", wish).json["kernel"]["id"]
+        self.page = self.follow()
+        self.note_pid()
+
+    def note_pid(self):
+        cell = self.page.finish(self.page.start("import os; os.getpid()", cell="pid"), seconds=60)
+        self.pid = int(cell.result)
+        self.pids.append(self.pid)
+        self.page.forget(cell)
+
+    def follow(self):
+        page = Page(WebSocketWire(self.server, self.kernel_id, journal=1))
+        self.addCleanup(page.wire.close)
+        return page
+
+    def save(self):
+        """Save a large file; the server may be killed meanwhile."""
+        content = secrets.token_hex(500_000)
+        self.versions.add(content.encode())
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            self.server.put("/api/contents/file.txt", {
+                "type": "file", "format": "text", "content": content})
+
+    def drop_page(self):
+        self.page.wire.close()
+        self.page = self.follow()
+        self.page.until(lambda: set("abc") <= set(self.page.cells), 60)
+
+    def cells(self):
+        return [self.page.cells[name] for name in "abc"]
+
+    def until_done(self):
+        self.page.until(lambda: all(cell.is_done for cell in self.cells()), 60)
+
+    def finish(self):
+        self.until_done()
+        self.assertEqual([cell.text() for cell in self.cells()], [self.TEXT] * 3)
+
+    def kill_kernel(self):
+        os.kill(self.pid, signal.SIGKILL)
+        self.until_done()
+        for cell in self.cells():
+            self.assertTrue(self.TEXT.startswith(cell.text()), cell)
+        self.assertEqual(self.cells()[-1].status, "aborted")
+        self.note_pid()
+
+    def restart_kernel(self):
+        self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/restart"), 200)
+        self.until_done()
+        self.note_pid()
+
+    def kill_server(self):
+        saving = threading.Thread(target=self.save)
+        saving.start()
+        time.sleep(self.dice.uniform(0, 0.1))
+        os.kill(self.server.process.pid, signal.SIGKILL)
+        saving.join()
+        wait_until(lambda: not any(map(is_alive, self.pids)))
+        self.page.wire.close()
+        self.assertFileIsWhole()
+        self.begin()
+
+    def assertFileIsWhole(self):
+        file = self.server.root / "file.txt"
+        if file.exists():
+            self.assertIn(file.read_bytes(), self.versions)
+
+    def test_a_minute_of_kills_loses_no_output_tears_no_file_and_leaves_no_process(self):
+        fates = (self.finish, self.finish, self.kill_kernel, self.restart_kernel, self.kill_server)
+        deadline, rounds = time.monotonic() + self.SECONDS, 0
+        while time.monotonic() < deadline:
+            for name in "abc":
+                self.page.start(self.CELL, cell=name)
+            for event in self.dice.choices((self.drop_page, self.save), k=3):
+                self.page.until(lambda: self.page.cells["a"].messages)
+                event()
+            fate = fates[rounds % len(fates)]
+            with self.subTest(round=rounds, fate=fate.__name__):
+                fate()
+            self.page.forget_all()
+            rounds += 1
+        self.server.end()
+        self.assertEqual([pid for pid in self.pids if is_alive(pid)], [])
+        self.assertFileIsWhole()
+        self.assertGreater(rounds, 9)
 
 
 # ---- 9. The page, in Chromium ------------------------------------------------------
