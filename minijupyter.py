@@ -2400,7 +2400,7 @@ class Bridge:
 # here: DNS rebinding), does the client know the token, and does a browser's request come from our
 # own page?
 
-ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
+ROUTES = [(method, re.compile(rf"(?s:{pattern})\Z"), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
