@@ -4410,9 +4410,13 @@ class Bridge(ServerCase):
                 (403, {"Authorization": None}), (403, {"Authorization": "token wrong"}),
                 (403, {"Origin": "http://evil.example", "Cookie": self.cookie(),
                        "Authorization": None}), (403, {"Host": "evil.example"}),
-                (400, {"Sec-WebSocket-Key": None}), (400, {"Upgrade": None})]:
+                (400, {"Sec-WebSocket-Key": None}), (400, {"Upgrade": None}),
+                (400, {"Sec-WebSocket-Key": "short"}), (400, {"Connection": "close"}),
+                (426, {"Sec-WebSocket-Version": "8"})]:
             with self.subTest(headers):
                 self.assertEqual(self.handshake(**headers).status, expected)
+        wrong_version = self.handshake(**{"Sec-WebSocket-Version": "8"})
+        self.assertEqual(wrong_version.headers["sec-websocket-version"], "13")
         nobody = "/api/kernels/00000000-0000-0000-0000-000000000000/channels"
         self.assertEqual(self.handshake(nobody).status, 404)
 
