@@ -5603,6 +5603,64 @@ class FuzzedContents(ServerCase):
         self.assertEqual(torn, [])
 
 
+class FuzzedKernels(ServerCase):
+    """Whatever is asked of kernels and sessions, and whatever is said to a kernel."""
+
+    FIELDS = ["path", "name", "type", "kernel", "id", "kernel_id", "env"]
+
+    def bodies(st):
+        """What may stand in a request; no kernel is called like this."""
+        names = st.sampled_from(["", "none", "x.ipynb", "notebook", "../x", "é", "\0"])
+        values = st.one_of(names, json_values(st), st.dictionaries(
+            st.sampled_from(["id", "name", "x"]), names | json_values(st)))
+        wishes = st.dictionaries(st.sampled_from(FuzzedKernels.FIELDS), values)
+        return st.one_of(wishes, wishes, json_values(st)).map(
+            lambda body: {"name": "none", "kernel": {"name": "none"}, **body}
+            if isinstance(body, dict) else body)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.session = cls.server.post(
+            "/api/sessions", {"path": "x.ipynb", "type": "notebook"}).json["id"]
+
+    @fuzzed(lambda st: st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE"]),
+            lambda st: st.sampled_from([
+                "kernels", "kernels/{none}", "kernels/{none}/restart", "kernels/{none}/interrupt",
+                "sessions", "sessions", "sessions/{none}", "sessions/{ours}", "sessions/{ours}",
+                "sessions/x", "kernelspecs/x", "me?permissions={none}"]), bodies, examples=200)
+    def test_any_request_is_done_or_refused(self, method, path, body):
+        path = path.format(none="00000000-0000-0000-0000-000000000000", ours=self.session)
+        if method == "DELETE" and path.endswith(self.session):
+            return
+        if isinstance(body, dict) and not (body["kernel"] and body["name"]):
+            return   # this would start the default kernel
+        reply = self.server.request(method, f"/api/{path}", json.dumps(body))
+        self.assertTrue(reply.status < 500 or reply.status == 501, reply)   # 501: no such kernel
+        if reply.status >= 400:
+            self.assertTrue(reply.json["message"], reply)
+        self.assertEqual(self.server.get("/api/sessions").status, 200)
+
+    @fuzzed(lambda st: st.sampled_from(list(minijupyter.LAYOUTS)), lambda st: st.text(max_size=60)
+            | st.binary(max_size=60) | json_values(st).map(json.dumps), examples=300)
+    def test_any_websocket_message_is_decoded_or_refused(self, protocol, message):
+        decode, _ = minijupyter.LAYOUTS[protocol]
+        with contextlib.suppress(ValueError, IndexError, TypeError, KeyError):
+            decode(message)
+
+    @fuzzed(lambda st: st.sampled_from(list(minijupyter.LAYOUTS)), json_values,
+            lambda st: st.lists(st.binary(max_size=20), max_size=3), examples=200)
+    def test_a_message_comes_out_of_either_layout_as_it_went_in(self, protocol, value, buffers):
+        decode, splice = minijupyter.LAYOUTS[protocol]
+        parts = [{"msg_id": "1", "msg_type": "status"}, {}, {"any": value}, {"any": value}]
+        raw = [kernel.to_json(part) for part in parts]
+        opcode, payload = splice(minijupyter.Entry("iopub", raw, buffers))
+        message = decode(payload.decode() if opcode == TEXT else payload)
+        self.assertEqual([message[name] for name in (
+            "header", "parent_header", "metadata", "content")], [json.loads(part) for part in raw])
+        self.assertEqual((message["channel"], message["buffers"]), ("iopub", buffers))
+
+
 class FuzzedHttp(ServerCase):
     """Whatever comes in at the door: an answer or a closed door, and the others are served."""
 
