@@ -1820,6 +1820,7 @@ class Sessions:
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FIN, COMPRESSED, RESERVED = 0b1000_0000, 0b0100_0000, 0b0011_0000   # bits beside the opcode
+WHOLE = {FIN | opcode for opcode in (TEXT, BINARY, CLOSE, PING, PONG)}   # first byte, most often
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"   # RFC 6455 1.3
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_DATA, TOO_BIG = 1000, 1001, 1002, 1007, 1009
 MOST_BYTES = 256 << 20    # of one message: a picture pasted into a widget should pass
@@ -1882,13 +1883,16 @@ def words(headers, name):
 
 
 def handshake_key(headers):
-    """The Sec-WebSocket-Key of a handshake; Problem 400 when it is none (RFC 6455 4.2.1)."""
+    """The Sec-WebSocket-Key of a handshake; Problem 400 or 426 when it is none (RFC 6455 4.2)."""
     key = headers.get("Sec-WebSocket-Key", "")
     upgrades = [word.lower() for word in words(headers, "Upgrade")]
     options = [word.lower() for word in words(headers, "Connection")]
-    if "websocket" not in upgrades or "upgrade" not in options or not KEY.fullmatch(key) \
-            or headers.get("Sec-WebSocket-Version") != "13":
-        raise Problem(400, "This address speaks WebSocket (RFC 6455, version 13) only")
+    if "websocket" not in upgrades or "upgrade" not in options or not KEY.fullmatch(key):
+        raise Problem(400, "This address speaks WebSocket (RFC 6455) only")
+    if headers.get("Sec-WebSocket-Version") != "13":
+        problem = Problem(426, "This server speaks version 13 of WebSocket")
+        problem.headers = {"Sec-WebSocket-Version": "13", "Upgrade": "websocket"}
+        raise problem
     return key
 
 
@@ -1980,8 +1984,8 @@ class FrameParser:
     def message(self, first, payload):
         """The message that a frame completes; control frames may stand between fragments."""
         opcode, is_last = first & 0b1111, first & FIN
-        if opcode >= CLOSE:
-            return opcode, payload
+        if first in WHOLE:
+            return opcode, self.decode(payload, is_last) if opcode == TEXT else payload
         if opcode != CONTINUATION:
             self.opcode = opcode
             self.inflater = zlib.decompressobj(-15) if first & COMPRESSED else None
@@ -2518,7 +2522,7 @@ class Access:
 # groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
 # nothing. To add an endpoint, add a row and a method.
 
-ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
+ROUTES = [(method, re.compile(rf"(?s:{pattern})\Z"), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
@@ -2718,7 +2722,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return "options", [allowed]
         problem = Problem(405, f"{self.command} is not possible at {self.route}")
-        problem.allow = ", ".join(sorted({*allowed, *(["HEAD"] if "GET" in allowed else [])}))
+        methods = {*allowed, *(["HEAD"] if "GET" in allowed else [])}
+        problem.headers = {"Allow": ", ".join(sorted(methods))}
         raise problem
 
     # -- access --
@@ -2823,9 +2828,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_answered:     # its answer has begun: all that is left is to end the connection
             self.close_connection = True
             return
-        allow = {"Allow": problem.allow} if hasattr(problem, "allow") else {}
         self.send_json(problem.status, {"message": problem.message, "reason": problem.reason},
-                       allow)
+                       getattr(problem, "headers", {}))
 
     def created(self, model, kind, id):
         self.send_json(201, model,

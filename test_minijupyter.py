@@ -4670,9 +4670,13 @@ class Bridge(ServerCase):
                 (403, {"Authorization": None}), (403, {"Authorization": "token wrong"}),
                 (403, {"Origin": "http://evil.example", "Cookie": self.cookie(),
                        "Authorization": None}), (403, {"Host": "evil.example"}),
-                (400, {"Sec-WebSocket-Key": None}), (400, {"Upgrade": None})]:
+                (400, {"Sec-WebSocket-Key": None}), (400, {"Upgrade": None}),
+                (400, {"Sec-WebSocket-Key": "short"}), (400, {"Connection": "close"}),
+                (426, {"Sec-WebSocket-Version": "8"})]:
             with self.subTest(headers):
                 self.assertEqual(self.handshake(**headers).status, expected)
+        wrong_version = self.handshake(**{"Sec-WebSocket-Version": "8"})
+        self.assertEqual(wrong_version.headers["sec-websocket-version"], "13")
         nobody = "/api/kernels/00000000-0000-0000-0000-000000000000/channels"
         self.assertEqual(self.handshake(nobody).status, 404)
 
@@ -5859,6 +5863,64 @@ class FuzzedContents(ServerCase):
         self.assertEqual(torn, [])
 
 
+class FuzzedKernels(ServerCase):
+    """Whatever is asked of kernels and sessions, and whatever is said to a kernel."""
+
+    FIELDS = ["path", "name", "type", "kernel", "id", "kernel_id", "env"]
+
+    def bodies(st):
+        """What may stand in a request; no kernel is called like this."""
+        names = st.sampled_from(["", "none", "x.ipynb", "notebook", "../x", "é", "\0"])
+        values = st.one_of(names, json_values(st), st.dictionaries(
+            st.sampled_from(["id", "name", "x"]), names | json_values(st)))
+        wishes = st.dictionaries(st.sampled_from(FuzzedKernels.FIELDS), values)
+        return st.one_of(wishes, wishes, json_values(st)).map(
+            lambda body: {"name": "none", "kernel": {"name": "none"}, **body}
+            if isinstance(body, dict) else body)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.session = cls.server.post(
+            "/api/sessions", {"path": "x.ipynb", "type": "notebook"}).json["id"]
+
+    @fuzzed(lambda st: st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE"]),
+            lambda st: st.sampled_from([
+                "kernels", "kernels/{none}", "kernels/{none}/restart", "kernels/{none}/interrupt",
+                "sessions", "sessions", "sessions/{none}", "sessions/{ours}", "sessions/{ours}",
+                "sessions/x", "kernelspecs/x", "me?permissions={none}"]), bodies, examples=200)
+    def test_any_request_is_done_or_refused(self, method, path, body):
+        path = path.format(none="00000000-0000-0000-0000-000000000000", ours=self.session)
+        if method == "DELETE" and path.endswith(self.session):
+            return
+        if isinstance(body, dict) and not (body["kernel"] and body["name"]):
+            return   # this would start the default kernel
+        reply = self.server.request(method, f"/api/{path}", json.dumps(body))
+        self.assertTrue(reply.status < 500 or reply.status == 501, reply)   # 501: no such kernel
+        if reply.status >= 400:
+            self.assertTrue(reply.json["message"], reply)
+        self.assertEqual(self.server.get("/api/sessions").status, 200)
+
+    @fuzzed(lambda st: st.sampled_from(list(minijupyter.LAYOUTS)), lambda st: st.text(max_size=60)
+            | st.binary(max_size=60) | json_values(st).map(json.dumps), examples=300)
+    def test_any_websocket_message_is_decoded_or_refused(self, protocol, message):
+        decode, _ = minijupyter.LAYOUTS[protocol]
+        with contextlib.suppress(ValueError, IndexError, TypeError, KeyError):
+            decode(message)
+
+    @fuzzed(lambda st: st.sampled_from(list(minijupyter.LAYOUTS)), json_values,
+            lambda st: st.lists(st.binary(max_size=20), max_size=3), examples=200)
+    def test_a_message_comes_out_of_either_layout_as_it_went_in(self, protocol, value, buffers):
+        decode, splice = minijupyter.LAYOUTS[protocol]
+        parts = [{"msg_id": "1", "msg_type": "status"}, {}, {"any": value}, {"any": value}]
+        raw = [kernel.to_json(part) for part in parts]
+        opcode, payload = splice(minijupyter.Entry("iopub", raw, buffers))
+        message = decode(payload.decode() if opcode == TEXT else payload)
+        self.assertEqual([message[name] for name in (
+            "header", "parent_header", "metadata", "content")], [json.loads(part) for part in raw])
+        self.assertEqual((message["channel"], message["buffers"]), ("iopub", buffers))
+
+
 class FuzzedHttp(ServerCase):
     """Whatever comes in at the door: an answer or a closed door, and the others are served."""
 
@@ -6063,6 +6125,160 @@ class Chaos(ServerCase):
         self.assertEqual([pid for pid in self.pids if is_alive(pid)], [])
         self.assertFileIsWhole()
         self.assertGreater(rounds, 9)
+
+
+class PastFlaws(ServerCase):
+    """What once went wrong in Jupyter's servers, each under its number; those that other tests
+    tell are not repeated: foreign origins, paths to the root's neighbours, a kernel's folder."""
+
+    def setUp(self):
+        self.host = f"127.0.0.1:{self.server.port}"
+        reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
+        self.cookie = reply.headers["Set-Cookie"].partition(";")[0]
+
+    def with_cookie(self, method, path, body=None, **headers):
+        """A request as a browser sends it that has our cookie and not the token."""
+        return self.server.request(method, path, body, {
+            "Authorization": None, "Cookie": self.cookie, **headers})
+
+    def test_a_form_of_another_site_changes_nothing(self):
+        """CVE-2015-5607, CVE-2016-9971; without an Origin, too, which old browsers leave out, and
+        CVE-2026-40864: whatever the request claims to be."""
+        before = sorted(self.root.iterdir())
+        for headers in ({}, {"Origin": "null"}, {"Origin": "http://evil.example"},
+                        {"Referer": "http://evil.example/"}, {"Sec-Fetch-Mode": "no-cors"},
+                        {"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "cross-site", "Origin":
+                                                     f"http://{self.host}"}):
+            for path in ("/api/contents", "/api/kernels", "/api/sessions", "/api/shutdown"):
+                with self.subTest(path, **headers):
+                    reply = self.with_cookie("POST", path, "type=notebook&path=x", **{
+                        "Content-Type": "application/x-www-form-urlencoded", **headers})
+                    self.assertReply(reply, 403)
+        self.assertEqual(sorted(self.root.iterdir()), before)
+        self.assertEqual(self.server.get("/api/kernels").json, [])
+
+    def test_a_file_of_the_user_is_no_page_of_ours(self):
+        """CVE-2015-7337, CVE-2018-21030: a file that a browser would run is shut in a sandbox."""
+        script = "<script>fetch('/api/contents')</script>"
+        for name in ("evil.html", "evil.svg", "evil.xhtml", "evil.xml", "evil", "evil.js"):
+            (self.root / name).write_text(script)
+            reply = self.server.get(f"/files/{name}")
+            policy = reply.headers["Content-Security-Policy"].split(";")
+            self.assertEqual(policy[0], "sandbox allow-scripts", name)
+            self.assertEqual(reply.headers["X-Content-Type-Options"], "nosniff")
+        for path in ("/edit/evil.html", "/tree/evil.html", "/notebooks/evil.html"):
+            self.assertNotIn(script.encode(), self.server.get(path).body)
+        (self.root / "evil.ipynb").write_text(script)
+        self.assertIn("attachment", self.server.get("/files/evil.ipynb").headers[
+            "Content-Disposition"])
+
+    def test_a_name_cannot_become_part_of_a_page_or_a_header(self):
+        """CVE-2015-6938, CVE-2018-19352: here the names of files; a page gets them as JSON."""
+        name = "<img src=x onerror=alert(1)>\r\nSet-Cookie: a=b\".txt"
+        self.assertReply(self.server.put(f"/api/contents/{quote(name)}", {
+            "type": "file", "format": "text", "content": "x"}), 201)
+        reply = self.server.get(f"/files/{quote(name)}?download=1")
+        self.assertEqual((reply.status, reply.headers["Set-Cookie"]), (200, None))
+        listed = self.server.get("/api/contents")
+        self.assertEqual(listed.headers["Content-Type"], "application/json")
+        self.assertIn(name, [model["name"] for model in listed.json["content"]])
+        for path in (f"/tree/{quote(name)}", f"/x?{quote(name)}", f"/api/contents/no{quote(name)}"):
+            reply = self.server.get(path, Authorization=None)
+            self.assertNotIn(b"<img", reply.body)
+            self.assertIsNone(reply.headers["Set-Cookie"])
+
+    def test_no_other_site_may_include_what_is_ours(self):
+        """CVE-2019-9644, CVE-2023-40170: as a script, an image or a frame, with our cookie."""
+        (self.root / "secret.js").write_text("secret = 1")
+        for path in ("/files/secret.js", "/api/contents/secret.js", "/api/kernels", "/api/me"):
+            for site in ("cross-site", "same-site"):
+                with self.subTest(path, site=site):
+                    self.assertReply(self.with_cookie("GET", path, **{"Sec-Fetch-Site": site}), 403)
+            same = self.with_cookie("GET", path, **{"Sec-Fetch-Site": "same-origin"})
+            self.assertEqual(same.status, 200)
+            self.assertIn("frame-ancestors 'self'", same.headers["Content-Security-Policy"])
+            self.assertIsNone(same.headers["Access-Control-Allow-Origin"])
+
+    def test_secrets_are_in_no_error_and_on_no_screen(self):
+        """CVE-2022-24757, CVE-2022-24758: not in the log either when the server fails."""
+        secrets_ = [self.cookie.partition("=")[2], "c2VjcmV0", "other-secret"]
+        for path in ("/api/nothing", "/api/contents/none", "/files/none", "/api/contents?type=x",
+                     "/api/kernels/00000000-0000-0000-0000-000000000000/channels"):
+            for method in ("GET", "DELETE", "BREW"):
+                reply = self.with_cookie(method, path, **{
+                    "Authorization": "Basic c2VjcmV0", "Referer": "http://x/?token=other-secret"})
+                self.assertGreaterEqual(reply.status, 400)
+                for secret in [*secrets_, self.server.token]:
+                    self.assertNotIn(secret.encode(), reply.body)
+        for secret in secrets_:
+            self.assertNotIn(secret, self.server.process.output)
+
+    def test_a_hidden_file_is_hidden_by_its_exact_name_too(self):
+        """CVE-2022-29238."""
+        (self.root / ".hidden").mkdir()
+        for name in (".secret", ".hidden/secret.txt"):
+            (self.root / name).write_text("SECRET")
+            for prefix in ("/files/", "/api/contents/", "/api/contents/x/../"):
+                self.assertReply(self.server.get(f"{prefix}{name}"), 404)
+            model = {"type": "file", "format": "text", "content": "changed"}
+            self.assertReply(self.server.put(f"/api/contents/{name}", model), [400, 404])
+            self.assertReply(self.server.delete(f"/api/contents/{name}"), [400, 404])
+            self.assertReply(self.server.patch(f"/api/contents/{name}", {"path": "x"}), [400, 404])
+            self.assertReply(self.server.post("/api/contents", {"copy_from": name}), [400, 404])
+            self.assertEqual((self.root / name).read_text(), "SECRET")
+
+    def test_the_files_that_hold_tokens_and_keys_cannot_be_read_from_the_root(self):
+        """CVE-2022-29241: when the root is the home folder, Jupyter's own files lie below it."""
+        home = self.folder()
+        runtime = home / "root" / ".local" / "share" / "jupyter" / "runtime"
+        server = self.own_server(home, env={"JUPYTER_RUNTIME_DIR": str(runtime)})
+        kernel_id = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
+        self.addCleanup(server.delete, f"/api/kernels/{kernel_id}")
+        files = [path for path in runtime.iterdir() if path.is_file()]
+        self.assertGreaterEqual(len(files), 1)
+        for path in files:
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+            relative = path.relative_to(server.root)
+            for prefix in ("/files/", "/api/contents/"):
+                self.assertEqual(server.get(f"{prefix}{relative}").status, 404)
+
+    def test_an_error_shows_no_path_and_no_traceback(self):
+        """CVE-2023-49080: not even one that nobody foresaw."""
+        with tempfile.TemporaryDirectory() as root, unittest.mock.patch.object(
+                minijupyter.Handler, "status", side_effect=RuntimeError(f"in {root}")), \
+                contextlib.redirect_stderr(io.StringIO()) as log:
+            server = minijupyter.Server(root, "127.0.0.1", 0, "secret")
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            client = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
+            client.request("GET", "/api/status", headers={"Authorization": "token secret"})
+            reply = Reply(client.getresponse())
+            client.close()
+            server.shutdown()
+            server.server_close()
+            thread.join()
+        self.assertEqual(reply.status, 500)
+        self.assertNotIn(root, reply.body.decode())
+        self.assertNotIn("Traceback", reply.body.decode())
+        self.assertIn("RuntimeError", log.getvalue())   # who runs the server may know
+
+    def test_nobody_makes_the_server_touch_a_path_before_the_token(self):
+        """CVE-2024-35178: on Windows a look at a foreign path gives the user's password hash."""
+        for path in ("//evil.example/share/x", "\\\\evil.example\\share\\x", "/etc/passwd",
+                     "C:\\Windows\\win.ini"):
+            for prefix in ("/files/", "/api/contents/", "/kernelspecs/python3/", "/tree/"):
+                url = prefix + quote(path, safe="")
+                with self.subTest(url):
+                    self.assertIn(self.server.get(url, Authorization=None).status, (302, 403, 404))
+                    if prefix != "/tree/":
+                        self.assertReply(self.server.get(url), [400, 404])
+
+    def test_a_root_that_is_the_whole_disk_has_no_outside(self):
+        """CVE-2026-5422: "/" ends with its own separator."""
+        contents = minijupyter.Contents(os.sep)
+        self.assertEqual(contents.resolve("etc"), os.path.join(os.sep, "etc"))
+        self.assertTrue(minijupyter.is_within("/etc", "/"))
+        self.assertFalse(minijupyter.is_within("/root-sibling", "/root"))
 
 
 # ---- 9. The page, in Chromium ------------------------------------------------------
