@@ -81,8 +81,12 @@ class Problem(Exception):
 
 
 def iso(seconds):
-    """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds. What no
+    calendar has (a file may claim any time) is the beginning of 1970."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    except (ValueError, OverflowError, OSError):
+        return iso(0)
 
 
 def log(text):
@@ -323,6 +327,10 @@ def upgrade_output(old):
     return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
 
 
+def short_hash(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+
+
 def with_ids(cells):
     """The cells, each with a unique id; a missing one is made from place and source, so the same
     file gives the same ids every time."""
@@ -330,7 +338,7 @@ def with_ids(cells):
     for number, cell in enumerate(cells):
         if not isinstance(cell.get("id"), str) or cell["id"] in seen:
             text = f"{number} {join(cell.get('source', ''))}"
-            cell = {**cell, "id": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]}
+            cell = {**cell, "id": short_hash(text)}
         seen.add(cell["id"])
         result.append(cell)
     return result
@@ -464,7 +472,8 @@ def in_javascript(value):
 # ---- 2. Contents: files and folders below the root --------------------------------------------
 #
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
-# path to the disk: nothing outside the root, no hidden file and no link that leads out passes it.
+# path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing of
+# Jupyter's runtime folder (tokens and keys) passes it.
 # A file is written whole or not at all: into a temporary file beside it, which then takes its
 # place.
 
@@ -474,31 +483,41 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
 
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
+LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
 
 
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
 
-    def __init__(self, root):
-        self.root = os.path.realpath(root)
+    def __init__(self, root, allow_hidden=False, private=()):
+        """`private`: folders that are out of reach even when they lie below the root."""
+        self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
+        self.private = [os.path.realpath(folder) for folder in private]
         self.lock = threading.Lock()   # between the look at a file and its replacement
 
     def resolve(self, path):
         """The absolute path on disk of an API path that need not exist."""
         names = [name for name in path.split("/") if name]
         absolute = os.path.join(self.root, *names)
-        if not all(map(is_visible, names)):
+        if not all(map(self.is_visible, names)):
             raise Problem(404, f"No such file or folder: {path}")
         return self.kept_inside(absolute, path)
 
     def kept_inside(self, absolute, path):
         """`absolute`, unless it leads out of the root, or to a pipe or the like."""
-        is_odd = os.path.exists(absolute) and not os.path.isfile(absolute) \
-            and not os.path.isdir(absolute)
-        if is_odd or not is_within(os.path.realpath(absolute), self.root):
+        real = os.path.realpath(absolute)
+        is_odd = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
+        is_private = any(is_within(real, folder) for folder in self.private)
+        if is_odd or is_private or not is_within(real, self.root):
             raise Problem(404, f"No such file or folder: {path}")
         return absolute
+
+    def is_visible(self, name):
+        """False for hidden files and for what is no file name: with NUL, "\\", half a surrogate."""
+        is_hidden = name.startswith(".") or name == "__pycache__"
+        is_plain = name.encode("utf-8", "replace").decode() == name and name not in (".", "..")
+        return is_plain and not {"\0", "\\"} & {*name} and (self.allow_hidden or not is_hidden)
 
     def existing(self, path):
         absolute = self.resolve(path)
@@ -541,10 +560,10 @@ class Contents:
         """Models of a folder's visible files and folders, in the order of their names."""
         models = []
         for name in sorted(os.listdir(absolute), key=str.casefold):
-            below = os.path.join(absolute, name)
-            is_ours = is_within(os.path.realpath(below), self.root)
-            if is_visible(name) and is_ours and (os.path.isdir(below) or os.path.isfile(below)):
-                models.append(self.model(f"{path}/{name}", below))
+            if name.endswith(LEFTOVERS) and not self.allow_hidden:
+                continue
+            with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
+                models.append(self.model(f"{path}/{name}", self.existing(f"{path}/{name}")))
         return models
 
     def content(self, path, kind, form, data):
@@ -576,6 +595,8 @@ class Contents:
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
+        if model.get("copy_from"):
+            raise Problem(400, "A copy is made with POST")
         with self.lock:
             is_new = not os.path.exists(absolute)
             if kind == "directory":
@@ -610,7 +631,7 @@ class Contents:
                 is_new = content is None and not old   # without content only a new file may be
                 return write_notebook(new_notebook() if is_new else content, old)
             if form == "base64":
-                return base64.b64decode(content or "", validate=True)
+                return base64.b64decode("".join((content or "").split()), validate=True)
             return (content or "").encode()
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
@@ -627,14 +648,16 @@ class Contents:
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
         folder, name = os.path.split(absolute)
-        part = self.kept_inside(os.path.join(folder, f".{name}.upload"), path)
+        part = self.kept_inside(os.path.join(folder, f".{short_hash(name)}.upload"), path)
         data = self.encode(path, model, None)
         with self.lock:
             is_new = not os.path.exists(absolute)
-            with open(part, "wb" if number == 1 else "ab") as file:
-                file.write(data)
-            if number == -1:
-                os.replace(part, absolute)
+            if number != 1 and not os.path.exists(part):
+                raise Problem(400, "An upload begins with chunk 1")
+            with removed_on_error(part):
+                write_through(part, data, "wb" if number == 1 else "ab")
+                if number == -1:
+                    put_in_place(part, absolute)
         return self.model(path, absolute if number == -1 else part), is_new and number == -1
 
     # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
@@ -697,14 +720,17 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file, named `name-Copy1.ext`."""
+        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`."""
         absolute = self.existing(source)
         if os.path.isdir(absolute):
             raise Problem(400, f"{source} is a folder")
-        stem, extension = os.path.splitext(os.path.basename(source))
-        stem = re.sub(r"-Copy\d*$", "", stem)
+        if not os.path.isdir(self.existing(folder)):
+            raise Problem(400, f"{folder} is not a folder")
+        # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
+        name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
+        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
         with self.lock:
-            path = self.free_name(folder, f"{stem}-Copy", extension, "", 1)
+            path = self.free_name(folder, stem, dot + extension, "-Copy", 0)
             write_atomically(self.resolve(path), self.read(absolute))
         return self.model(path, self.resolve(path))
 
@@ -716,6 +742,8 @@ class Contents:
         with self.lock:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
+            if any(is_within(folder, os.path.realpath(old)) for folder in self.private):
+                raise Problem(403, f"{path} holds what this server needs")
             if not os.path.isdir(os.path.dirname(new)):
                 raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
             saved = self.checkpoint_path(path)
@@ -731,7 +759,7 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):   # as a rule there is none
                 os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
         if {*os.listdir(absolute)} - {".ipynb_checkpoints", "__pycache__", ".DS_Store"}:
@@ -757,27 +785,37 @@ def is_within(real, root):
     return real == root or real.startswith(os.path.join(root, ""))
 
 
-def is_visible(name):
-    """False for hidden files and for what is no file name: with NUL, "\\" or half a surrogate."""
-    is_plain = name.encode("utf-8", "replace").decode() == name
-    return is_plain and not name.startswith(".") and not {"\0", "\\"} & {*name} \
-        and name != "__pycache__"
-
-
 def write_atomically(path, data):
     """Replace a file's bytes or, if that fails, change nothing. Mode and symbolic link stay."""
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=".", suffix=".saving", dir=os.path.dirname(os.path.realpath(path)))
+    with removed_on_error(temporary):
+        write_through(descriptor, data)
+        put_in_place(temporary, path)
+
+
+def write_through(target, data, mode="wb"):
+    """Write to a path or descriptor; the bytes are then on the disk, not only on their way."""
+    with open(target, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_in_place(temporary, path):
+    """Let a file take the place of the one at `path`, or of what that links to."""
     target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".saving", dir=folder)
+    os.chmod(temporary, mode_for(target))
+    os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def removed_on_error(path):
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode_for(target))
-        os.replace(temporary, target)
+        yield
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise
 
 
@@ -2400,7 +2438,7 @@ class Bridge:
 # here: DNS rebinding), does the client know the token, and does a browser's request come from our
 # own page?
 
-ROUTES = [(method, re.compile(pattern + "$"), name) for method, pattern, name in (
+ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
@@ -2922,7 +2960,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((ip, port), Handler)
         self.ip, self.token, self.started = ip, token, time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
-        self.contents = Contents(root)
+        self.contents = Contents(root, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
         self.cookie_name = f"minijupyter-{self.server_port}"   # cookies do not know ports
