@@ -367,21 +367,27 @@ class Layout:
 
     def write(self, value, depth):
         if isinstance(value, dict):
-            return self.enclose("{}", depth, [f"{to_text(key)}: {self.write(part, depth + 1)}"
-                                              for key, part in self.in_order(value)])
+            return "".join(self.enclose("{}", depth, [
+                f"{to_text(key)}: {self.write(part, depth + 1)}"
+                for key, part in self.in_order(value)]))
         if isinstance(value, list):
-            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+            return "".join(self.enclose("[]", depth, [
+                self.write(part, depth + 1) for part in value]))
         return to_text(value)
 
     def in_order(self, members):
         return sorted(members.items()) if self.is_sorted else members.items()
 
     def enclose(self, brackets, depth, texts):
-        if not texts:
-            return brackets
+        """The texts with brackets and commas around them, as a list: the cells of a large notebook
+        should be put together once, at the end."""
         outer = self.newline + self.step * depth
         inner = outer + self.step
-        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
+        pieces = [brackets[0] + inner]
+        for text in texts:
+            pieces += (text, f",{inner}")
+        pieces[-1] = outer + brackets[1] if len(pieces) > 1 else brackets
+        return pieces
 
 
 def write_notebook(notebook, old=None):
@@ -407,14 +413,18 @@ def file_or_none(data):
 def rewritten(notebook, file):
     """The bytes of a changed notebook, with the texts of what did not change."""
     layout = Layout(file)
-    texts = {"cells": layout.enclose("[]", 1, [*cell_texts(notebook["cells"], file, layout)])}
+    texts = {"cells": layout.enclose("[]", 1, cell_texts(notebook["cells"], file, layout))}
     for key, value in notebook.items():
         if key != "cells":
             is_kept = file and key in file.places and same(file.notebook[key], value)
-            texts[key] = file.text[file.places[key]] if is_kept else layout.write(value, 1)
+            texts[key] = [file.text[file.places[key]] if is_kept else layout.write(value, 1)]
     keys = sorted(texts) if layout.is_sorted else dict.fromkeys([*file.places, *texts])
-    members = [f"{to_text(key)}: {texts[key]}" for key in keys if key in texts]
-    return encode_text(layout.start + layout.enclose("{}", 0, members) + layout.end)
+    pieces, margin = [], layout.newline + layout.step
+    for key in keys:
+        if key in texts:
+            pieces += [("," if pieces else layout.start + "{") + margin, f"{to_text(key)}: "]
+            pieces += texts[key]
+    return encode_text("".join([*pieces, layout.newline, "}", layout.end]))
 
 
 def cell_texts(cells, file, layout):
