@@ -81,8 +81,12 @@ class Problem(Exception):
 
 
 def iso(seconds):
-    """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds."""
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds. What no
+    calendar has (a file may claim any time) is the beginning of 1970."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    except (ValueError, OverflowError, OSError):
+        return iso(0)
 
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -330,6 +334,10 @@ def upgrade_output(old):
     return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
 
 
+def short_hash(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+
+
 def with_ids(cells):
     """The cells, each with a unique id; a missing one is made from place and source, so the same
     file gives the same ids every time."""
@@ -337,7 +345,7 @@ def with_ids(cells):
     for number, cell in enumerate(cells):
         if not isinstance(cell.get("id"), str) or cell["id"] in seen:
             text = f"{number} {join(cell.get('source', ''))}"
-            cell = {**cell, "id": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]}
+            cell = {**cell, "id": short_hash(text)}
         seen.add(cell["id"])
         result.append(cell)
     return result
@@ -366,21 +374,27 @@ class Layout:
 
     def write(self, value, depth):
         if isinstance(value, dict):
-            return self.enclose("{}", depth, [f"{to_text(key)}: {self.write(part, depth + 1)}"
-                                              for key, part in self.in_order(value)])
+            return "".join(self.enclose("{}", depth, [
+                f"{to_text(key)}: {self.write(part, depth + 1)}"
+                for key, part in self.in_order(value)]))
         if isinstance(value, list):
-            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+            return "".join(self.enclose("[]", depth, [
+                self.write(part, depth + 1) for part in value]))
         return to_text(value)
 
     def in_order(self, members):
         return sorted(members.items()) if self.is_sorted else members.items()
 
     def enclose(self, brackets, depth, texts):
-        if not texts:
-            return brackets
+        """The texts with brackets and commas around them, as a list: the cells of a large notebook
+        should be put together once, at the end."""
         outer = self.newline + self.step * depth
         inner = outer + self.step
-        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
+        pieces = [brackets[0] + inner]
+        for text in texts:
+            pieces += (text, f",{inner}")
+        pieces[-1] = outer + brackets[1] if len(pieces) > 1 else brackets
+        return pieces
 
 
 def write_notebook(notebook, old=None):
@@ -406,14 +420,18 @@ def file_or_none(data):
 def rewritten(notebook, file):
     """The bytes of a changed notebook, with the texts of what did not change."""
     layout = Layout(file)
-    texts = {"cells": layout.enclose("[]", 1, [*cell_texts(notebook["cells"], file, layout)])}
+    texts = {"cells": layout.enclose("[]", 1, cell_texts(notebook["cells"], file, layout))}
     for key, value in notebook.items():
         if key != "cells":
             is_kept = file and key in file.places and same(file.notebook[key], value)
-            texts[key] = file.text[file.places[key]] if is_kept else layout.write(value, 1)
+            texts[key] = [file.text[file.places[key]] if is_kept else layout.write(value, 1)]
     keys = sorted(texts) if layout.is_sorted else dict.fromkeys([*file.places, *texts])
-    members = [f"{to_text(key)}: {texts[key]}" for key in keys if key in texts]
-    return encode_text(layout.start + layout.enclose("{}", 0, members) + layout.end)
+    pieces, margin = [], layout.newline + layout.step
+    for key in keys:
+        if key in texts:
+            pieces += [("," if pieces else layout.start + "{") + margin, f"{to_text(key)}: "]
+            pieces += texts[key]
+    return encode_text("".join([*pieces, layout.newline, "}", layout.end]))
 
 
 def cell_texts(cells, file, layout):
@@ -471,7 +489,8 @@ def in_javascript(value):
 # ---- 2. Contents: files and folders below the root --------------------------------------------
 #
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
-# path to the disk: nothing outside the root, no hidden file and no link that leads out passes it.
+# path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing of
+# Jupyter's runtime folder (tokens and keys) passes it.
 # A file is written whole or not at all: into a temporary file beside it, which then takes its
 # place.
 
@@ -481,31 +500,41 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
 
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
+LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
 
 
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
 
-    def __init__(self, root):
-        self.root = os.path.realpath(root)
+    def __init__(self, root, allow_hidden=False, private=()):
+        """`private`: folders that are out of reach even when they lie below the root."""
+        self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
+        self.private = [os.path.realpath(folder) for folder in private]
         self.lock = threading.Lock()   # between the look at a file and its replacement
 
     def resolve(self, path):
         """The absolute path on disk of an API path that need not exist."""
         names = [name for name in path.split("/") if name]
         absolute = os.path.join(self.root, *names)
-        if not all(map(is_visible, names)):
+        if not all(map(self.is_visible, names)):
             raise Problem(404, f"No such file or folder: {path}")
         return self.kept_inside(absolute, path)
 
     def kept_inside(self, absolute, path):
         """`absolute`, unless it leads out of the root, or to a pipe or the like."""
-        is_odd = os.path.exists(absolute) and not os.path.isfile(absolute) \
-            and not os.path.isdir(absolute)
-        if is_odd or not is_within(os.path.realpath(absolute), self.root):
+        real = os.path.realpath(absolute)
+        is_odd = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
+        is_private = any(is_within(real, folder) for folder in self.private)
+        if is_odd or is_private or not is_within(real, self.root):
             raise Problem(404, f"No such file or folder: {path}")
         return absolute
+
+    def is_visible(self, name):
+        """False for hidden files and for what is no file name: with NUL, "\\", half a surrogate."""
+        is_hidden = name.startswith(".") or name == "__pycache__"
+        is_plain = name.encode("utf-8", "replace").decode() == name and name not in (".", "..")
+        return is_plain and not {"\0", "\\"} & {*name} and (self.allow_hidden or not is_hidden)
 
     def existing(self, path):
         absolute = self.resolve(path)
@@ -548,10 +577,10 @@ class Contents:
         """Models of a folder's visible files and folders, in the order of their names."""
         models = []
         for name in sorted(os.listdir(absolute), key=str.casefold):
-            below = os.path.join(absolute, name)
-            is_ours = is_within(os.path.realpath(below), self.root)
-            if is_visible(name) and is_ours and (os.path.isdir(below) or os.path.isfile(below)):
-                models.append(self.model(f"{path}/{name}", below))
+            if name.endswith(LEFTOVERS) and not self.allow_hidden:
+                continue
+            with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
+                models.append(self.model(f"{path}/{name}", self.existing(f"{path}/{name}")))
         return models
 
     def content(self, path, kind, form, data):
@@ -583,6 +612,8 @@ class Contents:
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
+        if model.get("copy_from"):
+            raise Problem(400, "A copy is made with POST")
         with self.lock:
             is_new = not os.path.exists(absolute)
             if kind == "directory":
@@ -617,7 +648,7 @@ class Contents:
                 is_new = content is None and not old   # without content only a new file may be
                 return write_notebook(new_notebook() if is_new else content, old)
             if form == "base64":
-                return base64.b64decode(content or "", validate=True)
+                return base64.b64decode("".join((content or "").split()), validate=True)
             return (content or "").encode()
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
@@ -634,14 +665,16 @@ class Contents:
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
         folder, name = os.path.split(absolute)
-        part = self.kept_inside(os.path.join(folder, f".{name}.upload"), path)
+        part = self.kept_inside(os.path.join(folder, f".{short_hash(name)}.upload"), path)
         data = self.encode(path, model, None)
         with self.lock:
             is_new = not os.path.exists(absolute)
-            with open(part, "wb" if number == 1 else "ab") as file:
-                file.write(data)
-            if number == -1:
-                os.replace(part, absolute)
+            if number != 1 and not os.path.exists(part):
+                raise Problem(400, "An upload begins with chunk 1")
+            with removed_on_error(part):
+                write_through(part, data, "wb" if number == 1 else "ab")
+                if number == -1:
+                    put_in_place(part, absolute)
         return self.model(path, absolute if number == -1 else part), is_new and number == -1
 
     # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
@@ -704,14 +737,17 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file, named `name-Copy1.ext`."""
+        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`."""
         absolute = self.existing(source)
         if os.path.isdir(absolute):
             raise Problem(400, f"{source} is a folder")
-        stem, extension = os.path.splitext(os.path.basename(source))
-        stem = re.sub(r"-Copy\d*$", "", stem)
+        if not os.path.isdir(self.existing(folder)):
+            raise Problem(400, f"{folder} is not a folder")
+        # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
+        name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
+        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
         with self.lock:
-            path = self.free_name(folder, f"{stem}-Copy", extension, "", 1)
+            path = self.free_name(folder, stem, dot + extension, "-Copy", 0)
             write_atomically(self.resolve(path), self.read(absolute))
         return self.model(path, self.resolve(path))
 
@@ -723,6 +759,8 @@ class Contents:
         with self.lock:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
+            if any(is_within(folder, os.path.realpath(old)) for folder in self.private):
+                raise Problem(403, f"{path} holds what this server needs")
             if not os.path.isdir(os.path.dirname(new)):
                 raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
             saved = self.checkpoint_path(path)
@@ -738,7 +776,7 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):   # as a rule there is none
                 os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
         if {*os.listdir(absolute)} - {".ipynb_checkpoints", "__pycache__", ".DS_Store"}:
@@ -764,27 +802,37 @@ def is_within(real, root):
     return real == root or real.startswith(os.path.join(root, ""))
 
 
-def is_visible(name):
-    """False for hidden files and for what is no file name: with NUL, "\\" or half a surrogate."""
-    is_plain = name.encode("utf-8", "replace").decode() == name
-    return is_plain and not name.startswith(".") and not {"\0", "\\"} & {*name} \
-        and name != "__pycache__"
-
-
 def write_atomically(path, data):
     """Replace a file's bytes or, if that fails, change nothing. Mode and symbolic link stay."""
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=".", suffix=".saving", dir=os.path.dirname(os.path.realpath(path)))
+    with removed_on_error(temporary):
+        write_through(descriptor, data)
+        put_in_place(temporary, path)
+
+
+def write_through(target, data, mode="wb"):
+    """Write to a path or descriptor; the bytes are then on the disk, not only on their way."""
+    with open(target, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_in_place(temporary, path):
+    """Let a file take the place of the one at `path`, or of what that links to."""
     target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".saving", dir=folder)
+    os.chmod(temporary, mode_for(target))
+    os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def removed_on_error(path):
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode_for(target))
-        os.replace(temporary, target)
+        yield
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise
 
 
@@ -2522,7 +2570,7 @@ class Access:
 # groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
 # nothing. To add an endpoint, add a row and a method.
 
-ROUTES = [(method, re.compile(rf"(?s:{pattern})\Z"), name) for method, pattern, name in (
+ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern, name in (
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
@@ -3143,14 +3191,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # connections do not keep the program alive
     request_queue_size = 128    # connections that may wait to be accepted
 
-    def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None):
+    def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None,
+                 allow_hidden=False):
         """`tls` is an ssl.SSLContext or None. Raises OSError when it cannot listen there."""
         super().__init__((ip, port), Handler)
         self.ip, self.base_url, self.tls = ip, base_url, tls
         self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
-        self.contents = Contents(root)
+        self.contents = Contents(root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
         self.config = Config(os.path.join(JUPYTER_CONFIG, "nbconfig"))
@@ -3273,7 +3322,7 @@ def open_server(arguments):
     for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
         try:
             return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
-                          arguments.base_url, tls)
+                          arguments.base_url, tls, arguments.allow_hidden)
         except (OSError, OverflowError) as problem:
             if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
                 reason = getattr(problem, "strerror", None) or problem

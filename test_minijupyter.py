@@ -3682,6 +3682,236 @@ class NotebookFiles(ServerCase):
         self.assertReply(self.server.put("/api/contents/saved.ipynb", body), 400)
 
 
+NAMES = ["Übung.txt", "данные.csv", "資料.txt", "データ.ipynb", "데이터.txt", "ข้อมูล.txt",
+         "नमूना.txt", "بيانات.txt", "נתונים.txt", "ελληνικά.txt", "ქართული.txt",
+         "😀👩\u200d🚀.txt", "\xe9.txt", "e\u0301.txt", "two words.txt", " around ",
+         "100%.txt", "%2e%2e%2fx.txt", "a#b?c&d=e+f;g.txt", "quote'\".txt", "<b>bold.txt",
+         "$HOME `id`.txt", "a\tb\nc.txt", "new line\n", "no_extension",
+         "\u202eright to left.txt", "x" * 251 + ".txt"]
+
+
+class Files(ServerCase):
+    """One folder of files, as strange as they come."""
+
+    def save(self, path, content="new", server=None, **model):
+        model = {"type": "file", "format": "text", "content": content, **model}
+        return (server or self.server).put(f"/api/contents/{quote(path)}", model)
+
+    def names(self, folder=""):
+        listing = self.assertReply(self.server.get(f"/api/contents/{quote(folder)}"), 200)
+        return [model["name"] for model in listing.json["content"]]
+
+    def test_names_of_every_alphabet_are_saved_listed_read_renamed_and_deleted(self):
+        (self.root / "names").mkdir()
+        for name in NAMES:
+            with self.subTest(name):
+                address = f"/api/contents/names/{quote(name)}"
+                model = self.assertReply(self.save(f"names/{name}", type="file"), 201).json
+                self.assertEqual((model["name"], model["path"]), (name, f"names/{name}"))
+                self.assertEqual((self.root / "names" / name).read_text(), "new")
+                self.assertIn(name, self.names("names"))
+                self.assertEqual(self.server.get(address + "?type=file").json["content"], "new")
+                self.assertEqual(self.server.get(f"/files/names/{quote(name)}").body, b"new")
+                self.assertReply(self.server.patch(address, {"path": "names/other"}), 200)
+                self.assertReply(self.server.patch("/api/contents/names/other", {
+                    "path": f"names/{name}"}), 200)
+                self.assertReply(self.server.delete(address), 204)
+                self.assertEqual(self.names("names"), [])
+
+    def test_a_name_that_the_disk_cannot_take_is_refused(self):
+        for name in ("x" * 300, "\0", "a\0b", "a\\b"):
+            with self.subTest(name):
+                self.assertReply(self.save(name), [400, 404])
+
+    def test_a_listing_hides_what_jupyter_hides_and_survives_what_cannot_be_shown(self):
+        folder = self.root / "listing"
+        for name in ("shown.py", ".hidden", "shown.py~", "old.pyc", ".DS_Store"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("")
+        (folder / "__pycache__").mkdir()
+        (folder / "broken link").symlink_to("nowhere")
+        (folder / "endless link").symlink_to("endless link")
+        (folder / "good link.py").symlink_to("shown.py")
+        os.mkfifo(folder / "pipe")
+        (folder / b"not utf-8 \xff".decode("utf-8", "surrogateescape")).write_text("")
+        os.utime(folder / "shown.py", (1 << 33, 1 << 33))
+        self.assertEqual(self.names("listing"), ["good link.py", "shown.py"])
+
+    def test_a_hidden_file_is_neither_read_nor_written_nor_moved_to(self):
+        (self.root / ".secret").write_text("SECRET")
+        (self.root / ".folder").mkdir()
+        (self.root / "seen.txt").write_text("seen")
+        for path in (".secret", ".folder/x.txt", ".new", "a/.b/c.txt"):
+            with self.subTest(path):
+                self.assertReply(self.server.get(f"/api/contents/{path}"), 404)
+                self.assertReply(self.server.get(f"/files/{path}"), 404)
+                self.assertReply(self.save(path), [400, 404])
+                self.assertReply(self.server.delete(f"/api/contents/{path}"), 404)
+                self.assertReply(self.server.post("/api/contents/", {"copy_from": path}), 404)
+                self.assertReply(self.server.patch("/api/contents/seen.txt", {"path": path}),
+                                 [400, 404])
+        self.assertEqual((self.root / ".secret").read_text(), "SECRET")
+
+    def test_hidden_files_are_served_when_they_are_asked_for(self):
+        root = self.folder()
+        (root / ".hidden").write_text("x")
+        contents = minijupyter.Contents(root, allow_hidden=True)
+        self.assertEqual(contents.get(".hidden")["content"], "x")
+        self.assertEqual([m["name"] for m in contents.get("")["content"]], [".hidden"])
+        for path in ("..", ".", "../x", "a/../.hidden"):
+            with self.assertRaises(minijupyter.Problem):
+                contents.resolve(path)
+
+    def test_tokens_and_keys_below_the_root_are_out_of_reach(self):   # CVE-2022-29241
+        root = self.folder()
+        runtime = root / "root" / "jupyter" / "runtime"
+        server = self.own_server(root, env={"JUPYTER_RUNTIME_DIR": str(runtime)})
+        kernel_id = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
+        self.assertTrue((runtime / f"kernel-{kernel_id}.json").exists())
+        (server.root / "link").symlink_to(runtime)
+        listing = server.get("/api/contents/jupyter").json
+        self.assertEqual(listing["content"], [])
+        for path in ("jupyter/runtime", f"jupyter/runtime/kernel-{kernel_id}.json", "link",
+                     f"link/kernel-{kernel_id}.json"):
+            with self.subTest(path):
+                self.assertReply(server.get(f"/api/contents/{path}"), 404)
+                self.assertReply(server.get(f"/files/{path}"), 404)
+                self.assertReply(server.post("/api/contents/", {"copy_from": path}), 404)
+                self.assertReply(server.patch(f"/api/contents/{path}", {"path": "moved"}), 404)
+                self.assertReply(server.delete(f"/api/contents/{path}"), 404)
+        self.assertReply(server.patch("/api/contents/jupyter", {"path": "moved"}), 403)
+        self.assertReply(self.save("jupyter/runtime/new.json", server=server), 404)
+
+    @unittest.skipUnless(sys.platform == "linux", "to lose root's rights takes Linux")
+    def test_what_the_disk_does_not_permit_is_forbidden(self):
+        def without_roots_rights():
+            import ctypes
+            for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+                ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)   # PR_CAPBSET_DROP
+
+        server = self.own_server(preexec_fn=without_roots_rights)
+        for name in ("file.txt", "folder/file.txt", "closed/file.txt"):
+            (server.root / name).parent.mkdir(exist_ok=True)
+            (server.root / name).write_text("old")
+        (server.root / "file.txt").chmod(0)
+        (server.root / "folder").chmod(0o555)
+        (server.root / "closed").chmod(0)
+        self.addCleanup((server.root / "folder").chmod, 0o755)
+        self.addCleanup((server.root / "closed").chmod, 0o755)
+        self.assertReply(server.get("/api/contents/file.txt"), 403)
+        self.assertReply(server.get("/files/file.txt"), 403)
+        self.assertReply(server.get("/api/contents/closed"), 403)
+        self.assertFalse(server.get("/api/contents/folder?content=0").json["writable"])
+        self.assertReply(self.save("folder/file.txt", server=server), 403)
+        self.assertReply(self.save("folder/new.txt", server=server), 403)
+        self.assertReply(server.delete("/api/contents/folder/file.txt"), 403)
+        self.assertReply(server.post("/api/contents/folder", {"type": "notebook"}), 403)
+        self.assertReply(server.patch("/api/contents/folder/file.txt", {"path": "x.txt"}), 403)
+        self.assertReply(server.post("/api/contents/folder/file.txt/checkpoints"), 403)
+        self.assertEqual((server.root / "folder" / "file.txt").read_text(), "old")
+        self.assertReply(server.get("/api/contents/"), 200)
+
+    def test_a_copy_gets_a_name_of_its_own(self):
+        (self.root / "copies").mkdir()
+        (self.root / "elsewhere").mkdir()
+        for name, copies in {
+                "a.b.ipynb": ["a.b-Copy1.ipynb", "a.b-Copy2.ipynb"],
+                "x.tar.gz": ["x-Copy1.tar.gz", "x-Copy2.tar.gz"],
+                "plain": ["plain-Copy1", "plain-Copy2"],
+                "y-Copy3.txt": ["y.txt", "y-Copy1.txt"]}.items():
+            (self.root / "copies" / name).write_text(name)
+            for folder, copy in zip(("copies", "copies", "elsewhere"),
+                                    [*copies, re.sub("-Copy3", "", name)], strict=True):
+                with self.subTest(copy, folder=folder):
+                    reply = self.server.post(f"/api/contents/{folder}",
+                                             {"copy_from": f"copies/{name}"})
+                    model = self.assertReply(reply, 201).json
+                    self.assertEqual(model["path"], f"{folder}/{copy}")
+                    self.assertEqual(reply.headers["Location"], f"/api/contents/{folder}/{copy}")
+                    self.assertEqual((self.root / folder / copy).read_text(), name)
+
+    def test_what_cannot_be_copied_is_refused(self):
+        (self.root / "file to copy").write_text("")
+        (self.root / "folder to copy").mkdir()
+        for source, folder, status in (("folder to copy", "", 400), ("missing", "", 404),
+                                       ("file to copy", "missing", 404),
+                                       ("file to copy", "file to copy", 400)):
+            with self.subTest(source, folder=folder):
+                self.assertReply(self.server.post(f"/api/contents/{quote(folder)}",
+                                                  {"copy_from": source}), status)
+        self.assertReply(self.save("x.txt", copy_from="file to copy"), 400)
+
+    def test_a_checkpoint_is_made_restored_and_deleted(self):
+        (self.root / "kept.txt").write_text("first")
+        address = "/api/contents/kept.txt/checkpoints"
+        self.assertEqual(self.server.get(address).json, [])
+        made = self.assertReply(self.server.post(address), 201).json
+        self.assertEqual(self.server.get(address).json, [made])
+        self.assertEqual(set(made), {"id", "last_modified"})
+        self.assertEqual((self.root / ".ipynb_checkpoints" / "kept-checkpoint.txt").read_text(),
+                         "first")
+        self.assertReply(self.save("kept.txt", "second"), 200)
+        self.assertReply(self.server.post(f"{address}/{made['id']}"), 204)
+        self.assertEqual((self.root / "kept.txt").read_text(), "first")
+        self.assertReply(self.server.delete(f"{address}/{made['id']}"), 204)
+        self.assertEqual(self.server.get(address).json, [])
+        for reply in (self.server.post(f"{address}/{made['id']}"),
+                      self.server.delete(f"{address}/{made['id']}"),
+                      self.server.post(f"{address}/..%2fkept"),
+                      self.server.post("/api/contents/missing.txt/checkpoints")):
+            self.assertReply(reply, 404)
+
+    def test_a_checkpoint_goes_along_with_its_file_and_ends_with_it(self):
+        (self.root / "moves.txt").write_text("x")
+        self.server.post("/api/contents/moves.txt/checkpoints")
+        self.server.patch("/api/contents/moves.txt", {"path": "moved.txt"})
+        address = "/api/contents/moved.txt/checkpoints"
+        self.assertEqual(len(self.server.get(address).json), 1)
+        self.server.delete("/api/contents/moved.txt")
+        (self.root / "moved.txt").write_text("another")
+        self.assertEqual(self.server.get(address).json, [])
+
+    def test_a_large_upload_comes_in_chunks_and_takes_its_place_at_the_end(self):
+        (self.root / "target.bin").write_bytes(b"old")
+        (self.root / "target.bin").chmod(0o640)
+        (self.root / "upload.bin").symlink_to("target.bin")
+        chunks = [secrets.token_bytes(1000) for _ in range(3)]
+        for number, chunk in zip((1, 2, -1), chunks, strict=True):
+            self.assertEqual((self.root / "upload.bin").read_bytes(), b"old")
+            self.assertReply(self.save("upload.bin", base64.b64encode(chunk).decode(),
+                                       format="base64", chunk=number), 200)
+        self.assertTrue((self.root / "upload.bin").is_symlink())
+        self.assertEqual((self.root / "target.bin").read_bytes(), b"".join(chunks))
+        self.assertEqual((self.root / "target.bin").stat().st_mode & 0o777, 0o640)
+        self.assertEqual(list(self.root.glob(".*.upload")), [])
+
+    def test_a_chunk_out_of_place_is_refused(self):
+        for chunk in ({"chunk": 2}, {"chunk": -1}, {"chunk": 1, "type": "notebook"},
+                      {"chunk": 1, "format": None}):
+            with self.subTest(chunk):
+                self.assertReply(self.save("new.bin", "", **chunk), 400)
+        self.assertFalse((self.root / "new.bin").exists())
+
+    def test_base64_is_taken_in_lines_as_jupyter_gives_it(self):
+        self.assertReply(self.save("lines.bin", base64.encodebytes(b"\xff" * 100).decode(),
+                                   format="base64"), 201)
+        self.assertEqual((self.root / "lines.bin").read_bytes(), b"\xff" * 100)
+
+    def test_a_save_through_a_link_to_nowhere_creates_its_target(self):
+        (self.root / "to be").symlink_to("made.txt")
+        self.assertReply(self.save("to be"), 201)
+        self.assertEqual((self.root / "made.txt").read_text(), "new")
+
+    def test_while_a_file_is_saved_every_reader_gets_one_version_whole(self):
+        versions = ["a" * 1_000_000, "b" * 1_000_000]
+        self.save("busy.txt", versions[0])
+        with ThreadPoolExecutor() as pool:
+            saves = [pool.submit(self.save, "busy.txt", versions[i % 2]) for i in range(20)]
+            while not all(save.done() for save in saves):
+                self.assertIn(self.server.get("/api/contents/busy.txt").json["content"], versions)
+        self.assertEqual({save.result().status for save in saves}, {200})
+
+
 # ---- 7. HTTP, access, kernels and sessions ----------------------------------------
 #
 # Who may talk to the server, and what becomes of the kernels it starts. Every error is a
