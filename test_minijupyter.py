@@ -7394,6 +7394,7 @@ class PageKeys(PageCase):
         tab.run(0)
         self.place(tab.cell(1).locator("textarea.editor"), "os.get|")
         tab.press("Tab")
+        tab.page.get_by_role("listbox").wait_for()
         tab.page.keyboard.type("cw")
         self.assertShows(tab.page.get_by_role("tooltip"), "current working directory")
         tab.press("Escape")
