@@ -2151,7 +2151,7 @@ class WebSocket:
         with the messages: a peer's mistake does not undo what it said before."""
         try:
             data, self.first_bytes = self.first_bytes or self.socket.recv(1 << 18), b""
-            self.is_closed = not data
+            self.is_closed = self.is_closed or not data
             self.last_heard = time.monotonic()
             for opcode, payload in self.parser.feed(data):
                 if opcode in (TEXT, BINARY):

@@ -5320,6 +5320,18 @@ class WebSocketCloseCodes(Case):
         self.assertEqual([take_frame(answers)[1] for _ in range(2)], [PONG, CLOSE])
 
 
+    def test_who_broke_a_rule_and_goes_on_talking_still_hears_why(self):
+        server = EchoServer()
+        self.addCleanup(server.end)
+        client = WebSocketClient(server.port)
+        self.addCleanup(client.close)
+        client.socket.sendall(frame(3) + bytes(1 << 20))
+        with contextlib.suppress(ConnectionError):   # the server need not hear it all
+            client.socket.sendall(bytes(4 << 20))
+        self.assertIsNone(client.receive())
+        self.assertEqual(client.close_code, 1002)
+
+
 @needs_programs("openssl")
 class WebSocketOverTls(Case):
     """An SSL socket may hold bytes of which the TCP socket beneath knows nothing."""
@@ -6091,6 +6103,23 @@ class FuzzedContents(ServerCase):
                              {"outside.txt", "jupyter_runtime_dir", "jupyter_data_dir"})
         torn = [file for file in self.root.rglob(".*.saving")]
         self.assertEqual(torn, [])
+
+
+    def test_a_reader_never_sees_half_a_file_however_many_write(self):
+        path, wholes = self.root / "shared.txt", {letter * 300_000 for letter in "abc"}
+        path.write_text("a" * 300_000)
+
+        def write(content):
+            for _ in range(15):
+                model = {"type": "file", "format": "text", "content": content}
+                self.assertEqual(self.server.put("/api/contents/shared.txt", model).status, 200)
+        with ThreadPoolExecutor() as pool:
+            writers = [pool.submit(write, content) for content in wholes]
+            while not all(writer.done() for writer in writers):
+                self.assertIn(path.read_text(), wholes)
+                self.assertIn(self.server.get("/files/shared.txt").body.decode(), wholes)
+        for writer in writers:
+            writer.result()
 
 
 class FuzzedKernels(ServerCase):
