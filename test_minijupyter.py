@@ -5794,6 +5794,27 @@ class JupyterLabServices(ServerCase):
           await kernel.shutdown();
         """)
 
+    def test_a_reconnect_in_the_middle_of_a_cell_loses_nothing(self):
+        self.javascript("""
+          const kernel = await new services.KernelManager({serverSettings}).startNew();
+          const future = kernel.requestExecute({code: `
+        import time
+        for i in range(40):
+            print(i, flush=True)
+            time.sleep(0.02)`.replaceAll('\\n        ', '\\n')});
+          let text = '';
+          future.onIOPub = message => {
+            if (message.header.msg_type === 'stream') text += message.content.text;
+          };
+          for (const line of [5, 15, 25]) {
+            await until(() => text.includes(`\\n${line}\\n`));
+            await kernel.reconnect();
+          }
+          assert.strictEqual((await future.done).content.status, 'ok');
+          assert.strictEqual(text, [...Array(40).keys()].map(i => i + '\\n').join(''));
+          await kernel.shutdown();
+        """)
+
     def test_both_subprotocols_are_spoken(self):
         self.javascript("""
           const WebSocket = require('ws');
