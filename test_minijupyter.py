@@ -5103,6 +5103,8 @@ class Journal(ServerCase):
         stuck.wire.close()
 
 
+# -- the whole of RFC 6455, and compression --
+
 def certificate(folder):
     """(certificate file, key file) for 127.0.0.1, signed by itself."""
     cert, key = folder / "cert.pem", folder / "key.pem"
@@ -5378,6 +5380,8 @@ class WebSocketOverTls(Case):
         self.assertFalse(websocket.has_bytes)
 
 
+# -- kernels by other people --
+
 class KernelSpecs(ServerCase):
     """The same kernels as Jupyter finds, and the same commands for them."""
 
@@ -5521,7 +5525,7 @@ class KernelSpecs(ServerCase):
 
 
 NODE = HERE / ".ci-venv" / "node" / "node_modules"   # where .ci/run installs packages from npm
-DENO = next(NODE.glob("@deno/*/deno"), NODE / "deno")
+DENO = next(NODE.glob("@deno/*/deno"), NODE / "@deno" / "deno")
 FOREIGN = {   # kernel -> command and fields of its spec, then cells and what comes of them
     "ipykernel": {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
@@ -5612,6 +5616,8 @@ class ForeignKernels(ServerCase):
     def test_r_runs(self):
         self.run_cells("ir")
 
+
+# -- clients by other people --
 
 SERVICES = """
 const services = require('@jupyterlab/services');
@@ -5903,6 +5909,8 @@ print(nb.cells[0].outputs[0].text, nb.cells[1].outputs[0].data["text/plain"])
         self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
         self.assertTrue(process.output.endswith("☃\n 42\n"), process.output)
 
+
+# -- what nobody thinks of, and what others did not think of --
 
 def fuzzed(*strategies, examples=200):
     """Run a test with many made-up values, the same ones every time; a failing one is shrunk.
