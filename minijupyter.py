@@ -2627,17 +2627,20 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'unsafe-inline' 'self'; "
     "img-src 'self' data: blob: https: http:; media-src 'self' data: blob: https: http:; "
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'")
+    "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
+    "trusted-types inert")
 FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
-FRAME = b"""<!doctype html><meta charset="utf-8"><style>body { margin: 0 }</style><script>
+FRAME = b"""<!doctype html><meta charset="utf-8"><script>
 // An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
 // answers with its height whenever that changes.
 addEventListener('message', event => {
   if (event.source !== parent || typeof event.data.html !== 'string') return;
-  const tell = 'new ResizeObserver(() => parent.postMessage('
-    + '{height: document.documentElement.scrollHeight}, "*")).observe(document.documentElement)';
+  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
+    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
+    + '.observe(document.body)';
   document.open();
-  document.write('<!doctype html><meta charset="utf-8"><style>body { margin: 0 }</style>'
+  document.write('<!doctype html><meta charset="utf-8">'
+    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
     + event.data.html + '<script>' + tell + '</' + 'script>');
   document.close();
 });

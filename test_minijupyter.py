@@ -17,8 +17,9 @@
 #     "matplotlib",      # a plot, as users make them
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
-#     "ipywidgets",      # behave in a notebook as in Jupyter
+#     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
 #     "axe-playwright-python",  # carries axe-core, which finds what shuts people out
+#     "brs-kb",          # a public list of attacks on pages
 # ]
 # ///
 """The tests and the benchmark of MiniJupyter: what it promises, proved on the real thing.
@@ -8668,6 +8669,407 @@ def commonmark_examples():
     with tarfile.open(sources[0]) as archive:
         name = next(name for name in archive.getnames() if name.endswith("/commonmark.json"))
         return json.load(archive.extractfile(name))
+
+
+# A MIME bundle, and what the page shows of it: an element, and the text in it
+MIME_BUNDLES = [
+    ({"text/html": "<b>rich</b>", "text/plain": "poor"}, ".host b", "rich"),
+    ({"text/markdown": "**rich** $x$", "text/plain": "poor"}, ".markdown strong", "rich"),
+    ({"text/latex": r"$\frac{1}{2}$", "image/png": "", "text/plain": "poor"}, "mfrac", "12"),
+    ({"text/latex": r"a_b \begin{align}x &= 1\end{align} c_d"}, ".markdown", "a_b x=1 c_d"),
+    ({"image/svg+xml": "<svg width='9' height='9'/>"}, "img[src^='data:image/svg']", ""),
+    ({"image/png": base64.b64encode(b"x").decode()}, "img[src='data:image/png;base64,eA==']", ""),
+    ({"image/jpeg": "eA=="}, "img[src^='data:image/jpeg']", ""),
+    ({"image/gif": "eA==\n"}, "img[src='data:image/gif;base64,eA==']", ""),
+    ({"image/webp": "eA=="}, "img[src^='data:image/webp']", ""),
+    ({"audio/wav": "eA=="}, "audio[controls][src^='data:audio/wav']", ""),
+    ({"video/mp4": "eA=="}, "video[controls][src^='data:video/mp4']", ""),
+    ({"application/pdf": "eA=="}, "a[download][href^='data:application/pdf']", "PDF"),
+    ({"application/json": {"a": [1, None]}, "text/plain": "poor"}, ".json details", "a: [2]"),
+    ({"application/geo+json": {"type": "Point"}, "text/plain": "poor"}, ".json", '"Point"'),
+    ({"application/javascript": "1"}, "iframe[sandbox]", ""),
+    ({"text/html": "<p>x</p><scr" "ipt>1</scr" "ipt>"}, "iframe[sandbox]", ""),
+    ({"text/html": "<iframe src='https://x.org'></iframe>"}, "iframe[sandbox]", ""),
+    ({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"},
+     "div", "IntSlider()An interactive widget (ipywidgets). This page shows it as text."),
+    ({"application/vnd.vegalite.v5+json": {}, "text/plain": "<VegaLite>"}, "pre", "<VegaLite>"),
+    ({"application/vnd.unknown+json": {"a": 1}}, "div", "application/vnd.unknown+json{1}a: 1"),
+    ({"text/csv": "a,b\n1,2"}, "pre", "a,b\n1,2"),
+    ({"application/x-unknown": "?"}, ".note", "cannot show: application/x-unknown"),
+    ({}, ".note", "no type at all"),
+    # of a shape that nbformat does not allow
+    (None, ".note", "no type at all"), ("text", ".note", "cannot show"), (7, ".note", "no type"),
+    ({"text/plain": ["a\n", "b"]}, "pre", "a\nb"), ({"text/plain": None}, "pre", ""),
+    ({"text/plain": {"a": 1}}, "pre", '{"a":1}'), ({"text/html": ["<b>", 1, "</b>"]}, "b", "1"),
+    ({"image/png": {"a": 1}}, "img", ""), ({"image/svg+xml": "\ud800<svg/>"}, "img", ""),
+    ({"application/json": [1] * 1001}, ".json button", "More"),
+    ({"application/json": "a" * 5_000_000}, ".json code", "more characters, kept in the file"),
+]
+BUNDLE_SHOWN = """([bundle, selector]) => {
+    const holder = document.createElement('div');
+    holder.append(renderBundle(bundle, null)[1]);
+    const root = holder.querySelector('.host')?.shadowRoot ?? holder;
+    const find = node => node.querySelector(selector.replace('.host ', ''));
+    return (find(holder) ?? find(root))?.textContent;
+}"""
+
+
+def outputs_in(*outputs):
+    """A notebook with one code cell, which has these outputs."""
+    nb = notebook("")
+    nb["cells"][0]["outputs"] = [
+        {"output_type": "display_data", "metadata": {}, "data": output} for output in outputs]
+    return nb
+
+
+class DrawnPage(PageCase):
+    def put(self, nb, name=None):
+        """A tab on a notebook that is put there as it is; what a kernel does is of no interest."""
+        (self.root / (name or self.name)).write_bytes(jupyter_bytes(nb))
+        tab = self.visit("/notebooks/" + quote(name or self.name))
+        tab.page.wait_for_selector(".cell")
+        return tab
+
+
+class PageShowsEveryType(DrawnPage):
+    def test_every_mime_type_is_shown_and_the_richest_first(self):
+        page = self.visit("/tree").page
+        for bundle, selector, text in MIME_BUNDLES:
+            with self.subTest(str(bundle)[:60]):
+                shown = page.evaluate(BUNDLE_SHOWN, [bundle, selector])
+                self.assertIsNotNone(shown, f"no {selector}")
+                self.assertIn(text, shown)
+        self.problems.clear()      # pictures that are none
+
+    def test_images_and_links_are_found_beside_the_notebook_and_in_the_cell(self):
+        (self.root / "a b").mkdir()
+        (self.root / "a b" / "dot.png").write_bytes(one_red_pixel())
+        dot = base64.b64encode(one_red_pixel()).decode()
+        text = ("![one](dot.png) ![two](<attachment:my image.png>) <img src='../a%20b/dot.png'> "
+                "![four](/a%20b/dot.png) ![none](attachment:none.png) "
+                "[a](other.ipynb#X) [b](data.csv) [c](/a%20b/) [d](#X) [e](http://x.org)")
+        cell = markdown(text, attachments={"my image.png": {"image/png": dot}, "broken": None})
+        nb = {**notebook(), "cells": [cell]}
+        page = self.put(nb, "a b/n.ipynb").page
+        page.wait_for_function("""() => [...document.querySelectorAll('.rendered img')]
+            .filter(image => image.naturalWidth === 1).length === 4""")
+        self.assertEqual(
+            page.eval_on_selector_all(".rendered a", "all => all.map(a => a.getAttribute('href'))"),
+            [self.address("/notebooks/a%20b/other.ipynb#X"), self.address("/files/a%20b/data.csv"),
+             self.address("/tree/a%20b/"), "#X", "http://x.org"])
+
+    def test_math_is_typeset_in_html_too_but_no_prices(self):
+        html = "<td>$x^2$ <td>$5 <td>$a <td>$b$ <td>$6 <code>$y^2$</code> \\[z^2\\]"
+        page = self.visit("/tree").page
+        shown = page.evaluate("""html => [...htmlOutput(html, {}).shadowRoot
+            .querySelectorAll('math')].map(math => math.dataset.tex)""", html)
+        self.assertEqual(shown, ["x^2", "b", "z^2"])
+
+    def test_what_paints_its_own_ground_has_dark_text_in_a_dark_page(self):
+        html = "<style>td { background: gold }</style><table><td>text</table>"
+        nb = outputs_in({"text/html": html}, {"text/html": "<table><td>plain</table>"})
+        nb["cells"].append(markdown("<p style='background: #eee'>boxed</p>"))
+        page = self.put(nb).page
+        page.emulate_media(color_scheme="dark")
+        colours = [page.get_by_text(text, exact=True).evaluate(
+            "element => getComputedStyle(element).color") for text in ("text", "plain", "boxed")]
+        dark, light = "rgb(28, 35, 48)", "rgb(223, 227, 234)"
+        self.assertEqual(colours, [dark, light, dark])
+
+    def test_words_in_angle_brackets_that_are_no_html_keep_what_follows(self):
+        page = self.visit("/tree").page
+        shown = page.evaluate("text => renderMarkdown(text).textContent", "a vector<int> of things")
+        self.assertEqual(shown, "a vector of things\n")
+
+    def test_alerts_of_jupyters_notebooks_are_told_apart(self):
+        page = self.visit("/tree").page
+        kinds = page.evaluate("""text => [...renderMarkdown(text).querySelectorAll('div')]
+            .map(div => div.dataset.alert)""", '<div class="alert alert-block alert-info">x</div>')
+        self.assertEqual(kinds, ["info"])
+
+    def test_a_frame_is_as_high_as_what_it_shows_also_when_that_shrinks(self):
+        html = ("<div id=box style='height: 400px'></div><scr" "ipt>addEventListener('click', "
+                "() => box.style.height = '50px')</scr" "ipt>")
+        page = self.put(outputs_in({"text/html": html})).page
+        is_high = "height => document.querySelector('.script-frame').offsetHeight === height"
+        page.wait_for_function(is_high, arg=400)
+        page.frame_locator(".script-frame").locator("#box").click()
+        page.wait_for_function(is_high, arg=50)
+
+    @needs_notebooks
+    def test_every_formula_of_the_sample_notebooks_is_typeset(self):
+        """Without a mark of something unknown, and without TeX that is left as text."""
+        page = self.visit("/tree").page
+        texts = [text for path in NOTEBOOKS.glob("*.ipynb") for text in markdown_texts(path)]
+        typeset, unknown = page.evaluate("""texts => {
+            const holder = document.createElement('div');
+            for (const text of texts) holder.append(renderMarkdown(text));
+            const found = holder.querySelectorAll('.tex-unknown');
+            return [holder.querySelectorAll('math').length, [...found].map(code => code.title)];
+        }""", texts)
+        self.assertGreater(typeset, 400)
+        self.assertLess(len(unknown) / typeset, 0.01, unknown)
+        self.problems.clear()      # pictures of other hosts
+
+
+def markdown_texts(path):
+    """The sources of the Markdown cells of a notebook of any version, and its LaTeX outputs."""
+    try:
+        nb = minijupyter.read_notebook(path.read_bytes())
+    except ValueError:
+        return
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            yield cell["source"]
+        for output in cell.get("outputs", ()):
+            if "text/latex" in output.get("data", {}):
+                yield output["data"]["text/latex"]
+
+
+class PageShowsLibraries(PageCase):
+    """What popular libraries draw with scripts is drawn, in frames that reach nothing."""
+
+    def setUp(self):
+        super().setUp()
+        self.context.route(lambda url: not url.startswith(self.address("/")),
+                           lambda route: route.abort())      # no test needs the network
+
+    def tearDown(self):
+        self.problems = [text for text in self.problems if not text.startswith("asks http")
+                         and "ERR_FAILED" not in text]
+        super().tearDown()
+
+    def frames(self, *sources):
+        tab = self.open(*sources)
+        tab.command("run-all")
+        tab.wait_until_done(60)
+        for frame in tab.page.locator(".script-frame").all():
+            frame.scroll_into_view_if_needed()
+            yield frame.content_frame
+
+    @needs("plotly")
+    def test_plotly_draws_every_figure_with_the_library_of_the_first(self):
+        first = ("import plotly.io, plotly.graph_objects as go\n"
+                 "plotly.io.renderers.default = 'notebook'\ngo.Figure(go.Bar(y=[1, 3])).show()")
+        frames = list(self.frames(first, "go.Figure(go.Bar(y=[2, 4])).show()"))
+        self.assertEqual(len(frames), 2)
+        for frame in frames:
+            self.assertCount(frame.locator(".bars .point"), 2)
+
+    @needs("bokeh")
+    def test_bokeh_draws_what_its_first_output_has_loaded_the_library_for(self):
+        first = ("from bokeh.io import output_notebook\nfrom bokeh.resources import INLINE\n"
+                 "from bokeh.plotting import figure, show\noutput_notebook(INLINE)")
+        plot = "p = figure(width=200, height=100)\np.line([1, 2], [1, 2])\nshow(p)"
+        frames = list(self.frames(first, plot, plot))
+        self.assertEqual(len(frames), 2)
+        for frame in frames:
+            frame.locator("canvas").first.wait_for(state="attached")
+
+    @needs("altair", "vl_convert")
+    def test_altair_draws_with_its_library_inline(self):
+        chart = ("import altair as alt, pandas as pd\nfrom IPython.display import HTML\n"
+                 "data = pd.DataFrame({'a': [1, 2]})\n"
+                 "HTML(alt.Chart(data).mark_bar().encode(x='a').to_html(inline=True))")
+        for frame in self.frames(chart):
+            frame.locator("#vis svg.marks").wait_for()
+
+    @needs("folium")
+    def test_folium_runs_in_a_frame_of_its_own_in_the_frame(self):
+        code = ("import folium\nm = folium.Map()\nm.get_root().script.add_child(folium.Element("
+                "\"document.body.append('the map runs')\"), index=0)\nm")
+        for frame in self.frames(code):
+            self.assertShows(frame.frame_locator("iframe").locator("body"), "the map runs")
+        self.problems.clear()      # the map's own library is not there
+
+    @needs("ipywidgets")
+    def test_a_widget_shows_its_text_and_what_it_is(self):
+        tab = self.open("import ipywidgets\nipywidgets.IntSlider(value=3)")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "IntSlider(value=3)")
+        self.assertShows(tab.outputs(0), "An interactive widget (ipywidgets)")
+
+
+# What each text leaves in an output of each of these types that might act
+WHAT_ACTS = r"""async ([texts, types]) => {
+    const wrong = [];
+    const stage = document.createElement('div');
+    const elementsOf = root => [...root.querySelectorAll('*')].flatMap(element =>
+        [element, ...(element.shadowRoot ? elementsOf(element.shadowRoot) : [])]);
+    const foreign = ('script iframe object embed form base link meta use animate set '
+        + 'foreignObject').split(' ');
+    const harmless = /^(?:https?:|mailto:|tel:|ftp:|blob:|#|\/\/|data:(?:image|audio|video)\/)/i;
+    const acts = ({ name, value }, element) =>
+        /^(?:on|name$|srcdoc$|srcset$|form|xlink:|action$)/i.test(name)
+        || name === 'id' && element.getRootNode() === stage
+        || ['href', 'src', 'poster'].includes(name) && !harmless.test(value);
+    for (const text of texts) for (const type of types ?? [text]) {
+        stage.replaceChildren(renderBundle({ [type]: text }, { width: text, alt: text })[1]);
+        for (const element of elementsOf(stage)) {
+            const isKeptOut = element.matches('.script-frame')
+                && !/same-origin|top-navigation|modals/.test(element.getAttribute('sandbox'));
+            const attributes = isKeptOut ? [] : [...element.attributes];
+            if (!isKeptOut && foreign.includes(element.localName)) wrong.push([type, text]);
+            if (attributes.some(attribute => acts(attribute, element))) wrong.push([type, text]);
+        }
+    }
+    // what was started by then has failed or acted before this picture fails
+    await new Promise(onerror => h('img', { src: '/nothing', onerror }));
+    return wrong;
+}"""
+
+
+@needs("brs_kb")
+class PageKeepsOut(DrawnPage):
+    """A public list of attacks on pages, 4,462 texts, acts nowhere. The rest of it: by design."""
+
+    def setUp(self):
+        super().setUp()
+        import brs_kb.payloads
+        entries = brs_kb.payloads.get_all_payloads().values()
+        self.payloads = list(dict.fromkeys(entry.payload for entry in entries))
+        self.context.route(lambda url: not url.startswith(self.address("/")),
+                           lambda route: route.abort())
+        self.context.add_init_script("""
+            for (const name of ['alert', 'confirm', 'prompt', 'print'])
+                window[name] = () => console.error(`${name} was called`);
+        """)
+
+    def tearDown(self):
+        """Pictures and styles from elsewhere are no attack. Chromium tells of a handler that its
+        parser meets, before the sanitiser takes it away."""
+        self.problems = [text for text in self.problems if "was called" in text
+                         or "script" in text and "Executing inline event handler" not in text]
+        super().tearDown()
+
+    def test_attacks_are_inert_in_every_type_of_output(self):
+        page = self.visit("/tree").page
+        types = ["text/latex", "image/svg+xml", "text/plain", "application/json", "image/png"]
+        for texts, kinds in ((self.payloads, ["text/html", "text/markdown"]),
+                             (self.payloads[::10], types), (self.payloads[::10], None)):
+            self.assertEqual(page.evaluate(WHAT_ACTS, [texts, kinds]), [])
+
+    def test_attacks_are_inert_in_browsers_without_a_sanitiser_of_their_own(self):
+        page = self.visit("/tree").page
+        page.evaluate("delete Element.prototype.setHTML")
+        types = ["text/html", "text/markdown"]
+        self.assertEqual(page.evaluate(WHAT_ACTS, [self.payloads[::4], types]), [])
+
+    def test_attacks_are_inert_in_cells_tracebacks_attachments_and_names(self):
+        nb = notebook()
+        for i, text in enumerate(self.payloads[::12]):
+            error = {"output_type": "error", "ename": text, "evalue": text, "traceback": [text]}
+            stream = {"output_type": "stream", "name": text, "text": text}
+            code = {**notebook(text)["cells"][0], "id": f"c{i}", "outputs": [error, stream]}
+            picture = {text: {f"image/{text}": text, "image/png": text}}
+            nb["cells"] += [code, {**markdown(text, attachments=picture), "id": f"m{i}"}]
+        first = self.payloads[1]
+        nb["metadata"] = {"kernelspec": {"name": first, "display_name": first, "language": first},
+                          "language_info": {"name": first, "mimetype": first}}
+        page = self.put(nb).page
+        page.wait_for_selector(f".cell:nth-of-type({len(nb['cells'])}) .rendered")
+        for cell in (0, len(nb["cells"]) // 2, len(nb["cells"]) - 1):
+            page.locator(".cell").nth(cell).scroll_into_view_if_needed()
+        self.assertEqual(page.locator(".cell script, .rendered [id], [onerror]").count(), 0)
+
+    def test_attacks_are_inert_as_names_of_files(self):
+        names = [text for text in self.payloads
+                 if not {*"/\\\0"} & {*text} and text[0] != "." and len(text.encode()) < 200]
+        folder = self.root / self.payloads[1]       # <img src=x onerror=alert(1)>
+        folder.mkdir()
+        for name in names[:300]:
+            (folder / name).write_text("", errors="replace")
+        page = self.visit("/tree/" + quote(folder.name)).page
+        self.assertCount(page.locator(".files tbody tr"), len(set(os.listdir(folder))))
+        self.assertEqual(page.locator("[onerror], main script").count(), 0)
+
+    def test_a_string_is_no_markup_and_no_script_for_this_page(self):
+        page = self.visit("/tree").page
+        for sink in ("document.body.innerHTML = '<b>'", "setTimeout('1')",
+                     "document.createElement('iframe').srcdoc = 'x'",
+                     "trustedTypes.createPolicy('other', {})"):
+            with self.subTest(sink):
+                kept_out = page.evaluate(f"() => {{ try {{ {sink}; return false; }} "
+                                         "catch { return true; } }")
+                self.assertTrue(kept_out)
+        self.problems.clear()
+
+    def test_an_output_cannot_lie_over_the_page(self):
+        everywhere = "position: fixed !important; inset: 0 !important; z-index: 99 !important;"
+        html = f"<style>:host {{ {everywhere} contain: none !important }}</style>over it"
+        nb = outputs_in({"text/html": html},
+                        {"text/markdown": f"<div style='{everywhere}'>over it</div>"})
+        nb["cells"].append(markdown(f"<div style='{everywhere}'>over it</div>"))
+        page = self.put(nb).page
+        page.get_by_text("over it").last.wait_for()
+        for name in ("#title", "#toolbar button", "#main"):
+            box = page.locator(name).first.bounding_box()
+            hit = page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('.output, "
+                                ".rendered')", [box["x"] + 3, box["y"] + 3])
+            self.assertIsNone(hit, name)
+
+    def test_a_notebook_takes_no_name_that_the_page_asks_for(self):
+        names = ("main", "title", "kernel", "menus", "body", "cookie", "ui", "getElementById")
+        html = "".join(f'<a id="{name}" name="{name}">x</a><form name="{name}"><input '
+                       f'name="{name}"></form><img name="{name}">' for name in names)
+        nb = {**outputs_in({"text/html": html}), "metadata": {}}
+        nb["cells"].append(markdown(html))
+        page = self.put(nb).page
+        page.locator(".rendered a").first.wait_for(state="attached")
+        self.assertEqual(page.evaluate("() => [document.getElementById('main').localName, "
+                                       "document.body.localName, typeof document.cookie]"),
+                         ["main", "body", "string"])
+        self.assertEqual(page.locator(".rendered [id], .rendered [name], form[name]").count(), 0)
+
+
+class PageSurvives(DrawnPage):
+    """Outputs and texts of any shape: shown as well as possible, kept, and never a blank page."""
+
+    SHAPES = [
+        {"output_type": "display_data"}, {"output_type": "display_data", "data": None},
+        {"output_type": "display_data", "data": ["x"], "metadata": None},
+        {"output_type": "execute_result", "data": {"text/plain": {"a": [1]}}, "metadata": "x"},
+        {"output_type": "stream"}, {"output_type": "stream", "name": None, "text": {"a": 1}},
+        {"output_type": "stream", "name": "stdout", "text": ["a", None, 3]},
+        {"output_type": "error"}, {"output_type": "error", "traceback": "text"},
+        {"output_type": "error", "ename": 1, "evalue": None, "traceback": [None, 2]},
+        {"output_type": "from the future", "data": {"text/plain": "still shown"}},
+        {"output_type": "display_data", "data": {"text/html": [1, None, ["<b>x</b>"]]}},
+    ]
+
+    def test_outputs_of_any_shape_are_drawn_and_kept(self):
+        nb = notebook(*["x"] * len(self.SHAPES), "last")
+        for cell, output in zip(nb["cells"], self.SHAPES, strict=False):
+            cell["outputs"] = [output]
+        tab = self.put(nb)
+        self.assertCount(tab.page.locator(".output > *"), len(self.SHAPES))
+        self.assertShows(tab.outputs(10), "still shown")
+        tab.write(len(self.SHAPES), "changed")
+        tab.save()
+        saved = [cell["outputs"] for cell in self.saved()["cells"][:-1]]
+        self.assertEqual(saved, [[output] for output in self.SHAPES])
+
+    def test_a_line_of_five_million_characters_is_shown(self):
+        line = "word " * 1_000_000
+        nb = outputs_in({"text/plain": line}, {"text/html": f"<b>{line}</b>"},
+                        {"application/json": line}, {"text/markdown": line})
+        nb["cells"][0]["outputs"] += [{"output_type": "stream", "name": "stdout", "text": line},
+                                      {"output_type": "error", "traceback": [line]}]
+        nb["cells"].append(markdown(line + "\n\nthe end"))
+        tab = self.put(nb)
+        self.assertShows(tab.cell(1).locator(".rendered p").last, "the end")
+        self.assertCount(tab.page.locator(".output > *"), 6)
+
+    def test_ten_thousand_marks_inside_each_other_are_shown(self):
+        nb = notebook()
+        nb["cells"] = [markdown(mark * 10_000 + "the end", id=f"m{i}") for i, mark in enumerate(
+            (">", "[", "![", "- ", "*", "<div>", "$", "${", r"$\frac{", "("))]
+        deep = json.loads('{"a":' * 500 + "1" + "}" * 500)
+        nb["cells"].append({**outputs_in({"application/json": deep})["cells"][0], "id": "json"})
+        tab = self.put(nb)
+        tab.page.locator(".json").wait_for(state="attached")
+        for i in range(len(nb["cells"]) - 1):
+            self.assertIn("the end", tab.cell(i).locator(".rendered").text_content())
 
 
 # ---- 10. Documentation under test --------------------------------------------------
