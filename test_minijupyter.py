@@ -7465,6 +7465,14 @@ class PageKeys(PageCase):
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
 
+    def test_shift_and_a_click_select_as_far_as_that_cell(self):
+        tab = self.open("a", "b", "c", "d")
+        tab.select(1)
+        tab.cell(2).locator(".gutter").click(modifiers=["Shift"])
+        self.assertCount(tab.page.locator(".cell.selected"), 2)
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["a", "d"])
+
     def test_help_lists_every_key_and_the_palette_every_command(self):
         tab = self.open("1")
         tab.select(0)
@@ -7686,6 +7694,18 @@ class PageLosesNothing(PageCase):
         tab.wait_for(saved="true")
         self.assertCount(tab.page.locator(".notice.bad"), 0)
         self.assertEqual(self.saved_sources(), ["b"])
+        self.problems.clear()
+
+    def test_a_list_of_files_whose_server_is_gone_says_so_and_goes_on_when_it_is_back(self):
+        tab = self.visit("/tree")
+        tab.page.locator(".crumbs").wait_for()
+        self.context.route("**/api/**", lambda route: route.abort())
+        tab.page.evaluate("view.poll()")
+        self.assertShows(tab.page.locator("#notices"), "The server does not answer")
+        (self.root / "meanwhile.txt").write_text("x")
+        self.context.unroute_all()
+        self.assertShows(tab.page.locator("main"), "meanwhile.txt")
+        self.assertCount(tab.page.locator(".notice"), 0)
         self.problems.clear()
 
     def test_a_request_that_failed_says_what_and_can_be_tried_again(self):
