@@ -7524,6 +7524,14 @@ class PageKeys(PageCase):
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
 
+    def test_shift_and_a_click_select_as_far_as_that_cell(self):
+        tab = self.open("a", "b", "c", "d")
+        tab.select(1)
+        tab.cell(2).locator(".gutter").click(modifiers=["Shift"])
+        self.assertCount(tab.page.locator(".cell.selected"), 2)
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["a", "d"])
+
     def test_help_lists_every_key_and_the_palette_every_command(self):
         tab = self.open("1")
         tab.select(0)
@@ -7547,6 +7555,49 @@ class PageKeys(PageCase):
 
 class PageManages(PageCase):
     """Files, kernels and cells: what is not done every minute."""
+
+    def names(self, tab):
+        return tab.page.locator("tbody td.name a span:nth-child(2)").all_text_contents()
+
+    def test_files_are_sorted_duplicated_and_downloaded(self):
+        folder = self.root / "sorted"
+        (folder / "zoo").mkdir(parents=True)
+        for size, name in enumerate(("b2.txt", "b10.txt", "a.txt"), 1):
+            (folder / name).write_text("x" * size)
+        tab = self.visit("/tree/sorted")
+        tab.page.locator("tbody tr").first.wait_for()
+        self.assertEqual(self.names(tab), ["zoo", "a.txt", "b2.txt", "b10.txt"])
+        tab.page.get_by_role("button", name="Size").click()
+        self.assertEqual(self.names(tab), ["zoo", "a.txt", "b10.txt", "b2.txt"])
+        tab.page.get_by_label("Select a.txt").check()
+        with tab.page.expect_download() as download:
+            tab.page.locator(".actions").get_by_role("button", name="Download").click()
+        self.assertEqual(Path(download.value.path()).read_text(), "xxx")
+        tab.page.locator("[data-command=duplicate]").click()
+        self.assertShows(tab.page.locator("main"), "a-Copy1.txt")
+
+    def test_files_that_are_dropped_are_uploaded_and_replace_others_only_when_asked(self):
+        (self.root / "there.txt").write_text("old")
+        tab = self.visit("/tree")
+        tab.page.locator("tbody tr").first.wait_for()
+        tab.page.evaluate("""() => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File([new Uint8Array([0, 255])], 'new.bin'));
+            dataTransfer.items.add(new File(['new'], 'there.txt'));
+            dispatchEvent(new DragEvent('drop', { dataTransfer, cancelable: true }));
+        }""")
+        tab.choose("Cancel")
+        self.assertShows(tab.page.locator("main"), "new.bin")
+        self.assertEqual((self.root / "new.bin").read_bytes(), b"\x00\xff")
+        self.assertEqual((self.root / "there.txt").read_text(), "old")
+
+    def test_a_folder_and_a_text_file_are_made(self):
+        (self.root / "empty").mkdir()
+        tab = self.visit("/tree/empty")
+        for kind, name in (("folder", "Untitled Folder"), ("file", "untitled.txt")):
+            tab.page.locator("[data-command=new]").click()
+            tab.page.locator(f"[data-command=new-{kind}]").click()
+            self.assertShows(tab.page.locator("main"), name)
 
     def test_save_as_goes_on_with_the_new_file_and_leaves_the_old_one(self):
         tab = self.open("old", name="first.ipynb")
@@ -7747,6 +7798,18 @@ class PageLosesNothing(PageCase):
         self.assertEqual(self.saved_sources(), ["b"])
         self.problems.clear()
 
+    def test_a_list_of_files_whose_server_is_gone_says_so_and_goes_on_when_it_is_back(self):
+        tab = self.visit("/tree")
+        tab.page.locator(".crumbs").wait_for()
+        self.context.route("**/api/**", lambda route: route.abort())
+        tab.page.evaluate("view.poll()")
+        self.assertShows(tab.page.locator("#notices"), "The server does not answer")
+        (self.root / "meanwhile.txt").write_text("x")
+        self.context.unroute_all()
+        self.assertShows(tab.page.locator("main"), "meanwhile.txt")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        self.problems.clear()
+
     def test_a_request_that_failed_says_what_and_can_be_tried_again(self):
         (self.root / "stays.txt").write_text("x")
         tab = self.visit("/tree")
@@ -7759,6 +7822,14 @@ class PageLosesNothing(PageCase):
         tab.page.get_by_role("button", name="Try again").click()
         self.assertCount(tab.page.get_by_text("stays.txt"), 0)
         self.problems.clear()
+
+    def test_a_file_that_somebody_else_wrote_is_offered_when_one_comes_back(self):
+        tab = self.open("old")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("theirs")))
+        tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        self.assertShows(tab.page.locator("#notices"), "changed on disk")
+        tab.page.get_by_role("button", name="Load it").click()
+        tab.page.wait_for_function("() => document.querySelector('.editor')?.value === 'theirs'")
 
     def two_tabs(self):
         first = self.open("old")
@@ -7900,6 +7971,12 @@ class PageForEveryone(PageCase):
         self.assertEqual(tab.sources(), ["a", "", "b"])
         tab.press("d", "d")
         self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_escape_and_then_tab_leave_the_cell(self):
+        tab = self.open("a", "b")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Escape", "Tab", "x")
+        self.assertEqual(tab.sources(), ["a", "bx"])
 
     def test_screen_readers_hear_how_a_run_ended(self):
         tab = self.open("print('all is well')", "1 / 0")
