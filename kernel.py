@@ -2486,10 +2486,14 @@ class Cells:
             self.loop.call_soon_threadsafe(self.arrived.set)
 
     def stop(self):
-        """End when the running cell has; what waits is dropped."""
+        """End when the running cell has; returns the requests that waited."""
         self.is_stopping = True
-        self.waiting.clear()
+        waiting = []
+        with contextlib.suppress(IndexError):   # the thread may be taking the last one, too
+            while True:
+                waiting.append(self.waiting.popleft())
         self.wake()
+        return waiting
 
     def run(self):
         """The thread's life, until `stop`."""
@@ -2976,7 +2980,9 @@ class Kernel:
         return {"subshell_id": id}
 
     def delete_subshell_request(self, request):
-        self.shells.pop(str(request["content"]["subshell_id"])).stop()
+        waiting = self.shells.pop(str(request["content"]["subshell_id"])).stop()
+        for each in waiting:   # a message on control overtakes what was sent on shell before it
+            self.abort(each) if is_cell(each) else self.shells[None].put(each)
         return {}
 
     def list_subshell_request(self, request):
