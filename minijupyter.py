@@ -153,8 +153,9 @@ def split(text):
 
 def map_strings(cell, convert, is_converted=lambda mime: not is_json_mime(mime)):
     """A copy of `cell` with `convert` applied to its source and to the text in its outputs."""
+    cell = {**cell}
     if "source" in cell:
-        cell = {**cell, "source": convert(cell["source"])}
+        cell["source"] = convert(cell["source"])
     if isinstance(cell.get("outputs"), list):
         cell["outputs"] = [map_output(output, convert, is_converted) for output in cell["outputs"]]
     return cell
@@ -790,11 +791,11 @@ def model_json(model):
     get their turn, which would have to wait for a large one to be done."""
     if model["type"] != "notebook" or model["content"] is None:
         return to_json(model)
-    notebook, model = {**model["content"]}, {**model}
-    del model["content"]
-    cells = b",".join([to_json(cell) for cell in notebook.pop("cells")])
-    return b"".join([to_json(model)[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[',
-                     cells, b"]}}"])
+    notebook = {**model["content"]}
+    cells = [piece for cell in notebook.pop("cells") for piece in (b",", to_json(cell))]
+    start = to_json({key: value for key, value in model.items() if key != "content"})
+    return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
+                     b"]}}"])
 
 
 def is_within(real, root):
@@ -3422,7 +3423,7 @@ def main():
         signal.signal(number, stop)
     # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
     gc.freeze()
-    gc.set_threshold(our_kernel.COLLECT_AFTER, *gc.get_threshold()[1:])
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])
     with announced(server):
         print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
               f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)

@@ -9543,15 +9543,15 @@ def bench_server(program, count):
 
 @functools.cache
 def large_notebook():
-    """50 MB as they come about: 5,000 cells, each with sixty printed lines and a picture."""
+    """50 MB as they come about: 10,000 cells, each with thirty printed lines and a picture."""
     def outputs(number):
-        lines = [f"{number:5} {line:3} {line / 7:.12f} {number * line:9}\n" for line in range(60)]
+        lines = [f"{number:5} {line:3} {line / 7:.12f} {number * line:9}\n" for line in range(30)]
         return [{"output_type": "stream", "name": "stdout", "text": lines},
                 {"output_type": "display_data", "metadata": {}, "data": {
-                    "image/png": base64.b64encode(random.randbytes(5000)).decode(),
+                    "image/png": base64.b64encode(random.randbytes(2500)).decode(),
                     "text/plain": ["<Figure size 640x480 with 1 Axes>"]}}]
 
-    nb = notebook(*(f"plot({number})\n" for number in range(5000)))
+    nb = notebook(*(f"plot({number})\n" for number in range(10_000)))
     nb["cells"] = [{**cell, "outputs": outputs(number), "source": [cell["source"]]}
                    for number, cell in enumerate(nb["cells"])]
     return jupyter_bytes(nb)
