@@ -7775,6 +7775,20 @@ class PageLosesNothing(PageCase):
         tab.page.reload()
         self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
 
+    def test_outputs_alone_come_back_without_a_question(self):
+        tab = self.open("'on' + 'ce'")
+        self.refuse_saves()
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "once")
+        self.wait_for_draft(tab)
+        tab.page.close()
+        self.context.unroute_all()
+        self.problems.clear()
+        tab = self.reopen(self.name)
+        tab.wait_for(saved="true")
+        self.assertEqual(tab.texts()[0], "'once'")
+
     def test_a_save_ends_the_draft(self):
         tab = self.open("a")
         tab.write(0, "b")
