@@ -26,6 +26,17 @@ when the connection turns into a WebSocket and then owns its ZeroMQ sockets; one
 kernel process. Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC
 9110 (HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
 """
+import os
+import sys
+
+if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+    # Python compiles a main script at each start, and keeps its syntax tree (7 MB here) for as long
+    # as it runs. As a module it comes from the bytecode cache. (Debuggers want to see the script.)
+    start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+             "import minijupyter; minijupyter.main()")
+    flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
+    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+
 import argparse
 import base64
 import codecs
@@ -39,7 +50,6 @@ import html
 import io
 import json
 import mimetypes
-import os
 import re
 import secrets
 import shutil
@@ -49,7 +59,6 @@ import stat
 import string
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -1243,8 +1252,7 @@ class Ends:
 class Answer(typing.NamedTuple):
     """An input_reply from one page to a question that came to another."""
 
-    message: dict
-    question: str   # msg_id of the input_request
+    reply: Entry
 
 
 class Kernel:
@@ -2228,8 +2236,8 @@ def buffered(handler):
 #
 # One thread, one poller over the TCP socket, the page's ends of shell, control and stdin, and a
 # mailbox for what the kernel's watcher has heard on iopub; what arrives on one side leaves on the
-# other. Only what comes from a browser is parsed: a kernel's message is four JSON parts already,
-# so its bytes are put between braces and sent on.
+# other. A kernel's message is four JSON parts, a page's is a JSON object with four such members:
+# both ways they go on as they came, and only headers are read.
 #
 # A kernel publishes to those who have subscribed *by then*. So no request passes before the
 # watcher has heard something on iopub, also after a restart.
@@ -2263,17 +2271,52 @@ def join_parts(parts):
     return struct.pack(f"!{len(parts) + 1}I", len(parts), *offsets) + b"".join(parts)
 
 
-def decode_message(message):
-    """The dict in a page's WebSocket message, text or binary; raises ValueError."""
+def unsplice(message):
+    """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
     if isinstance(message, str):
-        return json.loads(message)
+        return entry_of(message, [])
     try:
         count = struct.unpack_from("!I", message)[0]
         offsets = [*struct.unpack_from(f"!{count}I", message, 4), len(message)]
     except struct.error as problem:
         raise ValueError(f"a truncated binary message: {problem}") from None
     parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-    return {**json.loads(parts[0]), "buffers": parts[1:]}
+    return entry_of(parts[0].decode(), parts[1:])
+
+
+def entry_of(text, buffers):
+    """The Entry in a message's JSON, whose parts go on as they stand there."""
+    members = json_members(text)
+    if not {"header", "content"} <= members.keys():
+        raise ValueError("a message needs a header and a content")
+    parts = [members.get(name, "{}").encode()
+             for name in ("header", "parent_header", "metadata", "content")]
+    return Entry(json.loads(members.get("channel", '"shell"')), parts, buffers)
+
+
+def json_members(text):
+    """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
+    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
+    members, at = {}, expect_token("{", text, 0)
+    while at < len(text) and text[at] != "}":
+        if members:
+            at = expect_token(",", text, at)
+        key, at = find_string(text, expect_token('"', text, at))
+        start = expect_token(":", text, at)
+        _, end = find_value(text, start)
+        members[key], at = text[start:end], expect_token("", text, end)
+    if expect_token("}", text, at) != len(text):
+        raise ValueError("there is something behind the JSON object")
+    return members
+
+
+def expect_token(token, text, at):
+    """Where text goes on behind white space, `token` and (but in a string) white space."""
+    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
+                       ).match(text, at)
+    if not match:
+        raise ValueError(f"{token} is missing at character {at} of the JSON object")
+    return match.end()
 
 
 def splice_v1(entry):
@@ -2288,21 +2331,21 @@ def splice_v1(entry):
     return BINARY, head + b"".join(parts)
 
 
-def decode_v1(message):
-    """The dict in a message of that layout; raises ValueError."""
+def unsplice_v1(message):
+    """The Entry in a message of that layout; raises ValueError."""
     try:
         count = struct.unpack_from("<Q", message)[0]
         offsets = struct.unpack_from(f"<{min(count, len(message))}Q", message, 8)
     except (struct.error, TypeError) as problem:
         raise ValueError(f"not of the v1 layout: {problem}") from None
     parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-    header, parent_header, metadata, content = (json.loads(part) for part in parts[1:5])
-    return {"channel": parts[0].decode(), "header": header, "parent_header": parent_header,
-            "metadata": metadata, "content": content, "buffers": parts[5:]}
+    if len(parts) < 5:
+        raise ValueError("a part is missing")
+    return Entry(parts[0].decode(), parts[1:5], parts[5:])
 
 
 V1 = "v1.kernel.websocket.jupyter.org"
-LAYOUTS = {None: (decode_message, splice), V1: (decode_v1, splice_v1)}   # subprotocol -> functions
+LAYOUTS = {None: (unsplice, splice), V1: (unsplice_v1, splice_v1)}   # subprotocol -> functions
 
 
 class Bridge:
@@ -2318,7 +2361,7 @@ class Bridge:
         self.websocket, self.kernel = websocket, kernel
         self.session_id, self.is_follower = session_id, is_follower
         self.session = Session(kernel.connection["key"], username="page")
-        self.decode, self.splice = LAYOUTS[websocket.protocol]
+        self.unsplice, self.splice = LAYOUTS[websocket.protocol]
         self.inbox = Mailbox()     # of Entry (for the page), Ends (inherited), Answer (to pass on)
         self.unsent = []           # messages that wait for the kernel to be ready
         self.ends = []             # its own first
@@ -2384,7 +2427,7 @@ class Bridge:
             if isinstance(item, Ends):
                 self.inherit(item)
             elif isinstance(item, Answer):
-                self.answer(item.message, item.question)
+                self.answer(item.reply)
             else:
                 # Journey 11: verified, marked with its channel, and on its way to the page.
                 frames.append(self.websocket.frame(*self.splice(item)))
@@ -2416,48 +2459,47 @@ class Bridge:
             messages, self.unsent = self.unsent, []
             for message in messages:
                 try:
-                    self.to_kernel(self.decode(message))
+                    self.to_kernel(self.unsplice(message))
                 except Exception as problem:   # whatever a page may send: the bridge goes on
                     log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
-    def to_kernel(self, message):
+    def to_kernel(self, entry):
         """Send a page's message down its channel; raises ValueError for anything else."""
-        channel = message.get("channel", "shell")
-        if channel == "journal":
-            return self.kernel.forget(message["content"]["forget"])
-        if channel not in ("shell", "control", "stdin"):
-            raise ValueError(f"there is no channel {channel!r} to a kernel")
-        whole = {"header": message["header"], "parent_header": message.get("parent_header") or {},
-                 "metadata": message.get("metadata") or {}, "content": message["content"],
-                 "buffers": message.get("buffers", ())}
-        if channel == "stdin" and self.hand_over(whole):
+        if entry.channel == "journal":
+            return self.kernel.forget(entry.content["forget"])
+        if entry.channel not in ("shell", "control", "stdin"):
+            raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
+        if entry.channel == "stdin" and self.hand_over(entry):
             return
+        if entry.msg_type == "execute_request":
+            self.kernel.publish([entry], self)
+            self.ends[0].open.add(entry.header["msg_id"])
+        self.send(entry, self.ends[0])
+
+    def send(self, entry, ends):
         # Journey 3: the request is signed and leaves on the ZeroMQ socket of its channel.
-        parts = self.session.pack(whole)
-        if whole["header"]["msg_type"] == "execute_request":
-            self.kernel.publish([Entry(channel, parts[2:6], parts[6:])], self)
-            self.ends[0].open.add(whole["header"]["msg_id"])
-        self.ends[0].sockets[channel].send_multipart(parts)
+        signature = self.session.sign(entry.json_parts)
+        ends.sockets[entry.channel].send_multipart(
+            [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers])
 
     def hand_over(self, reply):
         """Give an input_reply to whoever has the question; False when no question is known."""
-        question = reply["parent_header"].get("msg_id")
         with self.kernel.journal_lock:
-            if question not in self.kernel.journal.questions:
+            if reply.parent_id not in self.kernel.journal.questions:
                 return False
-            _, is_secret = self.kernel.journal.questions[question]
+            _, is_secret = self.kernel.journal.questions[reply.parent_id]
             owner = next((bridge for bridge in self.kernel.listeners
-                          if any(question in ends.questions for ends in bridge.ends)), self)
-        shown = {**reply, "content": {**reply["content"], "value": ""}} if is_secret else reply
-        self.kernel.publish([Entry("stdin", self.session.pack(shown)[2:6])], self)
-        owner.inbox.put([Answer(reply, question)])
+                          if any(reply.parent_id in ends.questions for ends in bridge.ends)), self)
+        shown = {**reply.content, "value": ""} if is_secret else reply.content
+        self.kernel.publish([Entry("stdin", [*reply.json_parts[:3], to_json(shown)])], self)
+        owner.inbox.put([Answer(reply)])
         return True
 
-    def answer(self, reply, question):
+    def answer(self, reply):
         for ends in self.ends:
-            if question in ends.questions:
-                ends.questions.discard(question)
-                ends.sockets["stdin"].send_multipart(self.session.pack(reply))
+            if reply.parent_id in ends.questions:
+                ends.questions.discard(reply.parent_id)
+                self.send(reply, ends)
 
     def ping_or_give_up(self):
         now = time.monotonic()
@@ -3250,7 +3292,7 @@ STOP_SECONDS = 15                    # that a server may take to end its kernels
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="A notebook server, a kernel and a page.",
+        prog="minijupyter.py", description="A notebook server, a kernel and a page.",
         usage="%(prog)s [folder] [options]\n       %(prog)s list | stop [PORT] | password",
         epilog="Commands: `list` shows the servers that run, `stop` ends one of them, `password` "
                "asks for a password and prints what to give to --password.")
