@@ -9748,6 +9748,8 @@ def bench_page_runs(program, server):
         yield "page: run all of 100 cells", (time.perf_counter() - began) * 1000
 
 
+@yields("page: 10 cells, to typing", "page: 1,000 cells, to typing", "page: key to paint, p50",
+        "page: a cell prints 10,000 lines", "page: run all of 100 cells")
 def bench_page(program, count):
     """What a user of the page waits for, in Chromium with a new profile."""
     browser()      # its own start is not the page's
