@@ -1124,7 +1124,8 @@ class Journal:
     def __init__(self, session):
         self.session = session
         self.records = {}     # msg_id of an execute_request -> Record, oldest first
-        self.requests = {}    # the same, forgotten ones too: msg_id -> (entry, is_followed)
+        # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
+        self.outlines = {}
         self.questions = {}   # msg_id of an open input_request -> (its request's, is it secret)
         self.number = self.size = 0
 
@@ -1145,36 +1146,44 @@ class Journal:
 
     def begin(self, request, is_followed):
         id = request.header["msg_id"]
-        self.requests[id] = request, is_followed
+        self.outlines[id] = [], is_followed
         self.records[id] = Record(request, is_followed)
-        if len(self.requests) > MOST_REQUESTS:
-            oldest = next(iter(self.requests))
-            del self.requests[oldest]
+        if len(self.outlines) > MOST_REQUESTS:
+            oldest = next(iter(self.outlines))
+            del self.outlines[oldest]
             self.forget([oldest])
         return id
 
     def record(self, request_id, entry):
         """The record of a request, or None. What a thread prints after its cell's outputs were
-        saved begins a new one that lacks the cell's beginning: a page appends what is in it."""
-        if request_id in self.records or request_id not in self.requests or entry.msg_type in STORY:
+        saved begins a new one with request, reply and idle alone: a page appends what follows."""
+        if request_id in self.records or request_id not in self.outlines or entry.msg_type in STORY:
             return self.records.get(request_id)
-        request, is_followed = self.requests[request_id]
-        idle = said(self.session, "iopub", "status", {"execution_state": "idle"}, request)
-        idle.number = request.number
-        self.records[request_id] = record = Record(request, is_followed)
-        self.file(record, request)
-        self.file(record, idle)
+        entries, is_followed = self.outlines[request_id]
+        self.records[request_id] = record = Record(entries[0], is_followed)
+        for each in entries:
+            record.add(each)
+        self.size += record.size
         return record
 
     def file(self, record, entry):
+        id = record.request.header["msg_id"]
         record.add(entry)
         self.size += entry.size
+        if entry.is_idle or entry.msg_type in ("execute_request", "execute_reply"):
+            self.outlines[id][0].append(entry)
         if entry.is_idle:
-            self.questions = {id: about for id, about in self.questions.items()
-                              if about[0] != record.request.header["msg_id"]}
+            self.questions = {question: about for question, about in self.questions.items()
+                              if about[0] != id}
         if self.size > MOST_JOURNAL:
-            largest = max(self.records.values(), key=lambda record: record.size)
-            self.size -= largest.shorten(self.session)
+            self.make_room()
+
+    def make_room(self):
+        largest = max(self.records.values(), key=lambda record: record.size)
+        freed = largest.shorten(self.session)
+        self.size -= freed
+        if not freed:   # it is not the output that is large
+            self.forget([largest.request.header["msg_id"]])
 
     def forget(self, ids):
         """The outputs of these requests are in the file now."""
@@ -1398,9 +1407,8 @@ class Kernel:
         with self.lock:
             self.is_gone = True
             self.stop("shutdown")
+            self.wake_listeners()   # they see that the kernel is gone, and close
             with self.journal_lock:
-                for bridge in self.listeners:
-                    bridge.inbox.put()   # it sees that the kernel is gone, and closes
                 self.close_parked()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.connection_file)
@@ -1418,8 +1426,15 @@ class Kernel:
             for entry in entries:
                 self.journal.add(entry, client is not None and client.is_follower)
             for bridge in self.listeners:
-                if bridge is not client:
-                    bridge.inbox.put([entry for entry in entries if bridge.wants(entry)])
+                wanted = [entry for entry in entries if bridge.wants(entry)]
+                if wanted and bridge is not client:
+                    bridge.inbox.put(wanted)
+
+    def wake_listeners(self):
+        """Let the bridges look again at what state the kernel is in."""
+        with self.journal_lock:
+            for bridge in self.listeners:
+                bridge.inbox.put()
 
     def join(self, bridge):
         """From now on `bridge` hears everything; what it missed is in its mailbox before it."""
@@ -1564,7 +1579,7 @@ class Watcher:
         kernel.publish(entries)
         if entries and not kernel.is_heard:
             kernel.is_heard = True
-            kernel.publish([])   # the bridges may let requests through now
+            kernel.wake_listeners()   # they may let requests through now
         self.wait_for_slow()
 
     def note_state(self, entry):

@@ -5059,7 +5059,7 @@ class Journal(ServerCase):
         page.until(lambda: other.is_done and "late" in cell.text())
         again = self.follow()
         again.until(lambda: "a" in again.cells and "late" in again.cells["a"].text())
-        self.assertEqual((again.cells["a"].text(), again.cells["a"].is_idle), ("late\n", True))
+        self.assertEqual((again.cells["a"].text(), again.cells["a"].is_done), ("late\n", True))
 
     def test_too_much_output_loses_its_beginning_and_says_so(self):
         page = self.follow()
@@ -8694,6 +8694,23 @@ class PageComesBack(PageCase):
         tab.page.wait_for_selector("body[data-kernel=disconnected]")
         tab.wait_until_done()
         self.assertEqual(tab.texts(), ["\n".join(map(str, range(100))), "'next'"])
+
+    def test_what_a_thread_prints_after_the_save_is_appended(self):
+        tab = self.open("import threading; go = threading.Event()\nprint('early')\n"
+                        "threading.Thread(target=lambda: (go.wait(), print('late'))).start()",
+                        "go.set()")
+        tab.run(0)
+        tab.save()
+        tab.page.close()
+        (session,) = self.server.get("/api/sessions").json
+        frontend = self.server.frontend(session["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        frontend.finish(frontend.start("go.set()"))
+        tab = self.visit("/notebooks/" + quote(self.name))
+        self.assertShows(tab.outputs(0), "late")
+        self.assertEqual(tab.texts()[0], "early\nlate")
+        self.assertEqual((tab.cell(0).get_attribute("data-state"),
+                          tab.cell(0).locator(".prompt").inner_text().strip()), ("idle", "[1]"))
 
     def test_two_tabs_see_each_others_cells(self):
         one = self.open("print('from one')", "print(input('Who? '))")
