@@ -9,15 +9,18 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
 
     browser                    this server                                   kernel process
     index.html  -- REST -->    Handler -> Contents, Kernels, Sessions
-                <- WebSocket ->  Bridge  <- four ZeroMQ channels, signed ->  kernel.py, or any other
-                                 Watcher <- iopub, the process's end ------
+                <- WebSocket ->  Bridge  <- shell, control, stdin, signed -->  kernel.py,
+                                   ^ mailbox                                   or any other
+                                 Watcher <- iopub, heartbeat, its end -------
+                                   v
+                                 Journal: what no file holds yet
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
 7 The bridge · 8 Access · 9 HTTP · 10 main
 
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
-`Bridge.to_kernel` signs the request and sends it down its channel, `Bridge.from_kernel` takes what
-comes back, checks the signature and hands the JSON on as it came.
+`Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
+checks the signature and files it, and the bridge hands the JSON on as it came.
 
 Left out on purpose: users, extensions, a database, a terminal. One person, one folder, one token.
 
