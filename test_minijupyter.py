@@ -7415,6 +7415,7 @@ OTHER_LANGUAGES = [  # language, line, (kind, token) of what is coloured
                                         ("comment", "# c")]),
     ("sql", "select 1 -- c", [("keyword", "select"), ("number", "1"), ("comment", "-- c")]),
     ("rust", "fn name<'a>() {}", [("keyword", "fn"), ("definition", "name")]),
+    ("constructor", "let", [("keyword", "let")]),
 ]
 
 
@@ -8309,6 +8310,9 @@ FORMULAS = [
     (r"\begin{cases}1\\2\end{cases}", "mrow(mo { mtable(mtr(mtd(mn 1)) mtr(mtd(mn 2))))"),
     (r"\newcommand{\half}[1]{\frac{#1}{2}}\half{y}", "mrow(mrow() mfrac(mi y mn 2))"),
     (r"a \nosuch b", r"mrow(mi a mtext \nosuch mi b)"),
+    (r"\constructor", r"mtext \constructor"),
+    (r"\binom{n}{k}", "mrow(mo ( mfrac(mi n mi k) mo ))"),
+    (r"\overset{a}{b}", "mover(mi b mi a)"),
 ]
 MATHML_IN_WORDS = """tex => {
     const say = node => node.childElementCount || !node.textContent
