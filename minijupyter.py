@@ -1009,7 +1009,7 @@ ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # after each of: request, SIGTERM; as jupyter_client does
 NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
 LAST_WORDS_MS = 100         # that what a kernel said before its death may take through TCP
-HEARTBEAT_SECONDS = 5       # between two beats; SILENT_BEATS without an echo are reported
+HEARTBEAT_SECONDS = 3       # between two beats; SILENT_BEATS without an echo are reported
 SILENT_BEATS = 3
 STABLE_SECONDS = 10         # a crash within so long of the start counts; MOST_RESTARTS of them in
 MOST_RESTARTS = 5           # a row are enough. Both as jupyter_client's KernelRestarter

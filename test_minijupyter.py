@@ -8649,8 +8649,9 @@ class PageComesBack(PageCase):
         self.assertShows(tab.outputs(0), "0")
         tab = self.leave_and_return(tab)
         self.assertShows(tab.outputs(0), "0")
-        self.assertEqual([tab.cell(i).get_attribute("data-state") for i in (0, 1)],
-                         ["running", "queued"])
+        for i, state in enumerate(("running", "queued")):
+            self.assertCount(tab.page.locator(f".cell >> nth={i}").and_(
+                tab.page.locator(f"[data-state={state}]")), 1)
         for name in ("go0", "go1"):
             (self.root / name).touch()
             self.addCleanup((self.root / name).unlink)
