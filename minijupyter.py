@@ -210,6 +210,14 @@ class NotebookFile:
             self.notebook = upgrade(self.notebook)
         validate(self.notebook)
 
+    @classmethod
+    def put_together(cls, notebook, text, places, layout):
+        """The same for a text that was just made; it need not be read."""
+        file = cls.__new__(cls)
+        file.data, file.text, file.tail = encode_text(layout.start + text), text, layout.end
+        file.notebook, file.places, file.version = notebook, places, 4
+        return file
+
     def read(self):
         start = skip_space(self.text, 0)
         if start == len(self.text):   # an empty file is a new notebook
@@ -419,56 +427,68 @@ class Layout:
 
 
 def write_notebook(notebook, old=None):
-    """The bytes of a notebook file that says what `notebook` says. What `old`, the bytes that are
-    on disk now, says already is left as it stands there. Raises NotANotebook."""
+    """The NotebookFile that says what `notebook` says. What `old`, which is on disk now, says
+    already is left as it stands there. Raises NotANotebook."""
     validate(notebook)
+    if notebook.get("nbformat") != 4:
+        raise NotANotebook("/nbformat must be 4")
     try:
-        file = file_or_none(old)
-        if file and same(file.served, notebook):
+        if old and same(old.served, notebook):
             return old
-        return rewritten(notebook, file if file and file.version == 4 else None)
+        return rewritten(notebook, old if old and old.version == 4 else None)
     except RecursionError:
         raise NotANotebook("it is nested too deep") from None
 
 
-def file_or_none(data):
-    try:
-        return NotebookFile(data) if data and not data.isspace() else None
-    except NotANotebook:
-        return None
-
-
 def rewritten(notebook, file):
-    """The bytes of a changed notebook, with the texts of what did not change."""
+    """A changed notebook, with the texts of what did not change in `file`."""
     layout = Layout(file)
-    texts = {"cells": layout.enclose("[]", 1, cell_texts(notebook["cells"], file, layout))}
+    cells = [*written_cells(notebook["cells"], file, layout)]
+    texts = {"cells": layout.enclose("[]", 1, [text for _, text in cells])}
+    members = {**notebook, "cells": [cell for cell, _ in cells]}
     for key, value in notebook.items():
         if key != "cells":
             is_kept = file and key in file.places and same(file.notebook[key], value)
+            members[key] = file.notebook[key] if is_kept else value
             texts[key] = [file.text[file.places[key]] if is_kept else layout.write(value, 1)]
     keys = sorted(texts) if layout.is_sorted else dict.fromkeys([*file.places, *texts])
-    pieces, margin = [], layout.newline + layout.step
+    pieces, margin, places, at = [], layout.newline + layout.step, {}, 0
     for key in keys:
         if key in texts:
-            pieces += [("," if pieces else layout.start + "{") + margin, f"{to_text(key)}: "]
+            pieces += [("," if pieces else "{") + margin, f"{to_text(key)}: "]
+            at += len(pieces[-2]) + len(pieces[-1])
+            places[key] = slice(at, at := at + sum(map(len, texts[key])))
             pieces += texts[key]
-    return encode_text("".join([*pieces, layout.newline, "}", layout.end]))
+    text = "".join([*pieces, layout.newline, "}", layout.end])
+    places["cells"] = find_in_turn(text, [piece for _, piece in cells], places["cells"].start)
+    return NotebookFile.put_together(members, text, places, layout)
 
 
-def cell_texts(cells, file, layout):
-    """Yield the text of each cell: where nobody changed it, what stands in the file."""
+def find_in_turn(text, pieces, at):
+    """Where in `text`, from `at` on, the pieces stand one after the other, as slices."""
+    places = []
+    for piece in pieces:
+        at = text.index(piece, at)
+        places.append(slice(at, at := at + len(piece)))
+    return places
+
+
+def written_cells(cells, file, layout):
+    """Yield (cell, its text) for each cell: where nobody changed it, as it stands in the file."""
     known = {}   # (id, source) -> cells of the file that look alike, the first one last
     if file:
         on_disk = zip(file.served["cells"], file.notebook["cells"], file.places["cells"],
                       strict=True)
         for served, cell, place in reversed([*on_disk]):
             if served.get("id") == cell.get("id"):   # an id that was made up is to be written
-                known.setdefault(looks(cell), []).append((served, file.text[place]))
+                known.setdefault(looks(cell), []).append((served, cell, place))
     for cell in cells:
         alike = known.get(looks(cell))
-        served, text = alike.pop() if alike else (None, None)
-        is_kept = served is not None and same(served, cell)
-        yield text if is_kept else layout.write(map_strings(cell, split, is_split_mime), 2)
+        served, kept, place = alike.pop() if alike else (None, None, None)
+        if served is not None and same(served, cell):
+            yield kept, file.text[place]
+        else:
+            yield cell, layout.write(map_strings(cell, split, is_split_mime), 2)
 
 
 def looks(cell):
@@ -512,6 +532,36 @@ def in_javascript(value):
     return (float, value) if abs(value) != float("inf") else (str, str(value))
 
 
+class Recent:
+    """The large notebook file that was read or written last, for a minute: who has opened it will
+    save it, and need not wait until it is read again."""
+
+    SECONDS, LARGE = 60, 1 << 20   # bytes; smaller files are read in no time
+
+    def __init__(self):
+        self.lock, self.file, self.timer = threading.Lock(), None, None
+
+    def read(self, data):
+        """The NotebookFile of these bytes. Raises NotANotebook."""
+        file = self.file
+        return file if file and file.data == data else self.keep(NotebookFile(data))
+
+    def keep(self, file):
+        if len(file.data) >= self.LARGE:
+            with self.lock:
+                if self.timer:
+                    self.timer.cancel()
+                self.file, self.timer = file, threading.Timer(self.SECONDS, self.drop, [file])
+                self.timer.daemon = True
+                self.timer.start()
+        return file
+
+    def drop(self, file):
+        with self.lock:
+            if self.file is file:
+                self.file = self.timer = None
+
+
 # ---- 2. Contents: files and folders below the root --------------------------------------------
 #
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
@@ -538,6 +588,7 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
+        self.recent = Recent()
         self.lock = threading.Lock()   # between the look at a file and its replacement
 
     def resolve(self, path):
@@ -614,7 +665,7 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                return {"content": read_notebook(data), "format": "json"}
+                return {"content": self.recent.read(data).served, "format": "json"}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -667,13 +718,21 @@ class Contents:
         if expected not in ("*", hashlib.sha256(old).hexdigest()):
             raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
 
+    def file_or_none(self, data):
+        """The NotebookFile of these bytes, if they are that of a notebook."""
+        try:
+            return self.recent.read(data) if data and not data.isspace() else None
+        except NotANotebook:
+            return None
+
     def encode(self, path, model, old):
         """The bytes that a model's content becomes on disk."""
         content, kind, form = model.get("content"), model["type"], model.get("format")
         try:
             if kind == "notebook":
                 is_new = content is None and not old   # without content only a new file may be
-                return write_notebook(new_notebook() if is_new else content, old)
+                notebook = new_notebook() if is_new else content
+                return self.recent.keep(write_notebook(notebook, self.file_or_none(old))).data
             if form == "base64":
                 return base64.b64decode("".join((content or "").split()), validate=True)
             return (content or "").encode()
@@ -752,7 +811,8 @@ class Contents:
                 os.mkdir(self.resolve(path))
             else:
                 write_atomically(self.resolve(path),
-                                 write_notebook(new_notebook()) if kind == "notebook" else b"")
+                                 write_notebook(new_notebook()).data if kind == "notebook"
+                                 else b"")
         return self.model(path, self.resolve(path))
 
     def free_name(self, folder, stem, extension, joint, number):

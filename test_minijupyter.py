@@ -3629,6 +3629,31 @@ class NotebookFiles(ServerCase):
                 content["cells"][1]["source"] = "changed"
                 self.assertEqual(self.save(content), data.replace(b'"second"', b'"changed"'))
 
+    def test_a_file_that_was_just_written_is_known_as_if_it_had_been_read(self):
+        for style, data in FILE_STYLES.items():
+            file = minijupyter.NotebookFile(data)
+            for text in ("changed", "again", "second"):
+                content = through_javascript(json.loads(kernel.to_json(file.served)))
+                content["cells"][1]["source"] = text
+                file = minijupyter.write_notebook(content, file)
+                read = minijupyter.NotebookFile(file.data)
+                with self.subTest(style, text=text):
+                    self.assertEqual(file.data, data.replace(b'"second"', f'"{text}"'.encode()))
+                    self.assertEqual(repr(file.served), repr(read.served))
+                    self.assertEqual([file.text[place] for place in file.places["cells"]],
+                                     [read.text[place] for place in read.places["cells"]])
+                    self.assertEqual((file.tail, set(file.places)), (read.tail, set(read.places)))
+
+    def test_a_large_file_that_another_program_changed_is_read_anew(self):
+        large = jupyter_bytes(notebook(["x" * minijupyter.Recent.LARGE], ["second"]))
+        self.open(large)
+        self.assertEqual(self.open(large.replace(b"second", b"changed"))["cells"][1]["source"],
+                         "changed")
+        content = self.open(large)
+        content["cells"][1]["source"] = "mine"
+        self.assertEqual(self.save(content), large.replace(b"second", b"mine"))
+        self.assertUntouched((self.root / "styled.ipynb").read_bytes())
+
     def test_cells_that_are_moved_deleted_and_added_leave_the_others_as_they_stand(self):
         content = through_javascript(self.open(FILE_STYLES["Colab"]))
         content["cells"] = [*reversed(content["cells"]), notebook("new")["cells"][0]]
@@ -6081,7 +6106,7 @@ class FuzzedDocuments(Case):
             return self.assertTrue(str(problem))
         self.assertEqual(notebook_["nbformat"], 4)
         json.loads(kernel.to_json(notebook_), parse_constant=self.fail)
-        again = minijupyter.write_notebook(notebook_, data)
+        again = minijupyter.write_notebook(notebook_, minijupyter.NotebookFile(data)).data
         if json.loads(data)["nbformat"] == 4:
             self.assertEqual(again, data)
         self.assertEqual(kernel.to_json(minijupyter.read_notebook(again)),
