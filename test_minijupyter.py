@@ -9231,6 +9231,12 @@ class PageSurvives(DrawnPage):
         self.assertShows(tab.cell(1).locator(".rendered p").last, "the end")
         self.assertCount(tab.page.locator(".output > *"), 6)
 
+    def test_a_long_line_in_colour_is_written_over(self):
+        page = self.visit("/tree").page
+        shown = page.evaluate(r"""() => textNode(
+            `\x1b[31m${'a'.repeat(300_000)}\r${'b'.repeat(300_000)}`).textContent[0]""")
+        self.assertEqual(shown, "b")
+
     def test_ten_thousand_marks_inside_each_other_are_shown(self):
         nb = notebook()
         nb["cells"] = [markdown(mark * 10_000 + "the end", id=f"m{i}") for i, mark in enumerate(
