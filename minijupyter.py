@@ -1107,7 +1107,11 @@ class Entry:
 
     @property
     def content(self):
-        return json.loads(self.json_parts[3])
+        """What it says; {} when that is no JSON object."""
+        with contextlib.suppress(ValueError):
+            content = json.loads(self.json_parts[3])
+            return content if isinstance(content, dict) else {}
+        return {}
 
     @property
     def is_idle(self):
@@ -1448,7 +1452,7 @@ class Kernel:
             if self.ended.wait(SHUTDOWN_SECONDS):
                 break
             self.send_signal(number)
-        self.ended.wait()
+        self.ended.wait(2 * STALLED_SECONDS)   # its watcher may wait for a slow page
 
     def restart(self):
         """A new process on the same ports: the clients stay connected."""
@@ -1597,7 +1601,8 @@ class Watcher:
 
     def patience(self):
         """Seconds until there is something to say to the kernel."""
-        due = self.next_beat if self.has_answered else min(self.next_beat, self.next_nudge)
+        is_known = self.has_answered and self.kernel.is_heard
+        due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
         return max(0.0, due - time.monotonic())
 
     def nudge(self):
@@ -1632,13 +1637,12 @@ class Watcher:
         kernel, entries = self.kernel, []
         for parts in waiting_messages(self.iopub):
             try:
-                _, json_parts, buffers = kernel.session.verify(parts)
-                entries.append(Entry("iopub", json_parts, buffers))
-            except ValueError as problem:
-                log(f"kernel {kernel.id}: dropped a message on iopub: {problem}")
-        for entry in entries:
-            if entry.msg_type == "status":
-                self.note_state(entry)
+                entry = Entry("iopub", *kernel.session.verify(parts)[1:])
+                if entry.msg_type == "status":
+                    self.note_state(entry)
+                entries.append(entry)
+            except (ValueError, AttributeError) as problem:
+                log(f"kernel {kernel.id}: dropped a message on iopub: {problem!r}")
         kernel.publish(entries)
         if entries and not kernel.is_heard:
             kernel.is_heard = True
@@ -2534,15 +2538,15 @@ class Bridge:
         for parts in waiting_messages(sock):
             try:
                 entry = Entry(channel, *self.session.verify(parts)[1:])
-            except ValueError as problem:
-                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem}")
+                if entry.msg_type in STORY:
+                    self.kernel.publish([entry], self)
+            except (ValueError, AttributeError) as problem:
+                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem!r}")
                 continue
             if channel == "shell":
                 ends.open.discard(entry.parent_id)
             if entry.msg_type == "input_request":
                 ends.questions.add(entry.header["msg_id"])
-            if entry.msg_type in STORY:
-                self.kernel.publish([entry], self)
             frames.append(self.websocket.frame(*self.splice(entry)))
         return frames
 

@@ -323,7 +323,8 @@ class ZeroMQWire:
 
 def word(message):
     """A message in a word: its type, a status by its state."""
-    return message["content"].get("execution_state", message["header"]["msg_type"])
+    content, msg_type = message["content"], message["header"]["msg_type"]
+    return content.get("execution_state", msg_type) if isinstance(content, dict) else msg_type
 
 
 def merged(words):
@@ -4926,6 +4927,17 @@ class Bridge(ServerCase):
                 client.send(text)
                 self.assertEqual(self.run_cell("6 * 7").result, "42")
         self.assertNotIn("Traceback", self.server.process.output)
+
+    def test_bad_messages_from_a_kernel_harm_nobody(self):
+        cell = self.run_cell(
+            "import sys; write = sys.stdout.write\n"
+            "outbox = write.__closure__[write.__code__.co_freevars.index('outbox')].cell_contents\n"
+            "for bad in ([], 'text', None):\n"
+            "    for name in ('status', 'input_request', 'execute_request'):\n"
+            "        outbox.publish(name, bad)")
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertEqual(self.run_cell("6 * 7").result, "42")
+        self.assertReply(self.server.delete(f"/api/kernels/{self.kernel_id}"), 204)
 
     def test_wrong_frames_close_with_their_code(self):
         for data, code in ((frame(TEXT, b"{}", mask=None), 1002), (frame(TEXT, b"\xff"), 1007),
