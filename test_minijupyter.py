@@ -5833,6 +5833,7 @@ class JupyterLabServices(ServerCase):
           assert.strictEqual(kernel.status, 'dead');
         """)
 
+    @needs("comm")
     def test_comms_carry_buffers_both_ways(self):
         self.javascript("""
           const kernel = await new services.KernelManager({serverSettings}).startNew();
