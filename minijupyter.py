@@ -1120,7 +1120,8 @@ class Entry:
 
 def read_header(part):
     header = json.loads(part)
-    if not isinstance(header, dict) or not {"msg_id", "msg_type"} <= header.keys():
+    if not isinstance(header, dict) or not all(
+            isinstance(header.get(name), str) for name in ("msg_id", "msg_type")):
         raise ValueError("a header without msg_id or msg_type")
     return header
 
@@ -1128,7 +1129,8 @@ def read_header(part):
 @functools.lru_cache(maxsize=64)   # a thousand lines of output have one parent
 def parent_id(part):
     parent = json.loads(part)
-    return parent.get("msg_id") if isinstance(parent, dict) else None
+    id = parent.get("msg_id") if isinstance(parent, dict) else None
+    return id if isinstance(id, str) else None
 
 
 class Record:
@@ -1208,11 +1210,12 @@ class Journal:
             self.questions[entry.header["msg_id"]] = request_id, is_secret
         elif entry.msg_type == "input_reply":
             request_id, _ = self.questions.pop(entry.parent_id, (None, None))
-        if record := self.record(request_id, entry):
+        if record := self.record_for(request_id, entry):
             self.file(record, entry)
 
     def begin(self, request, is_followed):
         id = request.header["msg_id"]
+        self.forget([id])   # a client should not, but may use one twice
         self.outlines[id] = [], is_followed
         self.records[id] = Record(request, is_followed)
         if len(self.outlines) > MOST_REQUESTS:
@@ -1221,9 +1224,10 @@ class Journal:
             self.forget([oldest])
         return id
 
-    def record(self, request_id, entry):
-        """The record of a request, or None. What a thread prints after its cell's outputs were
-        saved begins a new one with request, reply and idle alone: a page appends what follows."""
+    def record_for(self, request_id, entry):
+        """The record of a request, or None. Its outline outlives it: what a thread prints after its
+        cell's outputs were saved begins a new one, with request, reply and idle alone, to which a
+        page appends what follows."""
         if request_id in self.records or request_id not in self.outlines or entry.msg_type in STORY:
             return self.records.get(request_id)
         entries, is_followed = self.outlines[request_id]
@@ -1396,6 +1400,7 @@ class Kernel:
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as problem:
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
+            self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
         REAPER.note("+", self.process.pid)
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
@@ -1504,7 +1509,9 @@ class Kernel:
                 bridge.inbox.put()
 
     def join(self, bridge):
-        """From now on `bridge` hears everything; what it missed is in its mailbox before it."""
+        """From now on `bridge` hears everything; what it missed is in its mailbox before it: for a
+        follower the journal, for a client that returns what came since it left or what its old
+        connection has not sent yet, for another one nothing."""
         with self.journal_lock:
             after = 0 if bridge.is_follower else self.left_at.get(bridge.session_id)
             missed = []
@@ -1641,13 +1648,15 @@ class Watcher:
                 if entry.msg_type == "status":
                     self.note_state(entry)
                 entries.append(entry)
-            except (ValueError, AttributeError) as problem:
+            except (ValueError, TypeError, AttributeError) as problem:
                 log(f"kernel {kernel.id}: dropped a message on iopub: {problem!r}")
         kernel.publish(entries)
-        if entries and not kernel.is_heard:
+        is_ending = kernel.intent is not None or self.process.returncode is not None
+        if entries and not kernel.is_heard and not is_ending:
             kernel.is_heard = True
             kernel.wake_listeners()   # they may let requests through now
         self.wait_for_slow()
+        self.last_echo = time.monotonic()   # what is heard is alive
 
     def note_state(self, entry):
         """Learn the kernel's state from the `status` messages that running code causes."""
@@ -1676,7 +1685,8 @@ class Watcher:
 
     def end(self, output):
         """The process is gone: hear its last words, tell every page, and start it anew or not."""
-        kernel = self.kernel
+        kernel, spoke = self.kernel, self.kernel.is_heard
+        kernel.is_heard = False
         REAPER.note("-", self.process.pid)
         try:
             while self.iopub.poll(LAST_WORDS_MS):
@@ -1685,17 +1695,15 @@ class Watcher:
             output.close()
             for sock in (self.iopub, self.shell, self.heart):
                 sock.close()
-            will_restart = self.tell_end()
+            will_restart = self.tell_end(spoke)
         finally:
             kernel.ended.set()   # whoever stops the kernel waits for this
         if will_restart:
             kernel.restart_after_crash(self.process)
 
-    def tell_end(self):
+    def tell_end(self, spoke):
         """Publish that the process has ended, and why; True when it is to be started again."""
-        kernel, spoke = self.kernel, self.kernel.is_heard
-        kernel.is_heard = False
-        is_crash = kernel.intent is None
+        kernel, is_crash = self.kernel, self.kernel.intent is None
         if is_crash:
             kernel.reason = self.explain()
             log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
@@ -1711,10 +1719,12 @@ class Watcher:
 
     def last_replies(self):
         """The replies to clients that have left, as Entries; their ends are of no use any more."""
+        entries = []
         with self.kernel.journal_lock:
-            entries = [Entry("shell", *self.kernel.session.verify(parts)[1:])
-                       for ends in self.kernel.parked
-                       for parts in waiting_messages(ends.sockets["shell"])]
+            for ends in self.kernel.parked:
+                for parts in waiting_messages(ends.sockets["shell"]):
+                    with contextlib.suppress(ValueError):   # nobody waits for a bad one
+                        entries.append(Entry("shell", *self.kernel.session.verify(parts)[1:]))
             self.kernel.close_parked()
         return entries
 
@@ -1746,8 +1756,10 @@ def watched_process(process, poller):
         yield False
         return
     poller.register(descriptor, zmq.POLLIN)
-    yield True
-    os.close(descriptor)
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 class Reaper:
@@ -1764,9 +1776,10 @@ class Reaper:
                 -) groups="${groups%% $group *} ${groups#* $group }" ;;
             esac
         done
+        set -- $groups
         for signal in TERM KILL; do
-            for group in $groups; do kill -$signal -- -$group; done 2>/dev/null
-            [ -z "${groups## }" ] || sleep 1
+            for group; do kill -$signal -- -$group; done 2>/dev/null
+            [ $# = 0 ] || sleep 1
         done"""
 
     def __init__(self):
@@ -1826,7 +1839,8 @@ class Kernels:
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
         new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env)
-        self.all[new.id] = new
+        if self.all.setdefault(new.id, new) is not new:
+            raise Problem(400, f"{id} is the id of another kernel")
         try:
             new.launch()
         except Problem:
@@ -2440,7 +2454,11 @@ def unsplice_v1(message):
     parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
     if len(parts) < 5:
         raise ValueError("a part is missing")
-    return Entry(parts[0].decode(), parts[1:5], parts[5:])
+    entry = Entry(parts[0].decode(), parts[1:5], parts[5:])
+    if entry.msg_type in STORY:   # it will be shown to other pages, within their JSON
+        for part in entry.json_parts[2:]:
+            json.loads(part)
+    return entry
 
 
 V1 = "v1.kernel.websocket.jupyter.org"
@@ -2472,6 +2490,7 @@ class Bridge:
         self.poller.register(self.inbox.fileno(), zmq.POLLIN)
         self.inherit(Ends(self.kernel, self.session_id))
         self.kernel.join(self)
+        self.inbox.put()   # look at once: the kernel may be gone by now
         try:
             while not self.websocket.is_closed:
                 self.step()
@@ -2494,11 +2513,6 @@ class Bridge:
 
     def step(self):
         """Wait for either side and carry what has come."""
-        if self.kernel.process is not self.process:   # restarted: no reply is due any more
-            self.process = self.kernel.process
-            for ends in self.ends:
-                ends.open.clear()
-                ends.questions.clear()
         page = self.websocket.fileno()
         self.poller.register(page, zmq.POLLIN if len(self.unsent) < MOST_UNSENT else 0)
         ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
@@ -2513,11 +2527,24 @@ class Bridge:
             self.websocket.write(b"".join(frames))
         if page in ready or self.websocket.has_bytes:
             self.unsent += self.websocket.arrived()
+        if self.kernel.process is not self.process:
+            self.begin_anew()
         self.carry_up()
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
         self.ping_or_give_up()
+
+    def begin_anew(self):
+        """The kernel has a new process: no reply of the old one is due any more, and what waits in
+        ZeroMQ's queues for the old one must not reach the new one."""
+        self.process = self.kernel.process
+        for ends in self.ends:
+            for sock in ends.sockets.values():
+                self.poller.unregister(sock)
+            ends.close()
+        self.ends = []
+        self.inherit(Ends(self.kernel, self.session_id))
 
     def from_others(self):
         """WebSocket frames of what the watcher and other bridges have for this one."""
@@ -2538,6 +2565,8 @@ class Bridge:
         for parts in waiting_messages(sock):
             try:
                 entry = Entry(channel, *self.session.verify(parts)[1:])
+                if entry.msg_type == "input_request":
+                    ends.questions.add(entry.header["msg_id"])
                 if entry.msg_type in STORY:
                     self.kernel.publish([entry], self)
             except (ValueError, AttributeError) as problem:
@@ -2545,8 +2574,6 @@ class Bridge:
                 continue
             if channel == "shell":
                 ends.open.discard(entry.parent_id)
-            if entry.msg_type == "input_request":
-                ends.questions.add(entry.header["msg_id"])
             frames.append(self.websocket.frame(*self.splice(entry)))
         return frames
 
@@ -2582,7 +2609,8 @@ class Bridge:
             [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers])
 
     def hand_over(self, reply):
-        """Give an input_reply to whoever has the question; False when no question is known."""
+        """Give an input_reply to the bridge that has the question's ends, perhaps this one; False
+        when no question is known."""
         with self.kernel.journal_lock:
             if reply.parent_id not in self.kernel.journal.questions:
                 return False
@@ -2691,7 +2719,7 @@ class Access:
             return False
         origin = headers.get("Origin")
         if origin is not None:
-            return urlsplit(origin).netloc == headers.get("Host")
+            return re.sub("^https?://", "", origin) == headers.get("Host")
         return method in SAFE_METHODS or self.repeats_xsrf(headers, query.get("_xsrf", [""])[0])
 
     def repeats_xsrf(self, headers, given):

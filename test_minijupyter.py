@@ -416,7 +416,7 @@ class Frontend:
 
     def file(self, channel, message):
         self.log.append(word(message))
-        answer = self.answers.get(message["parent_header"].get("msg_id"))
+        answer = self.answers.get(str(message["parent_header"].get("msg_id")))
         if answer is None:
             self.unasked.append(message)
         elif channel == "iopub":
@@ -4422,6 +4422,19 @@ class Kernels(ServerCase):
         self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
         self.assertEqual(late.finish(late.start("6 * 7")).result, "42")
 
+    def test_a_kernel_that_cannot_be_started_again_is_told_dead(self):
+        folder = self.folder()
+        (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (folder / "python").chmod(0o700)
+        install_kernelspec(folder, "vanishing", [str(folder / "python"), *OURS[1:]])
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        _, frontend, pid = self.start_kernel(server, name="vanishing")
+        (folder / "python").unlink()
+        os.kill(pid, signal.SIGKILL)
+        frontend.until(lambda: "dead" in frontend.log)
+        self.assertIn("restarting", frontend.log)
+        self.assertIn("cannot be started", frontend.unasked[-1]["content"]["reason"])
+
     def test_a_kernel_that_does_not_echo_its_heartbeat_is_reported(self):
         kernel_id, _, pid = self.start_kernel()
         path = f"/api/kernels/{kernel_id}"
@@ -4934,7 +4947,8 @@ class Bridge(ServerCase):
             "outbox = write.__closure__[write.__code__.co_freevars.index('outbox')].cell_contents\n"
             "for bad in ([], 'text', None):\n"
             "    for name in ('status', 'input_request', 'execute_request'):\n"
-            "        outbox.publish(name, bad)")
+            "        outbox.publish(name, bad)\n"
+            "        outbox.publish(name, {}, parent={'msg_id': [], 'msg_type': []})")
         self.assertEqual(cell.status, "ok", cell)
         self.assertEqual(self.run_cell("6 * 7").result, "42")
         self.assertReply(self.server.delete(f"/api/kernels/{self.kernel_id}"), 204)
