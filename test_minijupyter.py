@@ -5156,6 +5156,7 @@ class Journal(ServerCase):
 
     def test_a_second_connection_of_a_session_ends_the_first(self):
         first = WebSocketWire(self.server, self.kernel_id, "same")
+        Frontend(first).greet()   # by now its bridge is there
         second = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
         self.addCleanup(second.wire.close)
         with self.assertRaises((EOFError, ConnectionError)):
