@@ -1066,15 +1066,15 @@ CHANNELS = {   # channel -> socket type of the client's end; the kernel has the 
     "hb": zmq.DEALER}
 ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
-SHUTDOWN_SECONDS = 2.5      # after each of: request, SIGTERM; as jupyter_client does
+SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
 NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
 LAST_WORDS_MS = 100         # that what a kernel said before its death may take through TCP
-HEARTBEAT_SECONDS = 3       # between two beats; SILENT_BEATS without an echo are reported
-SILENT_BEATS = 3
-STABLE_SECONDS = 10         # a crash within so long of the start counts; MOST_RESTARTS of them in
-MOST_RESTARTS = 5           # a row are enough. Both as jupyter_client's KernelRestarter
-MOST_WAITING = 16 << 20     # bytes in a page's mailbox; then whoever prints has to wait for it,
-STALLED_SECONDS = 10        # for so long; then the page is cut off (and can come back)
+HEARTBEAT_SECONDS = 3       # between two beats
+SILENT_BEATS = 3            # without an echo are reported
+STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
+MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
+MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when it is full, whoever prints has to wait
+STALLED_SECONDS = 10        # that one waits for a page; then it is cut off, and can come back
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
 MOST_PARKED = 16            # clients that left with a request open, per kernel
@@ -1370,7 +1370,7 @@ class Kernel:
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
         self.session = Session(self.connection["key"], username="server")
         self.journal = Journal(self.session)
-        self.journal_lock = threading.Lock()   # guards what stands from here on
+        self.journal_lock = threading.Lock()   # guards the journal and the next three
         self.listeners = []                    # bridges
         self.parked = []                       # Ends of clients that left
         self.left_at = {}                      # session_id -> journal number when it left
@@ -3508,7 +3508,8 @@ def announced(server):
     """The server's file in the runtime folder, as long as it runs (jupyter_server's fields)."""
     path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
     write_secret(path, json.dumps({
-        "base_url": server.base_url, "hostname": server.ip, "password": False,
+        "base_url": server.base_url, "hostname": server.ip,
+        "password": server.access.password_hash is not None,
         "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
         "secure": server.tls is not None, "sock": "", "token": server.access.token,
         "url": server.url, "version": __version__}, indent=2))
