@@ -6666,7 +6666,7 @@ BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networ
                    "--disable-component-update", "--disable-sync", "--no-first-run",
                    "--disable-quic"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-IS_DONE = """() => ![...document.querySelectorAll('.cell')].some(
+IS_DONE = """() => !changedOutputs.size && ![...document.querySelectorAll('.cell')].some(
     cell => ['queued', 'running'].includes(cell.dataset.state))"""
 
 
@@ -6947,6 +6947,20 @@ class PageRuns(PageCase):
         tab.page.locator(".stdin input").fill("")
         tab.press("Enter")
         tab.wait_for(kernel="idle")
+        self.assertShows(tab.cell(0).locator(".prompt"), "[1]")
+
+    def test_a_cell_that_waits_for_a_starting_kernel_says_so_and_runs(self):
+        held = []
+        self.context.route("**/api/sessions", lambda route: held.append(route))
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("6 * 7")))
+        tab = self.visit("/notebooks/" + self.name)
+        tab.wait_for(kernel="starting")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertEqual(tab.cell(0).locator(".prompt").text_content(), "[*]")
+        self.assertEqual(tab.cell(0).get_attribute("data-state"), "queued")
+        held[0].continue_()
+        self.assertShows(tab.outputs(0), "42")
         self.assertShows(tab.cell(0).locator(".prompt"), "[1]")
 
     def test_run_all_runs_in_order(self):
@@ -8227,10 +8241,20 @@ class PageStaysFluid(PageCase):
         tab.wait_until_done()
         tab.cell(9).scroll_into_view_if_needed()
         place = "document.querySelectorAll('.cell')[9].getBoundingClientRect().top"
-        before = tab.page.evaluate(place)
+        before = self.at_rest(tab, place)
         tab.command("run-all")
         tab.wait_until_done()
-        self.assertAlmostEqual(tab.page.evaluate(place), before, delta=2)
+        self.assertAlmostEqual(self.at_rest(tab, place), before, delta=2)
+
+    def at_rest(self, tab, place):
+        """The place once cells that came into sight have got their true heights."""
+        return tab.page.evaluate(f"""async () => {{
+            for (let before, still = 0; still < 3; before = {place}) {{
+                await new Promise(requestAnimationFrame);
+                still = before === {place} ? still + 1 : 0;
+            }}
+            return {place};
+        }}""")
 
 
 ODD_OUTPUTS = [
