@@ -51,6 +51,7 @@ import hashlib
 import hmac
 import html
 import io
+import itertools
 import json
 import mimetypes
 import re
@@ -211,11 +212,12 @@ class NotebookFile:
         validate(self.notebook)
 
     @classmethod
-    def put_together(cls, notebook, text, places, layout):
+    def put_together(cls, notebook, served, text, places, layout):
         """The same for a text that was just made; it need not be read."""
         file = cls.__new__(cls)
         file.data, file.text, file.tail = encode_text(layout.start + text), text, layout.end
         file.notebook, file.places, file.version = notebook, places, 4
+        file.served = as_served(notebook, served)
         return file
 
     def read(self):
@@ -253,9 +255,11 @@ class NotebookFile:
     def served(self):
         """The notebook as the API gives it: strings joined, ids in 4.5."""
         cells = [map_strings(cell, join) for cell in self.notebook["cells"]]
-        if self.notebook.get("nbformat_minor", 0) >= ID_MINOR:
-            cells = with_ids(cells)
-        return {**self.notebook, "cells": cells}
+        return as_served(self.notebook, cells)
+
+    @functools.cached_property
+    def hash(self):
+        return sha256(self.data)
 
 
 def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
@@ -367,6 +371,16 @@ def short_hash(text):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def as_served(notebook, cells):
+    """A notebook with these cells, their strings joined, as the API gives it."""
+    has_ids = notebook.get("nbformat_minor", 0) >= ID_MINOR
+    return {**notebook, "cells": with_ids(cells) if has_ids else cells}
+
+
 def with_ids(cells):
     """The cells, each with a unique id; a missing one is made from place and source, so the same
     file gives the same ids every time."""
@@ -403,27 +417,36 @@ class Layout:
 
     def write(self, value, depth):
         if isinstance(value, dict):
-            return "".join(self.enclose("{}", depth, [
+            return self.enclose("{}", depth, [
                 f"{to_text(key)}: {self.write(part, depth + 1)}"
-                for key, part in self.in_order(value)]))
+                for key, part in self.in_order(value)])
         if isinstance(value, list):
-            return "".join(self.enclose("[]", depth, [
-                self.write(part, depth + 1) for part in value]))
+            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
         return to_text(value)
 
     def in_order(self, members):
         return sorted(members.items()) if self.is_sorted else members.items()
 
     def enclose(self, brackets, depth, texts):
-        """The texts with brackets and commas around them, as a list: the cells of a large notebook
-        should be put together once, at the end."""
+        """The texts, with brackets and commas around them."""
+        if not texts:
+            return brackets
         outer = self.newline + self.step * depth
         inner = outer + self.step
-        pieces = [brackets[0] + inner]
-        for text in texts:
-            pieces += (text, f",{inner}")
-        pieces[-1] = outer + brackets[1] if len(pieces) > 1 else brackets
-        return pieces
+        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
+
+
+class Pieces:
+    """A text that is made piece by piece; each can be told where it stands."""
+
+    def __init__(self):
+        self.texts, self.size = [], 0
+
+    def add(self, text):
+        """The slice of the whole at which `text` stands now."""
+        self.texts.append(text)
+        self.size += len(text)
+        return slice(self.size - len(text), self.size)
 
 
 def write_notebook(notebook, old=None):
@@ -442,53 +465,62 @@ def write_notebook(notebook, old=None):
 
 def rewritten(notebook, file):
     """A changed notebook, with the texts of what did not change in `file`."""
-    layout = Layout(file)
-    cells = [*written_cells(notebook["cells"], file, layout)]
-    texts = {"cells": layout.enclose("[]", 1, [text for _, text in cells])}
-    members = {**notebook, "cells": [cell for cell, _ in cells]}
-    for key, value in notebook.items():
-        if key != "cells":
-            is_kept = file and key in file.places and same(file.notebook[key], value)
-            members[key] = file.notebook[key] if is_kept else value
-            texts[key] = [file.text[file.places[key]] if is_kept else layout.write(value, 1)]
-    keys = sorted(texts) if layout.is_sorted else dict.fromkeys([*file.places, *texts])
-    pieces, margin, places, at = [], layout.newline + layout.step, {}, 0
-    for key in keys:
-        if key in texts:
-            pieces += [("," if pieces else "{") + margin, f"{to_text(key)}: "]
-            at += len(pieces[-2]) + len(pieces[-1])
-            places[key] = slice(at, at := at + sum(map(len, texts[key])))
-            pieces += texts[key]
-    text = "".join([*pieces, layout.newline, "}", layout.end])
-    places["cells"] = find_in_turn(text, [piece for _, piece in cells], places["cells"].start)
-    return NotebookFile.put_together(members, text, places, layout)
+    layout, text, places = Layout(file), Pieces(), {}
+    cells = [*matched_cells(notebook["cells"], file)]
+    members = {**notebook, "cells": [cell for cell, _, _ in cells]}
+    keys = dict.fromkeys([*(file.places if file else ()), *notebook])
+    for key in sorted(notebook) if layout.is_sorted else filter(notebook.__contains__, keys):
+        text.add(("," if places else "{") + layout.newline + layout.step)
+        text.add(f"{to_text(key)}: ")
+        if key == "cells":
+            places[key] = add_cells(text, cells, file, layout)
+        elif file and key in file.places and same(file.notebook[key], notebook[key]):
+            members[key] = file.notebook[key]
+            places[key] = text.add(file.text[file.places[key]])
+        else:
+            places[key] = text.add(layout.write(notebook[key], 1))
+    text.add(f"{layout.newline}}}{layout.end}")
+    served = [served for _, served, _ in cells]
+    return NotebookFile.put_together(members, served, "".join(text.texts), places, layout)
 
 
-def find_in_turn(text, pieces, at):
-    """Where in `text`, from `at` on, the pieces stand one after the other, as slices."""
-    places = []
-    for piece in pieces:
-        at = text.index(piece, at)
-        places.append(slice(at, at := at + len(piece)))
-    return places
-
-
-def written_cells(cells, file, layout):
-    """Yield (cell, its text) for each cell: where nobody changed it, as it stands in the file."""
-    known = {}   # (id, source) -> cells of the file that look alike, the first one last
-    if file:
-        on_disk = zip(file.served["cells"], file.notebook["cells"], file.places["cells"],
-                      strict=True)
-        for served, cell, place in reversed([*on_disk]):
-            if served.get("id") == cell.get("id"):   # an id that was made up is to be written
-                known.setdefault(looks(cell), []).append((served, cell, place))
+def matched_cells(cells, file):
+    """Yield (cell as in a file, as the API gives it, its number in `file`) for each of the cells;
+    the number is None for one that is new or changed."""
+    known = {}   # (id, source) -> numbers of the cells in the file that look alike, the last first
+    on_disk = [*zip(file.served["cells"], file.notebook["cells"], strict=True)] if file else []
+    for number, (served, cell) in reversed([*enumerate(on_disk)]):
+        if served.get("id") == cell.get("id"):   # an id that was made up is to be written
+            known.setdefault(looks(cell), []).append(number)
     for cell in cells:
         alike = known.get(looks(cell))
-        served, kept, place = alike.pop() if alike else (None, None, None)
-        if served is not None and same(served, cell):
-            yield kept, file.text[place]
+        number = alike.pop() if alike else None
+        if number is not None and same(on_disk[number][0], cell):
+            yield on_disk[number][1], on_disk[number][0], number
         else:
-            yield cell, layout.write(map_strings(cell, split, is_split_mime), 2)
+            split_cell = map_strings(cell, split, is_split_mime)
+            yield split_cell, map_strings(split_cell, join), None
+
+
+def add_cells(text, cells, file, layout):
+    """Add the array of cells to a notebook's text; returns the place of each. Cells that follow
+    each other in the file too are copied in one piece, with what stands between them."""
+    if not cells:
+        text.add("[]")
+    places, outer = [], layout.newline + layout.step
+    for (is_kept, _), run in itertools.groupby(enumerate(cells), lambda item: (
+            item[1][2] is not None, item[0] - (item[1][2] or 0))):
+        run = [cell for _, cell in run]
+        text.add(("," if places else "[") + outer + layout.step)
+        if is_kept:
+            old = file.places["cells"][run[0][2]:run[-1][2] + 1]
+            shift = text.add(file.text[old[0].start:old[-1].stop]).start - old[0].start
+            places += [slice(place.start + shift, place.stop + shift) for place in old]
+        else:
+            places.append(text.add(layout.write(run[0][0], 2)))
+    if cells:
+        text.add(f"{outer}]")
+    return places
 
 
 def looks(cell):
@@ -546,6 +578,10 @@ class Recent:
         file = self.file
         return file if file and file.data == data else self.keep(NotebookFile(data))
 
+    def hash(self, data):
+        file = self.file
+        return file.hash if file and file.data == data else sha256(data)
+
     def keep(self, file):
         if len(file.data) >= self.LARGE:
             with self.lock:
@@ -588,25 +624,45 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.recent = Recent()
+        self.recent, self.answers = Recent(), Answers()
         self.lock = threading.Lock()   # between the look at a file and its replacement
+
+    def look(self, path):
+        """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
+        Problem 404 for what nobody may see."""
+        names = [name for name in path.split("/") if name]
+        if not all(map(self.is_visible, names)):
+            raise Problem(404, f"No such file or folder: {path}")
+        absolute = os.path.join(self.root, *names)
+        return absolute, self.kept_inside(absolute, path)
 
     def resolve(self, path):
         """The absolute path on disk of an API path that need not exist."""
-        names = [name for name in path.split("/") if name]
-        absolute = os.path.join(self.root, *names)
-        if not all(map(self.is_visible, names)):
-            raise Problem(404, f"No such file or folder: {path}")
-        return self.kept_inside(absolute, path)
+        return self.look(path)[0]
 
     def kept_inside(self, absolute, path):
-        """`absolute`, unless it leads out of the root, or to a pipe or the like."""
-        real = os.path.realpath(absolute)
-        is_odd = os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real)
+        """The os.stat_result of `absolute` (None: nothing is there), unless it leads out of the
+        root, or to a pipe or the like."""
+        real, info = self.follow(absolute)
+        is_odd = info and not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode)
         is_private = any(is_within(real, folder) for folder in self.private)
         if is_odd or is_private or not is_within(real, self.root):
             raise Problem(404, f"No such file or folder: {path}")
-        return absolute
+        return info
+
+    def follow(self, absolute):
+        """(real path, os.stat_result or None) of a path below the root. The root is real: only
+        what comes after it can be a link, and one question to the disk per name tells."""
+        real, info = self.root, None
+        try:
+            for name in filter(None, absolute[len(self.root):].split(os.sep)):
+                real = os.path.join(real, name)
+                info = os.lstat(real)
+                if stat.S_ISLNK(info.st_mode) or getattr(info, "st_reparse_tag", 0):
+                    return os.path.realpath(absolute), os.stat(absolute)
+            return real, info or os.stat(real)
+        except OSError:
+            return os.path.realpath(absolute), None
 
     def is_visible(self, name):
         """False for hidden files and for what is no file name: with NUL, "\\", half a surrogate."""
@@ -615,10 +671,15 @@ class Contents:
         return is_plain and not {"\0", "\\"} & {*name} and (self.allow_hidden or not is_hidden)
 
     def existing(self, path):
-        absolute = self.resolve(path)
-        if not os.path.exists(absolute):
+        absolute, info = self.look(path)
+        if info is None:
             raise Problem(404, f"No such file or folder: {path}")
         return absolute
+
+    def get_json(self, path, *asked):
+        """What `get` gives, as JSON; of a small file it is kept while the file is the same."""
+        return self.answers.get((path, *asked), self.look(path)[1],
+                                lambda: model_json(self.get(path, *asked)))
 
     def get(self, path, kind=None, form=None, content=True, with_hash=False):
         """The model of a file or folder; `kind` and `form` insist on a type or format."""
@@ -633,7 +694,7 @@ class Contents:
         elif model["type"] != "directory" and (content or with_hash):
             data = self.read(absolute)
             if with_hash:
-                model.update(hash=hashlib.sha256(data).hexdigest(), hash_algorithm="sha256")
+                model.update(hash=self.recent.hash(data), hash_algorithm="sha256")
             if content:
                 model.update(self.content(path, model["type"], form, data))
         return model
@@ -705,7 +766,7 @@ class Contents:
             if data != old:
                 write_atomically(absolute, data)
         new = self.model(path, absolute)
-        new.update(type=kind, hash=hashlib.sha256(data).hexdigest(), hash_algorithm="sha256")
+        new.update(type=kind, hash=self.recent.hash(data), hash_algorithm="sha256")
         return new, is_new
 
     def refuse_conflict(self, path, old, expected):
@@ -715,7 +776,7 @@ class Contents:
             return
         if old is None:
             raise Problem(412, f"{path} is no longer on disk", "conflict")
-        if expected not in ("*", hashlib.sha256(old).hexdigest()):
+        if expected not in ("*", self.recent.hash(old)):
             raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
 
     def file_or_none(self, data):
@@ -751,7 +812,8 @@ class Contents:
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
         folder, name = os.path.split(absolute)
-        part = self.kept_inside(os.path.join(folder, f".{short_hash(name)}.upload"), path)
+        part = os.path.join(folder, f".{short_hash(name)}.upload")
+        self.kept_inside(part, path)
         data = self.encode(path, model, None)
         with self.lock:
             is_new = not os.path.exists(absolute)
@@ -769,7 +831,8 @@ class Contents:
         folder, name = os.path.split(self.existing(path))
         stem, extension = os.path.splitext(name)
         saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
-        return self.kept_inside(saved, path)
+        self.kept_inside(saved, path)
+        return saved
 
     def checkpoints(self, path):
         """The list of a file's checkpoints: one, or none."""
@@ -885,6 +948,37 @@ def model_json(model):
     start = to_json({key: value for key, value in model.items() if key != "content"})
     return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
                      b"]}}"])
+
+
+class Answers:
+    """The JSON of small files that were asked for, kept while the file's stamp on the disk is the
+    same. One that was written just now is not kept: the next write could leave the same stamp."""
+
+    SMALL, MOST = 1 << 20, 1 << 23   # bytes of one answer, of all
+    TICK = 2                         # seconds: the coarsest clock of a file system, that of FAT
+
+    def __init__(self):
+        self.lock, self.kept, self.size = threading.Lock(), {}, 0
+
+    def get(self, question, info, make):
+        """The bytes that `make` gives for a question about the file of this os.stat_result."""
+        stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
+                          info.st_ctime_ns)
+        known, answer = self.kept.get(question, (None, None))
+        if stamp and known == stamp:
+            return answer
+        answer = make()
+        if (info and stat.S_ISREG(info.st_mode) and len(answer) <= self.SMALL
+                and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
+            self.keep(question, stamp, answer)
+        return answer
+
+    def keep(self, question, stamp, answer):
+        with self.lock:
+            if self.size + len(answer) > self.MOST:
+                self.kept, self.size = {}, 0
+            self.kept[question] = stamp, answer
+            self.size += len(answer)
 
 
 def is_within(real, root):
@@ -3170,11 +3264,10 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def get_contents(self, path):
-        model = self.server.contents.get(
+        self.send(200, self.server.contents.get_json(
             path, self.asked("type", choices=("notebook", "file", "directory")),
             self.asked("format", choices=("text", "base64", "json")),
-            content=self.asked("content", "1", "01") == "1", with_hash=self.asked("hash") == "1")
-        self.send(200, model_json(model), "application/json")
+            self.asked("content", "1", "01") == "1", self.asked("hash") == "1"), "application/json")
 
     def create_contents(self, path):
         body = self.json_body()

@@ -3795,6 +3795,33 @@ class Files(ServerCase):
                                  [400, 404])
         self.assertEqual((self.root / ".secret").read_text(), "SECRET")
 
+    def test_a_small_file_is_read_once_until_it_changes(self):
+        root = self.folder()
+        contents = minijupyter.Contents(root)
+        (root / "a.txt").write_text("one")
+        self.assertIsNot(contents.get_json("a.txt"), contents.get_json("a.txt"))   # too fresh
+        contents.answers.TICK = 0
+        kept = contents.get_json("a.txt")
+        self.assertIs(contents.get_json("a.txt"), kept)
+        self.assertIn(b'"content":null', contents.get_json("a.txt", None, None, False))
+        (root / "a.txt").write_text("two")
+        os.utime(root / "a.txt", (1, 1))
+        self.assertIn(b'"content":"two"', contents.get_json("a.txt"))
+        (root / "a.txt").unlink()
+        with self.assertRaises(minijupyter.Problem):
+            contents.get_json("a.txt")
+
+    def test_what_small_files_say_is_kept_within_a_bound(self):
+        root = self.folder()
+        contents = minijupyter.Contents(root)
+        contents.answers.TICK, contents.answers.MOST = 0, 3000
+        for number in range(20):
+            (root / f"{number}.txt").write_text("x" * 1000)
+            contents.get_json(f"{number}.txt")
+        kept = [answer for _, answer in contents.answers.kept.values()]
+        self.assertLessEqual(sum(map(len, kept)), 3000)
+        self.assertGreater(len(kept), 0)
+
     def test_hidden_files_are_served_when_they_are_asked_for(self):
         root = self.folder()
         (root / ".hidden").write_text("x")
@@ -9674,16 +9701,16 @@ def bench_server(program, count):
 
 
 @functools.cache
-def large_notebook():
-    """50 MB as they come about: 10,000 cells, each with thirty printed lines and a picture."""
+def run_notebook(cells, lines, picture):
+    """The bytes of a notebook in which each cell has printed lines and drawn a picture (bytes)."""
     def outputs(number):
-        lines = [f"{number:5} {line:3} {line / 7:.12f} {number * line:9}\n" for line in range(30)]
-        return [{"output_type": "stream", "name": "stdout", "text": lines},
+        text = [f"{number:5} {line:3} {line / 7:.12f} {number * line:9}\n" for line in range(lines)]
+        return [{"output_type": "stream", "name": "stdout", "text": text},
                 {"output_type": "display_data", "metadata": {}, "data": {
-                    "image/png": base64.b64encode(random.randbytes(2500)).decode(),
+                    "image/png": base64.b64encode(random.randbytes(picture)).decode(),
                     "text/plain": ["<Figure size 640x480 with 1 Axes>"]}}]
 
-    nb = notebook(*(f"plot({number})\n" for number in range(10_000)))
+    nb = notebook(*(f"plot({number})\n" for number in range(cells)))
     nb["cells"] = [{**cell, "outputs": outputs(number), "source": [cell["source"]]}
                    for number, cell in enumerate(nb["cells"])]
     return jupyter_bytes(nb)
@@ -9711,7 +9738,8 @@ def save_untouched_notebook(server, count):
 
 
 def small_requests(server, count, clients=8, seconds=1):
-    """Requests for a small notebook that are answered in a second, on connections kept alive."""
+    """Requests for a notebook of 20 cells (17 kB) that are answered in a second, on connections
+    kept alive."""
     request = (f"GET /api/contents/small.ipynb HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
                f"Authorization: token {server.token}\r\n\r\n").encode()
     answered, end = 0, time.perf_counter() + seconds
@@ -9747,8 +9775,9 @@ def bench_files(program, count):
     server = Server(program=program)
     try:
         wait_until(lambda: answers(server), 60)
-        (server.root / "large.ipynb").write_bytes(large_notebook())
-        (server.root / "small.ipynb").write_bytes(jupyter_bytes(notebook("x = 1\ny = 2", "x + y")))
+        (server.root / "small.ipynb").write_bytes(run_notebook(20, lines=3, picture=200))
+        (server.root / "large.ipynb").write_bytes(run_notebook(10_000, lines=30, picture=2500))
+        time.sleep(minijupyter.Answers.TICK)   # these files were not written just now
         for label, measure in FILE_MEASURES.items():
             for figure in measure(server, count) if wanted(label) else ():
                 yield label, figure
