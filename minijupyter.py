@@ -138,6 +138,7 @@ CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+BOM = codecs.BOM_UTF8
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
 to_text = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -186,41 +187,13 @@ def map_output(output, convert, is_converted):
     return output
 
 
-class NotebookFile:
-    """What a notebook file says, and where it says it. Raises NotANotebook.
-
-    notebook = the JSON object, of version 4 and of a sound structure
-    places = {key: slice of `text`}; for "cells" a list of them, one for each cell
-    tail = what comes after the object: one newline, as a rule
-    """
+class NotebookReader:
+    """Reads a notebook's JSON member by member and cell by cell, and notes where each stands:
+    `notebook`, `places` and `tail` as in a NotebookFile. Raises ValueError."""
 
     def __init__(self, data):
-        self.data, self.text, self.tail = data, "", ""
-        self.notebook, self.places = {}, {}
-        try:
-            self.text = data.decode("utf-8-sig")
-            self.read()
-        except (ValueError, RecursionError) as problem:
-            raise NotANotebook(f"the file is not JSON: {problem}") from None
-        self.version = self.notebook.get("nbformat")
-        if not isinstance(self.version, int):
-            raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
-        if self.version not in (2, 3, 4):
-            raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
-        if self.version < 4:
-            self.notebook = upgrade(self.notebook)
-        validate(self.notebook)
-
-    @classmethod
-    def put_together(cls, notebook, served, text, places, layout):
-        """The same for a text that was just made; it need not be read."""
-        file = cls.__new__(cls)
-        file.data, file.text, file.tail = encode_text(layout.start + text), text, layout.end
-        file.notebook, file.places, file.version = notebook, places, 4
-        file.served = as_served(notebook, served)
-        return file
-
-    def read(self):
+        self.text, self.notebook, self.places, self.tail = data.decode("utf-8-sig"), {}, {}, ""
+        self.at, self.byte = 0, len(BOM) if data.startswith(BOM) else 0   # the same place
         start = skip_space(self.text, 0)
         if start == len(self.text):   # an empty file is a new notebook
             self.notebook = new_notebook()
@@ -242,14 +215,54 @@ class NotebookFile:
             self.notebook[key], self.places[key] = [], []
             return read_entries(self.text, at, "]", self.read_cell)
         self.notebook[key], end = JSON.raw_decode(self.text, at)
-        self.places[key] = slice(at, end)
+        self.places[key] = self.place(at, end)
         return end
 
     def read_cell(self, at):
         cell, end = JSON.raw_decode(self.text, at)
         self.notebook["cells"].append(cell)
-        self.places["cells"].append(slice(at, end))
+        self.places["cells"].append(self.place(at, end))
         return end
+
+    def place(self, start, end):
+        """The bytes of these characters. It is asked for from the front to the back, so that only
+        what lies between two places need be counted."""
+        first = self.byte + len(encode_text(self.text[self.at:start]))
+        self.at, self.byte = end, first + len(encode_text(self.text[start:end]))
+        return slice(first, self.byte)
+
+
+class NotebookFile:
+    """What a notebook file says, and where it says it. Raises NotANotebook.
+
+    notebook = the JSON object, of version 4 and of a sound structure
+    places = {key: slice of `data`}; for "cells" a list of them, one for each cell
+    tail = what comes after the object: one newline, as a rule
+    """
+
+    def __init__(self, data):
+        try:
+            reader = NotebookReader(data)
+        except (ValueError, RecursionError) as problem:
+            raise NotANotebook(f"the file is not JSON: {problem}") from None
+        self.data, self.notebook = data, reader.notebook
+        self.places, self.tail = reader.places, reader.tail
+        self.version = self.notebook.get("nbformat")
+        if not isinstance(self.version, int):
+            raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
+        if self.version not in (2, 3, 4):
+            raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
+        if self.version < 4:
+            self.notebook = upgrade(self.notebook)
+        validate(self.notebook)
+
+    @classmethod
+    def put_together(cls, notebook, served, data, places, tail):
+        """The same for bytes that were just made; they need not be read."""
+        file = cls.__new__(cls)
+        file.notebook, file.served, file.version = notebook, as_served(notebook, served), 4
+        file.data, file.places, file.tail = data, places, tail
+        return file
 
     @functools.cached_property
     def served(self):
@@ -407,12 +420,12 @@ class Layout:
     """How JSON is laid out in a notebook file: as Jupyter does it, or as an older file has it."""
 
     def __init__(self, file=None):
-        self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, "", "\n"
+        self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, b"", "\n"
         if file:
-            match = re.match(r"\s*\{(\r?\n|)([ \t]*)", file.text)
-            self.newline, self.step = match.groups()
+            match = re.match(rb"(?:\xef\xbb\xbf)?\s*\{(\r?\n|)([ \t]*)", file.data)
+            self.newline, self.step = (part.decode() for part in match.groups())
             self.is_sorted = [*file.places] == sorted(file.places)
-            self.start = "\ufeff" if file.data.startswith(b"\xef\xbb\xbf") else ""
+            self.start = BOM if file.data.startswith(BOM) else b""
             self.end = file.tail
 
     def write(self, value, depth):
@@ -437,16 +450,17 @@ class Layout:
 
 
 class Pieces:
-    """A text that is made piece by piece; each can be told where it stands."""
+    """Bytes that are made piece by piece; of each can be told where it stands."""
 
-    def __init__(self):
-        self.texts, self.size = [], 0
+    def __init__(self, start):
+        self.pieces, self.size = [start], len(start)
 
-    def add(self, text):
-        """The slice of the whole at which `text` stands now."""
-        self.texts.append(text)
-        self.size += len(text)
-        return slice(self.size - len(text), self.size)
+    def add(self, piece):
+        """The slice of the whole at which the piece, text or bytes, stands now."""
+        data = encode_text(piece) if isinstance(piece, str) else piece
+        self.pieces.append(data)
+        self.size += len(data)
+        return slice(self.size - len(data), self.size)
 
 
 def write_notebook(notebook, old=None):
@@ -465,23 +479,25 @@ def write_notebook(notebook, old=None):
 
 def rewritten(notebook, file):
     """A changed notebook, with the texts of what did not change in `file`."""
-    layout, text, places = Layout(file), Pieces(), {}
+    layout, places = Layout(file), {}
+    made = Pieces(layout.start)
     cells = [*matched_cells(notebook["cells"], file)]
     members = {**notebook, "cells": [cell for cell, _, _ in cells]}
     keys = dict.fromkeys([*(file.places if file else ()), *notebook])
     for key in sorted(notebook) if layout.is_sorted else filter(notebook.__contains__, keys):
-        text.add(("," if places else "{") + layout.newline + layout.step)
-        text.add(f"{to_text(key)}: ")
+        made.add(("," if places else "{") + layout.newline + layout.step)
+        made.add(f"{to_text(key)}: ")
         if key == "cells":
-            places[key] = add_cells(text, cells, file, layout)
+            places[key] = add_cells(made, cells, file, layout)
         elif file and key in file.places and same(file.notebook[key], notebook[key]):
             members[key] = file.notebook[key]
-            places[key] = text.add(file.text[file.places[key]])
+            places[key] = made.add(file.data[file.places[key]])
         else:
-            places[key] = text.add(layout.write(notebook[key], 1))
-    text.add(f"{layout.newline}}}{layout.end}")
+            places[key] = made.add(layout.write(notebook[key], 1))
+    made.add(f"{layout.newline}}}{layout.end}")
     served = [served for _, served, _ in cells]
-    return NotebookFile.put_together(members, served, "".join(text.texts), places, layout)
+    return NotebookFile.put_together(
+        members, served, b"".join(made.pieces), places, layout.end)
 
 
 def matched_cells(cells, file):
@@ -502,24 +518,25 @@ def matched_cells(cells, file):
             yield split_cell, map_strings(split_cell, join), None
 
 
-def add_cells(text, cells, file, layout):
-    """Add the array of cells to a notebook's text; returns the place of each. Cells that follow
+def add_cells(made, cells, file, layout):
+    """Add the array of cells to a notebook's bytes; returns the place of each. Cells that follow
     each other in the file too are copied in one piece, with what stands between them."""
     if not cells:
-        text.add("[]")
+        made.add("[]")
     places, outer = [], layout.newline + layout.step
     for (is_kept, _), run in itertools.groupby(enumerate(cells), lambda item: (
             item[1][2] is not None, item[0] - (item[1][2] or 0))):
         run = [cell for _, cell in run]
-        text.add(("," if places else "[") + outer + layout.step)
+        made.add(("," if places else "[") + outer + layout.step)
         if is_kept:
             old = file.places["cells"][run[0][2]:run[-1][2] + 1]
-            shift = text.add(file.text[old[0].start:old[-1].stop]).start - old[0].start
+            piece = memoryview(file.data)[old[0].start:old[-1].stop]
+            shift = made.add(piece).start - old[0].start
             places += [slice(place.start + shift, place.stop + shift) for place in old]
         else:
-            places.append(text.add(layout.write(run[0][0], 2)))
+            places.append(made.add(layout.write(run[0][0], 2)))
     if cells:
-        text.add(f"{outer}]")
+        made.add(f"{outer}]")
     return places
 
 
@@ -544,7 +561,8 @@ def same(one, other):
             return False
         for key, value in one.items():   # a loop: this is most of the work of saving
             theirs = other[key]
-            if value != theirs if isinstance(value, str) else not same(value, theirs):
+            if value is not theirs and (value != theirs if isinstance(value, str)
+                                        else not same(value, theirs)):
                 return False
         return True
     if isinstance(one, list):
@@ -745,7 +763,7 @@ class Contents:
         with open(absolute, "rb") as file:
             return file.read()
 
-    def save(self, path, model, expected=None):
+    def save(self, path, model, expected=None, with_hash=False):
         """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
         NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
         absolute, kind = self.resolve(path), model.get("type")
@@ -765,8 +783,9 @@ class Contents:
             data = self.encode(path, model, old)
             if data != old:
                 write_atomically(absolute, data)
-        new = self.model(path, absolute)
-        new.update(type=kind, hash=self.recent.hash(data), hash_algorithm="sha256")
+        new = {**self.model(path, absolute), "type": kind}
+        if with_hash:
+            new.update(hash=self.recent.hash(data), hash_algorithm="sha256")
         return new, is_new
 
     def refuse_conflict(self, path, old, expected):
@@ -3284,11 +3303,10 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(body.get("chunk"), int):
             model, is_new = self.server.contents.save_chunk(path, body)
         else:
-            model, is_new = self.server.contents.save(path, body, expected)
+            model, is_new = self.server.contents.save(
+                path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
             self.server.sessions.saved(path)
-        if self.asked("hash") != "1":
-            model.update(hash=None, hash_algorithm=None)
         if is_new:
             return self.created(model, "contents", model["path"])
         return model

@@ -3641,8 +3641,8 @@ class NotebookFiles(ServerCase):
                 with self.subTest(style, text=text):
                     self.assertEqual(file.data, data.replace(b'"second"', f'"{text}"'.encode()))
                     self.assertEqual(repr(file.served), repr(read.served))
-                    self.assertEqual([file.text[place] for place in file.places["cells"]],
-                                     [read.text[place] for place in read.places["cells"]])
+                    self.assertEqual([file.data[place] for place in file.places["cells"]],
+                                     [read.data[place] for place in read.places["cells"]])
                     self.assertEqual((file.tail, set(file.places)), (read.tail, set(read.places)))
 
     def test_a_large_file_that_another_program_changed_is_read_anew(self):
