@@ -3300,6 +3300,8 @@ class Handler(BaseHTTPRequestHandler):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
                     self.headers.get("If-Match", "").strip('"') or None)
         body = self.json_body()
+        if not body:
+            return self.create_contents(path)
         if isinstance(body.get("chunk"), int):
             model, is_new = self.server.contents.save_chunk(path, body)
         else:

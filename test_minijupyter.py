@@ -3407,6 +3407,12 @@ class Contents(ServerCase):
         self.assertEqual(self.server.get("/api/contents/Untitled.ipynb").json["content"]["cells"],
                          [])
 
+    def test_put_without_a_model_makes_a_new_file_in_that_folder(self):
+        (self.root / "inbox").mkdir()
+        reply = self.assertReply(self.server.put("/api/contents/inbox", {}), 201)
+        self.assertEqual(reply.json["path"], "inbox/untitled")
+        self.assertTrue((self.root / "inbox" / "untitled").is_file())
+
     def test_a_file_is_renamed_and_keeps_its_content(self):
         (self.root / "old.txt").write_text("content")
         reply = self.server.patch("/api/contents/old.txt", {"path": "new name ☃.txt"})
