@@ -624,7 +624,7 @@ class Recent:
 # A file is written whole or not at all: into a temporary file beside it, which then takes its
 # place.
 
-UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ".txt"),
+UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
 
 

@@ -4285,7 +4285,7 @@ class BaseUrl(ServerCase):
 
     def test_addresses_in_replies_have_the_path(self):
         made = self.server.post("/user/ada/api/contents", {})
-        self.assertEqual(made.headers["Location"], "/user/ada/api/contents/untitled.txt")
+        self.assertEqual(made.headers["Location"], "/user/ada/api/contents/untitled")
         moved = self.server.get(f"/user/ada/tree?token={self.server.token}", Authorization=None)
         self.assertEqual(moved.headers["Location"], "/user/ada/tree")
         self.assertIn("; Path=/user/ada/;", moved.headers["Set-Cookie"])
