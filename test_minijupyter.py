@@ -9912,7 +9912,7 @@ def bench_page_opens(program, server):
 def bench_page_keys(program, server, count):
     with BenchPage(program, server, [f"x = {i}" for i in range(100)]) as page:
         page.until(page.words["ready"])
-        page.type("# ")
+        page.type("# someone has been typing for a while")
         with page.page.expect_console_message(lambda message: message.text == "listening"):
             page.page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
         page.page.keyboard.type("a" * count, delay=30)
