@@ -2411,6 +2411,7 @@ RETRY_MS = 20       # until what could not be sent is tried again; a person does
 LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
 EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
+UNWANTED = 1000     # cells that are dropped before they have come and are remembered
 STALL_SECONDS = 10  # that a slow subscriber may hold up the output of all
 HANDLERS = {    # msg_type -> who runs its handler
     "kernel_info_request": "io",
@@ -2420,6 +2421,7 @@ HANDLERS = {    # msg_type -> who runs its handler
     "create_subshell_request": "io",
     "delete_subshell_request": "io",
     "list_subshell_request": "io",
+    "abort_request": "io",
     "complete_request": "helper",
     "inspect_request": "helper",
     "is_complete_request": "helper",
@@ -2574,6 +2576,16 @@ class Cells:
         self.waiting.extendleft(reversed([r for r in waiting if not is_cell(r)]))
         return [request for request in waiting if is_cell(request)]
 
+    def drop(self, msg_ids):
+        """Called by io: take these cells out, if they still wait; returns them."""
+        dropped = []
+        for request in list(self.waiting):
+            if is_cell(request) and request["header"]["msg_id"] in msg_ids:
+                with contextlib.suppress(ValueError):   # its turn has just come
+                    self.waiting.remove(request)
+                    dropped.append(request)
+        return dropped
+
     def is_too_late(self, request):
         """True for a cell that its client sent before it could know of the latest error, but that
         came after it: it belongs to those that were aborted."""
@@ -2617,6 +2629,7 @@ class Kernel:
         self.interrupt_due = None             # when a SIGINT that nobody has noticed is repeated
         self.unasked = []                     # an input_request that could not be delivered yet
         self.unsent = []                      # (channel, parts) that a full iopub holds up
+        self.unwanted = collections.deque(maxlen=UNWANTED)   # msg_ids of cells not to be run
         self.last_sent = time.monotonic()     # when nothing was held up
         self.is_finished, self.io_done = False, threading.Event()
 
@@ -2798,7 +2811,10 @@ class Kernel:
             self.questions.put(request)
         elif who == "cells":
             cells = self.cells_for(request)
-            cells.put(request) if cells else self.refuse(request)
+            if is_cell(request) and request["header"]["msg_id"] in self.unwanted:
+                self.abort(request)
+            else:
+                cells.put(request) if cells else self.refuse(request)
         else:
             self.answer(request)
 
@@ -2987,6 +3003,17 @@ class Kernel:
 
     def list_subshell_request(self, request):
         return {"subshell_id": [id for id in self.shells if id is not None]}
+
+    def abort_request(self, request):
+        """Take the cells of these `msg_ids` out of the queue; what runs, runs on. The message is
+        ipykernel's, up to version 6."""
+        msg_ids = {*request["content"]["msg_ids"]}
+        dropped = [cell for cells in list(self.shells.values()) for cell in cells.drop(msg_ids)]
+        for cell in dropped:
+            self.abort(cell)
+        # As above: the others may be on their way.
+        self.unwanted.extend(msg_ids - {cell["header"]["msg_id"] for cell in dropped})
+        return {}
 
     # -- interrupts --
 

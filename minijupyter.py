@@ -1197,7 +1197,7 @@ TAIL = 4_000                # characters of a kernel's own stderr that are kept 
 # Their busy and idle say nothing about running code; a frontend sends them all the time.
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
-                  "shutdown_request"}
+                  "shutdown_request", "abort_request"}
 STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
          "status"}   # what a full journal keeps; all else is output
 
@@ -1691,7 +1691,7 @@ class Watcher:
         self.tail = ""   # the last that the process wrote on its own stdout or stderr
         self.started = self.last_echo = time.monotonic()
         self.next_nudge = self.next_beat = 0.0
-        self.has_answered = False
+        self.has_answered, self.running = False, set()   # msg_ids of requests that are worked on
 
     def run(self):
         self.iopub, self.shell, self.heart = map(self.kernel.connect, ("iopub", "shell", "hb"))
@@ -1772,11 +1772,15 @@ class Watcher:
         self.last_echo = time.monotonic()   # what is heard is alive
 
     def note_state(self, entry):
-        """Learn the kernel's state from the `status` messages that running code causes."""
+        """Learn the kernel's state from the `status` messages that running code causes. A cell that
+        is dropped ends while another one runs."""
         state = entry.content.get("execution_state")
-        parent = json.loads(entry.json_parts[1]).get("msg_type")
-        if parent not in QUIET_REQUESTS and state in ("busy", "idle"):
-            self.kernel.state, self.kernel.last_activity = state, time.time()
+        parent = json.loads(entry.json_parts[1])
+        if parent.get("msg_type") in QUIET_REQUESTS or state not in ("busy", "idle"):
+            return
+        (self.running.add if state == "busy" else self.running.discard)(parent.get("msg_id"))
+        self.kernel.state = "busy" if self.running else "idle"
+        self.kernel.last_activity = time.time()
 
     def wait_for_slow(self):
         """Hear no more before every page has room for it: then the kernel holds whoever prints."""

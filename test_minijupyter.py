@@ -2201,6 +2201,50 @@ class KernelComms(KernelCase):
         self.assertWorks()
 
 
+class KernelQueue(KernelCase):
+    """A cell that waits can be taken out of the queue."""
+
+    def abort(self, *cells):
+        msg_ids = [cell.request["header"]["msg_id"] for cell in cells]
+        return self.request("abort_request", "control", msg_ids=msg_ids)
+
+    def waiting_cells(self):
+        """A cell that waits for the user, and two behind it."""
+        first = self.frontend.start("answer = input()")
+        self.frontend.until(lambda: first.questions)
+        return first, self.frontend.start("dropped = True"), self.frontend.start("'third'")
+
+    def test_a_waiting_cell_is_dropped_at_once_and_the_others_run(self):
+        first, second, third = self.waiting_cells()
+        self.assertEqual(self.abort(second).reply["content"], {"status": "ok"})
+        self.frontend.finish(second)
+        self.assertEqual((second.status, second.count), ("aborted", None))
+        self.assertFalse(first.is_idle)
+        self.frontend.type("go on", first.question)
+        self.frontend.finish(first, third)
+        self.assertEqual((first.status, third.result), ("ok", "'third'"))
+        self.assertEqual(self.run_cell("'dropped' in globals()").result, "False")
+
+    def test_a_running_cell_is_left_alone(self):
+        first, second, third = self.waiting_cells()
+        self.abort(first)
+        self.frontend.type("go on", first.question)
+        self.frontend.finish(first, second, third)
+        self.assertEqual([cell.status for cell in (first, second, third)], ["ok"] * 3)
+
+    def test_a_cell_that_comes_after_the_request_to_drop_it_is_dropped(self):
+        message = self.frontend.session.message("execute_request", {"code": "1"})
+        answer = self.frontend.answers[message["header"]["msg_id"]] = Answer(message)
+        self.abort(answer)
+        self.frontend.wire.send("shell", message)
+        self.assertEqual(self.frontend.finish(answer).status, "aborted")
+
+    def test_what_is_no_list_of_ids_is_refused(self):
+        for msg_ids in (None, 5, [[]], [{}]):
+            answer = self.request("abort_request", "control", msg_ids=msg_ids)
+            self.assertEqual(answer.status, "error")
+
+
 class KernelSubshells(KernelCase):
     """JEP 91: cells that run beside a running cell."""
 
@@ -6730,6 +6774,9 @@ class Tab:
     def types(self):
         return self.page.eval_on_selector_all(".cell", "all => all.map(c => c.dataset.type)")
 
+    def states(self):
+        return self.page.eval_on_selector_all(".cell", "all => all.map(c => c.dataset.state)")
+
     def outputs(self, i):
         return self.cell(i).locator(".outputs")
 
@@ -6995,6 +7042,31 @@ class PageRuns(PageCase):
         held[0].continue_()
         self.assertShows(tab.outputs(0), "42")
         self.assertShows(tab.cell(0).locator(".prompt"), "[1]")
+
+    def test_a_cell_that_waits_can_be_taken_out_of_the_queue(self):
+        tab = self.open("input()", "'second'", "'third'")
+        tab.command("run-all")
+        tab.page.locator(".stdin input").wait_for()
+        tab.cell(1).locator(".unqueue").click()
+        self.assertShows(tab.cell(1).locator(".prompt"), "[ ]")
+        self.assertEqual(tab.states(), ["running", "idle", "queued"])
+        tab.wait_for(kernel="busy")
+        tab.page.locator(".stdin input").fill("go on")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(2), "'third'")
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.texts()[1], "")
+
+    def test_a_kernel_that_cannot_drop_cells_is_named_as_such(self):
+        forget = "del input.__func__.__globals__['HANDLERS']['abort_request']"
+        tab = self.open(forget, "input()", "3")
+        tab.command("run-all")
+        tab.page.locator(".stdin input").wait_for()
+        tab.cell(2).locator(".unqueue").click()
+        self.assertShows(tab.page.locator("#notices"), "This kernel takes no cell out of its queue")
+        self.assertEqual(tab.states()[2], "queued")
+        tab.command("interrupt")
+        tab.wait_for(kernel="idle")
 
     def test_run_all_runs_in_order(self):
         tab = self.open("x = [1]", "x.append(2)", "x.append(3)", "x")
