@@ -8173,6 +8173,28 @@ class PageForEveryone(PageCase):
         tab.page.locator(".stdin").wait_for()
         self.assertAxeFindsNothing(tab)
 
+    def test_dialogs_of_a_notebook(self):
+        tab = self.open("input()", "2")
+        for command in ("metadata", "notebook-metadata", "change-kernel"):
+            with self.subTest(command):
+                tab.command(command)
+                tab.page.locator("dialog[open]").wait_for()
+                self.assertAxeFindsNothing(tab)
+                tab.press("Escape")
+                tab.page.locator("dialog[open]").wait_for(state="detached")
+        tab.command("run-all")
+        tab.page.locator(".stdin input").wait_for()
+        self.assertAxeFindsNothing(tab)
+
+    def test_a_conflict_and_what_differs(self):
+        tab = self.open("old\nsame")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("theirs\nsame")))
+        tab.write(0, "mine\nsame")
+        tab.press("Control+s")
+        tab.page.locator("dialog[open] .diff").wait_for()
+        self.assertAxeFindsNothing(tab)
+        tab.choose("Take the file's")
+
     def test_a_text_file_and_a_file_that_is_missing(self):
         (self.root / "t.txt").write_text("x")
         self.assertAxeFindsNothing(self.visit("/edit/t.txt"))
