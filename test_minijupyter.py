@@ -1764,9 +1764,14 @@ def execute(name, argv):
 
 
 @functools.cache
+def executed_on_both(name):
+    """A sample notebook as it is after it has run on this kernel, and on ipykernel."""
+    with ThreadPoolExecutor(2) as pool:  # threads of their own: the page's tests run a loop here
+        return [*pool.map(execute, [name, name], [OURS, IPYKERNEL])]
+
+
 def outcome_on_ipykernel(name):
-    with ThreadPoolExecutor(1) as pool:  # a thread of its own: the page's tests run a loop here
-        return outcome(pool.submit(execute, name, IPYKERNEL).result())
+    return outcome(executed_on_both(name)[1])
 
 
 @needs("nbclient", "nbformat", "ipykernel")
@@ -1775,8 +1780,7 @@ class Nbclient(Case):
     def test_real_notebooks_run_as_on_ipykernel(self):
         for path in sorted(NOTEBOOKS.glob("pytudes-*.ipynb")):
             with self.subTest(path.name):
-                self.assertEqual(outcome(execute(path.name, OURS)),
-                                 outcome_on_ipykernel(path.name))
+                self.assertEqual(*map(outcome, executed_on_both(path.name)))
 
 
 # ---- 5. The kernel, whole: every message, magic and library -----------------------------
@@ -3194,11 +3198,6 @@ def kinds(nb):
             + sorted({kind for kind in cell if "stream" in kind}) for cell in outcome(nb)]
 
 
-@functools.cache
-def kinds_on_ipykernel(name):
-    return kinds(execute(name, IPYKERNEL))
-
-
 @needs("nbclient", "nbformat", "ipykernel", "matplotlib", "pandas")
 class NotebooksSideBySide(Case):
     """Real notebooks on this kernel and on ipykernel: the same MIME types, cell by cell."""
@@ -3218,8 +3217,7 @@ class NotebooksSideBySide(Case):
         print("\nnotebook                                    cells  differ")
         for name in self.NAMES:
             with self.subTest(name):
-                ours, theirs = kinds(execute(name + ".ipynb", OURS)), kinds_on_ipykernel(
-                    name + ".ipynb")
+                ours, theirs = map(kinds, executed_on_both(name + ".ipynb"))
                 rows = [(number, *pair) for number, pair in enumerate(
                     zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
                 print(f"{name:43} {len(ours):5} {len(rows):7}")
