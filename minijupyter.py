@@ -193,7 +193,8 @@ class NotebookReader:
 
     def __init__(self, data):
         self.text, self.notebook, self.places, self.tail = data.decode("utf-8-sig"), {}, {}, ""
-        self.at, self.byte = 0, len(BOM) if data.startswith(BOM) else 0   # the same place
+        # One place, in characters of the text and in bytes of the file: see `place`.
+        self.at, self.byte = 0, len(BOM) if data.startswith(BOM) else 0
         start = skip_space(self.text, 0)
         if start == len(self.text):   # an empty file is a new notebook
             self.notebook = new_notebook()
@@ -521,11 +522,14 @@ def matched_cells(cells, file):
 def add_cells(made, cells, file, layout):
     """Add the array of cells to a notebook's bytes; returns the place of each. Cells that follow
     each other in the file too are copied in one piece, with what stands between them."""
-    if not cells:
-        made.add("[]")
+    def distance(item):
+        """How far a cell has moved from its place in the file: neighbours have moved alike. What
+        is new is a run of its own."""
+        position, (_, _, number) = item
+        return (False, position) if number is None else (True, position - number)
+
     places, outer = [], layout.newline + layout.step
-    for (is_kept, _), run in itertools.groupby(enumerate(cells), lambda item: (
-            item[1][2] is not None, item[0] - (item[1][2] or 0))):
+    for (is_kept, _), run in itertools.groupby(enumerate(cells), distance):
         run = [cell for _, cell in run]
         made.add(("," if places else "[") + outer + layout.step)
         if is_kept:
@@ -535,8 +539,7 @@ def add_cells(made, cells, file, layout):
             places += [slice(place.start + shift, place.stop + shift) for place in old]
         else:
             places.append(made.add(layout.write(run[0][0], 2)))
-    if cells:
-        made.add(f"{outer}]")
+    made.add(f"{outer}]" if cells else "[]")
     return places
 
 
@@ -632,6 +635,37 @@ CELLS_AT_ONCE = 50          # are encoded without a break: a millisecond or two
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
+
+
+class Answers:
+    """The JSON of small files that were asked for, kept while the file's stamp on the disk is the
+    same. One that was written just now is not kept: the next write could leave the same stamp."""
+
+    SMALL, MOST = 1 << 20, 1 << 23   # bytes of one answer, of all
+    TICK = 2                         # seconds: the coarsest clock of a file system, that of FAT
+
+    def __init__(self):
+        self.lock, self.kept, self.size = threading.Lock(), {}, 0
+
+    def get(self, question, info, make):
+        """The bytes that `make` gives for a question about the file of this os.stat_result."""
+        stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
+                          info.st_ctime_ns)
+        known, answer = self.kept.get(question, (None, None))
+        if stamp and known == stamp:
+            return answer
+        answer = make()
+        if (info and stat.S_ISREG(info.st_mode) and len(answer) <= self.SMALL
+                and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
+            self.keep(question, stamp, answer)
+        return answer
+
+    def keep(self, question, stamp, answer):
+        with self.lock:
+            if self.size + len(answer) > self.MOST:
+                self.kept, self.size = {}, 0
+            self.kept[question] = stamp, answer
+            self.size += len(answer)
 
 
 class Contents:
@@ -967,37 +1001,6 @@ def model_json(model):
     start = to_json({key: value for key, value in model.items() if key != "content"})
     return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
                      b"]}}"])
-
-
-class Answers:
-    """The JSON of small files that were asked for, kept while the file's stamp on the disk is the
-    same. One that was written just now is not kept: the next write could leave the same stamp."""
-
-    SMALL, MOST = 1 << 20, 1 << 23   # bytes of one answer, of all
-    TICK = 2                         # seconds: the coarsest clock of a file system, that of FAT
-
-    def __init__(self):
-        self.lock, self.kept, self.size = threading.Lock(), {}, 0
-
-    def get(self, question, info, make):
-        """The bytes that `make` gives for a question about the file of this os.stat_result."""
-        stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
-                          info.st_ctime_ns)
-        known, answer = self.kept.get(question, (None, None))
-        if stamp and known == stamp:
-            return answer
-        answer = make()
-        if (info and stat.S_ISREG(info.st_mode) and len(answer) <= self.SMALL
-                and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
-            self.keep(question, stamp, answer)
-        return answer
-
-    def keep(self, question, stamp, answer):
-        with self.lock:
-            if self.size + len(answer) > self.MOST:
-                self.kept, self.size = {}, 0
-            self.kept[question] = stamp, answer
-            self.size += len(answer)
 
 
 def is_within(real, root):
