@@ -2949,6 +2949,15 @@ button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
 <button>Log in</button></form></main></html>"""
 
 
+@functools.lru_cache(100)
+def routes_at(path):
+    """{method: (name of its handler, groups of its pattern)} of a path. Clients ask for the same
+    ones again and again, and to try all patterns is a good part of a small answer's work."""
+    matches = [(method, name, pattern.match(path)) for method, pattern, name in reversed(ROUTES)]
+    return {method: (name, [group or "" for group in match.groups()])
+            for method, name, match in matches if match}
+
+
 class Handler(BaseHTTPRequestHandler):
     """One HTTP connection; the requests on it come one after the other."""
 
@@ -3052,12 +3061,10 @@ class Handler(BaseHTTPRequestHandler):
     def find_route(self):
         """(handler name, groups of its pattern); Problem 404, or 405 with the methods there are."""
         method = "GET" if self.command == "HEAD" else self.command
-        allowed = []
-        for route_method, pattern, name in ROUTES:
-            if match := pattern.match(self.route.rstrip("/") or "/"):
-                if route_method == method:
-                    return name, [group or "" for group in match.groups()]
-                allowed.append(route_method)
+        routes = routes_at(self.route.rstrip("/") or "/")
+        if method in routes:
+            return routes[method]
+        allowed = [*routes]
         if not allowed:
             raise Problem(404, f"There is nothing at {self.route}")
         if self.command == "OPTIONS":
