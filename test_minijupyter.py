@@ -7960,6 +7960,7 @@ class PageLosesNothing(PageCase):
         self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
 
     def test_outputs_alone_come_back_without_a_question(self):
+        self.context.clock.install()
         tab = self.open("'on' + 'ce'")
         self.refuse_saves()
         tab.select(0)
@@ -7970,6 +7971,7 @@ class PageLosesNothing(PageCase):
         self.context.unroute_all()
         self.problems.clear()
         tab = self.reopen(self.name)
+        tab.page.clock.fast_forward(5_000)
         tab.wait_for(saved="true")
         self.assertEqual(tab.texts()[0], "'once'")
 
@@ -8005,18 +8007,21 @@ class PageLosesNothing(PageCase):
         self.problems.clear()
 
     def test_a_save_that_failed_is_told_and_made_up_for_by_itself(self):
+        self.context.clock.install()
         tab = self.open("a")
         self.refuse_saves()
         tab.write(0, "b")
         tab.press("Control+s")
         self.assertShows(tab.page.locator("#notices"), "Not saved: The server does not answer")
         self.context.unroute_all()
+        tab.page.clock.fast_forward(10_000)
         tab.wait_for(saved="true")
         self.assertCount(tab.page.locator(".notice.bad"), 0)
         self.assertEqual(self.saved_sources(), ["b"])
         self.problems.clear()
 
     def test_a_list_of_files_whose_server_is_gone_says_so_and_goes_on_when_it_is_back(self):
+        self.context.clock.install()
         tab = self.visit("/tree")
         tab.page.locator(".crumbs").wait_for()
         self.context.route("**/api/**", lambda route: route.abort())
@@ -8024,6 +8029,7 @@ class PageLosesNothing(PageCase):
         self.assertShows(tab.page.locator("#notices"), "The server does not answer")
         (self.root / "meanwhile.txt").write_text("x")
         self.context.unroute_all()
+        tab.page.clock.fast_forward(10_000)
         self.assertShows(tab.page.locator("main"), "meanwhile.txt")
         self.assertCount(tab.page.locator(".notice"), 0)
         self.problems.clear()
@@ -8076,9 +8082,13 @@ class PageLosesNothing(PageCase):
         self.assertEqual(self.saved_sources(), ["and the second goes on"])
 
     def test_when_the_first_tab_closes_the_second_saves(self):
+        self.context.clock.install()
         first, second = self.two_tabs()
         first.page.close()
         second.write(0, "second")
+        second.page.clock.fast_forward(2_000)      # it looks whether it may save now
+        second.page.wait_for_function("() => view.file.isHolder")
+        second.page.clock.fast_forward(5_000)
         second.wait_for(saved="true")
         self.assertEqual(self.saved_sources(), ["second"])
 
@@ -8823,16 +8833,16 @@ class PageNotebooks(PageCase):
 
     @needs_notebooks
     def test_every_sample_is_shown_or_refused_in_clear_words(self):
+        page = self.context.new_page()
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             with self.subTest(path.name):
                 (self.root / path.name).write_bytes(path.read_bytes())
                 reply = self.server.get("/api/contents/" + quote(path.name))
-                tab = self.visit("/notebooks/" + quote(path.name))
+                page.goto(self.address("/notebooks/" + quote(path.name)))
                 if reply.status == 200:
-                    self.assertCount(tab.page.locator(".cell"), len(reply.json["content"]["cells"]))
+                    self.assertCount(page.locator(".cell"), len(reply.json["content"]["cells"]))
                 else:
-                    self.assertShows(tab.page.locator("[role=alert]"), reply.json["message"])
-                tab.page.close()
+                    self.assertShows(page.locator("[role=alert]"), reply.json["message"])
 
 
 class PageComesBack(PageCase):
