@@ -8770,6 +8770,26 @@ class PageComesBack(PageCase):
         tab.save()
         self.assertEqual([len(cell["outputs"]) for cell in self.saved()["cells"]], [2, 1])
 
+    def test_the_tab_of_a_page_that_comes_back_counts_what_still_runs(self):
+        tab = self.open("input()", "", "'next'")
+        tab.command("run-all")
+        tab.page.wait_for_selector("form.stdin input")
+        tab = self.leave_and_return(tab)
+        tab.page.wait_for_selector(".cell[data-state=queued]")
+        tab.page.wait_for_function("document.title.startsWith('(0/2)')")
+
+    def test_a_run_seen_later_tells_the_kernels_time_also_when_its_reply_comes_last(self):
+        tab = self.open("1")
+        tab.page.evaluate("""() => {
+            const execution = new Execution(view, view.cells[0], 'id', { isAdopted: true });
+            const status = (execution_state, second) => execution.status({ execution_state },
+              { header: { date: `2020-01-01T00:00:0${second}Z` } });
+            status('busy', 1);
+            status('idle', 6);
+            execution.execute_reply({ status: 'ok', execution_count: 1 });
+        }""")
+        self.assertShows(tab.cell(0).locator(".timer"), "5.0 s")
+
     def test_what_ended_while_no_tab_was_open_is_there_and_only_once(self):
         tab = self.open("import time; time.sleep(0.3); print('was', 'there')\n1 / 0", "print('no')")
         tab.command("run-all")
