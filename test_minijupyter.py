@@ -7708,7 +7708,20 @@ class PageManages(PageCase):
             tab.page.locator(".actions").get_by_role("button", name="Download").click()
         self.assertEqual(Path(download.value.path()).read_text(), "xxx")
         tab.page.locator("[data-command=duplicate]").click()
-        self.assertShows(tab.page.locator("main"), "a-Copy1.txt")
+        self.assertShows(tab.page.locator("main tr:has(:checked)"), "a-Copy1.txt")
+
+    def test_the_list_of_files_follows_the_kernels_without_taking_focus_or_menu_away(self):
+        folder = self.root / "followed"
+        folder.mkdir()
+        (folder / "a.txt").write_text("")
+        tab = self.visit("/tree/followed")
+        link = tab.page.get_by_role("link", name="a.txt")
+        link.focus()
+        tab.page.evaluate("view.refresh()")
+        self.assertTrue(link.evaluate("link => link === document.activeElement"))
+        tab.page.locator("[data-command=new]").click()
+        tab.page.evaluate("view.refresh()")
+        self.assertCount(tab.page.locator(".menu:popover-open"), 1)
 
     def test_files_that_are_dropped_are_uploaded_and_replace_others_only_when_asked(self):
         (self.root / "there.txt").write_text("old")
@@ -7827,6 +7840,13 @@ class PageManages(PageCase):
         tab.select(2)
         tab.command("go-failed")
         self.assertEqual(tab.page.locator(".cell.selected textarea").input_value(), "1/0")
+
+    def test_one_step_at_a_time_is_told_and_offered_to_be_undone(self):
+        tab = self.open("1", "2")
+        tab.select(0)
+        tab.press("d", "d", "z", "Shift+Z")
+        self.assertShows(tab.page.locator("#notices"), "Redone: delete a cell")
+        self.assertCount(tab.page.locator(".notice"), 1)
 
     def test_output_is_copied_as_text(self):
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
