@@ -7778,7 +7778,20 @@ class PageManages(PageCase):
             tab.page.locator(".actions").get_by_role("button", name="Download").click()
         self.assertEqual(Path(download.value.path()).read_text(), "xxx")
         tab.page.locator("[data-command=duplicate]").click()
-        self.assertShows(tab.page.locator("main"), "a-Copy1.txt")
+        self.assertShows(tab.page.locator("main tr:has(:checked)"), "a-Copy1.txt")
+
+    def test_the_list_of_files_follows_the_kernels_without_taking_focus_or_menu_away(self):
+        folder = self.root / "followed"
+        folder.mkdir()
+        (folder / "a.txt").write_text("")
+        tab = self.visit("/tree/followed")
+        link = tab.page.get_by_role("link", name="a.txt")
+        link.focus()
+        tab.page.evaluate("view.refresh()")
+        self.assertTrue(link.evaluate("link => link === document.activeElement"))
+        tab.page.locator("[data-command=new]").click()
+        tab.page.evaluate("view.refresh()")
+        self.assertCount(tab.page.locator(".menu:popover-open"), 1)
 
     def test_files_that_are_dropped_are_uploaded_and_replace_others_only_when_asked(self):
         (self.root / "there.txt").write_text("old")
@@ -7897,6 +7910,13 @@ class PageManages(PageCase):
         tab.select(2)
         tab.command("go-failed")
         self.assertEqual(tab.page.locator(".cell.selected textarea").input_value(), "1/0")
+
+    def test_one_step_at_a_time_is_told_and_offered_to_be_undone(self):
+        tab = self.open("1", "2")
+        tab.select(0)
+        tab.press("d", "d", "z", "Shift+Z")
+        self.assertShows(tab.page.locator("#notices"), "Redone: delete a cell")
+        self.assertCount(tab.page.locator(".notice"), 1)
 
     def test_output_is_copied_as_text(self):
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -8871,6 +8891,26 @@ class PageComesBack(PageCase):
         self.assertEqual(tab.texts(), ["\n".join(map(str, range(12))) + "'end'", "'next'"])
         tab.save()
         self.assertEqual([len(cell["outputs"]) for cell in self.saved()["cells"]], [2, 1])
+
+    def test_the_tab_of_a_page_that_comes_back_counts_what_still_runs(self):
+        tab = self.open("input()", "", "'next'")
+        tab.command("run-all")
+        tab.page.wait_for_selector("form.stdin input")
+        tab = self.leave_and_return(tab)
+        tab.page.wait_for_selector(".cell[data-state=queued]")
+        tab.page.wait_for_function("document.title.startsWith('(0/2)')")
+
+    def test_a_run_seen_later_tells_the_kernels_time_also_when_its_reply_comes_last(self):
+        tab = self.open("1")
+        tab.page.evaluate("""() => {
+            const execution = new Execution(view, view.cells[0], 'id', { isAdopted: true });
+            const status = (execution_state, second) => execution.status({ execution_state },
+              { header: { date: `2020-01-01T00:00:0${second}Z` } });
+            status('busy', 1);
+            status('idle', 6);
+            execution.execute_reply({ status: 'ok', execution_count: 1 });
+        }""")
+        self.assertShows(tab.cell(0).locator(".timer"), "5.0 s")
 
     def test_what_ended_while_no_tab_was_open_is_there_and_only_once(self):
         tab = self.open("import time; time.sleep(0.3); print('was', 'there')\n1 / 0", "print('no')")
