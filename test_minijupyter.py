@@ -7718,6 +7718,11 @@ class PageKeys(PageCase):
         self.assertCount(tab.page.locator(".numbers:visible"), 2)
 
     def test_output_is_collapsed_and_scrolled_by_key_and_stays_so_in_the_file(self):
+    def test_who_opens_an_empty_notebook_can_write_at_once(self):
+        tab = self.open("")
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["dd"])
+
         tab = self.open("print('here')")
         tab.run(0)
         tab.select(0)
