@@ -7123,6 +7123,24 @@ class PageRuns(PageCase):
         tab.press("Enter")
         self.assertShows(tab.outputs(0), "'Ada ☃'")
 
+    def test_input_takes_what_is_typed_after_running_all_and_gives_the_focus_back(self):
+        tab = self.open("first = 1", "input('Name? ')")
+        tab.select(0)
+        tab.command("run-all")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.press("d", "d", "Enter")
+        self.assertShows(tab.outputs(1), "'dd'")
+        self.assertEqual(tab.sources(), ["first = 1", "input('Name? ')"])
+        tab.page.wait_for_selector(".cell:first-child:focus")
+
+    def test_input_leaves_the_focus_to_who_is_writing(self):
+        tab = self.open("input('Name? ')", "text")
+        tab.cell(1).locator("textarea").focus()
+        tab.command("run-all")
+        self.assertShows(tab.cell(0).locator(".stdin"), "Name?")
+        tab.press("End", "!")
+        self.assertEqual(tab.sources()[1], "text!")
+
     def test_a_password_is_hidden(self):
         tab = self.open("import getpass\nlen(getpass.getpass())")
         tab.select(0)
