@@ -7718,6 +7718,23 @@ class PageKeys(PageCase):
         tab.press("Enter", "Control+End", "ArrowDown", "1", "ArrowUp", "End", "2")
         self.assertEqual(tab.sources(), ["a\nb2", "1c"])
 
+    def test_who_opens_an_empty_notebook_can_write_at_once(self):
+        tab = self.open("")
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["dd"])
+
+    def test_only_the_notice_of_the_last_step_offers_undo(self):
+        tab = self.open("a", "b")
+        tab.select(0)
+        tab.press("d", "d")
+        notice = tab.page.locator(".notice")
+        self.assertShows(notice, "Deleted: a cell")
+        tab.press("b", "Escape")
+        self.assertCount(notice, 0)
+        tab.press("z", "z")
+        self.assertShows(notice, "Undone: delete a cell")
+        self.assertCount(notice, 1)
+
     def test_undo_of_text_stays_in_its_cell(self):
         tab = self.open("a", "b")
         tab.select(0)
@@ -7736,11 +7753,6 @@ class PageKeys(PageCase):
         self.assertCount(tab.page.locator(".numbers:visible"), 2)
 
     def test_output_is_collapsed_and_scrolled_by_key_and_stays_so_in_the_file(self):
-    def test_who_opens_an_empty_notebook_can_write_at_once(self):
-        tab = self.open("")
-        tab.press("d", "d")
-        self.assertEqual(tab.sources(), ["dd"])
-
         tab = self.open("print('here')")
         tab.run(0)
         tab.select(0)
