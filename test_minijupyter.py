@@ -7718,6 +7718,15 @@ class PageKeys(PageCase):
         tab.press("Enter", "Control+End", "ArrowDown", "1", "ArrowUp", "End", "2")
         self.assertEqual(tab.sources(), ["a\nb2", "1c"])
 
+    def test_selected_text_is_seen(self):
+        tab = self.open("")
+        pictures = []
+        for text in ("---", "==="):
+            tab.write(0, text)
+            tab.press("Control+a")
+            pictures.append(tab.cell(0).locator(".input").screenshot())
+        self.assertNotEqual(*pictures)
+
     def test_who_opens_an_empty_notebook_can_write_at_once(self):
         tab = self.open("")
         tab.press("d", "d")
