@@ -6973,6 +6973,13 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
+    def test_a_text_file_keeps_its_line_ends(self):
+        (self.root / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
+        tab = self.visit("/edit/windows.txt")
+        tab.page.locator("textarea.editor").press("x")
+        tab.save()
+        self.assertEqual((self.root / "windows.txt").read_bytes(), b"xone\r\ntwo\r\n")
+
     def test_running_kernels_are_listed_and_shut_down(self):
         tab = self.open("1")
         files = self.visit("/tree")
