@@ -6980,6 +6980,12 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "windows.txt").read_bytes(), b"xone\r\ntwo\r\n")
 
+    def test_a_long_text_file_is_shown_from_its_start(self):
+        (self.root / "long.txt").write_text("line\n" * 500)
+        tab = self.visit("/edit/long.txt")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        self.assertEqual(tab.page.evaluate("scrollY"), 0)
+
     def test_running_kernels_are_listed_and_shut_down(self):
         tab = self.open("1")
         files = self.visit("/tree")
