@@ -6986,6 +6986,15 @@ class PageFiles(PageCase):
         tab.page.wait_for_selector("textarea.editor:focus")
         self.assertEqual(tab.page.evaluate("scrollY"), 0)
 
+    def test_shift_and_a_click_check_all_files_between(self):
+        for name in "abcd":
+            (self.root / f"{name}.txt").touch()
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select b.txt").click()
+        tab.page.get_by_label("Select d.txt").click(modifiers=["Shift"])
+        self.assertTrue(tab.page.get_by_label("Select c.txt").is_checked())
+        self.assertFalse(tab.page.get_by_label("Select a.txt").is_checked())
+
     def test_running_kernels_are_listed_and_shut_down(self):
         tab = self.open("1")
         files = self.visit("/tree")
