@@ -7794,6 +7794,11 @@ class PageKeys(PageCase):
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
 
+    def test_a_folded_output_says_how_many_lines_it_has(self):
+        tab = self.open("for i in range(100): print(i)")
+        tab.run(0)
+        self.assertShows(tab.cell(0), "Show all 100 lines")
+
     def test_shift_and_a_click_select_as_far_as_that_cell(self):
         tab = self.open("a", "b", "c", "d")
         tab.select(1)
