@@ -6973,6 +6973,28 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
+    def test_a_text_file_keeps_its_line_ends(self):
+        (self.root / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
+        tab = self.visit("/edit/windows.txt")
+        tab.page.locator("textarea.editor").press("x")
+        tab.save()
+        self.assertEqual((self.root / "windows.txt").read_bytes(), b"xone\r\ntwo\r\n")
+
+    def test_a_long_text_file_is_shown_from_its_start(self):
+        (self.root / "long.txt").write_text("line\n" * 500)
+        tab = self.visit("/edit/long.txt")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        self.assertEqual(tab.page.evaluate("scrollY"), 0)
+
+    def test_shift_and_a_click_check_all_files_between(self):
+        for name in "abcd":
+            (self.root / f"{name}.txt").touch()
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select b.txt").click()
+        tab.page.get_by_label("Select d.txt").click(modifiers=["Shift"])
+        self.assertTrue(tab.page.get_by_label("Select c.txt").is_checked())
+        self.assertFalse(tab.page.get_by_label("Select a.txt").is_checked())
+
     def test_running_kernels_are_listed_and_shut_down(self):
         tab = self.open("1")
         files = self.visit("/tree")
@@ -7122,6 +7144,24 @@ class PageRuns(PageCase):
         tab.page.locator(".stdin input").fill("Ada ☃")
         tab.press("Enter")
         self.assertShows(tab.outputs(0), "'Ada ☃'")
+
+    def test_input_takes_what_is_typed_after_running_all_and_gives_the_focus_back(self):
+        tab = self.open("first = 1", "input('Name? ')")
+        tab.select(0)
+        tab.command("run-all")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.press("d", "d", "Enter")
+        self.assertShows(tab.outputs(1), "'dd'")
+        self.assertEqual(tab.sources(), ["first = 1", "input('Name? ')"])
+        tab.page.wait_for_selector(".cell:first-child:focus")
+
+    def test_input_leaves_the_focus_to_who_is_writing(self):
+        tab = self.open("input('Name? ')", "text")
+        tab.cell(1).locator("textarea").focus()
+        tab.command("run-all")
+        self.assertShows(tab.cell(0).locator(".stdin"), "Name?")
+        tab.press("End", "!")
+        self.assertEqual(tab.sources()[1], "text!")
 
     def test_a_password_is_hidden(self):
         tab = self.open("import getpass\nlen(getpass.getpass())")
@@ -7700,6 +7740,32 @@ class PageKeys(PageCase):
         tab.press("Enter", "Control+End", "ArrowDown", "1", "ArrowUp", "End", "2")
         self.assertEqual(tab.sources(), ["a\nb2", "1c"])
 
+    def test_selected_text_is_seen(self):
+        tab = self.open("")
+        pictures = []
+        for text in ("---", "==="):
+            tab.write(0, text)
+            tab.press("Control+a")
+            pictures.append(tab.cell(0).locator(".input").screenshot())
+        self.assertNotEqual(*pictures)
+
+    def test_who_opens_an_empty_notebook_can_write_at_once(self):
+        tab = self.open("")
+        tab.press("d", "d")
+        self.assertEqual(tab.sources(), ["dd"])
+
+    def test_only_the_notice_of_the_last_step_offers_undo(self):
+        tab = self.open("a", "b")
+        tab.select(0)
+        tab.press("d", "d")
+        notice = tab.page.locator(".notice")
+        self.assertShows(notice, "Deleted: a cell")
+        tab.press("b", "Escape")
+        self.assertCount(notice, 0)
+        tab.press("z", "z")
+        self.assertShows(notice, "Undone: delete a cell")
+        self.assertCount(notice, 1)
+
     def test_undo_of_text_stays_in_its_cell(self):
         tab = self.open("a", "b")
         tab.select(0)
@@ -7727,6 +7793,11 @@ class PageKeys(PageCase):
         self.assertTrue(self.saved()["cells"][0]["metadata"]["collapsed"])
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
+
+    def test_a_folded_output_says_how_many_lines_it_has(self):
+        tab = self.open("for i in range(100): print(i)")
+        tab.run(0)
+        self.assertShows(tab.cell(0), "Show all 100 lines")
 
     def test_shift_and_a_click_select_as_far_as_that_cell(self):
         tab = self.open("a", "b", "c", "d")
