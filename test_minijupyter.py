@@ -7053,6 +7053,31 @@ class PageRuns(PageCase):
         tab.press("Enter")
         self.assertShows(tab.outputs(0), "'Ada ☃'")
 
+    def test_who_runs_a_cell_that_asks_answers_at_once_and_then_writes_on(self):
+        tab = self.open("input('Name? ') + input('More? ')")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Shift+Enter")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.page.keyboard.type("Ada")
+        tab.press("Enter")
+        tab.page.locator(".stdin", has_text="More?").wait_for()
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(0), "'Ada'")
+        tab.page.keyboard.type("next")
+        self.assertEqual(tab.sources()[1], "next")
+
+    def test_who_writes_is_not_disturbed_by_a_cell_that_asks(self):
+        tab = self.open("import time, os\nwhile not os.path.exists('go'): time.sleep(0.01)\ninput()",
+                        "text")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Shift+Enter", "Enter")
+        (self.root / "go").touch()
+        self.addCleanup((self.root / "go").unlink)
+        tab.page.wait_for_selector(".stdin input")
+        tab.page.keyboard.type(" goes on")
+        self.assertEqual(tab.sources()[1], "text goes on")
+
     def test_a_password_is_hidden(self):
         tab = self.open("import getpass\nlen(getpass.getpass())")
         tab.select(0)
