@@ -7872,6 +7872,13 @@ class PageManages(PageCase):
         self.assertShows(tab.page.locator("#notices"), "Redone: delete a cell")
         self.assertCount(tab.page.locator(".notice"), 1)
 
+    def test_a_failure_out_of_sight_is_told_with_the_way_there(self):
+        tab = self.open(*["1"] * 60, "1/0", "2")
+        tab.command("run-all")
+        self.assertShows(tab.page.locator(".notice"), "Cell [61] failed: ZeroDivisionError")
+        tab.page.get_by_role("button", name="Go there").click()
+        tab.page.wait_for_selector(".cell.selected[data-state=error]:focus")
+
     def test_output_is_copied_as_text(self):
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab = self.open("print('\\x1b[31mred')\n6 * 7")
