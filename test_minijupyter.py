@@ -7682,6 +7682,17 @@ class PageKeys(PageCase):
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
 
+    def test_the_button_that_folds_a_long_output_stays_under_the_pointer(self):
+        tab = self.open("for i in range(300): print(i)", *["1"] * 40)
+        tab.run(0)
+        tab.page.get_by_role("button", name="Show all 300 lines").click()
+        button = tab.page.get_by_role("button", name="Fold this output")
+        button.scroll_into_view_if_needed()
+        before = button.bounding_box()["y"]
+        button.click()
+        folded = tab.page.get_by_role("button", name="Show all 300 lines")
+        self.assertAlmostEqual(folded.bounding_box()["y"], before, delta=2)
+
     def test_shift_and_a_click_select_as_far_as_that_cell(self):
         tab = self.open("a", "b", "c", "d")
         tab.select(1)
@@ -7842,7 +7853,7 @@ class PageManages(PageCase):
     def restart(self, tab):
         tab.command("restart")
         tab.choose("Restart")
-        tab.wait_for(kernel="idle")
+        tab.page.wait_for_selector("[data-run=never]")
 
     def test_tags_and_metadata_are_edited_and_undone(self):
         tab = self.open("1")
