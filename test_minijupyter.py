@@ -6908,7 +6908,7 @@ class PageFiles(PageCase):
         tab.page.locator("[data-command=rename]").last.click()
         tab.page.locator("dialog input").fill("after.txt")
         tab.choose("Rename")
-        tab.page.get_by_label("Select after.txt").check()
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "after.txt")
         tab.page.locator("[data-command=delete]").click()
         tab.choose("Delete")
         self.assertCount(tab.page.get_by_text("after.txt"), 0)
@@ -7743,7 +7743,7 @@ class PageManages(PageCase):
             tab.page.locator(".actions").get_by_role("button", name="Download").click()
         self.assertEqual(Path(download.value.path()).read_text(), "xxx")
         tab.page.locator("[data-command=duplicate]").click()
-        self.assertShows(tab.page.locator("main tr:has(:checked)"), "a-Copy1.txt")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "a-Copy1.txt")
 
     def test_the_list_of_files_follows_the_kernels_without_taking_focus_or_menu_away(self):
         folder = self.root / "followed"
