@@ -6953,7 +6953,7 @@ class PageFiles(PageCase):
         tab.page.locator("[data-command=rename]").last.click()
         tab.page.locator("dialog input").fill("after.txt")
         tab.choose("Rename")
-        tab.page.get_by_label("Select after.txt").check()
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "after.txt")
         tab.page.locator("[data-command=delete]").click()
         tab.choose("Delete")
         self.assertCount(tab.page.get_by_text("after.txt"), 0)
@@ -7155,13 +7155,29 @@ class PageRuns(PageCase):
         self.assertEqual(tab.sources(), ["first = 1", "input('Name? ')"])
         tab.page.wait_for_selector(".cell:first-child:focus")
 
-    def test_input_leaves_the_focus_to_who_is_writing(self):
-        tab = self.open("input('Name? ')", "text")
-        tab.cell(1).locator("textarea").focus()
-        tab.command("run-all")
-        self.assertShows(tab.cell(0).locator(".stdin"), "Name?")
-        tab.press("End", "!")
-        self.assertEqual(tab.sources()[1], "text!")
+    def test_who_runs_a_cell_that_asks_answers_at_once_and_then_writes_on(self):
+        tab = self.open("input('Name? ') + input('More? ')")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Shift+Enter")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.page.keyboard.type("Ada")
+        tab.press("Enter")
+        tab.page.locator(".stdin", has_text="More?").wait_for()
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(0), "'Ada'")
+        tab.page.keyboard.type("next")
+        self.assertEqual(tab.sources()[1], "next")
+
+    def test_who_writes_is_not_disturbed_by_a_cell_that_asks(self):
+        tab = self.open("import os\nwhile not os.path.exists('go'): pass\ninput()", "text")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Shift+Enter", "Enter")
+        (self.root / "go").touch()
+        self.addCleanup((self.root / "go").unlink)
+        tab.page.wait_for_selector(".stdin input")
+        tab.page.keyboard.type(" goes on")
+        self.assertEqual(tab.sources()[1], "text goes on")
 
     def test_a_password_is_hidden(self):
         tab = self.open("import getpass\nlen(getpass.getpass())")
@@ -7794,10 +7810,16 @@ class PageKeys(PageCase):
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
 
-    def test_a_folded_output_says_how_many_lines_it_has(self):
-        tab = self.open("for i in range(100): print(i)")
+    def test_the_button_that_folds_a_long_output_stays_under_the_pointer(self):
+        tab = self.open("for i in range(300): print(i)", *["1"] * 40)
         tab.run(0)
-        self.assertShows(tab.cell(0), "Show all 100 lines")
+        tab.page.get_by_role("button", name="Show all 300 lines").click()
+        button = tab.page.get_by_role("button", name="Fold this output")
+        button.scroll_into_view_if_needed()
+        before = button.bounding_box()["y"]
+        button.click()
+        folded = tab.page.get_by_role("button", name="Show all 300 lines")
+        self.assertAlmostEqual(folded.bounding_box()["y"], before, delta=2)
 
     def test_shift_and_a_click_select_as_far_as_that_cell(self):
         tab = self.open("a", "b", "c", "d")
@@ -7849,7 +7871,7 @@ class PageManages(PageCase):
             tab.page.locator(".actions").get_by_role("button", name="Download").click()
         self.assertEqual(Path(download.value.path()).read_text(), "xxx")
         tab.page.locator("[data-command=duplicate]").click()
-        self.assertShows(tab.page.locator("main tr:has(:checked)"), "a-Copy1.txt")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "a-Copy1.txt")
 
     def test_the_list_of_files_follows_the_kernels_without_taking_focus_or_menu_away(self):
         folder = self.root / "followed"
@@ -7959,7 +7981,7 @@ class PageManages(PageCase):
     def restart(self, tab):
         tab.command("restart")
         tab.choose("Restart")
-        tab.wait_for(kernel="idle")
+        tab.page.wait_for_selector("[data-run=never]")
 
     def test_tags_and_metadata_are_edited_and_undone(self):
         tab = self.open("1")
@@ -7988,6 +8010,13 @@ class PageManages(PageCase):
         tab.press("d", "d", "z", "Shift+Z")
         self.assertShows(tab.page.locator("#notices"), "Redone: delete a cell")
         self.assertCount(tab.page.locator(".notice"), 1)
+
+    def test_a_failure_out_of_sight_is_told_with_the_way_there(self):
+        tab = self.open(*["1"] * 60, "1/0", "2")
+        tab.command("run-all")
+        self.assertShows(tab.page.locator(".notice"), "Cell [61] failed: ZeroDivisionError")
+        tab.page.get_by_role("button", name="Go there").click()
+        tab.page.wait_for_selector(".cell.selected[data-state=error]:focus")
 
     def test_output_is_copied_as_text(self):
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -8707,9 +8736,16 @@ class PageMoves(PageCase):
         self.assertEqual(self.active(tab), 1)
         tab.press("Shift+Enter", "Shift+Enter")
         self.assertShows(count, "3 of 3")
-        tab.press("Escape")
-        tab.wait_for(mode="edit")
-        self.assertEqual(self.active(tab), 3)
+
+    def test_find_ends_at_the_hit_in_the_mode_in_which_it_began(self):
+        tab = self.mixed("apple", "pear", "apple")
+        for key, mode in (("f", "command"), ("Control+f", "edit")):
+            tab.press(key)
+            tab.page.keyboard.type("apple")
+            tab.press("Enter", "Escape")
+            tab.wait_for(mode=mode)
+            self.assertNotEqual(self.active(tab), 1)
+            tab.cell(1).locator("textarea.editor").focus()
 
     def test_find_knows_capitals_expressions_and_outputs(self):
         tab = self.mixed("print('Ap' + 'ple')", "apple Apple")
