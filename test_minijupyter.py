@@ -9089,6 +9089,58 @@ class PageComesBack(PageCase):
         self.assertEqual((tab.cell(0).get_attribute("data-state"),
                           tab.cell(0).locator(".prompt").inner_text().strip()), ("idle", "[1]"))
 
+    LATE = ["import threading; go = threading.Semaphore(0)\n"
+            "def late():\n    for n in range(3):\n        go.acquire()\n"
+            "        print('late', n)\nthreading.Thread(target=late).start()\nprint('early')",
+            "go.release()"]
+
+    def release(self):
+        """Let the thread print one line more, while no page is there."""
+        (session,) = self.server.get("/api/sessions").json
+        frontend = self.server.frontend(session["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        frontend.finish(frontend.start("go.release()"))
+
+    def test_what_a_thread_prints_after_the_save_is_saved_too_and_there_only_once(self):
+        tab = self.open(*self.LATE)
+        tab.run(0)
+        tab.save()
+        tab.run(1)
+        self.assertShows(tab.outputs(0), "late 0")
+        tab.save()
+        tab = self.leave_and_return(tab)
+        self.release()
+        self.assertShows(tab.outputs(0), "late 1")
+        self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1")
+
+    def test_what_a_thread_printed_before_a_crash_is_there_only_once(self):
+        tab = self.open(*self.LATE)
+        tab.run(0)
+        tab.save()
+        self.context.route("**/api/contents/**", lambda route: route.abort()
+                           if route.request.method == "PUT" else route.continue_())
+        for n in (0, 1):   # the second time, the draft has what an older draft had
+            if n == 0:
+                tab.run(1)
+            else:
+                self.release()
+            self.assertShows(tab.outputs(0), f"late {n}")
+            tab.page.wait_for_function("""async text => {
+                const draft = await drafts('get', view.file.key);
+                return JSON.stringify(draft?.content ?? '').includes(text);
+            }""", arg=f"late {n}")
+            tab = self.leave_and_return(tab)
+        self.release()
+        self.assertShows(tab.outputs(0), "late 2")
+        self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1\nlate 2")
+        self.context.unroute_all()
+        self.problems.clear()      # the browser notes the saves that failed
+        tab.wait_for(saved="true")
+        tab = self.leave_and_return(tab)
+        self.assertShows(tab.outputs(0), "late 2")
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1\nlate 2")
+
     def test_two_tabs_see_each_others_cells(self):
         one = self.open("print('from one')", "print(input('Who? '))")
         two = self.visit("/notebooks/" + quote(self.name))
