@@ -8916,6 +8916,14 @@ class PageComesBack(PageCase):
         self.assertEqual((tab.cell(0).get_attribute("data-state"),
                           tab.cell(0).locator(".prompt").inner_text().strip()), ("idle", "[1]"))
 
+    def test_a_reload_leads_back_to_the_cell_where_one_was(self):
+        tab = self.open(*map(str, range(60)))
+        tab.select(50)
+        tab.page.reload()
+        tab.page.wait_for_selector(".cell.selected >> nth=0")
+        self.assertEqual(tab.page.evaluate("view.cells.indexOf(view.active)"), 50)
+        self.assertTrue(tab.page.evaluate("isInSight(view.active.node)"))
+
     def test_two_tabs_see_each_others_cells(self):
         one = self.open("print('from one')", "print(input('Who? '))")
         two = self.visit("/notebooks/" + quote(self.name))
