@@ -1315,7 +1315,8 @@ class Journal:
         self.number = self.size = 0
 
     def add(self, entry, is_followed=False):
-        """File an entry, if it is an execute_request or came of one."""
+        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
+        of its request, when that was forgotten: without them a page could not place it."""
         self.number += 1
         entry.number = self.number
         request_id = entry.parent_id
@@ -1326,8 +1327,12 @@ class Journal:
             self.questions[entry.header["msg_id"]] = request_id, is_secret
         elif entry.msg_type == "input_reply":
             request_id, _ = self.questions.pop(entry.parent_id, (None, None))
-        if record := self.record_for(request_id, entry):
+        was_forgotten = request_id not in self.records
+        record = self.record_for(request_id, entry)
+        outline = record.entries[:] if record and was_forgotten else []
+        if record:
             self.file(record, entry)
+        return outline
 
     def begin(self, request, is_followed):
         id = request.header["msg_id"]
@@ -1611,10 +1616,12 @@ class Kernel:
         """File entries, and hand them to whoever listens: all of iopub to everybody, the rest to
         those who follow the whole conversation; `client`, who has them, is left out."""
         with self.journal_lock:
+            story = []   # for followers
             for entry in entries:
-                self.journal.add(entry, client is not None and client.is_follower)
+                outline = self.journal.add(entry, client is not None and client.is_follower)
+                story += [*outline, entry]
             for bridge in self.listeners:
-                wanted = [entry for entry in entries if bridge.wants(entry)]
+                wanted = story if bridge.is_follower else [*filter(bridge.wants, entries)]
                 if wanted and bridge is not client:
                     bridge.inbox.put(wanted)
 

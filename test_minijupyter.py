@@ -481,7 +481,7 @@ class Page(Frontend):
     def pump(self, seconds=SECONDS):
         channel, message = self.wire.receive(seconds)
         msg_type, parent_id = message["msg_type"], message["parent_header"].get("msg_id")
-        if msg_type == "execute_request":
+        if msg_type == "execute_request" and message["msg_id"] not in self.answers:
             answer = self.answers[message["msg_id"]] = Answer(message)
             self.cells[message["metadata"].get("cellId")] = answer
         elif msg_type == "input_reply":
@@ -9127,6 +9127,14 @@ class PageComesBack(PageCase):
         self.assertShows(tab.outputs(0), "late 2")
         tab.wait_for(kernel="idle")
         self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1\nlate 2")
+
+    def test_a_reload_leads_back_to_the_cell_where_one_was(self):
+        tab = self.open(*map(str, range(60)))
+        tab.select(50)
+        tab.page.reload()
+        tab.page.wait_for_selector(".cell.selected >> nth=0")
+        self.assertEqual(tab.page.evaluate("view.cells.indexOf(view.active)"), 50)
+        self.assertTrue(tab.page.evaluate("isInSight(view.active.node)"))
 
     def test_two_tabs_see_each_others_cells(self):
         one = self.open("print('from one')", "print(input('Who? '))")
