@@ -1759,7 +1759,7 @@ def execute(name, argv):
         manager = AsyncKernelManager(kernel_name="python3")
         manager.kernel_spec_manager.kernel_dirs = [str(Path(folder) / "kernels")]
         NotebookClient(nb, km=manager, timeout=120, allow_errors=True,
-                       resources={"metadata": {"path": folder}}).execute()
+                       resources={"metadata": {"path": folder}}).execute(cleanup_kc=True)
     return nb
 
 
