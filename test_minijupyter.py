@@ -8060,8 +8060,7 @@ class PageLosesNothing(PageCase):
         self.assertShows(tab.page.locator("dialog del"), "- saved")
         self.assertShows(tab.page.locator("dialog ins"), "+ typed before the crash")
         tab.choose("Restore them")
-        tab.wait_for(saved="true")
-        self.assertEqual(self.saved_sources(), ["typed before the crash"])
+        wait_until(lambda: self.saved_sources() == ["typed before the crash"])
 
     def test_a_draft_that_is_discarded_is_not_offered_again(self):
         tab = self.crashed()
