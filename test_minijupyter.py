@@ -7821,6 +7821,13 @@ class PageKeys(PageCase):
         folded = tab.page.get_by_role("button", name="Show all 300 lines")
         self.assertAlmostEqual(folded.bounding_box()["y"], before, delta=2)
 
+    def test_shift_enter_runs_also_after_a_click_into_the_output(self):
+        tab = self.open("1/0", "'next'")
+        tab.run(0)
+        tab.cell(0).locator("summary").click()
+        tab.press("Shift+Enter", "Shift+Enter")
+        self.assertShows(tab.outputs(1), "next")
+
     def test_shift_and_a_click_select_as_far_as_that_cell(self):
         tab = self.open("a", "b", "c", "d")
         tab.select(1)
