@@ -7179,6 +7179,14 @@ class PageRuns(PageCase):
         tab.page.keyboard.type(" goes on")
         self.assertEqual(tab.sources()[1], "text goes on")
 
+    def test_nothing_moves_when_input_is_asked(self):
+        tab = self.open("input('Name? ')")
+        before = tab.cell(0).bounding_box()["y"]
+        tab.select(0)
+        tab.press("Control+Enter")
+        tab.page.wait_for_selector("#stdin-bar:visible")
+        self.assertEqual(tab.cell(0).bounding_box()["y"], before)
+
     def test_a_password_is_hidden(self):
         tab = self.open("import getpass\nlen(getpass.getpass())")
         tab.select(0)
