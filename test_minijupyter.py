@@ -7150,7 +7150,7 @@ class PageRuns(PageCase):
         tab.select(0)
         tab.command("run-all")
         tab.page.wait_for_selector(".stdin input:focus")
-        tab.press("d", "d", "Enter")
+        tab.press("d", "Shift+Enter", "d", "Enter")
         self.assertShows(tab.outputs(1), "'dd'")
         self.assertEqual(tab.sources(), ["first = 1", "input('Name? ')"])
         tab.page.wait_for_selector(".cell:first-child:focus")
