@@ -6807,6 +6807,16 @@ class Tab:
     def wait_until_done(self, seconds=SECONDS):
         self.page.wait_for_function(IS_DONE, timeout=seconds * 1000)
 
+    def at_rest(self, place):
+        """A place on the page, once cells that came into sight have got their true heights."""
+        return self.page.evaluate(f"""async () => {{
+            for (let before, still = 0; still < 3; before = {place}) {{
+                await new Promise(requestAnimationFrame);
+                still = before === {place} ? still + 1 : 0;
+            }}
+            return {place};
+        }}""")
+
     def command(self, name):
         """Choose a command, wherever its button or menu item is."""
         self.page.locator(f"[data-command={name}]").first.dispatch_event("click")
@@ -7824,10 +7834,11 @@ class PageKeys(PageCase):
         tab.page.get_by_role("button", name="Show all 300 lines").click()
         button = tab.page.get_by_role("button", name="Fold this output")
         button.scroll_into_view_if_needed()
-        before = button.bounding_box()["y"]
+        place = "document.querySelector('.fold').getBoundingClientRect().top"
+        before = tab.at_rest(place)
         button.click()
-        folded = tab.page.get_by_role("button", name="Show all 300 lines")
-        self.assertAlmostEqual(folded.bounding_box()["y"], before, delta=2)
+        tab.page.get_by_role("button", name="Show all 300 lines").wait_for()
+        self.assertAlmostEqual(tab.at_rest(place), before, delta=2)
 
     def test_shift_enter_runs_also_after_a_click_into_the_output(self):
         tab = self.open("1/0", "'next'")
@@ -7979,6 +7990,8 @@ class PageManages(PageCase):
         self.assertShows(tab.cell(1).locator(".timer"), "queued 1")
         self.assertShows(tab.cell(2).locator(".timer"), "queued 2")
         self.assertTrue(tab.page.title().startswith("(0/3)"))
+        tab.page.locator(".stdin input").wait_for()     # it may take the focus
+        tab.select(2)
         tab.press("i", "i")
         tab.wait_until_done()
         self.assertShows(tab.outputs(0), "KeyboardInterrupt")
@@ -8510,20 +8523,10 @@ class PageStaysFluid(PageCase):
         tab.wait_until_done()
         tab.cell(9).scroll_into_view_if_needed()
         place = "document.querySelectorAll('.cell')[9].getBoundingClientRect().top"
-        before = self.at_rest(tab, place)
+        before = tab.at_rest(place)
         tab.command("run-all")
         tab.wait_until_done()
-        self.assertAlmostEqual(self.at_rest(tab, place), before, delta=2)
-
-    def at_rest(self, tab, place):
-        """The place once cells that came into sight have got their true heights."""
-        return tab.page.evaluate(f"""async () => {{
-            for (let before, still = 0; still < 3; before = {place}) {{
-                await new Promise(requestAnimationFrame);
-                still = before === {place} ? still + 1 : 0;
-            }}
-            return {place};
-        }}""")
+        self.assertAlmostEqual(tab.at_rest(place), before, delta=2)
 
 
 ODD_OUTPUTS = [
