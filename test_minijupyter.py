@@ -7073,6 +7073,19 @@ class PageRuns(PageCase):
         self.assertShows(tab.outputs(0), "42")
         self.assertShows(tab.cell(0).locator(".prompt"), "[1]")
 
+    def test_a_cell_that_waits_for_a_starting_kernel_can_be_dropped(self):
+        held = []
+        self.context.route("**/api/sessions", lambda route: held.append(route))
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("'first'", "'second'")))
+        tab = self.visit("/notebooks/" + self.name)
+        tab.wait_for(kernel="starting")
+        tab.command("run-all")
+        tab.cell(0).locator(".unqueue").click()
+        self.assertEqual(tab.states(), ["idle", "queued"])
+        held[0].continue_()
+        self.assertShows(tab.outputs(1), "'second'")
+        self.assertEqual(tab.texts()[0], "")
+
     def test_a_cell_that_waits_can_be_taken_out_of_the_queue(self):
         tab = self.open("input()", "'second'", "'third'")
         tab.command("run-all")
