@@ -1189,8 +1189,10 @@ HEARTBEAT_SECONDS = 3       # between two beats
 SILENT_BEATS = 3            # without an echo are reported
 STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
 MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
-MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when it is full, whoever prints has to wait
-STALLED_SECONDS = 10        # that one waits for a page; then it is cut off, and can come back
+MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when all are full, who prints has to wait
+STALLED_SECONDS = 10        # and no longer; then these pages are cut off, and can come back
+MOST_BEHIND = 64 << 20      # bytes in the mailbox of one that the others need not wait for,
+LATE_SECONDS = 1            # and that has stood still for so long
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
 MOST_PARKED = 16            # clients that left with a request open, per kernel
@@ -1405,11 +1407,15 @@ class Journal:
 
 
 class Mailbox:
-    """What other threads have for one thread, with a descriptor that its poller can wait for."""
+    """What other threads have for one thread, with a descriptor that its poller can wait for.
 
-    def __init__(self):
+    `has_room`, a Condition that all mailboxes of a kernel share, is told when one is emptied.
+    """
+
+    def __init__(self, has_room):
         self.items, self.size = [], 0   # size: of the entries among them, bytes
-        self.has_room = threading.Condition()
+        self.taken_at = time.monotonic()
+        self.has_room = has_room
         self.ear, self.mouth = socket.socketpair()
         self.is_signalled = False       # a byte is on its way from mouth to ear
 
@@ -1432,17 +1438,13 @@ class Mailbox:
                 self.ear.recv(1)
             self.is_signalled = False
             items, self.items, self.size = self.items, [], 0
+            self.taken_at = time.monotonic()
             self.has_room.notify_all()
         return items
 
-    def wait_for_room(self, seconds):
-        """False when the owner has not made room in time."""
-        with self.has_room:
-            return self.has_room.wait_for(lambda: self.size <= MOST_WAITING, seconds)
-
     def close(self):
         with self.has_room:   # whoever waits for room need not any more
-            self.size = 0
+            self.items, self.size = [], 0
             self.is_signalled = True
             self.has_room.notify_all()
         self.ear.close()
@@ -1493,6 +1495,7 @@ class Kernel:
         self.journal = Journal(self.session)
         self.journal_lock = threading.Lock()   # guards the journal and the next three
         self.listeners = []                    # bridges
+        self.has_room = threading.Condition()  # in one of their mailboxes
         self.parked = []                       # Ends of clients that left
         self.left_at = {}                      # session_id -> journal number when it left
         self.process, self.ended = None, threading.Event()
@@ -1572,13 +1575,15 @@ class Kernel:
     def stop(self, intent):
         """End the process in the specification's order: request, SIGTERM, SIGKILL."""
         self.intent = intent
+        with self.has_room:
+            self.has_room.notify_all()   # from now on nobody waits for a page
         if not self.ended.is_set():
             self.request_on_control("shutdown_request", {"restart": intent == "restart"}, 1)
         for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             if self.ended.wait(SHUTDOWN_SECONDS):
                 break
             self.send_signal(number)
-        self.ended.wait(2 * STALLED_SECONDS)   # its watcher may wait for a slow page
+        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
 
     def restart(self):
         """A new process on the same ports: the clients stay connected."""
@@ -1665,12 +1670,13 @@ class Kernel:
     def leave(self, bridge):
         """`bridge` goes. Its ends on which a reply is due go to an heir, or wait for one."""
         with self.journal_lock:
+            items = [*bridge.ends, *bridge.inbox.take()]
             if bridge in self.listeners:
                 self.listeners.remove(bridge)
-                self.left_at[bridge.session_id] = self.journal.number
+                unsent = [item.number - 1 for item in items if isinstance(item, Entry)]
+                self.left_at[bridge.session_id] = min(unsent, default=self.journal.number)
             if len(self.left_at) > MOST_REQUESTS:
                 del self.left_at[next(iter(self.left_at))]
-            items = [*bridge.ends, *bridge.inbox.take()]
             for item in items:
                 if isinstance(item, Ends) and (self.is_gone or not item.open):
                     item.close()
@@ -1778,7 +1784,7 @@ class Watcher:
         if entries and not kernel.is_heard and not is_ending:
             kernel.is_heard = True
             kernel.wake_listeners()   # they may let requests through now
-        self.wait_for_slow()
+        self.keep_pace()
         self.last_echo = time.monotonic()   # what is heard is alive
 
     def note_state(self, entry):
@@ -1792,10 +1798,20 @@ class Watcher:
         self.kernel.state = "busy" if self.running else "idle"
         self.kernel.last_activity = time.time()
 
-    def wait_for_slow(self):
-        """Hear no more before every page has room for it: then the kernel holds whoever prints."""
-        for bridge in list(self.kernel.listeners):
-            if self.kernel.intent is None and not bridge.inbox.wait_for_room(STALLED_SECONDS):
+    def keep_pace(self):
+        """Hear no more before one page has room for it: then the kernel holds whoever prints. The
+        fastest page sets the pace; who falls far behind it is cut off, like those that all stall.
+        """
+        def has_room():
+            return kernel.intent or not kernel.listeners or any(
+                bridge.inbox.size <= MOST_WAITING for bridge in kernel.listeners)
+
+        kernel = self.kernel
+        with kernel.has_room:
+            most = MOST_BEHIND if kernel.has_room.wait_for(has_room, STALLED_SECONDS) else 0
+        for bridge in list(kernel.listeners):
+            inbox = bridge.inbox
+            if inbox.size > most and time.monotonic() - inbox.taken_at > LATE_SECONDS:
                 bridge.websocket.abort()
 
     def read(self, output):
@@ -2606,7 +2622,8 @@ class Bridge:
         self.session_id, self.is_follower = session_id, is_follower
         self.session = Session(kernel.connection["key"], username="page")
         self.unsplice, self.splice = LAYOUTS[websocket.protocol]
-        self.inbox = Mailbox()     # of Entry (for the page), Ends (inherited), Answer (to pass on)
+        # Of Entry (for the page), Ends (inherited), Answer (to pass on).
+        self.inbox = Mailbox(kernel.has_room)
         self.unsent = []           # messages that wait for the kernel to be ready
         self.ends = []             # its own first
         self.process = kernel.process

@@ -5239,12 +5239,34 @@ class Journal(ServerCase):
                 first.receive(SECONDS)
         self.assertEqual(second.finish(second.start("6 * 7")).result, "42")
 
-    def test_a_browser_that_reads_nothing_holds_up_no_other_for_long(self):
-        stuck = self.follow()
-        cell = self.plain.start("for _ in range(80): print('x' * 1_000_000)\n'done'")
+    def connections(self):
+        return self.server.get(f"/api/kernels/{self.kernel_id}").json["connections"]
+
+    def test_a_page_that_reads_nothing_holds_up_no_other(self):
+        self.follow()
+        cell = self.plain.start("for _ in range(50): print('x' * 1_000_000)\n'done'")
         self.plain.finish(cell, seconds=60)
-        self.assertEqual((cell.result, len(cell.text())), ("'done'", 80_000_080))
-        stuck.wire.close()
+        self.assertEqual((cell.result, len(cell.text())), ("'done'", 50_000_050))
+        self.assertEqual(self.connections(), 2)   # nobody waited until it was cut off
+
+    def test_a_page_far_behind_the_others_is_cut_off_and_may_come_back(self):
+        stuck = self.follow()
+        own = stuck.start("6 * 7", cell="a")
+        cell = self.plain.start("import time\nfor _ in range(30): print('x' * 5_000_000); "
+                                "time.sleep(0.1)\n'done'")
+        self.plain.finish(cell, seconds=60)
+        self.assertEqual((cell.result, len(cell.text())), ("'done'", 150_000_030))
+        self.assertEqual(self.connections(), 1)
+        again = self.follow(stuck.session.session)
+        again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
+        self.assertEqual((again.cells["a"].result, own.is_done), ("42", False))
+
+    def test_a_restart_need_not_wait_for_a_page_that_reads_nothing(self):
+        self.follow().start("import time\nfor _ in range(50): print('x' * 1_000_000)\n"
+                            "time.sleep(60)", cell="a")   # `plain` does not read either
+        time.sleep(1)   # until nothing goes any more
+        self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/restart"), 200)
+        self.assertEqual(self.connections(), 2)   # nobody waited until they were cut off
 
 
 # -- the whole of RFC 6455, and compression --
