@@ -2407,7 +2407,8 @@ def hook_imports(interpreter):
 # becomes of it. To answer a new message, write its method and add its row.
 
 REPLY_STATUS = {"status": "ok"}
-RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it
+RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it.
+BRISK_MS = 1        # the same while a subscriber that is slow takes something each time
 LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
 EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
@@ -2631,6 +2632,7 @@ class Kernel:
         self.unsent = []                      # (channel, parts) that a full iopub holds up
         self.unwanted = collections.deque(maxlen=UNWANTED)   # msg_ids of cells not to be run
         self.last_sent = time.monotonic()     # when nothing was held up
+        self.retry_ms = RETRY_MS
         self.is_finished, self.io_done = False, threading.Event()
 
     # -- life: bind, capture, run until told to stop --
@@ -2726,7 +2728,7 @@ class Kernel:
         channels = {socket: channel for channel, socket in self.sockets.items()}
         while not self.is_finished:
             is_held = self.unasked or self.unsent or self.interrupt_due
-            for source, _ in poller.poll(RETRY_MS if is_held else self.outbox.rest()):
+            for source, _ in poller.poll(self.retry_ms if is_held else self.outbox.rest()):
                 if source in channels:
                     self.receive_safely(channels[source], source)
                 elif source in pipes:
@@ -2763,6 +2765,7 @@ class Kernel:
         wait (replies don't), and so does whoever prints; one that stands still for STALL_SECONDS
         misses messages."""
         due, self.unasked, unsent = [*self.unsent, *self.unasked, *self.outbox.take()], [], []
+        self.retry_ms = min(2 * self.retry_ms, RETRY_MS)
         for channel, parts in due:
             if channel == "iopub" and unsent:
                 unsent.append((channel, parts))
@@ -2770,6 +2773,7 @@ class Kernel:
             try:
                 self.sockets[channel].send_multipart(parts, zmq.NOBLOCK,
                                                      copy=len(parts[-1]) < BIG_TEXT)
+                self.retry_ms = BRISK_MS
             except zmq.Again:
                 unsent.append((channel, parts))
             except zmq.ZMQError as problem:
