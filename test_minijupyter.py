@@ -56,8 +56,9 @@ Left out on purpose: assertions about time (the benchmark measures, it does not 
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
 are skipped with the reason; with REQUIRE_ALL=1 a missing package is a failure.
 
-Threads: the tests run one after another in the main thread; each Process has one more that
-reads its output. No test sleeps: it waits for a message, a line or a file, with a deadline.
+Threads: two processes share the classes of tests; in each the tests run one after another in the
+main thread, and each Process has one more that reads its output. No test sleeps: it waits for a
+message, a line or a file, with a deadline.
 Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
 """
 
@@ -109,6 +110,7 @@ REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 OURS = [sys.executable, str(HERE / "kernel.py"), "-f", "{connection_file}"]
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
              "-f", "{connection_file}"]
+WORKERS = 2  # processes that share the tests
 MOST_SECONDS = 150  # a test that takes longer has failed
 SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
 
@@ -5263,8 +5265,8 @@ class Journal(ServerCase):
 
     def test_a_restart_need_not_wait_for_a_page_that_reads_nothing(self):
         self.follow().start("import time\nfor _ in range(50): print('x' * 1_000_000)\n"
-                            "time.sleep(60)", cell="a")   # `plain` does not read either
-        time.sleep(1)   # until nothing goes any more
+                            "open('printed', 'w'); time.sleep(60)", cell="a")
+        wait_until((self.root / "printed").exists, SECONDS)   # `plain` does not read it either
         self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/restart"), 200)
         self.assertEqual(self.connections(), 2)   # nobody waited until they were cut off
 
@@ -10381,8 +10383,6 @@ class Result(unittest.TestResult):
     def __init__(self):
         super().__init__()
         self.passed, self.broken, self.skips = 0, {}, []
-
-    def startTestRun(self):
         self.began = time.monotonic()
 
     def startTest(self, test):
@@ -10418,6 +10418,12 @@ class Result(unittest.TestResult):
         if REQUIRE_ALL and reason.startswith("needs"):
             self.broken[str(test)] = [f"skipped, though REQUIRE_ALL=1: {reason}"]
 
+    def add(self, passed, broken, skips):
+        """Take in what another process has found."""
+        self.passed += passed
+        self.broken.update(broken)
+        self.skips += skips
+
     def report(self):
         for name, texts in self.broken.items():
             print(f"\n---- {name} " + "-" * max(0, 80 - len(name)))
@@ -10429,11 +10435,68 @@ class Result(unittest.TestResult):
         return 1 if self.broken else 0
 
 
-def all_tests(suite):
-    """The tests of a suite of suites, in the order of the file."""
-    if isinstance(suite, unittest.TestCase):
-        return [suite]
-    return [test for part in suite for test in all_tests(part)]
+class Queue(unittest.TestSuite):
+    """The classes of tests, of which each of several processes takes the next one that is left."""
+
+    _cleanup = False   # unittest need not forget what has run: each comes once
+
+    def __init__(self, suites):
+        super().__init__(suites)
+        self.numbers, end = os.pipe()
+        with open(end, "wb") as numbers:
+            numbers.write(bytes(range(len(suites))))
+
+    def __iter__(self):
+        while number := os.read(self.numbers, 1):
+            yield self._tests[number[0]]
+
+
+def run_in_worker(queue):
+    """Run tests from the queue in a process of its own; returns (its id, file of its findings)."""
+    findings, end = os.pipe()
+    if pid := os.fork():
+        os.close(end)
+        return pid, open(findings)
+    result = Result()
+    queue.run(result)
+    with open(end, "w") as file:
+        json.dump([result.passed, result.broken, result.skips], file)
+    sys.exit()
+
+
+def chosen_tests(names):
+    """A suite for each class that has tests whose name contains one of `names`, or any test."""
+    suites = []
+    for case in [c for c in globals().values()
+                 if isinstance(c, type) and issubclass(c, unittest.TestCase)]:
+        methods = [name for name in vars(case) if name.startswith("test")]
+        tests = [case(name) for name in methods if not names or any(
+            word.lower() in f"{case.__name__}.{name}".lower() for word in names)]
+        if tests:
+            suites.append(unittest.TestSuite(tests))
+    return suites
+
+
+def run_tests(suites):
+    """Run the suites, several in two processes; returns the Result."""
+    result, queue = Result(), Queue(suites)
+    if len(suites) == 1 or not hasattr(os, "fork"):
+        queue.run(result)
+        return result
+    workers = dict(run_in_worker(queue) for _ in range(WORKERS))
+    try:
+        for pid, findings in workers.items():
+            with findings:
+                text = findings.read()
+            result.add(*(json.loads(text) if text else (0, {f"process {pid}": ["died"]}, [])))
+    except KeyboardInterrupt:
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        raise
+    finally:
+        for pid in workers:
+            os.waitpid(pid, 0)
+    return result
 
 
 def main(names):
@@ -10441,20 +10504,9 @@ def main(names):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names[:1] == ["bench"]:
         return bench(names[1:])
-    classes = [c for c in globals().values()
-               if isinstance(c, type) and issubclass(c, unittest.TestCase)]
-    chosen = unittest.TestSuite()
-    for case in classes:
-        methods = [name for name in vars(case) if name.startswith("test")]
-        tests = [case(name) for name in methods if not names or any(
-            word.lower() in f"{case.__name__}.{name}".lower() for word in names)]
-        chosen.addTest(unittest.TestSuite(tests))
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, give_up)
-    result = Result()
-    result.startTestRun()
-    chosen.run(result)
-    return result.report()
+    return run_tests(chosen_tests(names)).report()
 
 
 if __name__ == "__main__":
