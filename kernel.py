@@ -2409,6 +2409,7 @@ def hook_imports(interpreter):
 REPLY_STATUS = {"status": "ok"}
 RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it.
 BRISK_MS = 1        # the same while a subscriber that is slow takes something each time
+DEAF_SECONDS = 1    # after the start, until which requests wait for a subscriber of iopub
 LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
 EXIT_SECONDS = 0.3     # between the reply to exit() and the end
 QUESTION_SECONDS = 2   # for an answer about code; then the frontend is told that there is none
@@ -2633,6 +2634,9 @@ class Kernel:
         self.unwanted = collections.deque(maxlen=UNWANTED)   # msg_ids of cells not to be run
         self.last_sent = time.monotonic()     # when nothing was held up
         self.retry_ms = RETRY_MS
+        # A client's sockets find a kernel that is just starting one by one. What was published
+        # before its iopub has, it would never hear: so its requests wait.
+        self.deaf_until = time.monotonic() + DEAF_SECONDS
         self.is_finished, self.io_done = False, threading.Event()
 
     # -- life: bind, capture, run until told to stop --
@@ -2724,11 +2728,11 @@ class Kernel:
         for source in (*self.sockets.values(), *pipes, self.outbox.wake_receiver.fileno(),
                        self.signalled.fileno()):
             poller.register(source, zmq.POLLIN)
+        poller.unregister(self.sockets["shell"])   # until somebody hears the outputs
         parent = watch_parent(poller)
         channels = {socket: channel for channel, socket in self.sockets.items()}
         while not self.is_finished:
-            is_held = self.unasked or self.unsent or self.interrupt_due
-            for source, _ in poller.poll(self.retry_ms if is_held else self.outbox.rest()):
+            for source, _ in poller.poll(self.patience()):
                 if source in channels:
                     self.receive_safely(channels[source], source)
                 elif source in pipes:
@@ -2740,9 +2744,22 @@ class Kernel:
                     os._exit(1)
             self.send_due()
             self.repeat_lost_interrupt()
+            if self.deaf_until and self.deaf_until <= time.monotonic():
+                self.deaf_until = None
+                poller.register(self.sockets["shell"], zmq.POLLIN)
         self.send_due()
         self.context.destroy(linger=1000)
         self.io_done.set()
+
+    def patience(self):
+        """Milliseconds that the io thread may wait for its sockets; None for ever."""
+        if self.unasked or self.unsent or self.interrupt_due:
+            return self.retry_ms
+        rest = self.outbox.rest()
+        if self.deaf_until:
+            left = max(0, math.ceil((self.deaf_until - time.monotonic()) * 1000))
+            rest = left if rest is None else min(rest, left)
+        return rest
 
     def expect_interrupt(self):
         """A SIGINT has come, and `interrupt`, which empties this socket too, may not have run."""
@@ -2830,6 +2847,7 @@ class Kernel:
     def welcome(self, event):
         """A client has subscribed: tell it, so that it knows from when on it hears everything."""
         if event[:1] == b"\x01":
+            self.deaf_until = self.deaf_until and time.monotonic()
             message = self.session.message("iopub_welcome", {
                 "subscription": event[1:].decode("utf-8", "replace")})
             message["identities"] = [event[1:]]

@@ -286,13 +286,14 @@ class ZeroMQWire:
 
     TYPES = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB}
 
-    def __init__(self, connection):
+    def __init__(self, connection, channels=None):
         self.connection, self.session = connection, kernel.Session(connection["key"])
-        self.context, self.poller = zmq.Context(), zmq.Poller()
-        self.sockets = {name: self.connect(name, kind) for name, kind in self.TYPES.items()}
+        self.context, self.poller, self.sockets = zmq.Context(), zmq.Poller(), {}
+        for name in channels or self.TYPES:
+            self.connect(name, self.TYPES[name])
 
     def connect(self, channel, kind):
-        channel_socket = self.context.socket(kind)
+        channel_socket = self.sockets[channel] = self.context.socket(kind)
         channel_socket.linger = 0
         channel_socket.reconnect_ivl = 5  # milliseconds: a kernel that begins to listen is found
         channel_socket.rcvhwm = 0  # a SUB socket would silently drop what passes its limit
@@ -303,7 +304,6 @@ class ZeroMQWire:
         channel_socket.connect("tcp://{}:{}".format(
             self.connection["ip"], self.connection[channel + "_port"]))
         self.poller.register(channel_socket, zmq.POLLIN)
-        return channel_socket
 
     def send(self, channel, message):
         self.send_parts(channel, self.session.pack(message))
@@ -1645,6 +1645,28 @@ class KernelLife(Case):
                 self.assertLess(frontend.log.index("starting"), frontend.log.index("busy"))
             own.end()
 
+    def test_requests_wait_until_a_new_kernel_is_heard(self):
+        """A client's sockets come one by one; what iopub said before its own came is lost."""
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = Frontend(ZeroMQWire(own.connection, ["shell", "control"]))
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.start("6 * 7")
+        for _ in range(50):   # the kernel is there, and would have run the cell by now
+            answer = frontend.ask("kernel_info_request", "control")
+            frontend.until(lambda answer=answer: answer.reply)
+        frontend.wire.connect("iopub", zmq.SUB)
+        self.assertMessages(frontend.finish(cell), "busy execute_input execute_result idle")
+
+    def test_a_kernel_that_nobody_hears_answers_too(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = Frontend(ZeroMQWire(own.connection, ["shell"]))
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.start("6 * 7")
+        frontend.until(lambda: cell.reply)
+        self.assertEqual(cell.status, "ok")
+
     def test_two_frontends_see_each_others_cells(self):
         own, first = self.start()
         second = own.connect()
@@ -2746,7 +2768,7 @@ class KernelEnds(KernelLife):
         class CurveWire(ZeroMQWire):
             def connect(self, channel, kind):
                 mine = zmq.curve_keypair()
-                new = self.context.socket(kind)
+                new = self.sockets[channel] = self.context.socket(kind)
                 new.linger, new.identity = 0, self.session.session.encode()
                 new.curve_serverkey = public.encode()
                 new.curve_publickey, new.curve_secretkey = mine
@@ -2754,7 +2776,6 @@ class KernelEnds(KernelLife):
                     new.subscribe(b"")
                 new.connect("tcp://{}:{}".format("127.0.0.1", own.connection[channel + "_port"]))
                 self.poller.register(new, zmq.POLLIN)
-                return new
 
         frontend = Frontend(CurveWire(own.connection))
         self.addCleanup(frontend.wire.close)
