@@ -10337,11 +10337,24 @@ def bench_page_keys(program, server, count):
     with BenchPage(program, server, [f"x = {i}" for i in range(100)]) as page:
         page.until(page.words["ready"])
         page.type("# someone has been typing for a while")
-        with page.page.expect_console_message(lambda message: message.text == "listening"):
-            page.page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
-        page.page.keyboard.type("a" * count, delay=30)
-        for milliseconds_ in page.page.evaluate("() => window.times"):
-            yield "page: key to paint, p50", milliseconds_
+        yield from keys_to_paint(page.page, count)
+
+
+def keys_to_paint(page, count):
+    with page.expect_console_message(lambda message: message.text == "listening"):
+        page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
+    page.keyboard.type("a" * count, delay=30)
+    for milliseconds_ in page.evaluate("() => window.times"):
+        yield "page: key to paint, p50", milliseconds_
+
+
+@yields("page: key to paint, p50")
+def bench_bare_page(count):
+    """The limit: a page with a text field and nothing else."""
+    with contextlib.closing(browser().new_page()) as page:
+        page.set_content("<textarea>")
+        page.locator("textarea").focus()
+        yield from keys_to_paint(page, count)
 
 
 def bench_page_runs(program, server):
@@ -10368,7 +10381,8 @@ def bench_page_draws(program, server):
                                   ("page: 5,000 cells, JSON to paint", 5000, []),
                                   ("page: 100,000 lines, JSON to paint", 1, [lines])):
         with BenchPage(program, server, sources[:count], outputs=outputs) as page:
-            page.page.evaluate(JSON_TO_PAINT, "document.body.textContent.includes('line 99999')"
+            last = "document.querySelector('.output > pre')?.lastChild.textContent"
+            page.page.evaluate(JSON_TO_PAINT, f"{last}?.includes('line 99999')"
                                if outputs else f"document.querySelectorAll('.cell')[{count - 1}]")
             page.until("window.ready")
             yield label, page.page.evaluate("window.ready")
@@ -10424,6 +10438,7 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
     ("limit", None, bench_plain),
+    ("limit", "playwright", bench_bare_page),
     ("ours", None, bench_kernel, kernel.command()),
     ("theirs", "ipykernel", bench_kernel, IPYKERNEL),
     ("ours", None, bench_work, kernel.command()),
