@@ -7036,6 +7036,17 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
+    def test_a_program_has_line_numbers_and_prose_wraps(self):
+        for name, numbers in (("program.py", "1\n2\n3"), ("prose.md", None)):
+            (self.root / name).write_text("word = 1\n" + "word " * 1000 + "\n")
+            tab = self.visit(f"/edit/{name}")
+            tab.page.wait_for_selector("textarea.editor:focus")
+            shown = tab.page.locator(".numbers:visible")
+            self.assertEqual(shown.text_content() if shown.count() else None, numbers)
+            is_wrapped = tab.page.locator(".input").evaluate(
+                "input => input.scrollWidth <= input.clientWidth")
+            self.assertEqual(is_wrapped, numbers is None)
+
     def test_a_text_file_keeps_its_line_ends(self):
         (self.root / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
         tab = self.visit("/edit/windows.txt")
@@ -8548,6 +8559,13 @@ class PageDownloads(PageCase):
         })""")
         self.assertEqual(blocked, "connect-src")
         self.problems.clear()
+
+    def test_the_page_says_why_the_scripts_of_an_output_do_not_run(self):
+        page = self.page("from IPython.display import HTML, Javascript\n"
+                         "HTML('<script>document.title = 1</script>')",
+                         "Javascript('element.append(1)')")
+        for i in (0, 1):
+            self.assertShows(page.locator(".outputs").nth(i), "runs no scripts but its own")
 
 
 class PageStaysFluid(PageCase):
