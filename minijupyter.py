@@ -1673,7 +1673,7 @@ class Kernel:
             items = [*bridge.ends, *bridge.inbox.take()]
             if bridge in self.listeners:
                 self.listeners.remove(bridge)
-                unsent = [item.number - 1 for item in items if isinstance(item, Entry)]
+                unsent = [item.number - 1 for item in items if getattr(item, "number", 0)]
                 self.left_at[bridge.session_id] = min(unsent, default=self.journal.number)
             if len(self.left_at) > MOST_REQUESTS:
                 del self.left_at[next(iter(self.left_at))]
