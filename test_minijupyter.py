@@ -6892,13 +6892,41 @@ class Tab:
 @needs("playwright")
 @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
 class PageCase(ServerCase):
+    """Tests that share one browser profile, which is emptied after each of them."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.profile = browser().new_context()   # costs as much as opening two notebooks
+        cls.addClassCleanup(cls.profile.close)
+        cls.broom = cls.profile.new_cdp_session(cls.profile.new_page())
+
     def setUp(self):
-        self.context = browser().new_context()
-        self.addCleanup(self.context.close)
-        self.context.set_default_timeout(SECONDS * 1000)
         self.problems = []  # what no test may cause: errors on the console, foreign requests
-        self.context.on("page", self.watch)
-        self.context.add_cookies([self.cookie()])
+        self.use(self.profile)
+        self.addCleanup(self.empty_profile)
+
+    def use(self, context):
+        self.context = context
+        context.set_default_timeout(SECONDS * 1000)
+        context.on("page", self.watch)
+        context.add_cookies([self.cookie()])
+
+    def use_own_profile(self):
+        """For a test that changes what cannot be changed back: the clock, a script in each page."""
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        self.use(context)
+
+    def empty_profile(self):
+        self.profile.remove_listener("page", self.watch)
+        self.profile.unroute_all()
+        for page in self.profile.pages[1:]:
+            page.close()
+        self.profile.clear_cookies()
+        self.profile.clear_permissions()
+        self.broom.send("Storage.clearDataForOrigin",
+                        {"origin": self.address("").rstrip("/"), "storageTypes": "all"})
 
     def cookie(self):
         reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
@@ -8186,6 +8214,7 @@ class PageLosesNothing(PageCase):
         self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
 
     def test_outputs_alone_come_back_without_a_question(self):
+        self.use_own_profile()
         self.context.clock.install()
         tab = self.open("'on' + 'ce'")
         self.refuse_saves()
@@ -8233,6 +8262,7 @@ class PageLosesNothing(PageCase):
         self.problems.clear()
 
     def test_a_save_that_failed_is_told_and_made_up_for_by_itself(self):
+        self.use_own_profile()
         self.context.clock.install()
         tab = self.open("a")
         self.refuse_saves()
@@ -8247,6 +8277,7 @@ class PageLosesNothing(PageCase):
         self.problems.clear()
 
     def test_a_list_of_files_whose_server_is_gone_says_so_and_goes_on_when_it_is_back(self):
+        self.use_own_profile()
         self.context.clock.install()
         tab = self.visit("/tree")
         tab.page.locator(".crumbs").wait_for()
@@ -8308,6 +8339,7 @@ class PageLosesNothing(PageCase):
         self.assertEqual(self.saved_sources(), ["and the second goes on"])
 
     def test_when_the_first_tab_closes_the_second_saves(self):
+        self.use_own_profile()
         self.context.clock.install()
         first, second = self.two_tabs()
         first.page.close()
@@ -9149,6 +9181,7 @@ class PageComesBack(PageCase):
         self.assertEqual(tab.texts(), ["Name? Ada\nHello Ada"])
 
     def test_a_lost_connection_mends_itself_and_nothing_is_missing_or_twice(self):
+        self.use_own_profile()
         self.context.add_init_script("""
             window.sockets = [];
             window.WebSocket = class extends WebSocket {
@@ -9595,6 +9628,7 @@ class PageKeepsOut(DrawnPage):
         import brs_kb.payloads
         entries = brs_kb.payloads.get_all_payloads().values()
         self.payloads = list(dict.fromkeys(entry.payload for entry in entries))
+        self.use_own_profile()
         self.context.route(lambda url: not url.startswith(self.address("/")),
                            lambda route: route.abort())
         self.context.add_init_script("""
