@@ -9750,6 +9750,17 @@ class PageSurvives(DrawnPage):
         saved = [cell["outputs"] for cell in self.saved()["cells"][:-1]]
         self.assertEqual(saved, [[output] for output in self.SHAPES])
 
+    def test_a_terminal_shows_the_same_however_its_text_is_cut(self):
+        bits = ["a", "bc", "\n", "x\ny\n", "\r", "\b", "\x1b[31m", "\x1b[0m", "\x1b[A", "\x1b[2K", "🙂"]
+        dice = random.Random(1)
+        texts = [dice.choices(bits, k=dice.randint(1, 30)) for _ in range(3000)]
+        cuts = self.visit("/tree").page.evaluate("""texts => texts.filter(pieces => {
+            const [whole, cut] = [new Terminal(pieces.join('')), new Terminal()];
+            for (const piece of pieces) cut.write(piece);
+            return whole.text !== cut.text || whole.starts.join() !== cut.starts.join();
+        })""", texts)
+        self.assertEqual(cuts, [])
+
     def test_a_line_of_five_million_characters_is_shown(self):
         line = "word " * 1_000_000
         nb = outputs_in({"text/plain": line}, {"text/html": f"<b>{line}</b>"},
