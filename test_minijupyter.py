@@ -9751,7 +9751,8 @@ class PageSurvives(DrawnPage):
         self.assertEqual(saved, [[output] for output in self.SHAPES])
 
     def test_a_terminal_shows_the_same_however_its_text_is_cut(self):
-        bits = ["a", "bc", "\n", "x\ny\n", "\r", "\b", "\x1b[31m", "\x1b[0m", "\x1b[A", "\x1b[2K", "🙂"]
+        bits = ["a", "bc", "\n", "x\ny\n", "\r", "\b", "\x1b[31m", "\x1b[0m", "\x1b[A", "\x1b[2K",
+                "🙂"]
         dice = random.Random(1)
         texts = [dice.choices(bits, k=dice.randint(1, 30)) for _ in range(3000)]
         cuts = self.visit("/tree").page.evaluate("""texts => texts.filter(pieces => {
