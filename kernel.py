@@ -2407,7 +2407,7 @@ def hook_imports(interpreter):
 # becomes of it. To answer a new message, write its method and add its row.
 
 REPLY_STATUS = {"status": "ok"}
-RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it.
+RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it
 BRISK_MS = 1        # the same while a subscriber that is slow takes something each time
 DEAF_SECONDS = 1    # after the start, until which requests wait for a subscriber of iopub
 LATE_SECONDS = 1       # after an error in which cells may still come that were sent before it
@@ -2633,7 +2633,7 @@ class Kernel:
         self.unsent = []                      # (channel, parts) that a full iopub holds up
         self.unwanted = collections.deque(maxlen=UNWANTED)   # msg_ids of cells not to be run
         self.last_sent = time.monotonic()     # when nothing was held up
-        self.retry_ms = RETRY_MS
+        self.retry_ms = RETRY_MS              # BRISK_MS after something was sent, then longer
         # A client's sockets find a kernel that is just starting one by one. What was published
         # before its iopub has, it would never hear: so its requests wait.
         self.deaf_until = time.monotonic() + DEAF_SECONDS
@@ -2725,12 +2725,12 @@ class Kernel:
         """Wait for sockets, pipes and the outbox; nothing here blocks or runs user code."""
         poller = zmq.Poller()
         pipes = {descriptor.pipe: descriptor for descriptor in self.descriptors}
-        for source in (*self.sockets.values(), *pipes, self.outbox.wake_receiver.fileno(),
-                       self.signalled.fileno()):
-            poller.register(source, zmq.POLLIN)
-        poller.unregister(self.sockets["shell"])   # until somebody hears the outputs
-        parent = watch_parent(poller)
         channels = {socket: channel for channel, socket in self.sockets.items()}
+        for source in (*channels, *pipes, self.outbox.wake_receiver.fileno(),
+                       self.signalled.fileno()):
+            if channels.get(source) != "shell":   # that one waits until somebody hears the outputs
+                poller.register(source, zmq.POLLIN)
+        parent = watch_parent(poller)
         while not self.is_finished:
             for source, _ in poller.poll(self.patience()):
                 if source in channels:

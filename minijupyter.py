@@ -1191,8 +1191,8 @@ STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (
 MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
 MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when all are full, who prints has to wait
 STALLED_SECONDS = 10        # and no longer; then these pages are cut off, and can come back
-MOST_BEHIND = 64 << 20      # bytes in the mailbox of one that the others need not wait for,
-LATE_SECONDS = 1            # and that has stood still for so long
+MOST_BEHIND = 64 << 20      # bytes in the mailbox of one page while others have room; it is cut off
+LATE_SECONDS = 1            # when it has taken nothing for so long
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
 MOST_PARKED = 16            # clients that left with a request open, per kernel
@@ -1444,7 +1444,7 @@ class Mailbox:
 
     def close(self):
         with self.has_room:   # whoever waits for room need not any more
-            self.items, self.size = [], 0
+            self.size = 0
             self.is_signalled = True
             self.has_room.notify_all()
         self.ear.close()
@@ -1495,9 +1495,9 @@ class Kernel:
         self.journal = Journal(self.session)
         self.journal_lock = threading.Lock()   # guards the journal and the next three
         self.listeners = []                    # bridges
-        self.has_room = threading.Condition()  # in one of their mailboxes
         self.parked = []                       # Ends of clients that left
         self.left_at = {}                      # session_id -> journal number when it left
+        self.has_room = threading.Condition()  # in the mailbox of a listener
         self.process, self.ended = None, threading.Event()
         self.ended.set()
 

@@ -1776,14 +1776,14 @@ def execute(name, argv):
     """A sample notebook as nbclient runs it on a kernel, errors allowed. The manager looks for free
     ports; when one is taken before the kernel binds it, the kernel dies, and is started again."""
     try:
-        return executed(name, argv)
+        return execute_once(name, argv)
     except RuntimeError as problem:
         if "died before replying to kernel_info" not in str(problem):
             raise
-        return executed(name, argv)
+        return execute_once(name, argv)
 
 
-def executed(name, argv):
+def execute_once(name, argv):
     import nbformat
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
@@ -6931,12 +6931,12 @@ class PageCase(ServerCase):
     def empty_profile(self):
         self.profile.remove_listener("page", self.watch)
         self.profile.unroute_all()
-        for page in self.profile.pages[1:]:
+        for page in self.profile.pages[1:]:   # the first one holds the broom
             page.close()
         self.profile.clear_cookies()
         self.profile.clear_permissions()
         self.broom.send("Storage.clearDataForOrigin",
-                        {"origin": self.address("").rstrip("/"), "storageTypes": "all"})
+                        {"origin": self.address(""), "storageTypes": "all"})
 
     def cookie(self):
         reply = self.server.get(f"/tree?token={self.server.token}", Authorization=None)
@@ -10343,7 +10343,7 @@ JSON_TO_PAINT = """whole => {   // ready: the time in milliseconds, when it is o
     };
     look();
 }"""
-KEY_COST = """count => {   // of handlers and layout, without the wait for a frame
+KEY_COST = """() => {   // of handlers and layout, without the wait for a frame
     window.times = [];
     let pressed;
     addEventListener('keydown', () => { pressed = performance.now() }, true);
@@ -10404,6 +10404,18 @@ class BenchPage:
     def is_shown(self, text):
         return (f"[...document.querySelectorAll({json.dumps(self.words['output'])})]"
                 f".some(o => o.textContent.includes({json.dumps(text)}))")
+
+
+@contextlib.contextmanager
+def page_server(program):
+    """A server that answers, and a browser: neither's start is the page's."""
+    browser()
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        yield server
+    finally:
+        server.end()
 
 
 def bench_page_opens(program, server):
@@ -10490,29 +10502,19 @@ def bench_page_load(program, server, count):
         "page: longest frame in 20,000 messages")
 def bench_big_page(program, count):
     """Big work in the page, which has its targets in milliseconds."""
-    browser()
-    server = Server(program=program)
-    try:
-        wait_until(lambda: answers(server), 60)
+    with page_server(program) as server:
         yield from bench_page_draws(program, server)
         yield from bench_page_load(program, server, count)
-    finally:
-        server.end()
 
 
 @yields("page: 10 cells, to typing", "page: 1,000 cells, to typing", "page: key to paint, p50",
         "page: a cell prints 10,000 lines", "page: run all of 100 cells")
 def bench_page(program, count):
     """What a user of the page waits for, in Chromium with a new profile."""
-    browser()      # its own start is not the page's
-    server = Server(program=program)
-    try:
-        wait_until(lambda: answers(server), 60)
+    with page_server(program) as server:
         yield from bench_page_opens(program, server)
         yield from bench_page_keys(program, server, count)
         yield from bench_page_runs(program, server)
-    finally:
-        server.end()
 
 
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
