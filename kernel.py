@@ -1160,8 +1160,12 @@ def static_attribute(value, name):
     for cls in all_classes(value):
         if name in vars(cls):
             found = vars(cls)[name]
-            if is_a(found, (staticmethod, classmethod)):
+            if is_a(found, staticmethod):
                 return found.__func__
+            if is_a(found, classmethod):
+                return types.MethodType(found.__func__, cls)
+            if is_a(found, types.FunctionType) and not is_a(value, type):
+                return types.MethodType(found, value)
             return NOT_THERE if hasattr(type(found), "__get__") and not callable(found) else found
     return NOT_THERE
 
@@ -1312,11 +1316,13 @@ def parameters_at(before, namespace):
     called = open_call(before)
     function = resolve(called, namespace) if called else None
     function = getattr(function, "__init__", None) if type(function) is type else function
+    if is_a(function, types.MethodType):
+        function = function.__func__
     if not isinstance(function, types.FunctionType):
         return ()
     code = function.__code__
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
-    return [name for name in names if name != "self"]
+    return [name for name in names if name not in ("self", "cls")]
 
 
 def open_call(before):
@@ -1357,7 +1363,8 @@ def describe(name, value, detail=0):
         return "\n".join(f"{RED}{label}{RESET} {text}" for label, text in lines)
     source = source_of(value) if detail else None
     if source is None:
-        lines.append(("Docstring:", inspect.getdoc(value) or "<no docstring>"))
+        function = value.__func__ if is_a(value, types.MethodType) else value
+        lines.append(("Docstring:", inspect.getdoc(function) or "<no docstring>"))
     else:
         lines.append(("Source:   ", "\n" + source))
     with contextlib.suppress(TypeError, OSError):

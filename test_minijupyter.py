@@ -1949,7 +1949,8 @@ class KernelQuestions(KernelCase):
                 ("greet", 0, "Signature:", "greet(first, second=2)", "Docstring:", "Doc of greet.",
                  "Type:", "function"),
                 ("greet", 1, "Source:", "return first"), ("greet(1, ", 0, "Doc of greet."),
-                ("Watched", 1, "class Watched", "Source:"), ("watched.method", 0, "Doc of method."),
+                ("Watched", 1, "class Watched", "Source:"),
+                ("watched.method", 0, "watched.method(first, *, key=3)", "Doc of method."),
                 ("'😀'; greet", 0, "Doc of greet."), ("len", 0, "Docstring:", "len(obj, /)"),
                 ("words", 0, "Type:", "dict"), ("json.dumps", 1, "Source:", "def dumps")]:
             with self.subTest(code=code, detail=detail):
