@@ -9364,6 +9364,15 @@ class PageRendersMarkdown(PageCase):
             with self.subTest(text):
                 self.assertEqual(*page.evaluate(MARKDOWN_AND_HTML, [text, html]))
 
+    def test_each_block_begins_on_the_side_where_its_script_begins(self):
+        page = self.page()
+        sides = page.evaluate("""text => {
+            document.body.append(h('div', { class: 'rendered' }, renderMarkdown(text)));
+            return [...document.querySelector('body > .rendered').children].map(
+                block => getComputedStyle(block).direction);
+        }""", "# שלום\n\n- Latin\n- letters\n\n> مرحبا\n\n|ב|\n|-|\n\n1 + 1, then א")
+        self.assertEqual(sides, ["rtl", "ltr", "rtl", "rtl", "ltr"])
+
     def test_markdown_of_any_shape_is_rendered_in_one_go(self):
         """Each of these takes minutes where the time grows with the square of the length."""
         page = self.page()
