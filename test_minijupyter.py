@@ -7315,6 +7315,9 @@ class PageRuns(PageCase):
         before = tab.cell(0).bounding_box()["y"]
         tab.select(0)
         tab.press("Control+Enter")
+        tab.page.wait_for_selector(".stdin input:focus")
+        self.assertFalse(tab.page.is_visible("#stdin-bar"))      # who answers needs no way there
+        tab.cell(0).focus()
         tab.page.wait_for_selector("#stdin-bar:visible")
         self.assertEqual(tab.cell(0).bounding_box()["y"], before)
 
@@ -7392,6 +7395,31 @@ class PageEdits(PageCase):
         self.assertEqual(tab.sources(), ["textb"])
         tab.press("b")
         self.assertEqual(tab.sources(), ["textb", ""])
+
+    def test_text_and_caret_scroll_together_in_a_long_line(self):
+        tab = self.open("x = '" + "long " * 200 + "'")
+        tab.select(0)
+        tab.press("Enter", "Control+Home", "End")
+        box = tab.page.evaluate("""() => {
+            const { input, area, text } = view.active.editor;
+            return { over: input.scrollLeft, caret: placeOf(text, area.selectionEnd).left,
+                edge: input.getBoundingClientRect().right, own: area.scrollLeft };
+        }""")
+        self.assertGreater(box["over"], 500)
+        self.assertEqual(box["own"], 0)
+        self.assertLess(box["caret"], box["edge"])
+        tab.press("Home", "Home")
+        self.assertEqual(tab.page.evaluate("view.active.editor.input.scrollLeft"), 0)
+
+    def test_a_new_line_is_in_sight(self):
+        tab = self.open("first")
+        tab.select(0)
+        tab.press("Enter", "Control+End", *["Enter"] * 60)
+        place = tab.page.evaluate("""() => {
+            const { area, text } = view.active.editor;
+            return [placeOf(text, area.selectionEnd).bottom, innerHeight];
+        }""")
+        self.assertLess(*place)
 
     def test_markdown_is_shown_and_edited(self):
         tab = self.open("")
@@ -7756,6 +7784,13 @@ EDIT_KEYS = [
     ("|", "(", "(|)"),
     ("|", "'", "'|'"),
     ("(|)", ")", "()|"),
+    ("if x:\n    y\n    else|", ":", "if x:\n    y\nelse:|"),
+    ("try:\n    y\n    except OSError as e|", ":", "try:\n    y\nexcept OSError as e:|"),
+    ("    if x:\n        y\n    else|", ":", "    if x:\n        y\n    else:|"),
+    ("x = {\n    else_|", ":", "x = {\n    else_:|"),
+    ("a\n  b c|", "Home", "a\n  |b c"),
+    ("a\n  |b c", "Home", "a\n|  b c"),
+    ("  a|", "Shift+Home", "  |a|"),
     ("|abc|", "[", "[|abc|]"),
     ("it|", "'", "it'|"),
     ("|", '" " "', '"""|'),
@@ -7948,6 +7983,34 @@ class PageKeys(PageCase):
         self.assertTrue(self.saved()["cells"][0]["metadata"]["collapsed"])
         tab.press("o", "Shift+O")
         self.assertIn("folded", tab.outputs(0).get_attribute("class"))
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["metadata"], {"scrolled": True})
+
+    def test_a_long_result_is_folded_like_a_long_print(self):
+        tab = self.open("print('x\\n' * 99)\n''", "class Long:\n    def __repr__(self): "
+                        "return 'x\\n' * 99\nLong()", "1 + 1")
+        for i, folded in enumerate([True, True, False]):
+            tab.run(i)
+            self.assertEqual("folded" in tab.outputs(i).get_attribute("class"), folded)
+
+    def test_the_newest_lines_of_a_long_output_are_in_sight_while_it_comes(self):
+        tab = self.open("for i in range(99): print(i)\n1/0")
+        tab.run(0)
+        self.assertTrue(tab.outputs(0).evaluate(
+            "box => box.scrollTop > 0 && box.scrollHeight - box.scrollTop - box.clientHeight < 9"))
+
+    def test_the_active_cell_stays_in_sight_when_the_output_above_it_grows(self):
+        tab = self.open("from IPython.display import HTML\n"
+                        "HTML('<p style=\"height: 500px\">' + 'x' * 9)", "")
+        tab.page.set_viewport_size({"width": 900, "height": 600})
+        tab.select(0)
+        tab.press("Shift+Enter")
+        tab.wait_until_done()
+        tab.page.wait_for_function("""() => {
+            const { top, bottom } = view.cells[1].node.getBoundingClientRect();
+            return view.cells[0].outputs[0].node.offsetHeight > 500 && top > 0
+                && bottom <= innerHeight;
+        }""")
 
     def test_the_button_that_folds_a_long_output_stays_under_the_pointer(self):
         tab = self.open("for i in range(300): print(i)", *["1"] * 40)
@@ -8342,6 +8405,17 @@ class PageLosesNothing(PageCase):
         self.assertShows(second.page.locator("#save-state"), "Open in another tab")
         self.assertEqual(self.saved_sources(), ["first"])
         first.page.close()
+
+    def test_what_another_tab_has_not_saved_yet_is_no_draft_of_a_crash(self):
+        first = self.open("old")
+        self.refuse_saves()
+        first.write(0, "new")
+        self.wait_for_draft(first)
+        self.context.unroute_all()
+        second = self.visit("/notebooks/" + quote(self.name))
+        second.wait_for(kernel="idle")
+        self.assertCount(second.page.locator("dialog"), 0)
+        self.problems.clear()
 
     def test_the_second_tab_takes_over_what_the_first_has_written(self):
         first, second = self.two_tabs()
@@ -8897,6 +8971,14 @@ class PageMoves(PageCase):
             tab.wait_for(mode=mode)
             self.assertNotEqual(self.active(tab), 1)
             tab.cell(1).locator("textarea.editor").focus()
+
+    def test_a_text_that_find_has_opened_is_rendered_again_at_its_end(self):
+        tab = self.mixed("pear", markdown("an apple"))
+        self.find(tab, "apple")
+        tab.press("Enter")
+        self.assertFalse(tab.cell(1).locator(".rendered").is_visible())
+        tab.press("Escape")
+        self.assertTrue(tab.cell(1).locator(".rendered").is_visible())
 
     def test_find_knows_capitals_expressions_and_outputs(self):
         tab = self.mixed("print('Ap' + 'ple')", "apple Apple")
