@@ -1235,6 +1235,10 @@ class Entry:
     def is_idle(self):
         return self.msg_type == "status" and b'"idle"' in self.json_parts[3]
 
+    @property
+    def is_restarting(self):
+        return self.msg_type == "status" and b'"restarting"' in self.json_parts[3]
+
 
 def read_header(part):
     header = json.loads(part)
@@ -2701,6 +2705,8 @@ class Bridge:
             else:
                 # Journey 11: verified, marked with its channel, and on its way to the page.
                 frames.append(self.websocket.frame(*self.splice(item)))
+                if item.is_restarting:   # what waits was meant for the process that is gone, and
+                    self.unsent.clear()  # its sender learns now that no answer will come
         return frames
 
     def from_kernel(self, channel, sock, ends):
