@@ -4514,6 +4514,15 @@ class Kernels(ServerCase):
         self.assertNotEqual(int(cell.text()), pid)
         self.assertFails(cell, "NameError")
 
+    def test_what_was_sent_to_a_dying_kernel_does_not_run_in_the_next_one(self):
+        _, frontend, pid = self.start_kernel()
+        frontend.start("import os; os._exit(3)")
+        wait_until(lambda: not is_alive(pid))   # but nobody has been told yet
+        late = frontend.start("lost = 1")
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertFails(frontend.finish(frontend.start("lost")), "NameError")
+        self.assertIsNone(late.reply)
+
     def test_a_kernel_that_keeps_crashing_is_given_up(self):
         kernel_id, frontend, _ = self.start_kernel()
         while "dead" not in frontend.log:
@@ -7396,6 +7405,17 @@ class PageEdits(PageCase):
         tab.press("b")
         self.assertEqual(tab.sources(), ["textb", ""])
 
+    def test_of_a_long_text_what_is_in_the_window_has_colours(self):
+        tab = self.open("\n".join(f"x = {i}" for i in range(5000)))
+        coloured = """() => [...CSS.highlights.get('number')].map(range =>
+            Number(view.active.editor.value.slice(range.startOffset, range.endOffset)))"""
+        first = tab.page.evaluate(coloured)
+        self.assertIn(0, first)
+        self.assertLess(len(first), 1000)
+        tab.page.evaluate("scrollTo(0, 60000)")
+        tab.page.wait_for_function(f"() => !({coloured})().includes(0)")
+        self.assertIn(3150, tab.page.evaluate(coloured))
+
     def test_text_and_caret_scroll_together_in_a_long_line(self):
         tab = self.open("x = '" + "long " * 200 + "'")
         tab.select(0)
@@ -7545,6 +7565,11 @@ class PageShows(PageCase):
         self.assertCount(output.locator("[onerror], a[href^=javascript], form[action]"), 0)
         self.assertNotIn("owned", tab.page.title())
         self.problems = [text for text in self.problems if "Security Policy" not in text]
+
+    def test_a_whole_page_of_html_shows_its_body(self):
+        _, output = self.output("from IPython.display import HTML\n"
+                                "HTML('<!doctype html><html><body><b>here</b></body></html>')")
+        self.assertShows(output.locator("b"), "here")
 
     def test_html_with_scripts_runs_in_a_frame_that_reaches_nothing(self):
         tab, output = self.output(
@@ -8838,7 +8863,7 @@ class PageRunsScripts(PageCase):
         nb["cells"][-1]["outputs"] = [html]
         (self.root / "far.ipynb").write_bytes(jupyter_bytes(nb))
         tab = self.reopen("far.ipynb")
-        self.assertIsNone(tab.page.locator(".script-frame").get_attribute("src"))
+        self.assertEqual([frame.url for frame in tab.page.frames[1:]], [""])
         tab.cell(5).scroll_into_view_if_needed()
         self.assertShows(tab.page.frame_locator(".script-frame").locator("body"), "here")
 
