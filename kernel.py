@@ -739,6 +739,7 @@ SESSION_NUMBER = 1    # in the history
 MOST_OUTPUTS = 1000   # values kept in Out, as in IPython
 MOST_RESULT = 10_000  # characters of a result kept in the history
 FRAMES_SHOWN = 6      # of a deep recursion, at either end: enough to see the cycle
+CELL_FILE = re.compile(r"<(In\[\d+\]) \d+>")   # what Python takes for the file of a cell
 
 
 def debugger():
@@ -1041,7 +1042,7 @@ class Interpreter:
     def failure(self, error):
         """The fields of `error` and of a failed `execute_reply`."""
         try:
-            evalue = str(error)
+            evalue = CELL_FILE.sub(r"Cell \1", str(error))
         except Exception as another:
             evalue = f"<str() failed: {type(another).__name__}>"
         return {"status": "error", "ename": type(error).__name__, "evalue": evalue,
@@ -1108,6 +1109,8 @@ IMPORT_LINE = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+(?:[\w, ]*,\s*)?"
                          r"|(?:import|from)\s+)([\w.]*)$")
 KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
 QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
+SHELL_END = re.compile(r"\s*(?:[\w., ]+=\s*)?(?:!|%{1,2}(?:cat|cd|cp|load|ls|mkdir|mv|rm|run|writefile)"
+                       r"\s)(?:.*\s)?(\S*)$")
 MOST_MATCHES = 1_000
 MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
 SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
@@ -1221,7 +1224,7 @@ def complete(code, cursor, namespace, magics=()):
             break
     typed, pairs = found
     pairs = sorted({(name, kind) for name, kind in pairs if name.startswith(typed)},
-                   key=lambda pair: (pair[0].startswith("_"), pair[0].lower()))
+                   key=lambda pair: (pair[1] != "param", pair[0][:1] == "_", pair[0].lower()))
     if not typed.startswith("_"):   # private names only when asked for
         pairs = [pair for pair in pairs if not pair[0].startswith("_")] or pairs
     pairs = pairs[:MOST_MATCHES]
@@ -1275,10 +1278,10 @@ def complete_key(before, line, namespace, magics):
 
 
 def complete_path(before, line, namespace, magics):
-    """Inside a string: the files that its text may name."""
-    match = QUOTED_END.search(line)
+    """Inside a string, or in a line for the shell: the files that its text may name."""
     is_open = line.count('"') % 2 or line.count("'") % 2
-    if not match or not is_open:
+    match = QUOTED_END.search(line) if is_open else SHELL_END.match(line)
+    if not match:
         return None
     folder, slash, typed = match[1].rpartition("/")
     try:

@@ -1180,6 +1180,7 @@ class KernelErrors(KernelCase):
     def test_a_syntax_error_shows_the_line_and_a_caret(self):
         cell = self.run_cell("x = 1\ny = = 2")
         self.assertFails(cell, "SyntaxError")
+        self.assertRegex(cell.error["evalue"], r"\(Cell In\[\d+\], line 2\)$")
         self.assertRegex(cell.traceback, r"y = = 2\s*\n\s*\^")
         self.assertNotIn("another exception", cell.traceback)
 
@@ -1898,6 +1899,9 @@ class KernelQuestions(KernelCase):
                 ("words['key", "key one", 7), ('words["', "k2", 7), ("words['кл", "ключ", 7),
                 ("counted['ap", "apple", 9),
                 (f"open('{folder}/a f", "a file.txt", len(f"open('{folder}/")),
+                (f"!ls -l {folder}/a", "a file.txt", len(f"!ls -l {folder}/")),
+                (f"x = !cat {folder}/", "a file.txt", len(f"x = !cat {folder}/")),
+                (f"%cat {folder}/", "a file.txt", len(f"%cat {folder}/")),
                 ("%mat", "%matplotlib", 0), ("%%ti", "%%timeit", 0), ("greet(fi", "first=", 6),
                 ("greet(1, sec", "second=", 9), ("Watched(al", "alpha=", 8), ("impor", "import", 0),
                 ("watched.method(ke", "key=", 15), ("local = 1\nloc", "local", 10),
@@ -1906,6 +1910,9 @@ class KernelQuestions(KernelCase):
                 matches, begin, end = self.complete(code)
                 self.assertIn(match, matches)
                 self.assertEqual((begin, end), (start, len(code)))
+
+    def test_in_a_call_its_parameters_come_first(self):
+        self.assertEqual(self.complete("watched.method(")[0][:2], ["first=", "key="])
 
     def test_completion_offers_nothing_where_it_knows_nothing(self):
         for code in ("greet(1).bare_g", "listed[0].bare_g", "'text'.bare_g", "1.", "nobody.bare_g",
@@ -8145,6 +8152,13 @@ class PageManages(PageCase):
             tab.page.locator("[data-command=new]").click()
             tab.page.locator(f"[data-command=new-{kind}]").click()
             self.assertShows(tab.page.locator("main"), name)
+
+    def test_a_notebook_is_made_beside_the_open_one(self):
+        tab = self.open("first")
+        with self.context.expect_page() as made:
+            tab.command("new-notebook")
+        made.value.wait_for_selector("body[data-kernel=idle]")
+        self.assertIn("/notebooks/Untitled", made.value.url)
 
     def test_save_as_goes_on_with_the_new_file_and_leaves_the_old_one(self):
         tab = self.open("old", name="first.ipynb")
