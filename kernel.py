@@ -1109,8 +1109,9 @@ IMPORT_LINE = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+(?:[\w, ]*,\s*)?"
                          r"|(?:import|from)\s+)([\w.]*)$")
 KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
 QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
-SHELL_END = re.compile(r"\s*(?:[\w., ]+=\s*)?(?:!|%{1,2}(?:cat|cd|cp|load|ls|mkdir|mv|rm|run|writefile)"
-                       r"\s)(?:.*\s)?(\S*)$")
+SHELL_END = re.compile(r"\s*(?:[\w., ]+=\s*)?"
+                       r"(?:!|%{1,2}(?:cat|cd|cp|load|ls|mkdir|mv|rm|run|writefile)\s)"
+                       r"(?:.*\s)?(\S*)$")
 MOST_MATCHES = 1_000
 MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
 SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
