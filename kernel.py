@@ -1298,6 +1298,8 @@ def complete_name(before, line, namespace, magics):
     typed = typed.strip()
     if before[:len(before) - len(chain)].rstrip()[-1:] == "." or re.search(r"\d\.$", before):
         return typed, []   # an attribute of what only running the code could tell
+    if not chain and before[-1:] in {*")]}'\""}:
+        return typed, []   # nothing begins here
     if dot:
         value = resolve(owner, namespace)
         if value is NOT_THERE:
@@ -1356,7 +1358,8 @@ def describe(name, value, detail=0):
     """What `name?` shows: signature, type, docstring; with `detail` the source."""
     import inspect
     lines = []
-    if is_a(value, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
+    is_usual = is_a(value, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType))
+    if is_usual or callable(value) and type(value).__module__ != "__main__":
         with contextlib.suppress(TypeError, ValueError):   # built in, and without a signature
             lines.append(("Signature:", f"{name}{safe_signature(value)}"))
     lines.append(("Type:     ", type(value).__name__))
@@ -1427,11 +1430,15 @@ HELP_LINE = re.compile(r"^(\s*)(\?{1,2})?([\w.*%]+?)(\?{1,2})?\s*$")
 def translate(code):
     """`code` with its magic lines replaced by calls; the number of lines stays the same.
 
-    The prompts of a console (`>>> `, `In [3]: `) that were pasted along are taken off.
+    The prompts of a console (`>>> `, `In [3]: `) that were pasted along are taken off, and so is
+    the indentation of a piece of a program.
     """
     lines = code.split("\n")
     if PROMPT.match(code.lstrip()):
         lines = [PROMPT.sub("", line) for line in lines]
+    first = next(filter(str.strip, lines), "")
+    indent = first[:len(first) - len(first.lstrip())]
+    lines = [line.removeprefix(indent) for line in lines]
     for _ in range(len(lines)):
         try:
             compile("\n".join(lines), "<translate>", "exec",
