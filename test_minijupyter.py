@@ -7841,6 +7841,9 @@ EDIT_KEYS = [
     ("def f():\n    return 1|", "Enter", "def f():\n    return 1\n|"),
     ("def f():\n    return (|", "Enter", "def f():\n    return (\n        |"),
     ("def f():\n    |return 1", "Enter", "def f():\n    \n    |return 1"),
+    ("a\nb|b\nc", "Alt+ArrowUp", "b|b\na\nc"),
+    ("a|\nb|\nc", "Alt+ArrowDown", "c\na|\nb|"),
+    ("a\nb|", "Alt+ArrowDown", "a\nb|"),
     ("a\n  b c|", "Home", "a\n  |b c"),
     ("a\n  |b c", "Home", "a\n|  b c"),
     ("  a|", "Shift+Home", "  |a|"),
@@ -8672,11 +8675,37 @@ class PageForEveryone(PageCase):
         tab.press("d", "d")
         self.assertEqual(tab.sources(), ["a", "b"])
 
+    def test_files_are_reached_renamed_and_deleted_by_keyboard(self):
+        (self.root / "keys").mkdir()
+        for name in ("a.txt", "b.txt", "c.txt"):
+            (self.root / "keys" / name).write_text("")
+        tab = self.visit("/tree/keys")
+        self.assertShows(tab.page.locator("main"), "c.txt")
+        tab.press("ArrowDown", "ArrowDown", "F2")
+        tab.page.keyboard.type("new")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator("main"), "new.txt")
+        tab.page.locator("tr", has_text="new.txt").locator("input").uncheck()
+        tab.page.locator("a", has_text="a.txt").focus()
+        tab.press("Delete", "Enter")
+        wait_until(lambda: sorted(os.listdir(self.root / "keys")) == ["c.txt", "new.txt"])
+        tab.page.locator("[data-command=new]").focus()
+        tab.press("Enter")
+        tab.page.locator("#menu-new button:focus").wait_for()
+        tab.press("ArrowUp", "Enter")
+        wait_until(lambda: "Untitled Folder" in os.listdir(self.root / "keys"))
+
     def test_escape_and_then_tab_leave_the_cell(self):
         tab = self.open("a", "b")
         tab.cell(0).locator("textarea.editor").focus()
         tab.press("Escape", "Tab")
         self.assertFalse(tab.page.evaluate("view.active.node.contains(document.activeElement)"))
+        (self.root / "left.txt").write_text("text")
+        tab = self.visit("/edit/left.txt")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        tab.press("Escape", "Tab")
+        self.assertFalse(tab.page.evaluate("document.activeElement.matches('.editor')"))
+        self.assertEqual(tab.page.locator("textarea.editor").input_value(), "text")
 
     def test_screen_readers_hear_how_a_run_ended(self):
         tab = self.open("print('all is well')", "1 / 0")
