@@ -7838,6 +7838,7 @@ EDIT_KEYS = [
     ("    if x:\n        y\n    else|", ":", "    if x:\n        y\n    else:|"),
     ("x = {\n    else_|", ":", "x = {\n    else_:|"),
     ("x = [\n    1\n    |\n]", "]", "x = [\n    1\n]|"),
+    ("|\n'a'", "'", "'|'\n'a'"),
     ("def f():\n    return 1|", "Enter", "def f():\n    return 1\n|"),
     ("def f():\n    return (|", "Enter", "def f():\n    return (\n        |"),
     ("def f():\n    |return 1", "Enter", "def f():\n    \n    |return 1"),
