@@ -1360,7 +1360,7 @@ def describe(name, value, detail=0):
     lines = []
     is_usual = is_a(value, (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType))
     if is_usual or callable(value) and type(value).__module__ != "__main__":
-        with contextlib.suppress(TypeError, ValueError):   # built in, and without a signature
+        with contextlib.suppress(Exception):   # built in without one; a library may raise anything
             lines.append(("Signature:", f"{name}{safe_signature(value)}"))
     lines.append(("Type:     ", type(value).__name__))
     if type(value) in BRACKETS:
@@ -1436,7 +1436,7 @@ def translate(code):
     lines = code.split("\n")
     if PROMPT.match(code.lstrip()):
         lines = [PROMPT.sub("", line) for line in lines]
-    first = next(filter(str.strip, lines), "")
+    first = next((line for line in lines if line.strip() and line.lstrip()[0] != "#"), "")
     indent = first[:len(first) - len(first.lstrip())]
     lines = [line.removeprefix(indent) for line in lines]
     for _ in range(len(lines)):

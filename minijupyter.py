@@ -2705,8 +2705,10 @@ class Bridge:
             else:
                 # Journey 11: verified, marked with its channel, and on its way to the page.
                 frames.append(self.websocket.frame(*self.splice(item)))
-                if item.is_restarting:   # what waits was meant for the process that is gone, and
-                    self.unsent.clear()  # its sender learns now that no answer will come
+                if item.is_restarting:
+                    # What waits was meant for the process that is gone, and its sender learns
+                    # now that no answer will come.
+                    self.unsent.clear()
         return frames
 
     def from_kernel(self, channel, sock, ends):

@@ -1192,6 +1192,8 @@ class KernelErrors(KernelCase):
     def test_a_piece_of_an_indented_program_runs(self):
         cell = self.run_cell("    def f(x):\n        return 2 * x\n    f(21)")
         self.assertEqual(cell.result, "42")
+        cell = self.run_cell("    # a comment stands anywhere\nprint(\"\"\"\n    kept\"\"\")")
+        self.assertEqual(cell.text(), "\n    kept\n")
 
     def test_output_before_an_error_is_kept(self):
         cell = self.run_cell("print('before')\n1/0\nprint('after')")
@@ -8689,7 +8691,8 @@ class PageForEveryone(PageCase):
         tab.page.locator("tr", has_text="new.txt").locator("input").uncheck()
         tab.page.locator("a", has_text="a.txt").focus()
         tab.press("Delete", "Enter")
-        wait_until(lambda: sorted(os.listdir(self.root / "keys")) == ["c.txt", "new.txt"])
+        tab.page.locator("tr", has_text="a.txt").wait_for(state="detached")
+        self.assertEqual(sorted(os.listdir(self.root / "keys")), ["c.txt", "new.txt"])
         tab.page.locator("[data-command=new]").focus()
         tab.press("Enter")
         tab.page.locator("#menu-new button:focus").wait_for()
@@ -8963,7 +8966,7 @@ class PageRunsScripts(PageCase):
         self.assertShows(frame.locator("body"), "nope is not defined")
         self.problems.clear()
 
-    def test_a_frame_far_away_is_not_made(self):
+    def test_a_frame_far_away_is_not_loaded(self):
         html = {"output_type": "display_data", "metadata": {},
                 "data": {"text/html": "<script>document.body.append('here')</script>"}}
         nb = notebook(*["x = 1\n" * 40] * 5, "last")
