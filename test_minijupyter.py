@@ -1192,7 +1192,8 @@ class KernelErrors(KernelCase):
     def test_a_piece_of_an_indented_program_runs(self):
         cell = self.run_cell("    def f(x):\n        return 2 * x\n    f(21)")
         self.assertEqual(cell.result, "42")
-        cell = self.run_cell("    # a comment stands anywhere\nprint(\"\"\"\n    kept\"\"\")")
+        cell = self.run_cell("    # a comment stands anywhere\n"
+                             "!true\nprint(\"\"\"\n    kept\"\"\")")
         self.assertEqual(cell.text(), "\n    kept\n")
 
     def test_output_before_an_error_is_kept(self):
