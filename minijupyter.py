@@ -16,7 +16,7 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
                                  Journal: what no file holds yet
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
-7 The bridge · 8 Access · 9 HTTP · 10 main
+7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main
 
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
@@ -43,6 +43,7 @@ if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys
 import argparse
 import base64
 import codecs
+import collections
 import contextlib
 import errno
 import functools
@@ -113,6 +114,36 @@ def log(text, level="warning"):
 
 
 log.level = "warning"
+
+WATCHES = []              # those who look under the hood (section 8): hardly ever is there one
+MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
+MOST_LINES = 6            # of those that led to it
+
+
+def report(kind, way, about, parts, depth=2):
+    """Tell who watches of bytes that have just come "in" or gone "out" at the server's edge: a
+    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if WATCHES`, so that it costs
+    nothing while nobody does. `depth`: of the caller that sent or received them, as for
+    sys._getframe."""
+    lines, frame = [], sys._getframe(depth)
+    while frame and frame.f_code.co_filename == __file__ and len(lines) < MOST_LINES:
+        lines.append(frame.f_lineno)
+        frame = frame.f_back
+    event = {"kind": kind, "way": way, "at": time.time(), "lines": lines,
+             "sizes": [*map(len, parts)], "parts": parts, **about}
+    if sum(event["sizes"]) > MOST_TRACED:
+        event["parts"] = cut(parts)
+    for watch in WATCHES:
+        watch.note(event)
+
+
+def cut(parts):
+    """The first bytes of the parts, no more than are kept."""
+    room, kept = MOST_TRACED, []
+    for part in parts:
+        kept.append(part[:room])
+        room -= len(kept[-1])
+    return kept
 
 
 # ---- 1. Documents: notebook files, bytes <-> dict ---------------------------------------------
@@ -1455,6 +1486,23 @@ class Mailbox:
         self.mouth.close()
 
 
+class KernelSocket(zmq.Socket):
+    """A client's end of a channel. What passes is reported as it is: ZeroMQ's parts."""
+
+    about = None   # for `report`
+
+    def send_multipart(self, parts, *args, **options):
+        if WATCHES:
+            report("zmq", "out", self.about, parts)
+        return super().send_multipart(parts, *args, **options)
+
+    def recv_multipart(self, *args, **options):
+        parts = super().recv_multipart(*args, **options)
+        if WATCHES:
+            report("zmq", "in", self.about, parts)
+        return parts
+
+
 class Ends:
     """One client's ends of shell, control and stdin, by which a kernel knows it. When the client
     leaves with a request open, another one inherits them: replies and questions still come."""
@@ -1471,6 +1519,32 @@ class Ends:
     def close(self):
         for sock in self.sockets.values():
             sock.close()
+
+
+class Gate:
+    """Between a kernel and its pages: it is open, but who looks under the hood can hold messages
+    back, channel by channel, to see what happens then.
+
+    rules = {channel: "pause" (until `steps` lets one pass), {"delay": seconds} (each comes so much
+    later) or {"every": seconds} (one at a time)}
+    """
+
+    def __init__(self):
+        self.rules, self.steps, self.passed_at = {}, 0, 0.0
+
+    def lets_pass(self, channel, came_at):
+        """True when the oldest waiting message of a channel, which came at that time of the
+        monotonic clock, may go on now."""
+        rule, now = self.rules.get(channel), time.monotonic()
+        if rule == "pause":
+            may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
+        elif rule and "every" in rule:
+            may_pass = now >= self.passed_at + rule["every"]
+        else:
+            may_pass = not rule or now >= came_at + rule["delay"]
+        if may_pass:
+            self.passed_at = now
+        return may_pass
 
 
 class Answer(typing.NamedTuple):
@@ -1504,6 +1578,7 @@ class Kernel:
         self.has_room = threading.Condition()  # in the mailbox of a listener
         self.process, self.ended = None, threading.Event()
         self.ended.set()
+        self.gate = Gate()                     # for who looks under the hood
 
     @property
     def connections(self):
@@ -1531,9 +1606,15 @@ class Kernel:
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
         REAPER.note("+", self.process.pid)
+        self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
+
+    def report(self, way, text):
+        """Tell who watches what was done to the process, or what it said itself."""
+        if WATCHES:
+            report("process", way, {"kernel": self.id}, [text.encode()])
 
     def environment(self):
         return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
@@ -1541,7 +1622,8 @@ class Kernel:
 
     def connect(self, channel, identity=b""):
         """A client's socket, connected to a channel; it belongs to the calling thread."""
-        new = ZMQ.socket(CHANNELS[channel])
+        new = ZMQ.socket(CHANNELS[channel], socket_class=KernelSocket)
+        new.about = {"kernel": self.id, "channel": channel}
         new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
         new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
         if channel == "iopub":
@@ -1570,6 +1652,7 @@ class Kernel:
         """Signal the kernel and its children; they are a process group of their own."""
         if self.ended.is_set():
             return   # by now the number may be another process's
+        self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, number)
@@ -1828,6 +1911,7 @@ class Watcher:
         self.tail = (self.tail + text)[-TAIL:]
         if text.strip():
             log(text.rstrip())
+            self.kernel.report("in", text)
         return bool(data)
 
     def end(self, output):
@@ -1835,6 +1919,7 @@ class Watcher:
         kernel, spoke = self.kernel, self.kernel.is_heard
         kernel.is_heard = False
         REAPER.note("-", self.process.pid)
+        kernel.report("in", f"ended with exit code {self.process.returncode}")
         try:
             while self.iopub.poll(LAST_WORDS_MS):
                 self.hear()
@@ -2148,6 +2233,7 @@ WORTH_DEFLATING = 1 << 10   # bytes; a smaller message fits in one packet anyway
 FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 7.2.1)
 LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
+PING_SECONDS = 30         # between pings; a peer silent for three of them is gone
 HANG_UP_SECONDS = 2       # that a peer which broke a rule gets to take its close frame
 DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
     "server_no_context_takeover": "", "client_no_context_takeover": "",
@@ -2251,6 +2337,7 @@ class FrameParser:
         self.fragments, self.size = [], 0
         self.cut = b""                # the beginning of a character whose end comes next
         self.is_closed = False
+        self.about = None             # for `report`: which connection this is
 
     def feed(self, data):
         self.bytes += data
@@ -2281,6 +2368,8 @@ class FrameParser:
         if have < end:
             return None
         # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
+        if WATCHES and self.about:
+            report("websocket", "in", self.about, [self.bytes[self.at:end]], depth=1)
         self.at = end
         return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)
 
@@ -2363,7 +2452,7 @@ class WebSocket:
         self.first_bytes = first_bytes   # came glued to the handshake
         self.messages = self.all_messages()
         self.is_closed = self.close_sent = False
-        self.last_heard = time.monotonic()
+        self.last_heard = self.last_ping = time.monotonic()
 
     @classmethod
     def accept(cls, handler, protocols=(), may_compress=None):
@@ -2456,13 +2545,25 @@ class WebSocket:
         self.write(self.frame(TEXT if is_text else BINARY,
                               message.encode() if is_text else bytes(message)))
 
-    def write(self, data):
+    def write(self, *frames):
         """Send finished frames; a peer that is gone or does not read closes the connection."""
         try:
             if not self.close_sent:
-                self.socket.sendall(data)
+                self.socket.sendall(b"".join(frames))
         except OSError:
             self.is_closed = True
+        if WATCHES and self.parser.about:
+            for frame in frames:
+                report("websocket", "out", self.parser.about, [frame])
+
+    def ping_or_give_up(self):
+        """Say from time to time that we are here; a peer that says nothing is not."""
+        now = time.monotonic()
+        if now - self.last_heard > 3 * PING_SECONDS:
+            self.is_closed = True
+        elif now - self.last_ping > PING_SECONDS:
+            self.last_ping = now
+            self.write(encode_frame(PING, b""))
 
     def close(self, code=NORMAL, reason=""):
         """Send a close frame, once."""
@@ -2502,8 +2603,8 @@ def buffered(handler):
 # A kernel publishes to those who have subscribed *by then*. So no request passes before the
 # watcher has heard something on iopub, also after a restart.
 
-PING_SECONDS = 30    # between pings; a peer silent for three of them is gone
 MOST_UNSENT = 100    # messages that a page may send ahead of a kernel that is not ready
+GATE_MS = 20         # between two looks at a gate before which messages wait
 
 
 def splice(entry):
@@ -2535,13 +2636,18 @@ def unsplice(message):
     """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
     if isinstance(message, str):
         return entry_of(message, [])
+    parts = split_parts(message)
+    return entry_of(parts[0].decode(), parts[1:])
+
+
+def split_parts(message):
+    """The parts of a message in that binary layout; raises ValueError."""
     try:
         count = struct.unpack_from("!I", message)[0]
         offsets = [*struct.unpack_from(f"!{count}I", message, 4), len(message)]
     except struct.error as problem:
         raise ValueError(f"a truncated binary message: {problem}") from None
-    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-    return entry_of(parts[0].decode(), parts[1:])
+    return [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
 
 
 def entry_of(text, buffers):
@@ -2628,10 +2734,11 @@ class Bridge:
         self.unsplice, self.splice = LAYOUTS[websocket.protocol]
         # Of Entry (for the page), Ends (inherited), Answer (to pass on).
         self.inbox = Mailbox(kernel.has_room)
+        websocket.parser.about = {"kernel": kernel.id, "client": session_id}
         self.unsent = []           # messages that wait for the kernel to be ready
+        self.held = []             # (is it for the page, Entry, since when) that wait at the gate
         self.ends = []             # its own first
         self.process = kernel.process
-        self.last_ping = time.monotonic()
 
     def run(self):
         self.poller = zmq.Poller()
@@ -2643,6 +2750,7 @@ class Bridge:
             while not self.websocket.is_closed:
                 self.step()
         finally:
+            self.inbox.put([entry for is_for_page, entry, _ in self.held if is_for_page])
             self.kernel.leave(self)
             self.inbox.close()
 
@@ -2663,16 +2771,17 @@ class Bridge:
         """Wait for either side and carry what has come."""
         page = self.websocket.fileno()
         self.poller.register(page, zmq.POLLIN if len(self.unsent) < MOST_UNSENT else 0)
-        ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
-        frames = []
+        ready = dict(self.poller.poll(self.patience()))
+        entries = []
         if self.inbox.fileno() in ready:
-            frames += self.from_others()
+            entries += self.from_others()
         for ends in self.ends:
             for channel, sock in ends.sockets.items():
                 if sock in ready:
-                    frames += self.from_kernel(channel, sock, ends)
-        if frames:
-            self.websocket.write(b"".join(frames))
+                    entries += self.from_kernel(channel, sock, ends)
+        if self.held or self.kernel.gate.rules:
+            entries = self.through_the_gate(entries)
+        self.carry_down(entries)
         if page in ready or self.websocket.has_bytes:
             self.unsent += self.websocket.arrived()
         if self.kernel.process is not self.process:
@@ -2681,7 +2790,11 @@ class Bridge:
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
-        self.ping_or_give_up()
+        self.websocket.ping_or_give_up()
+
+    def patience(self):
+        """Milliseconds until there is something to do without being told."""
+        return 0 if self.websocket.has_bytes else GATE_MS if self.held else PING_SECONDS * 1000
 
     def begin_anew(self):
         """The kernel has a new process: no reply of the old one is due any more, and what waits in
@@ -2695,25 +2808,20 @@ class Bridge:
         self.inherit(Ends(self.kernel, self.session_id))
 
     def from_others(self):
-        """WebSocket frames of what the watcher and other bridges have for this one."""
-        frames = []
+        """Entries for the page, from the watcher and other bridges."""
+        entries = []
         for item in self.inbox.take():
             if isinstance(item, Ends):
                 self.inherit(item)
             elif isinstance(item, Answer):
                 self.answer(item.reply)
             else:
-                # Journey 11: verified, marked with its channel, and on its way to the page.
-                frames.append(self.websocket.frame(*self.splice(item)))
-                if item.is_restarting:
-                    # What waits was meant for the process that is gone, and its sender learns
-                    # now that no answer will come.
-                    self.unsent.clear()
-        return frames
+                entries.append(item)
+        return entries
 
     def from_kernel(self, channel, sock, ends):
-        """WebSocket frames of replies and questions, as long as there are more."""
-        frames = []
+        """Entries of replies and questions, as long as there are more."""
+        entries = []
         for parts in waiting_messages(sock):
             try:
                 entry = Entry(channel, *self.session.verify(parts)[1:])
@@ -2726,20 +2834,62 @@ class Bridge:
                 continue
             if channel == "shell":
                 ends.open.discard(entry.parent_id)
-            frames.append(self.websocket.frame(*self.splice(entry)))
-        return frames
+            entries.append(entry)
+        return entries
+
+    def carry_down(self, entries):
+        """Send Entries to the page."""
+        # Journey 11: verified, marked with its channel, and on its way to the page.
+        frames = [self.websocket.frame(*self.splice(entry)) for entry in entries]
+        if frames:
+            self.websocket.write(*frames)
+        if any(entry.is_restarting for entry in entries):
+            # What waits was meant for the process that is gone, and its sender learns now that no
+            # answer will come.
+            self.drop_waiting()
+
+    def drop_waiting(self):
+        self.unsent.clear()
+        self.held = [item for item in self.held if item[0]]
+
+    def through_the_gate(self, entries):
+        """Those of the Entries for the page, and of what waited here, that may go on now; what goes
+        to the kernel is sent. On each channel and way the order stays."""
+        self.held += [(True, entry, time.monotonic()) for entry in entries]
+        waiting, stuck, passed = self.held, set(), []
+        self.held = []
+        for item in waiting:
+            is_for_page, entry, came_at = item
+            way = is_for_page, entry.channel
+            if way in stuck or not self.kernel.gate.lets_pass(entry.channel, came_at):
+                stuck.add(way)
+                self.held.append(item)
+            elif is_for_page:
+                passed.append(entry)
+            else:
+                self.pass_up(entry)
+        return passed
 
     def carry_up(self):
         """Send on what the page has said, as soon as the kernel can be heard."""
         if self.kernel.state == "dead":
-            self.unsent.clear()
+            self.drop_waiting()
         if self.unsent and self.kernel.is_heard:
             messages, self.unsent = self.unsent, []
             for message in messages:
-                try:
-                    self.to_kernel(self.unsplice(message))
-                except Exception as problem:   # whatever a page may send: the bridge goes on
-                    log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
+                self.pass_up(message)
+
+    def pass_up(self, message):
+        """Send a page's message, or an Entry that has waited, to the kernel, or let it wait."""
+        try:
+            is_new = not isinstance(message, Entry)
+            entry = self.unsplice(message) if is_new else message
+            if is_new and (self.held or entry.channel in self.kernel.gate.rules):
+                self.held.append((False, entry, time.monotonic()))
+            else:
+                self.to_kernel(entry)
+        except Exception as problem:   # whatever a page may send: the bridge goes on
+            log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
     def to_kernel(self, entry):
         """Send a page's message down its channel; raises ValueError for anything else."""
@@ -2780,16 +2930,283 @@ class Bridge:
                 ends.questions.discard(reply.parent_id)
                 self.send(reply, ends)
 
-    def ping_or_give_up(self):
-        now = time.monotonic()
-        if now - self.websocket.last_heard > 3 * PING_SECONDS:
-            self.websocket.is_closed = True
-        elif now - self.last_ping > PING_SECONDS:
-            self.last_ping = now
-            self.websocket.write(encode_frame(PING, b""))
+
+# ---- 8. Trace: what "Under the hood" shows ----------------------------------------------------
+#
+# Who looks under the hood hears of everything that passes the server's edge, as the bytes that
+# pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
+# are where the bytes are (KernelSocket, FrameParser.next_frame, WebSocket.write, Exchange) and only
+# put references into the ring of each Watch. Its own thread takes them out some times a second,
+# hides what is secret and sends them on; what it sends itself is not reported. Who watches can
+# also interfere: hold messages back (`Gate`), cut a connection, end the process, send a forgery.
+# To add such a wish, write a method of its name and name it in WISHES.
+
+MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dropped, and counted
+MOST_WATCHED = 32 << 20      # bytes of them
+TELL_SECONDS = 0.05          # between two looks: a person sees no difference
+MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
+WISHES = ("hold", "step", "drop", "kill", "send", "key")
+SOURCES = ("index.html", "minijupyter.py", "kernel.py")
+PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second group is hidden
+    rb"^((?:authorization|cookie|set-cookie|x-xsrftoken):[ \t]*)([^\r\n]+)",
+    rb"([?&](?:token|_xsrf)=)([^&\s#]+)",
+    rb"""(name="_xsrf" value=")([^"]+)""")]
+TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
+SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
 
 
-# ---- 8. Access: who may come in ---------------------------------------------------------------
+def hidden(text):
+    """As many stars: what is hidden keeps its length, so that all else keeps its place."""
+    return b"*" * len(text)
+
+
+def hide(pattern, data):
+    return pattern.sub(lambda match: match[1] + hidden(match[2]), data)
+
+
+def split_frame(frame):
+    """(head, mask, payload as it is on the wire) of a WebSocket frame (RFC 6455 5.2)."""
+    size = 2 + {126: 2, 127: 8}.get(frame[1] & 0b0111_1111, 0)
+    masked = size + (4 if frame[1] & 0b1000_0000 else 0)
+    return frame[:size], frame[size:masked], frame[masked:]
+
+
+class Secrets:
+    """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
+
+    def __init__(self, server):
+        self.server, self.known = server, []
+        self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
+
+    def learn(self):
+        """Which texts are secret now: kernels come and go."""
+        access, kernels = self.server.access, list(self.server.kernels.all.values())
+        known = [access.token, quote(access.token), access.cookie_value,
+                 *(kernel.connection["key"] for kernel in kernels)]
+        self.known = [each.encode() for each in known if len(each) >= SHORTEST_SECRET]
+
+    def hide(self, event):
+        """The parts of an event as they may be seen, each as long as it was."""
+        kind, parts = event["kind"], event["parts"]
+        if kind == "websocket":
+            return [self.in_frame(parts[0])]
+        if event.get("channel") == "stdin":
+            self.note_question(parts)
+            parts = self.in_answer(parts)
+        if kind == "http":
+            for pattern in PRIVATE:
+                parts = [hide(pattern, part) for part in parts]
+        return [self.in_text(part) for part in parts]
+
+    def in_text(self, data):
+        for secret in self.known:
+            if secret in data:
+                data = data.replace(secret, hidden(secret))
+        return data
+
+    def in_frame(self, frame):
+        """A frame's payload is read without its mask. What is compressed can only be hidden as a
+        whole, and so is a fragment: a secret may begin in one and end in the next."""
+        head, mask, payload = split_frame(frame)
+        plain = apply_mask(payload, mask) if mask and payload else payload
+        text = plain
+        if frame[0] & COMPRESSED:
+            text = zlib.decompressobj(-15).decompress(plain)
+        seen = self.in_text(self.in_answer([text])[0])
+        if frame[0] & ~COMPRESSED not in WHOLE or text is not plain and seen != text:
+            seen = hidden(plain)
+        elif seen == text:
+            return frame
+        return head + mask + (apply_mask(seen, mask) if mask else seen)
+
+    def note_question(self, parts):
+        with contextlib.suppress(ValueError, KeyError):
+            start = parts.index(our_kernel.DELIMITER) + 2
+            header, _, _, content = map(json.loads, parts[start:start + 4])
+            if header["msg_type"] == "input_request" and not content.get("password"):
+                self.asked_openly.add(header["msg_id"].encode())
+
+    def in_answer(self, parts):
+        """An input_reply without what was typed, unless its question is known to be no secret."""
+        data = b"".join(parts)
+        is_open = any(msg_id in data for msg_id in self.asked_openly)
+        if b'"input_reply"' not in data or is_open:
+            return parts
+        return [hide(TYPED, part) for part in parts]
+
+
+class Exchange:
+    """One HTTP exchange, reported when it is over: it takes the place of the handler's wfile, to
+    keep a copy of what is written.
+
+    parts = [head of the request, its body, head of the response, its body]
+    """
+
+    def __init__(self, handler):
+        self.handler, self.file, self.at = handler, handler.wfile, time.time()
+        self.written, self.size, handler.wfile = bytearray(), 0, self
+
+    def write(self, data):
+        self.written += data[:max(0, MOST_TRACED - self.size)]
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def end(self):
+        """Report it, once; the wishes of who watches are no part of what there is to see."""
+        handler, name = self.handler, self.handler.route_name
+        if handler.wfile is not self:
+            return
+        handler.wfile = self.file
+        if name in ("trace", "source"):
+            return
+        fields = "".join(f"{name}: {value}\r\n" for name, value in handler.headers.items())
+        head, end, body = bytes(self.written).partition(b"\r\n\r\n")
+        asked = handler.body or b""
+        report("http", "in", {
+            "at": self.at, "seconds": time.time() - self.at, "size": self.size,
+            "lines": [getattr(type(handler), name).__code__.co_firstlineno]},
+            [handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n",
+             hidden(asked) if name == "login" else asked, head + end, body])
+
+
+class Watch:
+    """One who looks under the hood, by a WebSocket of its own.
+
+    It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
+    (http, websocket, zmq, process), way (in, out), at (seconds since 1970), lines (of this file,
+    innermost first), sizes (of the parts before they were cut), kernel, channel, client. A text
+    message is a JSON object of `now`, `missed` (events), `held` ({kernel: {channel: messages that
+    wait}}), `key` or `problem`. It gets wishes: {do: one of WISHES, kernel, …}; with parts they are
+    binary, too.
+    """
+
+    def __init__(self, websocket, server):
+        self.websocket, self.server, self.secrets = websocket, server, Secrets(server)
+        self.numbers = itertools.count(1)
+        self.lock = threading.Lock()             # guards the next three
+        self.events, self.size, self.missed = collections.deque(), 0, 0
+        self.touched, self.sockets = set(), []   # kernels whose gate it has set; for forgeries
+        self.held = {}                           # as was told last
+
+    def note(self, event):
+        """From any thread: keep an event until it is sent."""
+        with self.lock:
+            self.events.append(event)
+            self.size += sum(map(len, event["parts"]))
+            while len(self.events) > MOST_EVENTS or self.size > MOST_WATCHED:
+                self.take()
+                self.missed += 1
+
+    def take(self):
+        event = self.events.popleft()
+        self.size -= sum(map(len, event["parts"]))
+        return event
+
+    def run(self):
+        """Tell and obey until the connection ends; then nothing is held back any more."""
+        poller = zmq.Poller()
+        poller.register(self.websocket.fileno(), zmq.POLLIN)
+        self.say(now=time.time())
+        WATCHES.append(self)
+        try:
+            while not self.websocket.is_closed:
+                if self.websocket.has_bytes or poller.poll(TELL_SECONDS * 1000):
+                    for message in self.websocket.arrived():
+                        self.obey(message)
+                self.tell()
+                self.websocket.ping_or_give_up()
+        finally:
+            WATCHES.remove(self)
+            for kernel in self.touched:
+                self.hold(kernel, {"rules": {}})
+            for sock in self.sockets:
+                sock.close()
+
+    # -- what it tells --
+
+    def tell(self):
+        with self.lock:
+            events = [self.take() for _ in range(min(MOST_AT_ONCE, len(self.events)))]
+            missed, self.missed = self.missed, 0
+        if events:
+            self.secrets.learn()
+            self.websocket.write(*map(self.frame, events))
+        held = {kernel.id: self.held_at(kernel) for kernel in self.touched}
+        if missed or held != self.held:
+            self.held = held
+            self.say(missed=missed, held=held)
+
+    def say(self, **what):
+        self.websocket.send(to_json(what).decode())
+
+    def frame(self, event):
+        head = {"n": next(self.numbers), **event}
+        del head["parts"]
+        return encode_frame(BINARY, join_parts([to_json(head), *self.secrets.hide(event)]))
+
+    def held_at(self, kernel):
+        """{channel: how many messages wait at the kernel's gate}"""
+        return dict(collections.Counter(entry.channel for bridge in list(kernel.listeners)
+                                        for _, entry, _ in list(bridge.held)))
+
+    # -- what it is asked to do --
+
+    def obey(self, message):
+        """Do what is wished; what cannot be done is told."""
+        try:
+            text, *parts = [message] if isinstance(message, str) else split_parts(message)
+            wish = json.loads(text)
+            if wish["do"] not in WISHES:
+                raise ValueError(f"there is no wish {wish['do']}; there are {', '.join(WISHES)}")
+            kernel = self.server.kernels.get(wish["kernel"])
+            getattr(self, wish["do"])(kernel, wish, parts)
+        except Problem as problem:
+            self.say(problem=problem.message)
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            self.say(problem=f"This wish cannot be understood: {problem!r}")
+
+    def hold(self, kernel, wish, parts=()):
+        """Set the rules of the kernel's gate."""
+        for channel, rule in wish["rules"].items():
+            is_known = rule == "pause" or float(rule.get("delay", rule.get("every", "?"))) >= 0
+            if channel not in CHANNELS or not is_known:
+                raise ValueError(f"{channel}: {rule}")
+        kernel.gate.rules, kernel.gate.steps = wish["rules"], 0
+        self.touched.add(kernel)
+        kernel.wake_listeners()
+
+    def step(self, kernel, wish, parts):
+        """Let one message pass, if one waits."""
+        kernel.gate.steps = int(bool(self.held_at(kernel)))
+        kernel.wake_listeners()
+
+    def drop(self, kernel, wish, parts):
+        """Cut a page's connection, or all, as a bad network would."""
+        for bridge in list(kernel.listeners):
+            if wish.get("client") in (None, bridge.session_id):
+                bridge.websocket.abort()
+
+    def kill(self, kernel, wish, parts):
+        kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def send(self, kernel, wish, parts):
+        """Send these very parts down a channel, as somebody could who knows no key."""
+        if wish["channel"] not in ("shell", "control", "stdin"):
+            raise ValueError(f"nobody sends on {wish['channel']}")
+        sock = kernel.connect(wish["channel"])
+        self.sockets.append(sock)   # what it sends may still be on its way
+        sock.send_multipart(parts)
+
+    def key(self, kernel, wish, parts):
+        """Tell the key of a kernel, with which the page checks signatures. Who may run code there
+        could read it anyway."""
+        self.say(kernel=kernel.id, key=kernel.connection["key"])
+
+
+# ---- 9. Access: who may come in ---------------------------------------------------------------
 #
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or the password, or has it the cookie that
@@ -2886,7 +3303,7 @@ class Access:
         return quote(path, safe="/?&=%#:+,;@!$'()*~") if is_ours else self.base_url + "tree"
 
 
-# ---- 9. HTTP: routes, handlers ----------------------------------------------------------------
+# ---- 10. HTTP: routes, handlers ---------------------------------------------------------------
 #
 # ROUTES is the whole API: method, pattern, name of the handler. A handler gets the pattern's
 # groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
@@ -2927,6 +3344,8 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("POST", rf"/api/kernels/{ID}/interrupt", "interrupt_kernel"),
     ("POST", rf"/api/kernels/{ID}/restart", "restart_kernel"),
     ("GET", rf"/api/kernels/{ID}/channels", "channels"),
+    ("GET", r"/api/trace", "trace"),
+    ("GET", rf"/api/trace/({'|'.join(map(re.escape, SOURCES))})", "source"),
     ("GET", r"/api/sessions", "list_sessions"),
     ("POST", r"/api/sessions", "create_session"),
     ("GET", rf"/api/sessions/{ID}", "get_session"),
@@ -3000,14 +3419,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
-        self.is_answered, self.body = False, None
+        self.is_answered, self.body, self.route_name = False, None, "answer"
+        self.exchange = Exchange(self) if WATCHES else None
         try:
             self.check_headers()
             self.split_path()
-            name, groups = self.find_route()
-            if self.admit(name):
-                self.body = self.read_body(MOST_FORM if name in OPEN_TO_ALL else MOST_BODY)
-                result = getattr(self, name)(*groups)
+            self.route_name, groups = self.find_route()
+            if self.admit(self.route_name):
+                is_open = self.route_name in OPEN_TO_ALL
+                self.body = self.read_body(MOST_FORM if is_open else MOST_BODY)
+                result = getattr(self, self.route_name)(*groups)
                 if not self.is_answered:
                     status, value = result if isinstance(result, tuple) else (200, result)
                     self.send_json(status, value)
@@ -3022,6 +3443,12 @@ class Handler(BaseHTTPRequestHandler):
             import traceback
             log(traceback.format_exc())
             self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
+        finally:
+            self.report_exchange()
+
+    def report_exchange(self):
+        if self.exchange:
+            self.exchange.end()
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
 
@@ -3440,8 +3867,20 @@ class Handler(BaseHTTPRequestHandler):
         kernel = self.server.kernels.get(id)
         websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
+        self.report_exchange()
         session_id = self.asked("session_id") or secrets.token_hex()
         Bridge(websocket, kernel, session_id, self.asked("journal") == "1").run()
+
+    def trace(self):
+        """From here on this thread tells what passes the server (see Watch)."""
+        websocket = WebSocket.accept(self)
+        self.is_answered = True
+        Watch(websocket, self.server).run()
+
+    def source(self, name):
+        """A file of this program, for who wants to read the line that has just run."""
+        with open(os.path.join(HERE, name), "rb") as file:
+            self.send(200, file.read(), "text/plain; charset=utf-8")
 
     def list_sessions(self):
         return self.server.sessions.list()
@@ -3566,7 +4005,7 @@ class Server(ThreadingHTTPServer):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
 
 
-# ---- 10. main: options, running servers -------------------------------------------------------
+# ---- 11. main: options, running servers -------------------------------------------------------
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `list` and `stop`, and
 # `jupyter server list` as well, find it: its address, its process, its token (only its owner may
