@@ -3063,13 +3063,14 @@ class Exchange:
         if name in ("trace", "source"):
             return
         fields = "".join(f"{name}: {value}\r\n" for name, value in handler.headers.items())
-        head, end, body = bytes(self.written).partition(b"\r\n\r\n")
-        asked = handler.body or b""
-        report("http", "in", {
-            "at": self.at, "seconds": time.time() - self.at, "size": self.size,
-            "lines": [getattr(type(handler), name).__code__.co_firstlineno]},
-            [handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n",
-             hidden(asked) if name == "login" else asked, head + end, body])
+        asked = handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n"
+        body = handler.body or b""
+        head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
+        parts = [asked, hidden(body) if name == "login" else body, head + end, answer]
+        sizes = [*map(len, parts[:3]), self.size - len(parts[2])]
+        report("http", "in", {"at": self.at, "seconds": time.time() - self.at, "sizes": sizes,
+                              "lines": [getattr(type(handler), name).__code__.co_firstlineno]},
+               parts)
 
 
 class Watch:
