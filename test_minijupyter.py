@@ -6664,6 +6664,328 @@ class Chaos(ServerCase):
         self.assertGreater(rounds, 9)
 
 
+class Watch:
+    """Looks under the hood, as the page does: the events of a trace, and the news."""
+
+    def __init__(self, server):
+        self.client = WebSocketClient(
+            server.port, "/api/trace", {"Authorization": f"token {server.token}"})
+        self.events, self.news = [], {}
+        self.until(lambda: "now" in self.news)
+
+    def pump(self, seconds=SECONDS):
+        message = self.client.receive(seconds)
+        if isinstance(message, str):
+            self.news.update(json.loads(message))
+        else:
+            head, *parts = minijupyter.split_parts(message)
+            self.events.append({**json.loads(head), "parts": parts})
+
+    def until(self, condition):
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            self.pump(deadline - time.monotonic())
+
+    def of(self, kind, way="", **fields):
+        """The events of a kind; each field must be as given."""
+        return [event for event in self.events if event["kind"] == kind
+                and event["way"].startswith(way) and fields.items() <= event.items()]
+
+    def wait_for(self, kind, way="", count=1, **fields):
+        self.until(lambda: len(self.of(kind, way, **fields)) >= count)
+        return self.of(kind, way, **fields)
+
+    def wish(self, do, kernel_id, *parts, **fields):
+        wish = json.dumps({"do": do, "kernel": kernel_id, **fields})
+        self.client.send(minijupyter.join_parts([wish.encode(), *parts]) if parts else wish)
+
+    def words(self):
+        """What the server has said of processes, and they themselves."""
+        return b"\n".join(event["parts"][0] for event in self.of("process")).decode()
+
+
+def unmasked(frame):
+    """The payload of a frame that has no extended length, or one of 16 bits."""
+    start = 4 if frame[1] & 0x7f == 126 else 2
+    if not frame[1] & 0x80:
+        return frame[start:]
+    return minijupyter.apply_mask(frame[start + 4:], frame[start:start + 4])
+
+
+class UnderTheHood(ServerCase):
+    """What passes the server's edge is told to who watches, as the bytes that pass; who watches can
+    hold it up."""
+
+    def setUp(self):
+        self.kernel_id, self.page, self.pid = self.start_kernel()
+        self.watch = self.look()
+
+    def look(self):
+        watch = Watch(self.server)
+        self.addCleanup(watch.client.close)
+        return watch
+
+    @property
+    def key(self):
+        (path,) = [path for path in self.server.connection_files() if self.kernel_id in path.name]
+        return json.loads(path.read_text())["key"]
+
+    def hold(self, watch=None, **rules):
+        (watch or self.watch).wish("hold", self.kernel_id, rules=rules)
+        (watch or self.watch).until(lambda: "held" in self.watch.news or watch)
+
+    def waiting(self, count, channel="shell"):
+        self.watch.until(lambda: self.watch.news["held"][self.kernel_id].get(channel, 0) == count)
+
+    def test_a_request_passes_the_edge_twice_and_each_answer_too(self):
+        self.page.finish(self.page.start("print('hello'); 1 + 1"))
+        frames = self.watch.wait_for("websocket", "out", count=6)
+        down = [json.loads(unmasked(event["parts"][0])) for event in frames]
+        up = [json.loads(unmasked(event["parts"][0])) for event in self.watch.of("websocket", "in")]
+        self.assertEqual([message["header"]["msg_type"] for message in up], ["execute_request"])
+        published = [json.loads(event["parts"][3])["msg_type"]
+                     for event in self.watch.of("zmq", "in", channel="iopub")]
+        self.assertEqual(
+            published, ["status", "execute_input", "stream", "execute_result", "status"])
+        self.assertEqual(
+            [m["header"]["msg_type"] for m in down if m["channel"] == "iopub"], published)
+        self.assertEqual(len(self.watch.of("zmq", "out", channel="shell")), 1)
+        self.assertEqual(len(self.watch.of("zmq", "in", channel="shell")), 1)
+
+    def test_the_bytes_are_those_on_the_wire(self):
+        request = self.page.session.message("kernel_info_request", {})
+        text = json.dumps({**request, "channel": "shell"}).encode()
+        self.page.wire.client.socket.sendall(frame(TEXT, text))
+        (event,) = self.watch.wait_for("websocket", "in")
+        self.assertEqual(event["parts"][0], frame(TEXT, text))
+        (event,) = self.watch.wait_for("zmq", "out", channel="shell")
+        message = kernel.Session(self.key).unpack(event["parts"])
+        self.assertEqual(message["header"], request["header"])
+        self.assertEqual(event["sizes"], [len(part) for part in event["parts"]])
+
+    def test_an_event_names_the_lines_that_led_to_it(self):
+        self.page.finish(self.page.start("1"))
+        lines = text_of("minijupyter.py").split("\n")
+        for kind, way, words in (("websocket", "in", "report("), ("websocket", "out", ".write("),
+                                 ("zmq", "out", "send_multipart("), ("zmq", "in", "recv_multi")):
+            with self.subTest(f"{kind} {way}"):
+                event = self.watch.wait_for(kind, way)[0]
+                self.assertIn(words, lines[event["lines"][0] - 1])
+        self.server.get("/api/contents")
+        (event,) = self.watch.wait_for("http")
+        self.assertIn("def get_contents(", lines[event["lines"][0] - 1])
+
+    def test_an_http_exchange_is_told_with_both_heads_and_bodies(self):
+        model = {"type": "file", "format": "text", "content": "x"}
+        reply = self.server.put("/api/contents/told.txt", model, **{"X-Lab": "1"})
+        (event,) = self.watch.wait_for("http")
+        head, body, answer_head, answer = event["parts"]
+        self.assertTrue(head.startswith(b"PUT /api/contents/told.txt HTTP/1.1\r\n"))
+        self.assertIn(b"\r\nX-Lab: 1\r\n", head)
+        self.assertEqual(json.loads(body), model)
+        self.assertTrue(answer_head.startswith(b"HTTP/1.1 201 Created\r\n"))
+        self.assertEqual(answer, reply.body)
+        self.assertEqual(event["sizes"], [len(part) for part in event["parts"]])
+        self.assertGreater(event["seconds"], 0)
+
+    def test_a_failed_request_and_a_handshake_are_exchanges_too(self):
+        self.server.get("/api/contents/none")
+        wire = WebSocketWire(self.server, self.kernel_id)
+        self.addCleanup(wire.close)
+        statuses = [event["parts"][2].split()[1]
+                    for event in self.watch.wait_for("http", count=2)]
+        self.assertEqual(statuses, [b"404", b"101"])
+
+    def test_the_watching_itself_is_not_told(self):
+        self.look()
+        source = self.server.get("/api/trace/kernel.py").body.decode()
+        self.assertEqual(source, text_of("kernel.py"))
+        self.server.get("/api")
+        self.watch.wait_for("http")
+        self.assertEqual([b"GET /api HTTP/1.1"], [
+            event["parts"][0].split(b"\r\n")[0] for event in self.watch.of("http")])
+        self.assertEqual(self.watch.of("websocket"), [])
+
+    def test_only_who_has_the_token_may_look(self):
+        for path in ("/api/trace", "/api/trace/kernel.py"):
+            self.assertReply(self.server.get(path, Authorization=None), 403)
+        self.assertReply(self.server.get("/api/trace/test_minijupyter.py"), 404)
+
+    def assertHidden(self, *secrets_):
+        seen = b"".join(part if event["kind"] != "websocket" else unmasked(part)
+                        for event in self.watch.events for part in event["parts"])
+        for secret in secrets_:
+            self.assertNotIn(secret.encode(), seen)
+        return seen
+
+    def test_token_cookies_and_passwords_are_hidden(self):
+        token = self.server.token
+        tree = self.server.get(
+            f"/tree?token={token}", Authorization=None, Referer=f"http://x/?token={token}")
+        cookie = tree.headers["Set-Cookie"].partition(";")[0]
+        self.server.get("/api", Authorization=None, Cookie=cookie)
+        login = self.server.get("/login", Authorization=None)
+        xsrf = login.headers["Set-Cookie"].partition(";")[0].partition("=")[2]
+        self.server.request("POST", "/login", f"password=sesame&_xsrf={xsrf}", {
+            "Authorization": None, "Cookie": f"_xsrf={xsrf}"})
+        self.watch.wait_for("http", count=4)
+        self.assertHidden(token, cookie.partition("=")[2], "sesame", xsrf)
+
+    def test_a_kernels_key_is_hidden_wherever_it_stands(self):
+        self.page.finish(self.page.start(f"print({self.key!r})"))
+        self.watch.wait_for("websocket", "out", count=5)
+        seen = self.assertHidden(self.key)
+        self.assertIn(b"*" * len(self.key), seen)
+
+    def test_what_is_typed_is_hidden_when_the_question_is_secret(self):
+        self.page.typed += ["Ada", "sesame"]
+        self.page.finish(self.page.start("import getpass; input(); getpass.getpass() and None"))
+        self.watch.until(lambda: len(self.watch.of("zmq", "out", channel="stdin")) == 2)
+        self.assertIn(b"Ada", self.assertHidden("sesame"))
+
+    def test_what_is_typed_is_hidden_when_nobody_heard_the_question(self):
+        answer = self.page.start("input() and None")
+        self.page.until(lambda: answer.questions)
+        self.watch = self.look()
+        self.page.type("sesame", answer.question)
+        self.page.finish(answer)
+        self.watch.until(lambda: self.watch.of("zmq", "out", channel="stdin"))
+        self.assertHidden("sesame")
+
+    def test_secrets_in_frames_are_hidden_at_equal_length(self):
+        secrets_ = minijupyter.Secrets(None)
+        secrets_.known = [b"t0ken"]
+        reply = b'{"msg_type": "input_reply", "content": {"value": "a\\"b"}}'
+        for name, data, seen in [
+                ("masked", frame(TEXT, b"my t0ken"), frame(TEXT, b"my *****")),
+                ("plain", frame(TEXT, b"my t0ken", mask=None), frame(TEXT, b"my *****", mask=None)),
+                ("nothing", frame(TEXT, b"Hello"), frame(TEXT, b"Hello")),
+                ("empty", frame(PING), frame(PING)),
+                ("a fragment", frame(TEXT, b"my t0", fin=False), frame(TEXT, b"*****", fin=False)),
+                ("typed", frame(TEXT, reply), frame(TEXT, reply.replace(b'a\\"b', b"****")))]:
+            with self.subTest(name):
+                self.assertEqual(secrets_.in_frame(data), seen)
+        for text, is_hidden in ((b"my t0ken" * 99, True), (b"Hello" * 99, False)):
+            data = minijupyter.encode_frame(
+                TEXT | minijupyter.COMPRESSED, minijupyter.deflate(text, 15), MASK)
+            self.assertEqual(secrets_.in_frame(data) != data, is_hidden)
+
+    def test_of_a_large_message_the_beginning_is_kept_and_its_size(self):
+        self.page.finish(self.page.start("'x' * 1_000_000"))
+        event = next(event for event in self.watch.wait_for("websocket", "out", count=4)
+                     if event["sizes"][0] > 1_000_000)
+        self.assertEqual(len(event["parts"][0]), minijupyter.MOST_TRACED)
+
+    def test_events_that_come_too_fast_are_counted_not_kept(self):
+        watch = minijupyter.Watch(None, None)
+        for _ in range(minijupyter.MOST_EVENTS + 7):
+            watch.note({"parts": [b"1234"]})
+        self.assertEqual((len(watch.events), watch.missed), (minijupyter.MOST_EVENTS, 7))
+        for _ in range(2):
+            watch.note({"parts": [bytes(minijupyter.MOST_WATCHED // 2 + 1)]})
+        self.assertEqual((len(watch.events), watch.size), (1, minijupyter.MOST_WATCHED // 2 + 1))
+
+    def test_a_held_message_waits_for_a_step(self):
+        self.hold(shell="pause")
+        answer = self.page.start("1 + 1")
+        self.waiting(1)
+        self.assertEqual(self.watch.of("zmq", "out", channel="shell"), [])
+        self.watch.wish("step", self.kernel_id)
+        self.page.until(lambda: answer.is_idle)     # iopub is not held
+        self.waiting(1)
+        self.assertIsNone(answer.reply)
+        self.watch.wish("step", self.kernel_id)
+        self.page.finish(answer)
+
+    def test_a_step_with_nothing_to_let_pass_lets_nothing_pass_later(self):
+        self.hold(shell="pause")
+        self.watch.wish("step", self.kernel_id)
+        self.page.start("1")
+        self.waiting(1)
+
+    def test_who_stops_watching_holds_nothing_any_more(self):
+        self.hold(shell="pause", iopub="pause", control="pause")
+        answers = [self.page.start(f"{n}") for n in range(9)]
+        self.waiting(9)
+        self.watch.client.close()
+        self.page.finish(*answers)
+        self.assertEqual([answer.result for answer in answers], [str(n) for n in range(9)])
+
+    def test_slow_motion_keeps_the_order(self):
+        self.hold(shell={"every": 0.02}, iopub={"every": 0.02})
+        answers = [self.page.start(f"print({n})") for n in range(3)]
+        self.page.finish(*answers)
+        self.assertEqual([answer.story for answer in answers],
+                         ["busy execute_input stream idle"] * 3)
+        times = [event["at"] for event in self.watch.wait_for("websocket", "out", count=15)]
+        self.assertGreater(times[-1] - times[0], 14 * 0.02)
+
+    def test_when_iopub_comes_late_the_reply_is_there_before_the_output(self):
+        self.hold(iopub={"delay": 0.3})
+        answer = self.page.start("1 + 1")
+        self.page.until(lambda: answer.reply)
+        self.assertEqual(answer.messages, [])
+        self.page.finish(answer)
+        self.assertEqual(answer.result, "2")
+
+    def test_what_is_held_for_a_page_that_goes_is_there_when_it_returns(self):
+        self.hold(iopub="pause")
+        answer = self.page.start("print('held')")
+        self.page.until(lambda: answer.reply)
+        self.waiting(4, "iopub")
+        self.page.wire.close()
+        self.watch.until(lambda: not self.watch.news["held"][self.kernel_id])
+        self.hold()
+        self.page.wire = WebSocketWire(self.server, self.kernel_id, self.page.wire.session_id)
+        self.addCleanup(self.page.wire.close)
+        self.page.finish(answer)
+        self.assertEqual(answer.text(), "held\n")
+
+    def test_a_connection_can_be_cut_and_others_stay(self):
+        other = self.server.frontend(self.kernel_id)
+        self.addCleanup(other.wire.close)
+        self.watch.wish("drop", self.kernel_id, client=self.page.wire.session_id)
+        with self.assertRaises((EOFError, ConnectionError)):
+            self.page.until(lambda: False)
+        other.finish(other.start("1"))
+
+    def test_a_kernel_can_be_killed_and_its_end_is_told(self):
+        self.watch.wish("kill", self.kernel_id)
+        self.watch.until(lambda: "start as process" in self.watch.words())
+        self.assertRegex(self.watch.words(),
+                         r"(?s)signal 9 \(Killed\).*ended with exit code -9.*start as process")
+        self.page.until(lambda: "restarting" in self.page.log)
+
+    def test_a_forgery_is_dropped_by_the_kernel_which_says_why(self):
+        self.page.finish(self.page.start("x = 1"))
+        parts = [bytearray(part) for part in self.watch.wait_for("zmq", "out")[0]["parts"]]
+        self.watch.wish("send", self.kernel_id, *map(bytes, parts), channel="shell")
+        self.watch.until(lambda: "replayed" in self.watch.words())
+        parts[-1][12] ^= 1
+        self.watch.wish("send", self.kernel_id, *map(bytes, parts), channel="shell")
+        self.watch.until(lambda: "the signature does not fit" in self.watch.words())
+
+    def test_the_key_is_told_to_who_asks(self):
+        self.watch.wish("key", self.kernel_id)
+        self.watch.until(lambda: "key" in self.watch.news)
+        self.assertEqual(self.watch.news["key"], self.key)
+
+    def test_a_wish_that_cannot_be_done_is_told_and_ends_nothing(self):
+        none = "00000000-0000-0000-0000-000000000000"
+        for wish in ("", "x", "[]", "null", '{"do": "fly"}', '{"do": "step"}', b"", b"\0\0\0\1",
+                     json.dumps({"do": "run", "kernel": self.kernel_id}),
+                     json.dumps({"do": "step", "kernel": none}),
+                     json.dumps({"do": "hold", "kernel": self.kernel_id}),
+                     *(json.dumps({"do": "hold", "kernel": self.kernel_id, "rules": rules})
+                       for rules in (1, {"shell": "x"}, {"x": "pause"}, {"shell": {"every": -1}})),
+                     json.dumps({"do": "send", "kernel": self.kernel_id, "channel": "iopub"})):
+            with self.subTest(wish):
+                self.watch.news.pop("problem", None)
+                self.watch.client.send(wish)
+                self.watch.until(lambda: "problem" in self.watch.news)
+        self.page.finish(self.page.start("1"))
+
+
 class PastFlaws(ServerCase):
     """What once went wrong in Jupyter's servers, each under its number; those that other tests
     tell are not repeated: foreign origins, paths to the root's neighbours, a kernel's folder."""
