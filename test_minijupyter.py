@@ -8941,6 +8941,17 @@ class PageForEveryone(PageCase):
         tab.command("contents")
         self.assertAxeFindsNothing(tab)
 
+    def test_the_panel_under_the_hood(self):
+        tab = self.open("1 + 1")
+        tab.command("hood")
+        tab.run(0)
+        row = tab.page.locator("#ladder-rows [role=row]", has_text="execute_request").nth(1)
+        row.click()
+        for depth in ("Fields", "JSON", "Bytes", "Source"):
+            tab.page.locator("#hood-detail").get_by_role("tab", name=depth).click()
+            tab.page.locator("#hood-detail pre, #hood-detail dl").first.wait_for()
+            self.assertAxeFindsNothing(tab)
+
     def test_popups_of_a_notebook(self):
         tab = self.open("import os", "os.path.", "input('name? ')")
         tab.run(0)
@@ -9888,6 +9899,285 @@ MARKDOWN_AND_HTML = r"""([text, html]) => {
     };
     return [said(renderMarkdown(text)), said(dress(sanitize(html)))];
 }"""
+
+
+class PageUnderTheHood(PageCase):
+    """The panel that shows what passes between browser, server and kernel."""
+
+    def look(self, *sources):
+        """A tab on a notebook, with the panel open."""
+        tab = self.open(*sources)
+        tab.page.evaluate("document.activeElement.blur()")
+        tab.press("u")
+        tab.page.wait_for_function("() => hood.socket.readyState === WebSocket.OPEN")
+        return tab
+
+    def run_cell(self, tab, i):
+        """Run a cell and wait until all of it is drawn below."""
+        tab.select(i)
+        tab.press("Control+Enter")
+        tab.wait_until_done()
+        tab.page.wait_for_function("""id => hood.arrows.some(({ family, kind, detail }) =>
+            hood.families.get(family)?.cellId === id && kind === 'websocket' && detail === 'idle')
+            """, arg=tab.cell(i).get_attribute("data-id"))
+
+    def rows(self, tab, text=""):
+        return (tab.page if isinstance(tab, Tab) else tab).locator(
+            "#ladder-rows [role=row]:visible", has_text=text)
+
+    def labels(self, tab):
+        """[from, to, message] of each visible arrow."""
+        return [row.locator("[role=gridcell]").all_text_contents()[1:4]
+                for row in self.rows(tab).all()]
+
+    def choose(self, tab, text, depth="Fields", nth=0):
+        """Choose an arrow, and how it is shown; gives what is shown."""
+        self.rows(tab, text).nth(nth).click()
+        detail = (tab.page if isinstance(tab, Tab) else tab).locator("#hood-detail")
+        detail.get_by_role("tab", name=depth).click()
+        return detail
+
+    def test_running_a_cell_draws_each_of_its_messages_on_its_way(self):
+        tab = self.look("1 + 1")
+        self.run_cell(tab, 0)
+        labels = self.labels(tab)
+        for row in (["Browser", "Server", "execute_request 1 + 1"],
+                    ["Server", "shell", "execute_request 1 + 1"],
+                    ["iopub", "Server", "status busy"], ["iopub", "Server", "execute_input [1]"],
+                    ["iopub", "Server", "execute_result 2"],
+                    ["shell", "Server", "execute_reply ok"],
+                    ["Server", "Browser", "execute_result 2"],
+                    ["Server", "Browser", "status idle"]):
+            self.assertIn(row, labels)
+        times = tab.page.eval_on_selector_all(
+            "#ladder-rows .tinted .time", "all => all.map(node => node.textContent)")
+        self.assertEqual(len(times), len(labels))
+        for text in times:     # since the key press
+            self.assertRegex(text, r"^\+\d+\.\d ms$")
+
+    def test_cells_have_colours_and_a_bar_from_busy_to_idle(self):
+        tab = self.look("1", "2")
+        for i in (0, 1):
+            self.run_cell(tab, i)
+        hues = tab.page.evaluate("""() => view.cells.map(({ node }) =>
+            node.style.getPropertyValue('--hue'))""")
+        self.assertEqual(len(set(hues)), 2)
+        arrows = tab.page.evaluate("""() => hood.arrows
+            .filter(({ kind, bar }) => kind === 'zmq' && bar)
+            .map(({ detail, bar }) => [detail, String(bar)])""")
+        for hue, count in zip(hues, "12", strict=True):
+            mine = [detail for detail, bar in arrows if bar == hue]
+            self.assertEqual((mine[0], mine[-1]), ("busy", "idle"))
+            self.assertIn(f"[{count}]", mine)
+
+    def test_a_cell_and_its_arrows_show_each_other(self):
+        tab = self.look("1", "2")
+        for i in (0, 1):
+            self.run_cell(tab, i)
+        tab.cell(0).hover()
+        dim = self.rows(tab).and_(tab.page.locator(".dim"))
+        self.assertEqual({row.inner_text() for row in dim.all() if "request" in row.inner_text()},
+                         {row.inner_text() for row in self.rows(tab, "execute_request 2").all()})
+        self.rows(tab, "execute_request 2").first.hover()
+        self.assertIn("lit", tab.cell(1).get_attribute("class"))
+        self.assertNotIn("lit", tab.cell(0).get_attribute("class"))
+        tab.cell(0).hover()
+        self.assertNotIn("lit", tab.cell(1).get_attribute("class"))
+
+    def test_an_arrow_is_told_in_words_fields_json_bytes_and_source(self):
+        tab = self.look("6 * 7")
+        self.run_cell(tab, 0)
+        detail = self.choose(tab, "execute_request", nth=1)
+        self.assertShows(detail, "The page asks the kernel to run “6 * 7”. The server sends it on")
+        self.assertShows(detail, "execute_request")
+        json_ = self.choose(tab, "execute_request", "JSON", 1).locator("pre").last
+        self.assertEqual(json.loads(json_.inner_text())["code"], "6 * 7")
+        names = self.choose(tab, "execute_request", "Bytes", 1).locator("h2").all_inner_texts()
+        self.assertEqual([name.split(":")[0].split()[0] for name in names], [
+            "delimiter", "signature", "header", "parent_header", "metadata", "content"])
+        self.assertShows(detail.locator("pre").first, "3c 49 44 53 7c 4d 53 47 3e")
+        source = self.choose(tab, "execute_request", "Source", 1)
+        self.assertShows(source.locator("mark"), "send_multipart(")
+        source.get_by_role("button", name="kernel.py").click()
+        self.assertShows(source.locator("mark"), "def execute_request(self")
+
+    def test_the_source_of_an_output_is_where_kernel_and_page_handle_it(self):
+        tab = self.look("print('x')")
+        self.run_cell(tab, 0)
+        for nth, file, words in ((0, "kernel.py", '"stream"'), (1, "index.html", "stream({")):
+            self.assertShows(self.choose(tab, "stream", "Source", nth), file)
+            tab.page.locator("#hood-detail .places").get_by_role("button", name=file).click()
+            self.assertShows(tab.page.locator("#hood-detail mark"), words)
+
+    def test_the_frame_of_the_rfcs_example_is_taken_apart(self):
+        """RFC 6455 5.7, RFC 7692 7.2.3.1: Hello, masked, and compressed."""
+        tab = self.look("")
+        read = """async bytes => {
+            const event = { way: 'in', parts: [new Uint8Array(bytes)], sizes: [bytes.length] };
+            return (await WIRES.websocket(event)).ranges.map(([name, part]) => [name, utf8(part)]);
+        }"""
+        parts = tab.page.evaluate(read, [*frame(TEXT, b"Hello")])
+        self.assertEqual([name.split(",")[0].split(":")[0] for name, _ in parts], [
+            "FIN 1", "mask 1", "mask", "payload", "payload without the mask"])
+        self.assertEqual(parts[-1][1], "Hello")
+        parts = tab.page.evaluate(read, list(bytes.fromhex("c107f248cdc9c90700")))
+        self.assertEqual(parts[-1], ["payload, decompressed", "Hello"])
+
+    def test_messages_of_both_binary_layouts_are_read(self):
+        session = kernel.Session("")
+        message = session.message("comm_msg", {"data": {}}, buffers=[b"123"])
+        entry = minijupyter.Entry("shell", session.pack(message)[2:6], [b"123"])
+        tab = self.look("")
+        for splice in (minijupyter.splice, minijupyter.splice_v1):
+            with self.subTest(splice.__name__):
+                _, payload = splice(entry)
+                found = tab.page.evaluate("""bytes => {
+                    const { header, channel } = binaryMessage(new Uint8Array(bytes));
+                    return [header.msg_id, channel];
+                }""", [*payload])
+                self.assertEqual(found, [message["header"]["msg_id"], "shell"])
+
+    def test_the_signature_is_computed_and_a_flipped_byte_breaks_it(self):
+        tab = self.look("1")
+        self.run_cell(tab, 0)
+        detail = self.choose(tab, "execute_request", "Bytes", 1)
+        seal = detail.locator(".seal")
+        self.assertShows(seal, "✓ The signature fits")
+        seal.get_by_role("button", name="Flip a byte").click()
+        self.assertShows(seal, "✗ The signature does not fit")
+        seal.get_by_role("button", name="Send it to the kernel").click()
+        self.assertShows(self.rows(tab, "dropped a message").first, "signature does not fit")
+        seal.get_by_role("button", name="As it was").click()
+        self.assertShows(seal, "✓ The signature fits")
+        detail.locator("pre").last.click(position={"x": 70, "y": 14})     # a byte of the content
+        self.assertShows(seal, "of content is another one. ✗")
+
+    def test_messages_are_held_and_let_pass_one_by_one(self):
+        tab = self.look("1 + 1")
+        tab.page.get_by_label("hold", exact=True).check()
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.page.locator("#hood-news"), "The server holds 1 on shell.")
+        self.assertEqual(tab.states(), ["queued"])
+        step = tab.page.get_by_role("button", name="Step")
+        step.click()
+        self.assertShows(tab.page.locator("#hood-news"), "4 on iopub")
+        for _ in range(5):
+            step.click()
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["2"])
+
+    def test_slow_motion_is_slow_and_closing_the_panel_ends_it(self):
+        tab = self.look("print(1)")
+        tab.page.get_by_label("slow", exact=True).check()
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.page.locator("#hood-news"), "on iopub")
+        tab.page.get_by_role("button", name="Close Under the hood").click()
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["1"])
+
+    def test_faults_are_told_and_mended(self):
+        tab = self.look("1")
+        tab.page.get_by_role("button", name="Cut the connection").click()
+        self.assertShows(tab.page.locator("#notices"), "The connection to the kernel is back.")
+        tab.page.get_by_role("button", name="Kill the kernel").click()
+        self.assertShows(tab.page.locator("#notices"), "The kernel died and was started again")
+        self.assertShows(self.rows(tab, "ended with").first, "exit code -9")
+        tab.wait_for(kernel="idle")
+        tab.page.get_by_role("button", name="Delay iopub").click()
+        self.run_cell(tab, 0)
+        reply, idle = (tab.page.evaluate("""detail => hood.arrows.findLast(arrow =>
+            arrow.kind === 'websocket' && arrow.detail === detail).at""", detail)
+            for detail in ("ok", "idle"))
+        self.assertGreater(idle - reply, 1)
+
+    def test_a_trace_is_saved_and_looked_at_later(self):
+        tab = self.look("'kept'")
+        self.run_cell(tab, 0)
+        before = self.labels(tab)
+        with tab.page.expect_download() as download:
+            tab.page.get_by_role("button", name="Save trace").click()
+        path = download.value.path()
+        self.assertNotIn(self.server.token, path.read_text())
+        tab.page.get_by_role("button", name="Clear").click()
+        self.assertCount(self.rows(tab), 0)
+        tab.page.locator("[name=file]").set_input_files(path)
+        self.assertShows(tab.page.locator("#hood-news"), "Clear leads back")
+        self.rows(tab, "idle").first.wait_for()
+        self.assertEqual(self.labels(tab), before)
+        detail = self.choose(tab, "execute_request", nth=1)
+        self.assertShows(detail, "A saved trace has no key")
+
+    def test_what_is_no_trace_is_refused_and_what_is_odd_is_shown(self):
+        tab = self.look("")
+        for text in ("", "{}", "[1]", '{"minijupyter_trace": 1, "events": 1}',
+                     '{"minijupyter_trace": 1, "events": [{"kind": "x"}]}'):
+            with self.subTest(text):
+                tab.page.locator("[name=file]").set_input_files(
+                    {"name": "odd.json", "mimeType": "", "buffer": text.encode()})
+                self.assertShows(tab.page.locator("#notices"), "odd.json is no trace")
+        odd = {"way": "in", "at": 0, "lines": [1], "parts": ["aGk="], "sizes": [2],
+               "channel": "shell"}
+        events = [{"kind": kind, **odd} for kind in ("http", "websocket", "zmq", "process")]
+        tab.page.locator("[name=file]").set_input_files({
+            "name": "odd.json", "mimeType": "",
+            "buffer": json.dumps({"minijupyter_trace": 1, "events": events}).encode()})
+        tab.page.get_by_label("others' traffic").check()
+        self.assertCount(self.rows(tab), 4)
+        for row in self.rows(tab).all():
+            row.click()
+            self.assertShows(tab.page.locator("#hood-detail"), "bytes")
+
+    def test_the_ladder_is_filtered_and_hides_what_comes_all_the_time(self):
+        tab = self.look("1")
+        self.run_cell(tab, 0)
+        self.assertCount(self.rows(tab, "ping"), 0)
+        tab.page.get_by_label("heartbeats, polling").check()
+        self.rows(tab, "ping").first.wait_for()     # at most one heartbeat later
+        tab.page.get_by_label("Filter").fill("ZMQ busy")
+        self.assertEqual(self.labels(tab), [["iopub", "Server", "status busy"]])
+        tab.page.get_by_label("Filter").fill("")
+        tab.page.get_by_label("table", exact=True).check()
+        self.assertTrue(self.rows(tab).first.locator(".who").first.is_visible())
+
+    def test_it_is_walked_by_keyboard_and_keys_of_the_notebook_do_nothing_there(self):
+        tab = self.look("1", "2")
+        self.run_cell(tab, 0)
+        tab.page.locator("#ladder").focus()
+        tab.press("ArrowDown", "ArrowDown")
+        chosen = tab.page.locator("#ladder-rows [aria-selected=true]")
+        self.assertShows(chosen, "execute_request")
+        self.assertShows(tab.page.locator("#hood-detail"), "The server sends it on")
+        tab.press("x", "b", "End")
+        self.assertNotIn("execute_request", chosen.inner_text())
+        self.assertEqual(len(tab.sources()), 2)
+        tab.press("Escape", "j", "u")
+        self.assertFalse(tab.page.locator("#hood").is_visible())
+
+    def test_the_panel_moves_into_a_window_and_back(self):
+        tab = self.look("1")
+        with tab.page.expect_popup() as popup:
+            tab.page.get_by_role("button", name="Own window").click()
+        other = popup.value
+        self.run_cell(tab, 0)
+        source = self.choose(other, "execute_request", "Source", 1)
+        self.assertShows(source.locator("mark"), "send_multipart")
+        self.rows(other, "execute_request").first.hover()
+        self.assertIn("lit", tab.cell(0).get_attribute("class"))
+        other.close()
+        self.assertShows(tab.page.locator("#hood"), "execute_request")
+
+    def test_of_a_flood_the_last_five_thousand_arrows_stay(self):
+        tab = self.look("for i in range(3000): display(i, display_id='x', update=i > 0)")
+        self.run_cell(tab, 0)
+        self.assertEqual(tab.page.evaluate(
+            "[hood.arrows.length, ui['ladder-rows'].childElementCount]"), [5000, 5000])
+
+    def test_a_page_that_does_not_look_is_told_nothing(self):
+        tab = self.open("1")
+        tab.run(0)
+        self.assertIsNone(tab.page.evaluate("hood"))
 
 
 class PageRendersMarkdown(PageCase):
