@@ -10933,6 +10933,40 @@ def quick_round_trips(server, kernel_id, count):
         yield from round_trips(frontend, count)
 
 
+LOOK = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as client:
+    client.sendall(sys.argv[2].encode())
+    print(client.recv(1000), flush=True)
+    while client.recv(1 << 20): pass
+"""
+
+
+def watched_round_trips(server, kernel_id, count):
+    """Round trips with a pause after each, as a person makes them, while somebody looks under the
+    hood; in percent of those while nobody does."""
+    handshake = "\r\n".join([
+        "GET /api/trace HTTP/1.1", f"Host: 127.0.0.1:{server.port}", "Connection: Upgrade",
+        "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", f"Authorization: token {server.token}",
+        "", ""])
+
+    def trips():
+        for trip in round_trips(frontend, 2 * count):
+            time.sleep(0.01)
+            yield trip
+
+    if server.get("/api/trace").status == 404:
+        return
+    with connected(server, kernel_id) as frontend:
+        for _ in range(5):
+            alone = quantile([*trips()], 0.5)
+            watcher = Process([sys.executable, "-c", LOOK, str(server.port), handshake])
+            watcher.wait_for("101")
+            yield quantile([*trips()], 0.5) / alone * 100
+            watcher.end()
+
+
 def one_cell(code):
     """A measure: how long a cell takes, until all of its output has arrived."""
     def measure(server, kernel_id, count):
@@ -10992,6 +11026,7 @@ def large_message(server, kernel_id, count):
 SERVER_MEASURES = {   # label -> function(server, kernel id, count of round trips)
     "server: 1+1, p50": server_round_trips,
     "server: 1+1, acknowledged at once, p50": quick_round_trips,
+    "server: 1+1 under the hood, of unseen, %": watched_round_trips,
     "server: 200,000 printed lines": one_cell(PRINTS),
     "server: 100 MB of output": one_cell("for i in range(1000): print(i, 'x' * 100_000)"),
     "server: small messages, 1/s": deliveries(1, 5000),
@@ -11457,7 +11492,8 @@ def print_table(samples):
 
 def show_row(label, columns, share):
     """A line of the table. Ours is better by a factor: what takes less, or does more a second."""
-    name, _, unit = label.rpartition(", ") if label.endswith(("MB", "1/s")) else (label, "", "ms")
+    has_unit = label.endswith(("MB", "1/s", "%"))
+    name, _, unit = label.rpartition(", ") if has_unit else (label, "", "ms")
     figures = {column: quantile(values, share) for column, values in columns.items()}
     shown = "".join(f"{figures[c]:9,.{1 if figures[c] < 1000 else 0}f}" if c in figures
                     else f"{'-':>9}" for c in ("limit", "ours", "theirs"))
