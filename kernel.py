@@ -2670,7 +2670,7 @@ class Kernel:
                 new.router_handover = 1   # a client that comes back under its old identity is heard
                 new.router_mandatory = channel == "stdin"   # see `send_due`
             else:
-                new.xpub_verbose = 1      # every subscriber gets its welcome, not just the first
+                new.xpub_manual = 1       # a subscription counts from its welcome on
                 new.xpub_nodrop = 1       # a full subscriber is waited for: see `send_due`
                 new.sndhwm = 64           # messages, of up to a megabyte, for each subscriber
             self.open(new, channel)
@@ -2863,13 +2863,18 @@ class Kernel:
         return self.shells.get(id) if id is None or isinstance(id, str) else None
 
     def welcome(self, event):
-        """A client has subscribed: tell it, so that it knows from when on it hears everything."""
-        if event[:1] == b"\x01":
+        """A client subscribes: the first that it hears is its welcome, so that it knows from when
+        on it hears everything. (ZeroMQ alone would begin with what is just being published.)"""
+        sign, topic = event[:1], event[1:]
+        if sign == b"\x01":
             self.deaf_until = self.deaf_until and time.monotonic()
+            self.sockets["iopub"].setsockopt(zmq.SUBSCRIBE, topic)
             message = self.session.message("iopub_welcome", {
-                "subscription": event[1:].decode("utf-8", "replace")})
-            message["identities"] = [event[1:]]
-            self.outbox.put("iopub", message)
+                "subscription": topic.decode("utf-8", "replace")})
+            # It overtakes what waits to be sent.
+            self.unsent.insert(0, ("iopub", self.session.pack({**message, "identities": [topic]})))
+        elif sign == b"\x00":
+            self.sockets["iopub"].setsockopt(zmq.UNSUBSCRIBE, topic)
 
     def help(self):
         while True:

@@ -25,9 +25,10 @@ checks the signature and files it, and the bridge hands the JSON on as it came.
 Left out on purpose: users, extensions, a database, a terminal. One person, one folder, one token.
 
 Threads: *main* accepts connections; one thread per HTTP connection, which becomes the bridge's
-when the connection turns into a WebSocket and then owns its ZeroMQ sockets (or that of a Watch, who
-looks under the hood); one *watcher* per kernel process. Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC
-9110 (HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
+when the connection turns into a WebSocket and then owns its ZeroMQ sockets (or the thread of a
+Watch, who looks under the hood); one *watcher* per kernel process. Sources: Jupyter Server's REST
+API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 (HTTP), RFC 6455 (WebSocket), the Jupyter
+messaging specification 5.5.
 """
 import os
 import sys

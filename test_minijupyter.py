@@ -1553,6 +1553,8 @@ class KernelInterrupt(KernelCase):
         first = self.frontend.start("import time\nprint('ready')\ntime.sleep(60)")
         second = self.frontend.start("'never'")
         self.frontend.until(lambda: first.text())
+        queued = self.frontend.ask("kernel_info_request")   # its answer tells that all has come
+        self.frontend.until(lambda: queued.reply)
         self.kernel.interrupt()
         self.frontend.finish(first, second)
         self.assertEqual((first.status, second.status), ("error", "aborted"))
@@ -2128,6 +2130,17 @@ class KernelRequests(KernelCase):
         for _ in range(1100):
             self.frontend.start("0")
         self.assertEqual(self.run_cell("len(Out) <= 1000, first()").result, "(True, None)")
+
+    def test_nothing_comes_before_the_welcome_whatever_is_published_meanwhile(self):
+        self.run_cell("import threading, time\nend = time.monotonic() + 2\n"
+                      "def flood():\n    while time.monotonic() < end:\n"
+                      "        display('x')\n        time.sleep(0.0002)\n"
+                      "threading.Thread(target=flood).start()")
+        for _ in range(30):
+            wire = ZeroMQWire(self.kernel.connection, ["iopub"])
+            self.addCleanup(wire.close)
+            self.assertEqual(wire.receive(SECONDS)[1]["header"]["msg_type"], "iopub_welcome")
+        wire.close()
 
     def test_every_subscriber_gets_its_welcome(self):
         for topic in (b"", b"kernel.", b"", b"\xff\xfe"):
