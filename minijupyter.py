@@ -134,7 +134,7 @@ def report(kind, way, about, parts, depth=2):
              "sizes": [*map(len, parts)], "parts": parts, **about}
     if sum(event["sizes"]) > MOST_TRACED:
         event["parts"] = cut(parts)
-    for watch in WATCHES:
+    for watch in tuple(WATCHES):
         watch.note(event)
 
 
@@ -2976,15 +2976,15 @@ class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
     def __init__(self, server):
-        self.server, self.known = server, []
+        self.server, self.known = server, set()
         self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
 
     def learn(self):
-        """Which texts are secret now: kernels come and go."""
+        """Which texts are secret now, too: kernels come and go."""
         access, kernels = self.server.access, list(self.server.kernels.all.values())
         known = [access.token, quote(access.token), access.cookie_value,
                  *(kernel.connection["key"] for kernel in kernels)]
-        self.known = [each.encode() for each in known if len(each) >= SHORTEST_SECRET]
+        self.known |= {each.encode() for each in known if len(each) >= SHORTEST_SECRET}
 
     def hide(self, event):
         """The parts of an event as they may be seen, each as long as it was."""
@@ -3090,7 +3090,7 @@ class Watch:
         self.numbers = itertools.count(1)
         self.lock = threading.Lock()             # guards the next three
         self.events, self.size, self.missed = collections.deque(), 0, 0
-        self.touched, self.sockets = set(), []   # kernels whose gate it has set; for forgeries
+        self.rules, self.sockets = {}, []        # kernel -> its rules for the gate; for forgeries
         self.held = {}                           # as was told last
 
     def note(self, event):
@@ -3111,9 +3111,9 @@ class Watch:
         """Tell and obey until the connection ends; then nothing is held back any more."""
         poller = zmq.Poller()
         poller.register(self.websocket.fileno(), zmq.POLLIN)
-        self.say(now=time.time())
         WATCHES.append(self)
         try:
+            self.say(now=time.time())
             while not self.websocket.is_closed:
                 if self.websocket.has_bytes or poller.poll(TELL_SECONDS * 1000):
                     for message in self.websocket.arrived():
@@ -3122,8 +3122,9 @@ class Watch:
                 self.websocket.ping_or_give_up()
         finally:
             WATCHES.remove(self)
-            for kernel in self.touched:
-                self.hold(kernel, {"rules": {}})
+            for kernel, rules in [*self.rules.items()]:
+                if kernel.gate.rules is rules:   # nobody else has set it since
+                    self.hold(kernel, {"rules": {}})
             for sock in self.sockets:
                 sock.close()
 
@@ -3136,7 +3137,7 @@ class Watch:
         if events:
             self.secrets.learn()
             self.websocket.write(*map(self.frame, events))
-        held = {kernel.id: self.held_at(kernel) for kernel in self.touched}
+        held = {kernel.id: self.held_at(kernel) for kernel in self.rules}
         if missed or held != self.held:
             self.held = held
             self.say(missed=missed, held=held)
@@ -3176,8 +3177,8 @@ class Watch:
             is_known = rule == "pause" or float(rule.get("delay", rule.get("every", "?"))) >= 0
             if channel not in CHANNELS or not is_known:
                 raise ValueError(f"{channel}: {rule}")
-        kernel.gate.rules, kernel.gate.steps = wish["rules"], 0
-        self.touched.add(kernel)
+        self.rules[kernel] = kernel.gate.rules = wish["rules"]
+        kernel.gate.steps = 0
         kernel.wake_listeners()
 
     def step(self, kernel, wish, parts):

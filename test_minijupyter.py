@@ -6924,6 +6924,16 @@ class UnderTheHood(ServerCase):
         self.page.finish(*answers)
         self.assertEqual([answer.result for answer in answers], [str(n) for n in range(9)])
 
+    def test_of_two_who_watch_the_one_that_goes_leaves_the_others_hold(self):
+        other = self.look()
+        self.hold(other, shell="pause")
+        self.hold(shell="pause")
+        other.client.close()
+        answer = self.page.start("1")
+        self.waiting(1)
+        self.hold()
+        self.page.finish(answer)
+
     def test_slow_motion_keeps_the_order(self):
         self.hold(shell={"every": 0.02}, iopub={"every": 0.02})
         answers = [self.page.start(f"print({n})") for n in range(3)]
@@ -10045,8 +10055,8 @@ class PageUnderTheHood(PageCase):
             with self.subTest(splice.__name__):
                 _, payload = splice(entry)
                 found = tab.page.evaluate("""bytes => {
-                    const { header, channel } = binaryMessage(new Uint8Array(bytes));
-                    return [header.msg_id, channel];
+                    const { message } = readPayload(2, new Uint8Array(bytes));
+                    return [message.header.msg_id, message.channel];
                 }""", [*payload])
                 self.assertEqual(found, [message["header"]["msg_id"], "shell"])
 
