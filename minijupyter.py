@@ -1609,6 +1609,7 @@ class Kernel:
         REAPER.note("+", self.process.pid)
         self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
+        self.launched_at = time.monotonic()
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
@@ -2798,9 +2799,11 @@ class Bridge:
         return 0 if self.websocket.has_bytes else GATE_MS if self.held else PING_SECONDS * 1000
 
     def begin_anew(self):
-        """The kernel has a new process: no reply of the old one is due any more, and what waits in
-        ZeroMQ's queues for the old one must not reach the new one."""
+        """The kernel has a new process: no reply of the old one is due any more, and what waits for
+        the old one, in ZeroMQ's queues or at the gate, must not reach the new one."""
         self.process = self.kernel.process
+        self.held = [(is_for_page, entry, came_at) for is_for_page, entry, came_at in self.held
+                     if is_for_page or came_at > self.kernel.launched_at]
         for ends in self.ends:
             for sock in ends.sockets.values():
                 self.poller.unregister(sock)

@@ -6744,8 +6744,9 @@ class UnderTheHood(ServerCase):
         return json.loads(path.read_text())["key"]
 
     def hold(self, watch=None, **rules):
-        (watch or self.watch).wish("hold", self.kernel_id, rules=rules)
-        (watch or self.watch).until(lambda: "held" in self.watch.news or watch)
+        watch = watch or self.watch
+        watch.wish("hold", self.kernel_id, rules=rules)
+        watch.until(lambda: "held" in watch.news)
 
     def waiting(self, count, channel="shell"):
         self.watch.until(lambda: self.watch.news["held"][self.kernel_id].get(channel, 0) == count)
@@ -6933,6 +6934,16 @@ class UnderTheHood(ServerCase):
         self.waiting(1)
         self.hold()
         self.page.finish(answer)
+
+    def test_what_is_held_for_a_process_that_ends_does_not_reach_the_next(self):
+        self.hold(shell="pause")
+        self.page.start("print('late')")
+        self.waiting(1)
+        self.server.post(f"/api/kernels/{self.kernel_id}/restart")
+        self.waiting(0)
+        self.hold()
+        new = self.page.finish(self.page.start("print('new')"))
+        self.assertEqual((new.count, new.text()), (1, "new\n"))
 
     def test_slow_motion_keeps_the_order(self):
         self.hold(shell={"every": 0.02}, iopub={"every": 0.02})
