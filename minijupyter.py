@@ -118,7 +118,7 @@ log.level = "warning"
 
 WATCHES = []              # those who look under the hood (section 8): hardly ever is there one
 MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
-MOST_LINES = 6            # of those that led to it
+MOST_LINES = 6            # of the call stack
 
 
 def report(kind, way, about, parts, depth=2):
@@ -1526,26 +1526,22 @@ class Gate:
     """Between a kernel and its pages: it is open, but who looks under the hood can hold messages
     back, channel by channel, to see what happens then.
 
-    rules = {channel: "pause" (until `steps` lets one pass), {"delay": seconds} (each comes so much
-    later) or {"every": seconds} (one at a time)}
+    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
+    much later) or ("every", seconds) (a page gets and sends one at a time)}
     """
 
     def __init__(self):
-        self.rules, self.steps, self.passed_at = {}, 0, 0.0
+        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
 
-    def lets_pass(self, channel, came_at):
-        """True when the oldest waiting message of a channel, which came at that time of the
-        monotonic clock, may go on now."""
-        rule, now = self.rules.get(channel), time.monotonic()
+    def let_pass(self, channel, came_at, passed_at):
+        """True when the oldest waiting message of a channel may go on now. Times are those of the
+        monotonic clock: when it came, when the last one of its page passed."""
+        rule, seconds = self.rules.get(channel, ("delay", 0))
         if rule == "pause":
-            may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
-        elif rule and "every" in rule:
-            may_pass = now >= self.passed_at + rule["every"]
-        else:
-            may_pass = not rule or now >= came_at + rule["delay"]
-        if may_pass:
-            self.passed_at = now
-        return may_pass
+            with self.lock:
+                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
+            return may_pass
+        return time.monotonic() >= seconds + (came_at if rule == "delay" else passed_at)
 
 
 class Answer(typing.NamedTuple):
@@ -1577,7 +1573,7 @@ class Kernel:
         self.parked = []                       # Ends of clients that left
         self.left_at = {}                      # session_id -> journal number when it left
         self.has_room = threading.Condition()  # in the mailbox of a listener
-        self.process, self.ended = None, threading.Event()
+        self.process, self.ended, self.launched_at = None, threading.Event(), 0.0
         self.ended.set()
         self.gate = Gate()                     # for who looks under the hood
 
@@ -1594,6 +1590,7 @@ class Kernel:
 
     def launch(self):
         """Write the connection file and start the process. Raises Problem 500."""
+        self.launched_at = time.monotonic()   # what came before was meant for another process
         write_secret(self.connection_file, json.dumps(self.connection, indent=1))
         argv = fill_in(self.spec["argv"], {
             "connection_file": os.path.realpath(self.connection_file),
@@ -1609,14 +1606,13 @@ class Kernel:
         REAPER.note("+", self.process.pid)
         self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
-        self.launched_at = time.monotonic()
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
     def report(self, way, text):
         """Tell who watches what was done to the process, or what it said itself."""
         if WATCHES:
-            report("process", way, {"kernel": self.id}, [text.encode()])
+            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
 
     def environment(self):
         return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
@@ -1624,7 +1620,7 @@ class Kernel:
 
     def connect(self, channel, identity=b""):
         """A client's socket, connected to a channel; it belongs to the calling thread."""
-        new = ZMQ.socket(CHANNELS[channel], socket_class=KernelSocket)
+        new = KernelSocket(ZMQ, CHANNELS[channel])
         new.about = {"kernel": self.id, "channel": channel}
         new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
         new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
@@ -1735,7 +1731,8 @@ class Kernel:
             for other in [each for each in self.listeners if each.session_id == bridge.session_id]:
                 self.listeners.remove(other)   # the same page, which comes by a new connection
                 other.websocket.abort()
-                missed, after = other.inbox.take(), 0 if bridge.is_follower else None
+                missed = [*other.held_for_page(), *other.inbox.take()]
+                after = 0 if bridge.is_follower else None
             if after is not None:
                 missed = [*(item for item in missed if not isinstance(item, Entry)),
                           *self.journal.replay(after)]
@@ -1921,11 +1918,11 @@ class Watcher:
         kernel, spoke = self.kernel, self.kernel.is_heard
         kernel.is_heard = False
         REAPER.note("-", self.process.pid)
-        kernel.report("in", f"ended with exit code {self.process.returncode}")
         try:
             while self.iopub.poll(LAST_WORDS_MS):
                 self.hear()
             self.read(output)
+            kernel.report("in", f"ended with exit code {self.process.returncode}")
             output.close()
             for sock in (self.iopub, self.shell, self.heart):
                 sock.close()
@@ -2549,14 +2546,15 @@ class WebSocket:
 
     def write(self, *frames):
         """Send finished frames; a peer that is gone or does not read closes the connection."""
+        if self.close_sent:
+            return
         try:
-            if not self.close_sent:
-                self.socket.sendall(b"".join(frames))
+            self.socket.sendall(b"".join(frames))
         except OSError:
             self.is_closed = True
-        if WATCHES and self.parser.about:
-            for frame in frames:
-                report("websocket", "out", self.parser.about, [frame])
+            return
+        for frame in frames if WATCHES and self.parser.about else ():
+            report("websocket", "out", self.parser.about, [frame])
 
     def ping_or_give_up(self):
         """Say from time to time that we are here; a peer that says nothing is not."""
@@ -2606,6 +2604,7 @@ def buffered(handler):
 # watcher has heard something on iopub, also after a restart.
 
 MOST_UNSENT = 100    # messages that a page may send ahead of a kernel that is not ready
+UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
 GATE_MS = 20         # between two looks at a gate before which messages wait
 
 
@@ -2739,6 +2738,7 @@ class Bridge:
         websocket.parser.about = {"kernel": kernel.id, "client": session_id}
         self.unsent = []           # messages that wait for the kernel to be ready
         self.held = []             # (is it for the page, Entry, since when) that wait at the gate
+        self.passed_at = 0.0       # when one of them passed last
         self.ends = []             # its own first
         self.process = kernel.process
 
@@ -2752,7 +2752,7 @@ class Bridge:
             while not self.websocket.is_closed:
                 self.step()
         finally:
-            self.inbox.put([entry for is_for_page, entry, _ in self.held if is_for_page])
+            self.inbox.put(self.held_for_page())
             self.kernel.leave(self)
             self.inbox.close()
 
@@ -2821,6 +2821,10 @@ class Bridge:
                 self.answer(item.reply)
             else:
                 entries.append(item)
+                if item.is_restarting:
+                    # What waits was meant for the process that is gone, and its sender learns
+                    # now that no answer will come.
+                    self.drop_waiting()
         return entries
 
     def from_kernel(self, channel, sock, ends):
@@ -2843,35 +2847,38 @@ class Bridge:
 
     def carry_down(self, entries):
         """Send Entries to the page."""
-        # Journey 11: verified, marked with its channel, and on its way to the page.
-        frames = [self.websocket.frame(*self.splice(entry)) for entry in entries]
-        if frames:
-            self.websocket.write(*frames)
-        if any(entry.is_restarting for entry in entries):
-            # What waits was meant for the process that is gone, and its sender learns now that no
-            # answer will come.
-            self.drop_waiting()
+        if entries:
+            # Journey 11: verified, marked with its channel, and on its way to the page.
+            self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
+
+    def held_for_page(self):
+        return [entry for is_for_page, entry, _ in self.held if is_for_page]
 
     def drop_waiting(self):
+        """Nothing that the page has said goes to the kernel any more."""
         self.unsent.clear()
         self.held = [item for item in self.held if item[0]]
 
     def through_the_gate(self, entries):
         """Those of the Entries for the page, and of what waited here, that may go on now; what goes
-        to the kernel is sent. On each channel and way the order stays."""
-        self.held += [(True, entry, time.monotonic()) for entry in entries]
-        waiting, stuck, passed = self.held, set(), []
-        self.held = []
+        to the kernel is sent. On each channel and way the order stays. What would be too much to
+        keep passes."""
+        waiting = [*self.held, *((True, entry, time.monotonic()) for entry in entries)]
+        room = MOST_WAITING - sum(entry.size for _, entry, _ in waiting)
+        held, stuck, passed = [], set(), []
         for item in waiting:
             is_for_page, entry, came_at = item
             way = is_for_page, entry.channel
-            if way in stuck or not self.kernel.gate.lets_pass(entry.channel, came_at):
+            is_free = way not in stuck and (
+                room < 0 or self.kernel.gate.let_pass(entry.channel, came_at, self.passed_at))
+            if not is_free:
                 stuck.add(way)
-                self.held.append(item)
-            elif is_for_page:
-                passed.append(entry)
-            else:
-                self.pass_up(entry)
+                held.append(item)
+                continue
+            room += entry.size
+            self.passed_at = time.monotonic()
+            passed.append(entry) if is_for_page else self.to_kernel(entry)
+        self.held = held
         return passed
 
     def carry_up(self):
@@ -2881,25 +2888,21 @@ class Bridge:
         if self.unsent and self.kernel.is_heard:
             messages, self.unsent = self.unsent, []
             for message in messages:
-                self.pass_up(message)
-
-    def pass_up(self, message):
-        """Send a page's message, or an Entry that has waited, to the kernel, or let it wait."""
-        try:
-            is_new = not isinstance(message, Entry)
-            entry = self.unsplice(message) if is_new else message
-            if is_new and (self.held or entry.channel in self.kernel.gate.rules):
-                self.held.append((False, entry, time.monotonic()))
-            else:
-                self.to_kernel(entry)
-        except Exception as problem:   # whatever a page may send: the bridge goes on
-            log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
+                try:
+                    entry = self.unsplice(message)
+                    if entry.channel in UPWARD and (
+                            self.held or entry.channel in self.kernel.gate.rules):
+                        self.held.append((False, entry, time.monotonic()))
+                    else:
+                        self.to_kernel(entry)
+                except Exception as problem:   # whatever a page may send: the bridge goes on
+                    log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
     def to_kernel(self, entry):
         """Send a page's message down its channel; raises ValueError for anything else."""
         if entry.channel == "journal":
             return self.kernel.forget(entry.content["forget"])
-        if entry.channel not in ("shell", "control", "stdin"):
+        if entry.channel not in UPWARD:
             raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
         if entry.channel == "stdin" and self.hand_over(entry):
             return
@@ -2939,33 +2942,34 @@ class Bridge:
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
-# are where the bytes are (KernelSocket, FrameParser.next_frame, WebSocket.write, Exchange) and only
-# put references into the ring of each Watch. Its own thread takes them out some times a second,
-# hides what is secret and sends them on; what it sends itself is not reported. Who watches can
-# also interfere: hold messages back (`Gate`), cut a connection, end the process, send a forgery.
-# To add such a wish, write a method of its name and name it in WISHES.
+# are where the bytes are (KernelSocket, FrameParser.next_frame, WebSocket.write, Exchange) and do
+# no more than put them into the ring of each Watch. Its own thread takes them out some times a
+# second, hides what is secret and sends them on; what it sends itself is not reported. Who watches
+# can also interfere: hold messages back (`Gate`), cut a connection, end the process, send a
+# forgery. To add such a wish, write a method of its name and name it in WISHES.
 
 MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dropped, and counted
 MOST_WATCHED = 32 << 20      # bytes of them
 TELL_SECONDS = 0.05          # between two looks: a person sees no difference
+MOST_SECONDS_HELD = 60       # of a delay
 MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
 WISHES = ("hold", "step", "drop", "kill", "send", "key")
 SOURCES = ("index.html", "minijupyter.py", "kernel.py")
 PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second group is hidden
     rb"^((?:authorization|cookie|set-cookie|x-xsrftoken):[ \t]*)([^\r\n]+)",
-    rb"([?&](?:token|_xsrf)=)([^&\s#]+)",
+    rb"((?:[?&]|%3F|%26)(?:token|_xsrf)(?:=|%3D))([^&\s#]+)",
     rb"""(name="_xsrf" value=")([^"]+)""")]
 TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
 SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
 
 
-def hidden(text):
+def stars(text):
     """As many stars: what is hidden keeps its length, so that all else keeps its place."""
     return b"*" * len(text)
 
 
-def hide(pattern, data):
-    return pattern.sub(lambda match: match[1] + hidden(match[2]), data)
+def mask(pattern, data):
+    return pattern.sub(lambda match: match[1] + stars(match[2]), data)
 
 
 def split_frame(frame):
@@ -2989,54 +2993,61 @@ class Secrets:
                  *(kernel.connection["key"] for kernel in kernels)]
         self.known |= {each.encode() for each in known if len(each) >= SHORTEST_SECRET}
 
-    def hide(self, event):
-        """The parts of an event as they may be seen, each as long as it was."""
+    def seen(self, event):
+        """The parts of an event as they may be seen, each as long as it was. Of one that was cut
+        the end goes, too: half a secret may stand there."""
         kind, parts = event["kind"], event["parts"]
         if kind == "websocket":
-            return [self.in_frame(parts[0])]
-        if event.get("channel") == "stdin":
+            parts = [self.in_frame(parts[0])]
+        elif kind == "http":
+            for pattern in PRIVATE:
+                parts = [mask(pattern, part) for part in parts]
+        elif event.get("channel") == "stdin":
             self.note_question(parts)
             parts = self.in_answer(parts)
-        if kind == "http":
-            for pattern in PRIVATE:
-                parts = [hide(pattern, part) for part in parts]
-        return [self.in_text(part) for part in parts]
+        end = max(map(len, self.known), default=0)
+        return [self.in_text(part) if len(part) == size else self.in_text(part)[:-end]
+                for part, size in zip(parts, event["sizes"], strict=True)]
 
     def in_text(self, data):
         for secret in self.known:
             if secret in data:
-                data = data.replace(secret, hidden(secret))
+                data = data.replace(secret, stars(secret))
         return data
 
     def in_frame(self, frame):
         """A frame's payload is read without its mask. What is compressed can only be hidden as a
         whole, and so is a fragment: a secret may begin in one and end in the next."""
-        head, mask, payload = split_frame(frame)
-        plain = apply_mask(payload, mask) if mask and payload else payload
+        head, key, payload = split_frame(frame)
+        plain = apply_mask(payload, key) if key else payload
         text = plain
         if frame[0] & COMPRESSED:
             text = zlib.decompressobj(-15).decompress(plain)
         seen = self.in_text(self.in_answer([text])[0])
         if frame[0] & ~COMPRESSED not in WHOLE or text is not plain and seen != text:
-            seen = hidden(plain)
+            seen = stars(plain)
         elif seen == text:
             return frame
-        return head + mask + (apply_mask(seen, mask) if mask else seen)
+        return head + key + (apply_mask(seen, key) if key else seen)
 
     def note_question(self, parts):
-        with contextlib.suppress(ValueError, KeyError):
+        """Remember an input_request that is no secret."""
+        if b'"input_request"' in b"".join(parts):
             start = parts.index(our_kernel.DELIMITER) + 2
             header, _, _, content = map(json.loads, parts[start:start + 4])
-            if header["msg_type"] == "input_request" and not content.get("password"):
+            is_open = header["msg_type"] == "input_request" and content["password"] is False
+            if is_open and header["msg_id"]:
                 self.asked_openly.add(header["msg_id"].encode())
+            if len(self.asked_openly) > MOST_REQUESTS:
+                self.asked_openly.clear()
 
     def in_answer(self, parts):
         """An input_reply without what was typed, unless its question is known to be no secret."""
         data = b"".join(parts)
-        is_open = any(msg_id in data for msg_id in self.asked_openly)
-        if b'"input_reply"' not in data or is_open:
+        if b'"input_reply"' not in data or any(
+                msg_id in data for msg_id in self.asked_openly):
             return parts
-        return [hide(TYPED, part) for part in parts]
+        return [mask(TYPED, part) for part in parts]
 
 
 class Exchange:
@@ -3051,7 +3062,7 @@ class Exchange:
         self.written, self.size, handler.wfile = bytearray(), 0, self
 
     def write(self, data):
-        self.written += data[:max(0, MOST_TRACED - self.size)]
+        self.written += data[:max(0, MOST_TRACED // 2 - self.size)]
         self.size += len(data)
         return self.file.write(data)
 
@@ -3070,8 +3081,9 @@ class Exchange:
         asked = handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n"
         body = handler.body or b""
         head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
-        parts = [asked, hidden(body) if name == "login" else body, head + end, answer]
-        sizes = [*map(len, parts[:3]), self.size - len(parts[2])]
+        kept = body[:MOST_TRACED // 2]
+        parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
+        sizes = [len(asked), len(body), len(head + end), self.size - len(head + end)]
         report("http", "in", {"at": self.at, "seconds": time.time() - self.at, "sizes": sizes,
                               "lines": [getattr(type(handler), name).__code__.co_firstlineno]},
                parts)
@@ -3082,19 +3094,19 @@ class Watch:
 
     It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
     (http, websocket, zmq, process), way (in, out), at (seconds since 1970), lines (of this file,
-    innermost first), sizes (of the parts before they were cut), kernel, channel, client. A text
-    message is a JSON object of `now`, `missed` (events), `held` ({kernel: {channel: messages that
-    wait}}), `key` or `problem`. It gets wishes: {do: one of WISHES, kernel, …}; with parts they are
-    binary, too.
+    innermost first), sizes (of the parts before they were cut), hidden (is there a star in them),
+    kernel, channel, client. A text message is a JSON object of `now`, `missed` (events), `held`
+    ({kernel: {channel: messages that wait}}), `key` or `problem`. It gets wishes: {do: one of
+    WISHES, kernel, …}.
     """
 
     def __init__(self, websocket, server):
         self.websocket, self.server, self.secrets = websocket, server, Secrets(server)
         self.numbers = itertools.count(1)
-        self.lock = threading.Lock()             # guards the next three
+        self.lock = threading.Lock()      # guards the next three
         self.events, self.size, self.missed = collections.deque(), 0, 0
-        self.rules, self.sockets = {}, []        # kernel -> its rules for the gate; for forgeries
-        self.held = {}                           # as was told last
+        self.rules = {}                   # kernel -> the rules it has set for its gate
+        self.held = {}                    # as was told last
 
     def note(self, event):
         """From any thread: keep an event until it is sent."""
@@ -3106,6 +3118,7 @@ class Watch:
                 self.missed += 1
 
     def take(self):
+        """The oldest event; the lock is held."""
         event = self.events.popleft()
         self.size -= sum(map(len, event["parts"]))
         return event
@@ -3125,11 +3138,9 @@ class Watch:
                 self.websocket.ping_or_give_up()
         finally:
             WATCHES.remove(self)
-            for kernel, rules in [*self.rules.items()]:
+            for kernel, rules in self.rules.items():
                 if kernel.gate.rules is rules:   # nobody else has set it since
-                    self.hold(kernel, {"rules": {}})
-            for sock in self.sockets:
-                sock.close()
+                    kernel.gate.rules = {}
 
     # -- what it tells --
 
@@ -3149,64 +3160,75 @@ class Watch:
         self.websocket.send(to_json(what).decode())
 
     def frame(self, event):
-        head = {"n": next(self.numbers), **event}
+        parts = event["parts"]
+        try:
+            seen = self.secrets.seen(event)
+        except Exception:   # what cannot be read may hold a secret, and must not end the telling
+            seen = [*map(stars, parts)]
+        is_hidden = any(not part.startswith(shown)
+                        for part, shown in zip(parts, seen, strict=True))
+        head = {"n": next(self.numbers), "hidden": is_hidden, **event}
         del head["parts"]
-        return encode_frame(BINARY, join_parts([to_json(head), *self.secrets.hide(event)]))
+        return encode_frame(BINARY, join_parts([to_json(head), *seen]))
 
     def held_at(self, kernel):
         """{channel: how many messages wait at the kernel's gate}"""
         return dict(collections.Counter(entry.channel for bridge in list(kernel.listeners)
-                                        for _, entry, _ in list(bridge.held)))
+                                        for _, entry, _ in bridge.held))
 
     # -- what it is asked to do --
 
     def obey(self, message):
         """Do what is wished; what cannot be done is told."""
         try:
-            text, *parts = [message] if isinstance(message, str) else split_parts(message)
-            wish = json.loads(text)
+            wish = json.loads(message)
             if wish["do"] not in WISHES:
                 raise ValueError(f"there is no wish {wish['do']}; there are {', '.join(WISHES)}")
             kernel = self.server.kernels.get(wish["kernel"])
-            getattr(self, wish["do"])(kernel, wish, parts)
+            getattr(self, wish["do"])(kernel, wish)
         except Problem as problem:
             self.say(problem=problem.message)
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
             self.say(problem=f"This wish cannot be understood: {problem!r}")
 
-    def hold(self, kernel, wish, parts=()):
-        """Set the rules of the kernel's gate."""
-        for channel, rule in wish["rules"].items():
-            is_known = rule == "pause" or float(rule.get("delay", rule.get("every", "?"))) >= 0
-            if channel not in CHANNELS or not is_known:
-                raise ValueError(f"{channel}: {rule}")
-        self.rules[kernel] = kernel.gate.rules = wish["rules"]
+    def hold(self, kernel, wish):
+        """Set the rules of the kernel's gate: {channel: [one of pause, delay, every; seconds]}."""
+        rules = {channel: (rule, float(seconds))
+                 for channel, (rule, seconds) in wish["rules"].items()}
+        for channel, (rule, seconds) in rules.items():
+            if channel not in (*UPWARD, "iopub") or rule not in ("pause", "delay", "every") \
+                    or not 0 <= seconds <= MOST_SECONDS_HELD:
+                raise ValueError(f"{channel}: {rule} {seconds}")
+        self.rules[kernel] = kernel.gate.rules = rules
         kernel.gate.steps = 0
         kernel.wake_listeners()
 
-    def step(self, kernel, wish, parts):
-        """Let one message pass, if one waits."""
-        kernel.gate.steps = int(bool(self.held_at(kernel)))
-        kernel.wake_listeners()
+    def step(self, kernel, wish):
+        """Let one more message pass, if one waits for that."""
+        gate, held = kernel.gate, self.held_at(kernel)
+        waiting = sum(count for channel, count in held.items()
+                      if gate.rules.get(channel, ("", 0))[0] == "pause")
+        with gate.lock:
+            gate.steps = min(gate.steps + 1, waiting)
 
-    def drop(self, kernel, wish, parts):
+    def drop(self, kernel, wish):
         """Cut a page's connection, or all, as a bad network would."""
         for bridge in list(kernel.listeners):
             if wish.get("client") in (None, bridge.session_id):
                 bridge.websocket.abort()
 
-    def kill(self, kernel, wish, parts):
+    def kill(self, kernel, wish):
         kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
 
-    def send(self, kernel, wish, parts):
-        """Send these very parts down a channel, as somebody could who knows no key."""
-        if wish["channel"] not in ("shell", "control", "stdin"):
+    def send(self, kernel, wish):
+        """Send these very parts, in base64, down a channel, as one could who knows no key."""
+        if wish["channel"] not in UPWARD:
             raise ValueError(f"nobody sends on {wish['channel']}")
-        sock = kernel.connect(wish["channel"])
-        self.sockets.append(sock)   # what it sends may still be on its way
-        sock.send_multipart(parts)
+        with contextlib.closing(kernel.connect(wish["channel"])) as sock:
+            sock.linger = 1000   # milliseconds: what it sends may still be on its way
+            sock.send_multipart([*map(base64.b64decode, wish["parts"])])
 
-    def key(self, kernel, wish, parts):
+    def key(self, kernel, wish):
         """Tell the key of a kernel, with which the page checks signatures. Who may run code there
         could read it anyway."""
         self.say(kernel=kernel.id, key=kernel.connection["key"])

@@ -6708,13 +6708,19 @@ class Watch:
         self.until(lambda: len(self.of(kind, way, **fields)) >= count)
         return self.of(kind, way, **fields)
 
-    def wish(self, do, kernel_id, *parts, **fields):
-        wish = json.dumps({"do": do, "kernel": kernel_id, **fields})
-        self.client.send(minijupyter.join_parts([wish.encode(), *parts]) if parts else wish)
+    def wish(self, do, kernel_id, **fields):
+        """Wish for something, and wait until it is done: a wish that cannot be is told."""
+        self.news.pop("problem", None)
+        self.client.send(json.dumps({"do": do, "kernel": kernel_id, **fields}))
+        self.client.send("a wish that nobody understands")
+        self.until(lambda: "problem" in self.news)
 
     def words(self):
         """What the server has said of processes, and they themselves."""
         return b"\n".join(event["parts"][0] for event in self.of("process")).decode()
+
+
+PAUSE = "pause", 0
 
 
 def unmasked(frame):
@@ -6744,27 +6750,43 @@ class UnderTheHood(ServerCase):
         return json.loads(path.read_text())["key"]
 
     def hold(self, watch=None, **rules):
-        watch = watch or self.watch
-        watch.wish("hold", self.kernel_id, rules=rules)
-        watch.until(lambda: "held" in watch.news)
+        (watch or self.watch).wish("hold", self.kernel_id, rules=rules)
+
+    def send(self, *parts):
+        self.watch.wish("send", self.kernel_id, channel="shell",
+                        parts=[base64.b64encode(part).decode() for part in parts])
 
     def waiting(self, count, channel="shell"):
-        self.watch.until(lambda: self.watch.news["held"][self.kernel_id].get(channel, 0) == count)
+        self.watch.until(lambda: self.watch.news.get("held", {}).get(self.kernel_id, {}).get(
+            channel, 0) == count)
 
     def test_a_request_passes_the_edge_twice_and_each_answer_too(self):
-        self.page.finish(self.page.start("print('hello'); 1 + 1"))
-        frames = self.watch.wait_for("websocket", "out", count=6)
-        down = [json.loads(unmasked(event["parts"][0])) for event in frames]
-        up = [json.loads(unmasked(event["parts"][0])) for event in self.watch.of("websocket", "in")]
-        self.assertEqual([message["header"]["msg_type"] for message in up], ["execute_request"])
-        published = [json.loads(event["parts"][3])["msg_type"]
-                     for event in self.watch.of("zmq", "in", channel="iopub")]
-        self.assertEqual(
-            published, ["status", "execute_input", "stream", "execute_result", "status"])
-        self.assertEqual(
-            [m["header"]["msg_type"] for m in down if m["channel"] == "iopub"], published)
-        self.assertEqual(len(self.watch.of("zmq", "out", channel="shell")), 1)
-        self.assertEqual(len(self.watch.of("zmq", "in", channel="shell")), 1)
+        answer = self.page.finish(self.page.start("print('hello'); 1 + 1"))
+        id = answer.request["header"]["msg_id"]
+
+        def frames(way):
+            messages = [json.loads(unmasked(event["parts"][0]))
+                        for event in self.watch.of("websocket", way)]
+            return [message for message in messages
+                    if id in (message["header"]["msg_id"], message["parent_header"].get("msg_id"))]
+
+        def parts(way, channel):
+            start = 3 if channel == "iopub" else 2     # behind topic, delimiter and signature
+            return [json.loads(event["parts"][start])["msg_type"]
+                    for event in self.watch.of("zmq", way, channel=channel)
+                    if id.encode() in b"".join(event["parts"])]
+
+        self.watch.until(lambda: [message["header"]["msg_type"] for message in frames("out")
+                                  ].count("status") == 2)
+        self.assertEqual([message["header"]["msg_type"] for message in frames("in")],
+                         ["execute_request"])
+        self.assertEqual(parts("out", "shell"), ["execute_request"])
+        self.assertEqual(parts("in", "shell"), ["execute_reply"])
+        published = parts("in", "iopub")
+        self.assertEqual(merged(published),
+                         ["status", "execute_input", "stream", "execute_result", "status"])
+        self.assertEqual([message["header"]["msg_type"] for message in frames("out")
+                          if message["channel"] == "iopub"], published)
 
     def test_the_bytes_are_those_on_the_wire(self):
         request = self.page.session.message("kernel_info_request", {})
@@ -6879,6 +6901,8 @@ class UnderTheHood(ServerCase):
                 ("typed", frame(TEXT, reply), frame(TEXT, reply.replace(b'a\\"b', b"****")))]:
             with self.subTest(name):
                 self.assertEqual(secrets_.in_frame(data), seen)
+        whole = {"kind": "websocket", "sizes": [99], "parts": [frame(TEXT, b"x" * 50 + b"t0k")]}
+        self.assertEqual(unmasked(secrets_.seen(whole)[0]), b"x" * 48)   # it was cut amid a secret
         for text, is_hidden in ((b"my t0ken" * 99, True), (b"Hello" * 99, False)):
             data = minijupyter.encode_frame(
                 TEXT | minijupyter.COMPRESSED, minijupyter.deflate(text, 15), MASK)
@@ -6888,7 +6912,21 @@ class UnderTheHood(ServerCase):
         self.page.finish(self.page.start("'x' * 1_000_000"))
         event = next(event for event in self.watch.wait_for("websocket", "out", count=4)
                      if event["sizes"][0] > 1_000_000)
-        self.assertEqual(len(event["parts"][0]), minijupyter.MOST_TRACED)
+        self.assertIn(minijupyter.MOST_TRACED - len(event["parts"][0]), range(100))
+
+    def test_what_cannot_be_read_is_hidden_whole_and_the_next_is_told(self):
+        event = {"kind": "websocket", "way": "in", "sizes": [9], "parts": [
+            minijupyter.encode_frame(TEXT | minijupyter.COMPRESSED, b"\xff" * 3, MASK)]}
+        told = minijupyter.Watch(None, None).frame(event)
+        self.assertTrue(told.endswith(b"*" * 9))
+        self.assertEqual(len(event["parts"][0]), 9)   # another who watches gets it, too
+
+    def test_of_a_large_save_the_answer_is_kept_as_well(self):
+        model = {"type": "file", "format": "text", "content": "x" * 100_000}
+        self.server.put("/api/contents/large.txt", model)
+        (event,) = self.watch.wait_for("http")
+        self.assertTrue(event["parts"][2].startswith(b"HTTP/1.1 201 Created"))
+        self.assertEqual(event["sizes"][1], len(json.dumps(model)))
 
     def test_events_that_come_too_fast_are_counted_not_kept(self):
         watch = minijupyter.Watch(None, None)
@@ -6900,7 +6938,7 @@ class UnderTheHood(ServerCase):
         self.assertEqual((len(watch.events), watch.size), (1, minijupyter.MOST_WATCHED // 2 + 1))
 
     def test_a_held_message_waits_for_a_step(self):
-        self.hold(shell="pause")
+        self.hold(shell=PAUSE)
         answer = self.page.start("1 + 1")
         self.waiting(1)
         self.assertEqual(self.watch.of("zmq", "out", channel="shell"), [])
@@ -6912,13 +6950,15 @@ class UnderTheHood(ServerCase):
         self.page.finish(answer)
 
     def test_a_step_with_nothing_to_let_pass_lets_nothing_pass_later(self):
-        self.hold(shell="pause")
+        self.hold(shell=PAUSE)
         self.watch.wish("step", self.kernel_id)
         self.page.start("1")
         self.waiting(1)
+        self.page.start("2")     # when this one has come, the first has not gone
+        self.waiting(2)
 
     def test_who_stops_watching_holds_nothing_any_more(self):
-        self.hold(shell="pause", iopub="pause", control="pause")
+        self.hold(shell=PAUSE, iopub=PAUSE, control=PAUSE)
         answers = [self.page.start(f"{n}") for n in range(9)]
         self.waiting(9)
         self.watch.client.close()
@@ -6927,16 +6967,19 @@ class UnderTheHood(ServerCase):
 
     def test_of_two_who_watch_the_one_that_goes_leaves_the_others_hold(self):
         other = self.look()
-        self.hold(other, shell="pause")
-        self.hold(shell="pause")
-        other.client.close()
+        self.hold(other, shell=PAUSE)
+        self.hold(shell=PAUSE)
+        other.client.socket.sendall(frame(CLOSE))
+        while other.client.receive() is not None:
+            pass
+        self.assertTrue(other.client.is_at_end())     # its thread has ended
         answer = self.page.start("1")
         self.waiting(1)
         self.hold()
         self.page.finish(answer)
 
     def test_what_is_held_for_a_process_that_ends_does_not_reach_the_next(self):
-        self.hold(shell="pause")
+        self.hold(shell=PAUSE)
         self.page.start("print('late')")
         self.waiting(1)
         self.server.post(f"/api/kernels/{self.kernel_id}/restart")
@@ -6946,7 +6989,7 @@ class UnderTheHood(ServerCase):
         self.assertEqual((new.count, new.text()), (1, "new\n"))
 
     def test_slow_motion_keeps_the_order(self):
-        self.hold(shell={"every": 0.02}, iopub={"every": 0.02})
+        self.hold(shell=("every", 0.02), iopub=("every", 0.02))
         answers = [self.page.start(f"print({n})") for n in range(3)]
         self.page.finish(*answers)
         self.assertEqual([answer.story for answer in answers],
@@ -6955,15 +6998,36 @@ class UnderTheHood(ServerCase):
         self.assertGreater(times[-1] - times[0], 14 * 0.02)
 
     def test_when_iopub_comes_late_the_reply_is_there_before_the_output(self):
-        self.hold(iopub={"delay": 0.3})
+        self.hold(iopub=("delay", 60))
         answer = self.page.start("1 + 1")
         self.page.until(lambda: answer.reply)
+        self.waiting(4, "iopub")
         self.assertEqual(answer.messages, [])
+        self.hold(iopub=("delay", 0.1))
         self.page.finish(answer)
         self.assertEqual(answer.result, "2")
 
+    def test_a_step_lets_nothing_pass_that_waits_for_something_else(self):
+        self.hold(shell=PAUSE, iopub=("delay", 60))
+        self.page.start("1")
+        self.waiting(1)
+        for _ in range(3):
+            self.watch.wish("step", self.kernel_id)
+        answer = self.page.start("2")
+        self.waiting(1)
+        self.assertIsNone(answer.reply)
+
+    def test_more_than_can_be_kept_passes(self):
+        self.hold(iopub=PAUSE)
+        answer = self.page.start("for i in range(40): print('x' * 1_000_000)")
+        self.page.until(lambda: len(answer.text()) > 10_000_000)
+        self.assertFalse(answer.is_idle)
+        self.hold()
+        self.page.finish(answer)
+        self.assertEqual(len(answer.text()), 40 * 1_000_001)
+
     def test_what_is_held_for_a_page_that_goes_is_there_when_it_returns(self):
-        self.hold(iopub="pause")
+        self.hold(iopub=PAUSE)
         answer = self.page.start("print('held')")
         self.page.until(lambda: answer.reply)
         self.waiting(4, "iopub")
@@ -6993,10 +7057,10 @@ class UnderTheHood(ServerCase):
     def test_a_forgery_is_dropped_by_the_kernel_which_says_why(self):
         self.page.finish(self.page.start("x = 1"))
         parts = [bytearray(part) for part in self.watch.wait_for("zmq", "out")[0]["parts"]]
-        self.watch.wish("send", self.kernel_id, *map(bytes, parts), channel="shell")
+        self.send(*parts)
         self.watch.until(lambda: "replayed" in self.watch.words())
         parts[-1][12] ^= 1
-        self.watch.wish("send", self.kernel_id, *map(bytes, parts), channel="shell")
+        self.send(*parts)
         self.watch.until(lambda: "the signature does not fit" in self.watch.words())
 
     def test_the_key_is_told_to_who_asks(self):
@@ -7011,8 +7075,10 @@ class UnderTheHood(ServerCase):
                      json.dumps({"do": "step", "kernel": none}),
                      json.dumps({"do": "hold", "kernel": self.kernel_id}),
                      *(json.dumps({"do": "hold", "kernel": self.kernel_id, "rules": rules})
-                       for rules in (1, {"shell": "x"}, {"x": "pause"}, {"shell": {"every": -1}})),
-                     json.dumps({"do": "send", "kernel": self.kernel_id, "channel": "iopub"})):
+                       for rules in (1, {"shell": "x"}, {"x": PAUSE}, {"shell": ["every", -1]},
+                                     {"shell": ["delay", "x"]}, {"shell": ["delay", 1e9]})),
+                     *(json.dumps({"do": "send", "kernel": self.kernel_id, **fields}) for fields in
+                       ({}, {"channel": "iopub"}, {"channel": "shell", "parts": 1}))):
             with self.subTest(wish):
                 self.watch.news.pop("problem", None)
                 self.watch.client.send(wish)
@@ -10096,8 +10162,11 @@ class PageUnderTheHood(PageCase):
         step = tab.page.get_by_role("button", name="Step")
         step.click()
         self.assertShows(tab.page.locator("#hood-news"), "4 on iopub")
-        for _ in range(5):
+        tab.page.get_by_label("Which channels").select_option("iopub")     # the reply may pass
+        for left in (3, 2, 1):
             step.click()
+            self.assertShows(tab.page.locator("#hood-news"), f"{left} on iopub")
+        step.click()
         tab.wait_until_done()
         self.assertEqual(tab.texts(), ["2"])
 
@@ -10126,6 +10195,14 @@ class PageUnderTheHood(PageCase):
             for detail in ("ok", "idle"))
         self.assertGreater(idle - reply, 1)
 
+    def test_a_secret_that_is_hidden_is_not_sent_nor_called_a_forgery(self):
+        tab = self.look("1")
+        key = json.loads(self.server.connection_files()[0].read_text())["key"]
+        tab.run(0, f"'{key}'")
+        detail = self.choose(tab, "execute_request", nth=1)
+        self.assertShows(detail, "A secret in it is hidden: the signature is not checked.")
+        self.assertCount(detail.get_by_role("button", name="Send"), 0)
+
     def test_a_trace_is_saved_and_looked_at_later(self):
         tab = self.look("'kept'")
         self.run_cell(tab, 0)
@@ -10146,7 +10223,8 @@ class PageUnderTheHood(PageCase):
     def test_what_is_no_trace_is_refused_and_what_is_odd_is_shown(self):
         tab = self.look("")
         for text in ("", "{}", "[1]", '{"minijupyter_trace": 1, "events": 1}',
-                     '{"minijupyter_trace": 1, "events": [{"kind": "x"}]}'):
+                     '{"minijupyter_trace": 1, "events": [{"kind": "x"}]}',
+                     '{"minijupyter_trace": 1, "events": [null]}', "null"):
             with self.subTest(text):
                 tab.page.locator("[name=file]").set_input_files(
                     {"name": "odd.json", "mimeType": "", "buffer": text.encode()})
@@ -10154,12 +10232,19 @@ class PageUnderTheHood(PageCase):
         odd = {"way": "in", "at": 0, "lines": [1], "parts": ["aGk="], "sizes": [2],
                "channel": "shell"}
         events = [{"kind": kind, **odd} for kind in ("http", "websocket", "zmq", "process")]
+        for header in ('{"msg_type": "constructor"}', '{"msg_type": "("}', "7", "[", "null"):
+            parts = [b"<IDS|MSG>", b"", header.encode(), b"null", b"[]", b"0"]
+            events.append({"kind": "zmq", **odd, "size": 1, "sizes": [*map(len, parts)],
+                           "parts": [base64.b64encode(part).decode() for part in parts]})
         tab.page.locator("[name=file]").set_input_files({
             "name": "odd.json", "mimeType": "",
             "buffer": json.dumps({"minijupyter_trace": 1, "events": events}).encode()})
-        self.assertCount(self.rows(tab), 4)
+        self.assertCount(self.rows(tab), len(events))
+        tab.page.evaluate("ui.notices.replaceChildren()")
         for row in self.rows(tab).all():
             row.click()
+            for depth in ("JSON", "Bytes", "Source", "Fields"):
+                tab.page.locator("#hood-detail").get_by_role("tab", name=depth).click()
             self.assertShows(tab.page.locator("#hood-detail"), "bytes")
 
     def test_the_ladder_is_filtered_and_hides_what_comes_all_the_time(self):
@@ -10189,7 +10274,7 @@ class PageUnderTheHood(PageCase):
         self.assertFalse(tab.page.locator("#hood").is_visible())
 
     def test_the_panel_moves_into_a_window_and_back(self):
-        tab = self.look("1")
+        tab = self.look("1", "2")
         with tab.page.expect_popup() as popup:
             tab.page.get_by_role("button", name="Own window").click()
         other = popup.value
@@ -10199,7 +10284,9 @@ class PageUnderTheHood(PageCase):
         self.rows(other, "execute_request").first.hover()
         self.assertIn("lit", tab.cell(0).get_attribute("class"))
         other.close()
-        self.assertShows(tab.page.locator("#hood"), "execute_request")
+        tab.page.locator("#hood").wait_for()
+        self.run_cell(tab, 1)
+        self.rows(tab, "execute_request 2").first.wait_for()
 
     def test_of_a_flood_the_last_five_thousand_arrows_stay(self):
         tab = self.look("for i in range(3000): display(i, display_id='x', update=i > 0)")
@@ -10207,10 +10294,14 @@ class PageUnderTheHood(PageCase):
         self.assertEqual(tab.page.evaluate(
             "[hood.arrows.length, ui['ladder-rows'].childElementCount]"), [5000, 5000])
 
-    def test_a_page_that_does_not_look_is_told_nothing(self):
-        tab = self.open("1")
+    def test_who_does_not_look_any_more_is_told_nothing(self):
+        tab = self.look("1")
+        self.run_cell(tab, 0)
+        tab.press("Escape", "u")
+        count = tab.page.evaluate("hood.arrows.length")
         tab.run(0)
-        self.assertIsNone(tab.page.evaluate("hood"))
+        self.assertEqual(tab.page.evaluate("hood.arrows.length"), count)
+        self.assertEqual(tab.page.evaluate("hood.socket.readyState"), 3)
 
 
 class PageRendersMarkdown(PageCase):
