@@ -10050,7 +10050,7 @@ class PageUnderTheHood(PageCase):
                     ["Server", "Browser", "status idle"]):
             self.assertIn(row, labels)
         times = tab.page.eval_on_selector_all(
-            "#ladder-rows .tinted .time", "all => all.map(node => node.textContent)")
+            "#ladder-rows [style*='--hue'] .time", "all => all.map(node => node.textContent)")
         self.assertEqual(len(times), len(labels))
         for text in times:     # since the key press
             self.assertRegex(text, r"^\+\d+\.\d ms$")
