@@ -2950,7 +2950,7 @@ class Bridge:
 
 MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dropped, and counted
 MOST_WATCHED = 32 << 20      # bytes of them
-TELL_SECONDS = 0.05          # between two looks: a person sees no difference
+TELL_SECONDS = 0.1           # between two looks: a person sees no difference
 MOST_SECONDS_HELD = 60       # of a delay
 MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
 WISHES = ("hold", "step", "drop", "kill", "send", "key")
@@ -3005,8 +3005,12 @@ class Secrets:
         elif event.get("channel") == "stdin":
             self.note_question(parts)
             parts = self.in_answer(parts)
+        whole = b"".join(parts)
+        if sum(event["sizes"]) == len(whole):
+            is_clean = not any(secret in whole for secret in self.known)
+            return parts if is_clean else [*map(self.in_text, parts)]
         end = max(map(len, self.known), default=0)
-        return [self.in_text(part) if len(part) == size else self.in_text(part)[:-end]
+        return [self.in_text(part)[:None if len(part) == size else -end]
                 for part, size in zip(parts, event["sizes"], strict=True)]
 
     def in_text(self, data):
