@@ -3155,7 +3155,9 @@ class Watch:
         if events:
             self.secrets.learn()
             self.websocket.write(*map(self.frame, events))
-        held = {kernel.id: self.held_at(kernel) for kernel in self.rules}
+        # Whoever has set the rules: all who watch see what they do.
+        held = {kernel.id: self.held_at(kernel)
+                for kernel in list(self.server.kernels.all.values()) if kernel.gate.rules}
         if missed or held != self.held:
             self.held = held
             self.say(missed=missed, held=held)

@@ -6971,6 +6971,8 @@ class UnderTheHood(ServerCase):
         while other.client.receive() is not None:
             pass
         self.assertTrue(other.client.is_at_end())     # its thread has ended
+        third = self.look()
+        third.until(lambda: self.kernel_id in third.news.get("held", {}))
         answer = self.page.start("1")
         self.waiting(1)
         self.hold()
