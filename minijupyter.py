@@ -1637,7 +1637,7 @@ class Kernel:
         with contextlib.closing(self.connect("control")) as control:
             message = self.session.message(msg_type, content)
             control.send_multipart(self.session.pack(message))
-            return bool(control.poll(int(seconds * 1000)))
+            return bool(control.poll(int(seconds * 1000)) and control.recv_multipart())
 
     def interrupt(self):
         """Interrupt the running cell, by signal or by message as the spec says."""

@@ -10109,6 +10109,49 @@ class PageUnderTheHood(PageCase):
             tab.page.locator("#hood-detail .places").get_by_role("button", name=file).click()
             self.assertShows(tab.page.locator("#hood-detail mark"), words)
 
+    def test_the_source_of_a_status_is_the_one_that_says_it(self):
+        tab = self.look("1")
+        self.run_cell(tab, 0)
+        detail = self.choose(tab, "busy", "Source")
+        self.assertShows(detail.locator("mark"), "def status(self, state, request)")
+        tab.page.evaluate("view.implementation = 'another'")     # as of a kernel in R
+        detail = self.choose(tab, "execute_input", "Source")
+        detail.get_by_role("button", name="minijupyter.py").first.wait_for()
+        self.assertCount(detail.get_by_role("button", name="kernel.py"), 0)
+
+    def test_a_restart_is_seen_with_what_it_asks_on_control(self):
+        tab = self.look("1")
+        tab.command("restart")
+        tab.choose("Restart")
+        self.rows(tab, "kernel_info_reply").last.wait_for()
+        labels = self.labels(tab)
+        for row in (["Server", "control", "shutdown_request "],
+                    ["control", "Server", "shutdown_reply ok"]):
+            self.assertIn(row, labels)
+        self.assertTrue(any(row[2].endswith("/restart 200") for row in labels))
+
+    def test_a_page_that_is_loaded_anew_looks_on_and_sees_its_own_start(self):
+        tab = self.look("1")
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertShows(self.choose(tab, "POST /api/sessions"), "asks for its notebook’s kernel")
+        self.assertShows(self.choose(tab, "/channels?"), "make this connection a WebSocket")
+        tab.press("Escape", "u")
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertFalse(tab.page.locator("#hood").is_visible())
+
+    def test_what_another_page_says_is_others_traffic(self):
+        tab = self.look("1")
+        other = self.reopen(self.name)
+        self.run_cell(tab, 0)
+        idle = self.rows(tab, "status idle").and_(
+            tab.page.locator("[style*='--hue']:has(.left.websocket)"))     # of the cell
+        self.assertCount(idle, 1)
+        tab.page.get_by_label("others' traffic").check()
+        self.assertCount(idle, 2)
+        other.page.close()
+
     def test_the_frame_of_the_rfcs_example_is_taken_apart(self):
         """RFC 6455 5.7, RFC 7692 7.2.3.1: Hello, masked, and compressed."""
         tab = self.look("")
@@ -10150,7 +10193,7 @@ class PageUnderTheHood(PageCase):
         seal.get_by_role("button", name="As it was").click()
         self.assertShows(seal, "✓ The signature fits")
         detail.locator("pre").last.click(position={"x": 70, "y": 14})     # a byte of the content
-        self.assertShows(seal, "of content is another one. ✗")
+        self.assertShows(seal, "of content was changed. ✗")
 
     def test_messages_are_held_and_let_pass_one_by_one(self):
         tab = self.look("1 + 1")
@@ -10270,6 +10313,11 @@ class PageUnderTheHood(PageCase):
         tab.press("x", "b", "End")
         self.assertNotIn("execute_request", chosen.inner_text())
         self.assertEqual(len(tab.sources()), 2)
+        depths = tab.page.locator("#hood-detail").get_by_role("tab")
+        depths.first.focus()
+        for depth in ("JSON", "Bytes"):
+            tab.press("ArrowRight")
+            self.assertEqual(tab.page.evaluate("document.activeElement.textContent"), depth)
         tab.press("Escape", "j", "u")
         self.assertFalse(tab.page.locator("#hood").is_visible())
 
