@@ -3100,8 +3100,8 @@ class Watch:
     (http, websocket, zmq, process), way (in, out), at (seconds since 1970), lines (of this file,
     innermost first), sizes (of the parts before they were cut), hidden (is there a star in them),
     kernel, channel, client. A text message is a JSON object of `now`, `missed` (events), `held`
-    ({kernel: {channel: messages that wait}}), `key` or `problem`. It gets wishes: {do: one of
-    WISHES, kernel, …}.
+    ({kernel: {channel: [messages that wait, msg_type of the first]}}), `key` or `problem`. It gets
+    wishes: {do: one of WISHES, kernel, …}.
     """
 
     def __init__(self, websocket, server):
@@ -3178,9 +3178,13 @@ class Watch:
         return encode_frame(BINARY, join_parts([to_json(head), *seen]))
 
     def held_at(self, kernel):
-        """{channel: how many messages wait at the kernel's gate}"""
-        return dict(collections.Counter(entry.channel for bridge in list(kernel.listeners)
-                                        for _, entry, _ in bridge.held))
+        """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
+        held = {}
+        for bridge in list(kernel.listeners):
+            for _, entry, _ in bridge.held:
+                count, first = held.get(entry.channel, (0, entry.msg_type))
+                held[entry.channel] = count + 1, first
+        return held
 
     # -- what it is asked to do --
 
@@ -3212,7 +3216,7 @@ class Watch:
     def step(self, kernel, wish):
         """Let one more message pass, if one waits for that."""
         gate, held = kernel.gate, self.held_at(kernel)
-        waiting = sum(count for channel, count in held.items()
+        waiting = sum(count for channel, (count, _) in held.items()
                       if gate.rules.get(channel, ("", 0))[0] == "pause")
         with gate.lock:
             gate.steps = min(gate.steps + 1, waiting)
