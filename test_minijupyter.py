@@ -4543,10 +4543,16 @@ class Kernels(ServerCase):
 
     def test_what_was_sent_to_a_dying_kernel_does_not_run_in_the_next_one(self):
         _, frontend, pid = self.start_kernel()
-        frontend.start("import os; os._exit(3)")
-        wait_until(lambda: not is_alive(pid))   # but nobody has been told yet
-        late = frontend.start("lost = 1")
-        frontend.until(lambda: "restarting" in frontend.log)
+        was_sent_before_the_news = False
+        while not was_sent_before_the_news:     # on a busy machine it may come too late
+            frontend.start("import os; os._exit(3)")
+            wait_until(lambda pid=pid: not is_alive(pid))
+            late = frontend.start("lost = 1")
+            ends = len(frontend.unasked)
+            frontend.until(lambda ends=ends: "restarting" in map(word, frontend.unasked[ends:]))
+            news = next(each for each in frontend.unasked[ends:] if word(each) == "restarting")
+            was_sent_before_the_news = late.request["header"]["date"] < news["header"]["date"]
+            pid = int(frontend.finish(frontend.start("import os; os.getpid()")).result)
         self.assertFails(frontend.finish(frontend.start("lost")), "NameError")
         self.assertIsNone(late.reply)
 
