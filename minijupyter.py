@@ -2823,7 +2823,9 @@ class Bridge:
                 entries.append(item)
                 if item.is_restarting:
                     # What waits was meant for the process that is gone, and its sender learns
-                    # now that no answer will come.
+                    # now that no answer will come; of a crash nobody could know before.
+                    if "reason" in item.content:
+                        self.take_in()
                     self.drop_waiting()
         return entries
 
@@ -2850,6 +2852,13 @@ class Bridge:
         if entries:
             # Journey 11: verified, marked with its channel, and on its way to the page.
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
+
+    def take_in(self):
+        """Read what has arrived from the page, if anything has."""
+        arrived = zmq.Poller()
+        arrived.register(self.websocket.fileno(), zmq.POLLIN)
+        if self.websocket.has_bytes or arrived.poll(0):
+            self.unsent += self.websocket.arrived()
 
     def held_for_page(self):
         return [entry for is_for_page, entry, _ in self.held if is_for_page]
