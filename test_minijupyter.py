@@ -6762,9 +6762,13 @@ class UnderTheHood(ServerCase):
         self.watch.wish("send", self.kernel_id, channel="shell",
                         parts=[base64.b64encode(part).decode() for part in parts])
 
-    def waiting(self, count, channel="shell"):
-        self.watch.until(lambda: self.watch.news.get("held", {}).get(self.kernel_id, {}).get(
-            channel, [0])[0] == count)
+    def waiting(self, count, channel="shell", first=None):
+        """Wait until so many messages wait at the gate, the first of this type."""
+        def held():
+            channels = self.watch.news.get("held", {}).get(self.kernel_id, {})
+            return channels.get(channel, [0, first])
+
+        self.watch.until(lambda: held() == [count, first or held()[1]])
 
     def test_a_request_passes_the_edge_twice_and_each_answer_too(self):
         answer = self.page.finish(self.page.start("print('hello'); 1 + 1"))
@@ -6952,7 +6956,7 @@ class UnderTheHood(ServerCase):
         self.assertEqual(self.watch.of("zmq", "out", channel="shell"), [])
         self.watch.wish("step", self.kernel_id)
         self.page.until(lambda: answer.is_idle)     # iopub is not held
-        self.waiting(1)
+        self.waiting(1, first="execute_reply")
         self.assertIsNone(answer.reply)
         self.watch.wish("step", self.kernel_id)
         self.page.finish(answer)
