@@ -5591,11 +5591,17 @@ class WebSocketOverTls(Case):
 
     @needs("websockets")
     def test_messages_go_both_ways(self):
-        from websockets.sync.client import connect
-        with connect(f"wss://127.0.0.1:{self.server.port}/", ssl=self.client) as client:
-            for message in ("Hello", b"x" * 1_000_000, ""):
-                client.send(message)
-                self.assertEqual(client.recv(timeout=SECONDS), message)
+        # The client with threads would read and write TLS at the same time, which stalls it at times.
+        from websockets.asyncio.client import connect
+
+        async def echo():
+            address = f"wss://127.0.0.1:{self.server.port}/"
+            async with connect(address, ssl=self.client, max_size=None) as client:
+                for message in ("Hello", b"x" * 1_000_000, ""):
+                    await client.send(message)
+                    self.assertEqual(await asyncio.wait_for(client.recv(), SECONDS), message)
+
+        asyncio.run(echo())
 
     def handshake(self, behind=b""):
         """The TLS socket of a client that has just sent its handshake, and what is behind it."""
