@@ -5591,7 +5591,7 @@ class WebSocketOverTls(Case):
 
     @needs("websockets")
     def test_messages_go_both_ways(self):
-        # The client with threads would read and write TLS at the same time, which stalls it at times.
+        # The client with threads reads and writes TLS at the same time, and stands still at times.
         from websockets.asyncio.client import connect
 
         async def echo():
