@@ -2785,7 +2785,7 @@ class Bridge:
             entries = self.through_the_gate(entries)
         self.carry_down(entries)
         if page in ready or self.websocket.has_bytes:
-            self.unsent += self.websocket.arrived()
+            self.take_in()
         if self.kernel.process is not self.process:
             self.begin_anew()
         self.carry_up()
@@ -2854,7 +2854,7 @@ class Bridge:
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
 
     def take_in(self):
-        """Read what has arrived from the page, if anything has."""
+        """Read what has arrived from the page; what was taken in before is not waited for."""
         arrived = zmq.Poller()
         arrived.register(self.websocket.fileno(), zmq.POLLIN)
         if self.websocket.has_bytes or arrived.poll(0):
