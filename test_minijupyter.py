@@ -10218,11 +10218,16 @@ class PageUnderTheHood(PageCase):
         detail.locator("pre").last.click(position={"x": 70, "y": 14})     # a byte of the content
         self.assertShows(seal, "of content was changed. ✗")
 
-    def test_messages_are_held_and_let_pass_one_by_one(self):
-        tab = self.look("1 + 1")
-        tab.page.get_by_label("hold", exact=True).check()
+    def start(self, pace, source):
+        """A tab whose only cell was started while messages go at this pace."""
+        tab = self.look(source)
+        tab.page.get_by_label(pace, exact=True).check()
         tab.select(0)
         tab.press("Control+Enter")
+        return tab
+
+    def test_messages_are_held_and_let_pass_one_by_one(self):
+        tab = self.start("hold", "1 + 1")
         self.assertShows(tab.page.locator("#hood-news"), "holds 1 on shell (execute_request).")
         self.assertEqual(tab.states(), ["queued"])
         step = tab.page.get_by_role("button", name="Step")
@@ -10237,10 +10242,7 @@ class PageUnderTheHood(PageCase):
         self.assertEqual(tab.texts(), ["2"])
 
     def test_slow_motion_is_slow_and_closing_the_panel_ends_it(self):
-        tab = self.look("print(1)")
-        tab.page.get_by_label("slow", exact=True).check()
-        tab.select(0)
-        tab.press("Control+Enter")
+        tab = self.start("slow", "print(1)")
         self.assertShows(tab.page.locator("#hood-news"), "on iopub")
         tab.page.get_by_role("button", name="Close Under the hood").click()
         tab.wait_until_done()
