@@ -1191,7 +1191,8 @@ def fill_in(argv, values):
 
 def kernel_environment(spec):
     """The environment of a spec's kernel: ours and its `env`, where $NAME stands for a value."""
-    env = dict(os.environ)
+    # Left alone, plotly sends JSON only, which needs JupyterLab's extension: have it send HTML too.
+    env = {"PLOTLY_RENDERER": "plotly_mimetype+notebook", **os.environ}
     env.update((name, string.Template(value).safe_substitute(os.environ))
                for name, value in spec["env"].items())
     if spec["language"].lower().startswith("python"):

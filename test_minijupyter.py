@@ -10607,9 +10607,8 @@ class PageShowsLibraries(PageCase):
 
     @needs("plotly")
     def test_plotly_draws_every_figure_with_the_library_of_the_first(self):
-        first = ("import plotly.io, plotly.graph_objects as go\n"
-                 "plotly.io.renderers.default = 'notebook'\ngo.Figure(go.Bar(y=[1, 3])).show()")
-        frames = list(self.frames(first, "go.Figure(go.Bar(y=[2, 4])).show()"))
+        first = "import plotly.graph_objects as go\ngo.Figure(go.Bar(y=[1, 3])).show()"
+        frames = list(self.frames(first, "go.Figure(go.Bar(y=[2, 4]))"))
         self.assertEqual(len(frames), 2)
         for frame in frames:
             self.assertCount(frame.locator(".bars .point"), 2)
