@@ -10779,6 +10779,17 @@ class PageKeepsOut(DrawnPage):
                          ["main", "body", "string"])
         self.assertEqual(page.locator(".rendered [id], .rendered [name], form[name]").count(), 0)
 
+    def test_a_notebook_presses_no_button_of_the_page(self):
+        html = '<a href="#" data-command="insert-below">all about cells</a>'
+        nb = {**outputs_in({"text/html": html}), "metadata": {}}
+        nb["cells"].append(markdown(html))
+        page = self.put(nb).page
+        cells = page.locator(".cell")
+        count = cells.count()
+        for link in page.get_by_role("link", name="all about cells").all():
+            link.click()
+        self.assertCount(cells, count)
+
 
 class PageSurvives(DrawnPage):
     """Outputs and texts of any shape: shown as well as possible, kept, and never a blank page."""
