@@ -8522,7 +8522,7 @@ class PageKeys(PageCase):
             self.assertEqual("folded" in tab.outputs(i).get_attribute("class"), folded)
 
     def test_the_newest_lines_of_a_long_output_are_in_sight_while_it_comes(self):
-        tab = self.open("for i in range(99): print(i)\n1/0")
+        tab = self.open("import time\nfor i in range(99): print(i)\ntime.sleep(0.5)\n1/0")
         tab.run(0)
         self.assertTrue(tab.outputs(0).evaluate(
             "box => box.scrollTop > 0 && box.scrollHeight - box.scrollTop - box.clientHeight < 9"))
