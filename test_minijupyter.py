@@ -47,7 +47,7 @@ Sections:
     6 Documents and contents
     7 HTTP, access, kernels and sessions
     8 WebSocket frames and the bridge
-    9 The page, in Chromium
+    9 The page, in Chromium and Firefox
     10 Documentation under test
     11 Bench
     12 main
@@ -7263,7 +7263,7 @@ class PastFlaws(ServerCase):
         self.assertFalse(minijupyter.is_within("/root-sibling", "/root"))
 
 
-# ---- 9. The page, in Chromium ------------------------------------------------------
+# ---- 9. The page, in Chromium and Firefox ------------------------------------------
 #
 # A new user's first ten minutes, with real clicks and keys, then whole notebooks by other
 # people. Each test opens a page of its own; one browser and one server serve them all. Nothing
@@ -10857,6 +10857,84 @@ class PageSurvives(DrawnPage):
         tab.page.locator(".json").wait_for(state="attached")
         for i in range(len(nb["cells"]) - 1):
             self.assertIn("the end", tab.cell(i).locator(".rendered").text_content())
+
+
+# The other engine: what the page does may work in one browser only. {} stands for a test's steps.
+FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), "firefox")
+FIREFOX_STEPS = """
+import assert from 'node:assert';
+import puppeteer from 'puppeteer-core';
+const [executablePath, address] = process.argv.slice(1);
+const browser = await puppeteer.launch({ browser: 'firefox', executablePath });
+try {
+  const page = await browser.newPage();
+  const problems = [];
+  page.on('pageerror', error => problems.push(String(error)));
+  const press = async (...keys) => {
+    for (const key of keys) await page.keyboard.down(key);
+    for (const key of keys.reverse()) await page.keyboard.up(key);
+  };
+  const shows = text => page.waitForFunction(
+    text => [...document.querySelectorAll('.outputs')].some(box => box.textContent.includes(text)),
+    {}, text);
+  await page.goto(address);
+  await page.waitForSelector('body[data-kernel=idle]');
+  %s
+  assert.deepStrictEqual(problems, []);
+} finally {
+  await browser.close();
+}
+"""
+
+
+@needs_programs("node", str(NODE / "puppeteer-core"), FIREFOX)
+class PageInFirefox(ServerCase):
+    """The same page in Firefox, driven by puppeteer over WebDriver BiDi."""
+
+    def walk(self, nb, steps):
+        """Take these steps, JavaScript with `page`, in a tab with the notebook."""
+        (self.root / "fox.ipynb").write_bytes(jupyter_bytes(nb))
+        address = f"http://127.0.0.1:{self.server.port}/notebooks/fox.ipynb"
+        process = Process(
+            ["node", "--input-type=module", "-e", FIREFOX_STEPS % steps, "--", FIREFOX,
+             f"{address}?token={self.server.token}"], cwd=NODE)
+        self.addCleanup(process.end)
+        self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
+
+    def test_a_notebook_is_written_run_and_saved(self):
+        self.walk(notebook(""), """
+            await page.keyboard.type('for i in range(2):\\nprint(i, "ü")');
+            await press('Shift', 'Enter');
+            await shows('0 ü\\n1 ü');
+            const coloured = () => CSS.highlights.get('keyword').size === 2;    // for, in
+            await page.waitForFunction(coloured);
+            const html = '<script>document.body.append(6 * 7)</script>';
+            await page.keyboard.type(`display({"text/html": "${html}"}, raw=True)`);
+            await press('Shift', 'Enter');
+            const frame = await page.waitForFrame(frame => frame.url().endsWith('/frame'));
+            await frame.waitForFunction(() => document.body.innerText === '42');
+            await press('Control', 's');
+            await page.waitForSelector('body[data-saved=true]');
+        """)
+        nb = json.loads((self.root / "fox.ipynb").read_text("utf-8"))
+        self.assertEqual(["".join(cell["source"]) for cell in nb["cells"]][:2], [
+            'for i in range(2):\n    print(i, "ü")',
+            'display({"text/html": "<script>document.body.append(6 * 7)</script>"}, raw=True)'])
+
+    def test_a_cell_far_away_is_reached(self):
+        """Firefox does not make up for the guessed heights of the cells on the way."""
+        long = "x = 1\n" * 40
+        self.walk(notebook(*[long] * 30, "1/0", *[long] * 3), """
+            await page.$eval('[data-command=run-all]', button => button.click());
+            await shows('ZeroDivisionError');
+            await page.evaluate(() => scrollTo(0, 0));
+            await page.$eval('[data-command=go-failed]', item => item.click());
+            await page.waitForFunction(() => {
+              const { top, bottom } = document.querySelector('[data-state=error]')
+                .getBoundingClientRect();
+              return top > 0 && bottom < innerHeight;
+            });
+        """)
 
 
 # ---- 10. Documentation under test --------------------------------------------------
