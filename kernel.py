@@ -1644,19 +1644,25 @@ class Magics:
 
     def system(self, command):
         """Run a shell command; what it prints comes through descriptors 1 and 2."""
-        import subprocess
         if isinstance(sys.stdout, Stream):
-            self.user_ns["_exit_code"] = subprocess.call(self.expand(command), shell=True)
+            self.run_shell(command)
         else:   # somebody keeps what is printed: %%capture
             print("\n".join(self.getoutput(f"({command}\n) 2>&1")))
 
     def getoutput(self, command):
         """Run a shell command and return its lines."""
+        return self.run_shell(command, keeps_output=True).splitlines()
+
+    def run_shell(self, command, keeps_output=False):
+        """Run a shell command; of an interrupt, the traceback shows the user's line alone."""
         import subprocess
-        done = subprocess.run(self.expand(command), shell=True, stdout=subprocess.PIPE, text=True,
-                              errors="replace")
+        try:
+            done = subprocess.run(self.expand(command), shell=True, text=True, errors="replace",
+                                  stdout=subprocess.PIPE if keeps_output else None)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
         self.user_ns["_exit_code"] = done.returncode
-        return done.stdout.splitlines()
+        return done.stdout
 
     def expand(self, command):
         """`command` with {expression} and $name replaced by their values, where they have one."""

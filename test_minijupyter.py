@@ -1524,6 +1524,13 @@ class KernelInterrupt(KernelCase):
                 cell = self.interrupted(code, self.kernel.interrupt)
                 self.assertFails(cell, "KeyboardInterrupt")
 
+    def test_of_a_stopped_shell_command_the_traceback_shows_the_users_line(self):
+        cell = self.interrupted("!echo ready; sleep 60", self.kernel.interrupt)
+        self.assertFails(cell, "KeyboardInterrupt")
+        shown = "\n".join(cell.of("error")[0]["traceback"])
+        self.assertIn("sleep 60", shown)
+        self.assertNotIn("subprocess.py", shown)
+
     def test_an_interrupt_request_stops_a_cell(self):
         for situation, code in self.SITUATIONS.items():
             with self.subTest(situation):
