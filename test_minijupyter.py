@@ -7764,6 +7764,29 @@ class PageRuns(PageCase):
         tab.press("Enter")
         self.assertShows(tab.outputs(0), "'Ada ☃'")
 
+    def test_up_and_down_bring_back_earlier_answers(self):
+        tab = self.open("import getpass\nfor _ in range(3): input('? ')\n"
+                        "getpass.getpass()\ninput()")
+        tab.select(0)
+        tab.press("Control+Enter")
+        field = tab.page.locator(".stdin input")
+        for typed in ("one", "two"):
+            field.fill(typed)
+            tab.press("Enter")
+            self.assertShows(tab.outputs(0), f"? {typed}")
+        field.fill("thr")
+        for key, shown in (("Up", "two"), ("Up", "one"), ("Up", "one"), ("Down", "two"),
+                           ("Down", "thr"), ("Down", "thr"), ("Up", "two")):
+            tab.press("Arrow" + key)
+            self.assertEqual(field.input_value(), shown)
+        tab.press("Enter")
+        tab.page.locator(".stdin [type=password]").fill("secret")
+        tab.press("Enter")
+        tab.page.locator(".stdin [type=text]").wait_for()
+        tab.press("ArrowUp")
+        self.assertEqual(field.input_value(), "two")
+        tab.press("Enter")
+
     def test_input_takes_what_is_typed_after_running_all_and_gives_the_focus_back(self):
         tab = self.open("first = 1", "input('Name? ')")
         tab.select(0)
@@ -9593,7 +9616,7 @@ class PageMoves(PageCase):
         self.assertShows(count, "2")
         tab.page.get_by_label(".*").check()
         tab.page.locator("#find-text").fill("^app|(")
-        self.assertShows(count, "Not whole yet")
+        self.assertShows(count, "No whole pattern")
         tab.page.locator("#find-text").fill("^app")
         self.assertShows(count, "1")
 
