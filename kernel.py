@@ -1064,8 +1064,13 @@ class Interpreter:
 
     def inspect(self, code, cursor, detail):
         """The content of an inspect_reply."""
-        name = name_at(code, cursor)
-        value = resolve(name, self.namespace) if name else NOT_THERE
+        value = NOT_THERE
+        if magic := MAGIC_END.search(code[:cursor] + re.match(r"\w*", code[cursor:])[0]):
+            name = magic[0].strip()
+            with contextlib.suppress(NameError):
+                value = self.magics.find(name.strip("%"))
+        elif name := name_at(code, cursor):
+            value = resolve(name, self.namespace)
         if value is NOT_THERE:
             return {"found": False, "data": {}, "metadata": {}}
         return {"found": True, "data": {"text/plain": describe(name, value, detail)},
@@ -1101,19 +1106,23 @@ class Interpreter:
 # A frontend asks while the person types, and a cell may be running meanwhile. So these answers
 # come from the helper thread, and they never run the user's code: names are looked up in
 # dictionaries, properties are not called, and an object whose attributes are made up on demand
-# keeps them to itself. Positions count characters (code points) of the code.
+# keeps them to itself; but for libraries of data, whose columns and accessors are such attributes.
+# Positions count characters (code points) of the code.
 
 WORD = re.compile(r"[^\W\d]\w*")
+MAGIC_END = re.compile(r"^\s*%{1,2}\w+\Z", re.M)
 CHAIN_END = re.compile(r"(?:[^\W\d]\w*\s*\.\s*)*(?:[^\W\d]\w*)?$")
 IMPORT_LINE = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+(?:[\w, ]*,\s*)?"
                          r"|(?:import|from)\s+)([\w.]*)$")
-KEY_END = re.compile(r"([\w.]+)\[([\"'])([^\"'\]]*)$")
+# d["ab   df.loc[rows, "ab   df[["one", "ab
+KEY_END = re.compile(r"([\w.]+?)(?:\.loc)?\[(?:[^\]]*[\[,]\s*)?[\"']([^\"'\]]*)$")
 QUOTED_END = re.compile(r"[\"']([^\"'\n]*)$")
 SHELL_END = re.compile(r"\s*(?:[\w., ]+=\s*)?"
                        r"(?:!|%{1,2}(?:cat|cd|cp|load|ls|mkdir|mv|rm|run|writefile)\s)"
                        r"(?:.*\s)?(\S*)$")
 MOST_MATCHES = 1_000
 MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
+OPEN_LIBRARIES = {"numpy", "pandas", "polars"}    # looking at their attributes runs only theirs
 SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
 NOT_THERE = object()
 
@@ -1203,8 +1212,16 @@ def resolve(chain, namespace):
     for name in rest:
         if value is NOT_THERE:
             break
-        value = static_attribute(value, name)
+        is_open = type(value).__module__.partition(".")[0] in OPEN_LIBRARIES
+        value = open_attribute(value, name) if is_open else static_attribute(value, name)
     return value
+
+
+def open_attribute(value, name):
+    try:
+        return getattr(value, name, NOT_THERE)
+    except Exception:      # `series.str` where there are no strings
+        return NOT_THERE
 
 
 def kind_of(value):
@@ -1273,9 +1290,10 @@ def complete_key(before, line, namespace, magics):
     elif is_a(value, collections.abc.Mapping):
         keys = list(value)
     else:
-        offer = getattr(type(value), "_ipython_key_completions_", None)
+        cls = type(value)
+        offer = getattr(cls, "_ipython_key_completions_", None) or getattr(cls, "keys", None)
         keys = offer(value) if offer else ()
-    return match[3], [(key, "key") for key in keys if is_a(key, str)]
+    return match[2], [(key, "key") for key in keys if is_a(key, str)]
 
 
 def complete_path(before, line, namespace, magics):

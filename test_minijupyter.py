@@ -1975,7 +1975,8 @@ class KernelQuestions(KernelCase):
                 ("Watched", 1, "class Watched", "Source:"),
                 ("watched.method", 0, "watched.method(first, *, key=3)", "Doc of method."),
                 ("'😀'; greet", 0, "Doc of greet."), ("len", 0, "Docstring:", "len(obj, /)"),
-                ("words", 0, "Type:", "dict"), ("json.dumps", 1, "Source:", "def dumps")]:
+                ("words", 0, "Type:", "dict"), ("json.dumps", 1, "Source:", "def dumps"),
+                ("x = 1\n%time", 0, "%time", "Docstring:", "method")]:
             with self.subTest(code=code, detail=detail):
                 text = self.inspect(code, detail)
                 for part in parts:
@@ -3098,6 +3099,17 @@ class Libraries(KernelCase):
                     self.assertEqual(cell.status, "ok", cell)
                     self.assertTrue([m for m in self.shown(cell) if m.startswith(mime)],
                                     self.shown(cell))
+
+    @needs("pandas")
+    def test_columns_and_accessors_are_completed(self):
+        self.run_cell("import pandas\ndf = pandas.DataFrame({'city_name': ['a'], 'temp': [1.5]})",
+                      seconds=60)
+        for code, match in [("df['", "city_name"), ("df[['city_name', 'te", "temp"),
+                            ("df.loc[:, 'te", "temp"), ("df.te", "temp"), ("df.temp.me", "mean"),
+                            ("df.city_name.str.up", "upper"), ("df.columns.to", "to_list")]:
+            with self.subTest(code):
+                reply = self.request("complete_request", code=code, cursor_pos=len(code)).reply
+                self.assertIn(match, reply["content"]["matches"])
 
     @needs("matplotlib")
     def test_figures_come_once_and_in_order(self):
