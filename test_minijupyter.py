@@ -7611,11 +7611,16 @@ class PageFiles(PageCase):
         self.assertCount(row, 0)
         tab.page.wait_for_selector("body[data-kernel=dead], body[data-kernel=none]")
 
-    def test_a_file_that_is_no_notebook_is_refused_in_clear_words(self):
-        (self.root / "broken.ipynb").write_text("{ not json")
+    def test_a_file_that_is_no_notebook_is_refused_in_clear_words_and_mended_as_text(self):
+        (self.root / "broken.ipynb").write_bytes(jupyter_bytes(notebook("x"))[:-2])
         tab = self.visit("/notebooks/broken.ipynb")
         self.assertShows(tab.page.locator("main"), "JSON")
-        self.assertEqual((self.root / "broken.ipynb").read_text(), "{ not json")
+        tab.page.get_by_role("link", name="Open as text").click()
+        tab.page.wait_for_selector("textarea:focus")
+        tab.press("Control+End", "}")
+        tab.save()
+        self.reopen("broken.ipynb")
+        self.problems.clear()      # the browser notes the reply that refused it
 
 
 class PageRuns(PageCase):
@@ -8357,6 +8362,11 @@ EDIT_KEYS = [
     ("|", "Control+z", "|"),
     ("🙂 a|", "Backspace Control+z", "🙂 a|"),
 ]
+LIST_KEYS = [  # in a Markdown cell
+    ("- one|", "Enter t", "- one\n- t|"), ("  9) nine|", "Enter", "  9) nine\n  10) |"),
+    ("- [x] done|", "Enter", "- [x] done\n- [ ] |"), ("- one\n- |", "Enter", "- one\n|"),
+    ("* one|two", "Enter", "* one\n* |two"), ("-no list|", "Enter", "-no list\n|"),
+]
 OTHER_LANGUAGES = [  # language, line, (kind, token) of what is coloured
     ("javascript", "let s = `a` // c", [("keyword", "let"), ("string", "`a`"),
                                         ("comment", "// c")]),
@@ -8386,6 +8396,17 @@ class PageKeys(PageCase):
         tab = self.open("")
         area = tab.cell(0).locator("textarea.editor")
         for before, keys, after in EDIT_KEYS:
+            with self.subTest(before=before, keys=keys):
+                self.place(area, before)
+                tab.press(*keys.split(" "))
+                self.assertEqual(self.marked(area), after)
+
+    def test_enter_goes_on_with_a_list_in_markdown(self):
+        tab = self.open("")
+        tab.select(0)
+        tab.press("m", "Enter")
+        area = tab.cell(0).locator("textarea.editor")
+        for before, keys, after in LIST_KEYS:
             with self.subTest(before=before, keys=keys):
                 self.place(area, before)
                 tab.press(*keys.split(" "))
@@ -8692,6 +8713,9 @@ class PageManages(PageCase):
             tab.page.locator("[data-command=new]").click()
             tab.page.locator(f"[data-command=new-{kind}]").click()
             self.assertShows(tab.page.locator("main"), name)
+            tab.page.get_by_label(f"Select {name}").and_(tab.page.locator(":checked")).wait_for()
+        tab.page.get_by_label("Select Untitled Folder").check()
+        self.assertShows(tab.page.locator("main"), "2 files selected")
 
     def test_restart_and_run_up_to_the_active_cell(self):
         tab = self.open("x = 1", "x + 1", "x + 2")
