@@ -9924,7 +9924,7 @@ class PageComesBack(PageCase):
         tab.page.wait_for_selector("form.stdin input")
         tab = self.leave_and_return(tab)
         tab.page.wait_for_selector(".cell[data-state=queued]")
-        tab.page.wait_for_function("document.title.startsWith('(0/2)')")
+        tab.page.wait_for_function("() => document.title.startsWith('(0/2)')")
 
     def test_a_run_seen_later_tells_the_kernels_time_also_when_its_reply_comes_last(self):
         tab = self.open("1")
@@ -11812,7 +11812,7 @@ def bench_page_burst(server):
             page.evaluate(LONGEST_FRAME)
         wait_until((server.root / "done").exists)
         with look() as page:
-            page.wait_for_function("window.longest")
+            page.wait_for_function("() => window.longest")
             yield "page: longest frame at 10,000 messages/s", page.evaluate("window.longest")
 
 
