@@ -10751,6 +10751,24 @@ class PageShowsLibraries(PageCase):
         self.assertShows(tab.outputs(0), "IntSlider(value=3)")
         self.assertShows(tab.outputs(0), "An interactive widget (ipywidgets)")
 
+    @needs("ipywidgets", "tqdm")
+    def test_the_bars_of_tqdm_move_and_go(self):
+        tab = self.open("from tqdm.notebook import tqdm\nfor i in tqdm(range(30), desc='Work'):\n"
+                        "    if i == 20: input()", "for i in tqdm(range(30), leave=False): pass")
+        tab.select(0)
+        tab.press("Control+Enter")
+        tab.page.locator(".stdin input").wait_for()
+        bar = tab.outputs(0).locator("progress")
+        self.assertShows(tab.outputs(0), "Work")
+        self.assertLess(bar.evaluate("bar => bar.position"), 1)
+        tab.page.locator(".stdin input").press("Enter")
+        tab.wait_until_done()
+        self.assertShows(tab.outputs(0), "30/30")
+        self.assertEqual(bar.evaluate("bar => bar.position"), 1)
+        tab.run(1)
+        self.assertCount(tab.outputs(1).locator("progress"), 0)
+        self.assertEqual(tab.texts()[1].strip(), "")
+
 
 # What each text leaves in an output of each of these types that might act
 WHAT_ACTS = r"""async ([texts, types]) => {
