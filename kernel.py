@@ -818,7 +818,7 @@ def format_one(error):
             if number == FRAMES_SHOWN:
                 lines.append(f"{DIM}… {len(entries) - 2 * FRAMES_SHOWN} frames left out …{RESET}")
             continue
-        lines += format_frame(entry)
+        lines += ["", *format_frame(entry)] if number else format_frame(entry)
     before, name, message = "".join(summary).rstrip("\n").rpartition(type(error).__name__)
     lines += f"{before}{BOLD}{RED}{name}{RESET}{message}".split("\n")
     members = error.exceptions if hasattr(error, "exceptions") else ()   # of an exception group
