@@ -43,6 +43,7 @@ import importlib.util
 import io
 import itertools
 import json
+import keyword
 import linecache
 import math
 import operator
@@ -740,6 +741,11 @@ MOST_OUTPUTS = 1000   # values kept in Out, as in IPython
 MOST_RESULT = 10_000  # characters of a result kept in the history
 FRAMES_SHOWN = 6      # of a deep recursion, at either end: enough to see the cycle
 CELL_FILE = re.compile(r"<(In\[\d+\]) \d+>")   # what Python takes for the file of a cell
+TOKEN = re.compile(   # of a line in a traceback
+    r"(?P<comment>#.*)|(?P<string>(?:\b[a-zA-Z]{1,2})?(?:'[^'\n]*'|\"[^\"\n]*\"))"
+    rf"|\b(?:(?P<keyword>{'|'.join(keyword.kwlist)})|(?P<number>\d[\w.]*))\b")
+TOKEN_COLOURS = {"comment": "\x1b[90m", "string": "\x1b[33m", "keyword": "\x1b[35m",
+                 "number": "\x1b[32m"}
 
 
 def debugger():
@@ -845,7 +851,7 @@ def format_frame(entry):
         if number == entry.lineno:
             lines.append(f"{GREEN}----> {number}{RESET} {underlined(entry, text)}")
         elif text:
-            lines.append(f"{DIM}{number:7d}{RESET} {text}")
+            lines.append(f"{DIM}{number:7d}{RESET} {coloured(text)}")
     return lines
 
 
@@ -853,13 +859,18 @@ def underlined(entry, text):
     """The line with the failing expression underlined (Python 3.11 and later know its columns)."""
     start, end = getattr(entry, "colno", None), getattr(entry, "end_colno", None)
     if start is None or end is None or getattr(entry, "end_lineno", 0) != entry.lineno:
-        return text
+        return coloured(text)
     raw = text.encode()   # the columns count UTF-8 bytes
     before, middle, after = (part.decode("utf-8", "replace")
                              for part in (raw[:start], raw[start:end], raw[end:]))
     if not middle.strip() or not before.strip() and not after.strip():
-        return text
-    return f"{before}\x1b[4m{middle}\x1b[24m{after}"
+        return coloured(text)
+    return f"{coloured(before)}\x1b[4m{coloured(middle)}\x1b[24m{coloured(after)}"
+
+
+def coloured(text):
+    """A line of Python, or a piece of one, with colours; they end without ending an underline."""
+    return TOKEN.sub(lambda match: f"{TOKEN_COLOURS[match.lastgroup]}{match[0]}\x1b[39m", text)
 
 
 class Exit:
@@ -1324,7 +1335,6 @@ def complete_name(before, line, namespace, magics):
             return typed, []
         return typed, [(name, kind_of(static_attribute(value, name)))
                        for name in attribute_names(value)]
-    import keyword
     pairs = [(name, "keyword") for name in keyword.kwlist]
     pairs += [(name, kind_of(value)) for name, value in (*vars(builtins).items(),
                                                          *list(namespace.items()))]
