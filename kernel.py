@@ -1223,9 +1223,12 @@ def resolve(chain, namespace):
     for name in rest:
         if value is NOT_THERE:
             break
-        is_open = type(value).__module__.partition(".")[0] in OPEN_LIBRARIES
-        value = open_attribute(value, name) if is_open else static_attribute(value, name)
+        value = (open_attribute if is_open(value) else static_attribute)(value, name)
     return value
+
+
+def is_open(value):
+    return type(value).__module__.partition(".")[0] in OPEN_LIBRARIES
 
 
 def open_attribute(value, name):
@@ -1301,9 +1304,10 @@ def complete_key(before, line, namespace, magics):
     elif is_a(value, collections.abc.Mapping):
         keys = list(value)
     else:
-        cls = type(value)
-        offer = getattr(cls, "_ipython_key_completions_", None) or getattr(cls, "keys", None)
-        keys = offer(value) if offer else ()
+        offer = getattr(type(value), "_ipython_key_completions_", None)
+        if not offer and is_open(value):
+            offer = getattr(type(value), "keys", None)
+        keys = offer(value) if callable(offer) else ()
     return match[2], [(key, "key") for key in keys if is_a(key, str)]
 
 
