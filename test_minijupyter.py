@@ -8400,19 +8400,18 @@ class PageKeys(PageCase):
 
     def test_edit_mode_has_the_keys_of_jupyter(self):
         tab = self.open("")
-        area = tab.cell(0).locator("textarea.editor")
-        for before, keys, after in EDIT_KEYS:
-            with self.subTest(before=before, keys=keys):
-                self.place(area, before)
-                tab.press(*keys.split(" "))
-                self.assertEqual(self.marked(area), after)
+        self.assertKeys(tab, EDIT_KEYS)
 
     def test_enter_goes_on_with_a_list_in_markdown(self):
         tab = self.open("")
         tab.select(0)
         tab.press("m", "Enter")
+        self.assertKeys(tab, LIST_KEYS)
+
+    def assertKeys(self, tab, table):
+        """What keys make of a text: table of (before, keys, after), with | for the caret."""
         area = tab.cell(0).locator("textarea.editor")
-        for before, keys, after in LIST_KEYS:
+        for before, keys, after in table:
             with self.subTest(before=before, keys=keys):
                 self.place(area, before)
                 tab.press(*keys.split(" "))
