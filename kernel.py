@@ -1117,7 +1117,8 @@ class Interpreter:
 # A frontend asks while the person types, and a cell may be running meanwhile. So these answers
 # come from the helper thread, and they never run the user's code: names are looked up in
 # dictionaries, properties are not called, and an object whose attributes are made up on demand
-# keeps them to itself; but for libraries of data, whose columns and accessors are such attributes.
+# keeps them to itself. Not so for libraries of data, whose columns and accessors are such
+# attributes: there the library's code runs, as in IPython.
 # Positions count characters (code points) of the code.
 
 WORD = re.compile(r"[^\W\d]\w*")
@@ -1133,7 +1134,7 @@ SHELL_END = re.compile(r"\s*(?:[\w., ]+=\s*)?"
                        r"(?:.*\s)?(\S*)$")
 MOST_MATCHES = 1_000
 MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is looked for
-OPEN_LIBRARIES = {"numpy", "pandas", "polars"}    # looking at their attributes runs only theirs
+OPEN_LIBRARIES = {"numpy", "pandas", "polars"}
 SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
 NOT_THERE = object()
 
@@ -1228,6 +1229,7 @@ def resolve(chain, namespace):
 
 
 def is_open(value):
+    """May the attributes of this object be looked at, although that runs code?"""
     return type(value).__module__.partition(".")[0] in OPEN_LIBRARIES
 
 
