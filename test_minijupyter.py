@@ -10987,7 +10987,7 @@ class PageSurvives(DrawnPage):
             self.assertIn("the end", tab.cell(i).locator(".rendered").text_content())
 
 
-# The other engine: what the page does may work in one browser only. {} stands for a test's steps.
+# The other engine: what the page does may work in one browser only. %s stands for a test's steps.
 FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), "firefox")
 FIREFOX_STEPS = """
 import assert from 'node:assert';
