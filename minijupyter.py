@@ -68,7 +68,6 @@ import subprocess
 import tempfile
 import threading
 import time
-import typing
 import uuid
 import zlib
 from datetime import datetime, timezone
@@ -1350,22 +1349,24 @@ class Journal:
         self.records = {}     # msg_id of an execute_request -> Record, oldest first
         # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
         self.outlines = {}
-        self.questions = {}   # msg_id of an open input_request -> (its request's, is it secret)
+        # msg_id of an open input_request -> (its request's msg_id, is it secret, Ends it came to)
+        self.questions = {}
         self.number = self.size = 0
 
-    def add(self, entry, is_followed=False):
-        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
-        of its request, when that was forgotten: without them a page could not place it."""
+    def add(self, entry, is_followed=False, ends=None):
+        """File an entry, if it is an execute_request or came of one; a question came to `ends`.
+        Returns the entries that tell of its request, when that was forgotten: without them a page
+        could not place it."""
         self.number += 1
         entry.number = self.number
         request_id = entry.parent_id
         if entry.msg_type == "execute_request":
             request_id = self.begin(entry, is_followed)
-        elif entry.msg_type == "input_request":
+        elif entry.msg_type == "input_request" and ends:
             is_secret = bool(entry.content.get("password"))
-            self.questions[entry.header["msg_id"]] = request_id, is_secret
+            self.questions[entry.header["msg_id"]] = request_id, is_secret, ends
         elif entry.msg_type == "input_reply":
-            request_id, _ = self.questions.pop(entry.parent_id, (None, None))
+            request_id, *_ = self.questions.pop(entry.parent_id, (None,))
         was_forgotten = request_id not in self.records
         record = self.record_for(request_id, entry)
         outline = record.entries[:] if record and was_forgotten else []
@@ -1516,7 +1517,7 @@ class Ends:
         self.sockets = {channel: kernel.connect(channel, identity)
                         for channel in ("shell", "control", "stdin")}
         self.open = set()        # msg_ids of execute_requests without a reply
-        self.questions = set()   # msg_ids of input_requests that came here, without an answer
+        self.answers = []        # input_replies, from whatever client, to questions that came here
 
     def close(self):
         for sock in self.sockets.values():
@@ -1543,12 +1544,6 @@ class Gate:
                 may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
             return may_pass
         return time.monotonic() >= seconds + (came_at if rule == "delay" else passed_at)
-
-
-class Answer(typing.NamedTuple):
-    """An input_reply from one page to a question that came to another."""
-
-    reply: Entry
 
 
 class Kernel:
@@ -1703,13 +1698,14 @@ class Kernel:
 
     # -- who listens --
 
-    def publish(self, entries, client=None):
+    def publish(self, entries, client=None, ends=None):
         """File entries, and hand them to whoever listens: all of iopub to everybody, the rest to
-        those who follow the whole conversation; `client`, who has them, is left out."""
+        those who follow the whole conversation; `client`, who has them (from `ends`), is left out.
+        """
         with self.journal_lock:
             story = []   # for followers
             for entry in entries:
-                outline = self.journal.add(entry, client is not None and client.is_follower)
+                outline = self.journal.add(entry, client is not None and client.is_follower, ends)
                 story += [*outline, entry]
             for bridge in self.listeners:
                 wanted = story if bridge.is_follower else [*filter(bridge.wants, entries)]
@@ -1765,19 +1761,19 @@ class Kernel:
             if len(self.left_at) > MOST_REQUESTS:
                 del self.left_at[next(iter(self.left_at))]
             for item in items:
-                if isinstance(item, Ends) and (self.is_gone or not item.open):
-                    item.close()
-                elif not isinstance(item, Entry):
+                if isinstance(item, Ends):
                     self.pass_on(item)
             self.close_parked(MOST_PARKED)
 
-    def pass_on(self, item):
-        """Ends, or an Answer to a question that came to them, go to another bridge."""
-        heir = next((bridge for bridge in self.listeners if bridge.is_heir(item)), None)
-        if heir:
-            heir.inbox.put([item])
-        elif isinstance(item, Ends):
-            self.parked.append(item)
+    def pass_on(self, ends):
+        """Ends without an owner go to another bridge, or wait for one, if a reply is due."""
+        heir = next((bridge for bridge in self.listeners if bridge.is_heir(ends)), None)
+        if self.is_gone or not ends.open:
+            ends.close()
+        elif heir:
+            heir.inbox.put([ends])
+        else:
+            self.parked.append(ends)
 
     def status(self, state):
         """A status message that the kernel itself cannot send any more, as an Entry."""
@@ -2734,7 +2730,7 @@ class Bridge:
         self.session_id, self.is_follower = session_id, is_follower
         self.session = Session(kernel.connection["key"], username="page")
         self.unsplice, self.splice = LAYOUTS[websocket.protocol]
-        # Of Entry (for the page), Ends (inherited), Answer (to pass on).
+        # Of Entry (for the page) and Ends (inherited).
         self.inbox = Mailbox(kernel.has_room)
         websocket.parser.about = {"kernel": kernel.id, "client": session_id}
         self.unsent = []           # messages that wait for the kernel to be ready
@@ -2778,6 +2774,7 @@ class Bridge:
         entries = []
         if self.inbox.fileno() in ready:
             entries += self.from_others()
+            self.answer()
         for ends in self.ends:
             for channel, sock in ends.sockets.items():
                 if sock in ready:
@@ -2818,8 +2815,6 @@ class Bridge:
         for item in self.inbox.take():
             if isinstance(item, Ends):
                 self.inherit(item)
-            elif isinstance(item, Answer):
-                self.answer(item.reply)
             else:
                 entries.append(item)
                 if item.is_restarting:
@@ -2836,10 +2831,8 @@ class Bridge:
         for parts in waiting_messages(sock):
             try:
                 entry = Entry(channel, *self.session.verify(parts)[1:])
-                if entry.msg_type == "input_request":
-                    ends.questions.add(entry.header["msg_id"])
                 if entry.msg_type in STORY:
-                    self.kernel.publish([entry], self)
+                    self.kernel.publish([entry], self, ends)
             except (ValueError, AttributeError) as problem:
                 log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem!r}")
                 continue
@@ -2928,24 +2921,23 @@ class Bridge:
             [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers])
 
     def hand_over(self, reply):
-        """Give an input_reply to the bridge that has the question's ends, perhaps this one; False
-        when no question is known."""
+        """Put an input_reply to the ends that its question came to; who has them sends it: this
+        bridge, another one, or one that is yet to inherit them. False when no question is known."""
         with self.kernel.journal_lock:
             if reply.parent_id not in self.kernel.journal.questions:
                 return False
-            _, is_secret = self.kernel.journal.questions[reply.parent_id]
-            owner = next((bridge for bridge in self.kernel.listeners
-                          if any(reply.parent_id in ends.questions for ends in bridge.ends)), self)
+            _, is_secret, ends = self.kernel.journal.questions[reply.parent_id]
         shown = {**reply.content, "value": ""} if is_secret else reply.content
         self.kernel.publish([Entry("stdin", [*reply.json_parts[:3], to_json(shown)])], self)
-        owner.inbox.put([Answer(reply)])
+        ends.answers.append(reply)
+        self.kernel.wake_listeners()
         return True
 
-    def answer(self, reply):
+    def answer(self):
+        """Send what was put to the ends that this bridge has."""
         for ends in self.ends:
-            if reply.parent_id in ends.questions:
-                ends.questions.discard(reply.parent_id)
-                self.send(reply, ends)
+            while ends.answers:
+                self.send(ends.answers.pop(0), ends)
 
 
 # ---- 8. Trace: what "Under the hood" shows ----------------------------------------------------

@@ -5331,6 +5331,17 @@ class Journal(ServerCase):
         self.assertEqual((cell.text(), cell.result), ("one\ntwo\n", "3"))
         self.assertMessages(cell, "busy execute_input stream execute_result idle")
 
+    def test_an_answer_may_come_before_the_connection_that_was_asked_has_ended(self):
+        client = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        client.greet()
+        cell = client.start("input()")
+        client.until(lambda: cell.questions)
+        client.ask("is_complete_request", code="#" * 20_000_000)   # keeps its bridge busy
+        client.wire = WebSocketWire(self.server, self.kernel_id, "same")
+        self.addCleanup(client.wire.close)
+        client.type("Ada", cell.question)
+        self.assertEqual(client.finish(cell).result, "'Ada'")
+
     def test_a_second_connection_of_a_session_ends_the_first(self):
         first = WebSocketWire(self.server, self.kernel_id, "same")
         Frontend(first).greet()   # by now its bridge is there
