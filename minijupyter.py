@@ -55,6 +55,7 @@ import html
 import io
 import itertools
 import json
+import math
 import mimetypes
 import re
 import secrets
@@ -1569,7 +1570,7 @@ class Kernel:
         self.parked = []                       # Ends of clients that left
         self.left_at = {}                      # session_id -> journal number when it left
         self.has_room = threading.Condition()  # in the mailbox of a listener
-        self.process, self.ended, self.launched_at = None, threading.Event(), 0.0
+        self.process, self.ended, self.ended_at = None, threading.Event(), 0.0
         self.ended.set()
         self.gate = Gate()                     # for who looks under the hood
 
@@ -1586,7 +1587,6 @@ class Kernel:
 
     def launch(self):
         """Write the connection file and start the process. Raises Problem 500."""
-        self.launched_at = time.monotonic()   # what came before was meant for another process
         write_secret(self.connection_file, json.dumps(self.connection, indent=1))
         argv = fill_in(self.spec["argv"], {
             "connection_file": os.path.realpath(self.connection_file),
@@ -1914,6 +1914,7 @@ class Watcher:
         """The process is gone: hear its last words, tell every page, and start it anew or not."""
         kernel, spoke = self.kernel, self.kernel.is_heard
         kernel.is_heard = False
+        kernel.ended_at = time.monotonic()   # what came before from pages was meant for it
         REAPER.note("-", self.process.pid)
         try:
             while self.iopub.poll(LAST_WORDS_MS):
@@ -2733,7 +2734,7 @@ class Bridge:
         # Of Entry (for the page) and Ends (inherited).
         self.inbox = Mailbox(kernel.has_room)
         websocket.parser.about = {"kernel": kernel.id, "client": session_id}
-        self.unsent = []           # messages that wait for the kernel to be ready
+        self.unsent = []           # (message, since when) that wait for the kernel to be ready
         self.held = []             # (is it for the page, Entry, since when) that wait at the gate
         self.passed_at = 0.0       # when one of them passed last
         self.ends = []             # its own first
@@ -2800,8 +2801,7 @@ class Bridge:
         """The kernel has a new process: no reply of the old one is due any more, and what waits for
         the old one, in ZeroMQ's queues or at the gate, must not reach the new one."""
         self.process = self.kernel.process
-        self.held = [(is_for_page, entry, came_at) for is_for_page, entry, came_at in self.held
-                     if is_for_page or came_at > self.kernel.launched_at]
+        self.drop_waiting(until=self.kernel.ended_at)
         for ends in self.ends:
             for sock in ends.sockets.values():
                 self.poller.unregister(sock)
@@ -2820,9 +2820,10 @@ class Bridge:
                 if item.is_restarting:
                     # What waits was meant for the process that is gone, and its sender learns
                     # now that no answer will come; of a crash nobody could know before.
-                    if "reason" in item.content:
+                    is_crash = "reason" in item.content
+                    if is_crash:
                         self.take_in()
-                    self.drop_waiting()
+                    self.drop_waiting(math.inf if is_crash else self.kernel.ended_at)
         return entries
 
     def from_kernel(self, channel, sock, ends):
@@ -2852,15 +2853,15 @@ class Bridge:
         arrived = zmq.Poller()
         arrived.register(self.websocket.fileno(), zmq.POLLIN)
         if self.websocket.has_bytes or arrived.poll(0):
-            self.unsent += self.websocket.arrived()
+            self.unsent += ((message, time.monotonic()) for message in self.websocket.arrived())
 
     def held_for_page(self):
         return [entry for is_for_page, entry, _ in self.held if is_for_page]
 
-    def drop_waiting(self):
-        """Nothing that the page has said goes to the kernel any more."""
-        self.unsent.clear()
-        self.held = [item for item in self.held if item[0]]
+    def drop_waiting(self, until=math.inf):
+        """What the page has said goes to no kernel any more, or nothing of what came until then."""
+        self.unsent = [item for item in self.unsent if item[1] > until]
+        self.held = [item for item in self.held if item[0] or item[2] > until]
 
     def through_the_gate(self, entries):
         """Those of the Entries for the page, and of what waited here, that may go on now; what goes
@@ -2890,7 +2891,7 @@ class Bridge:
             self.drop_waiting()
         if self.unsent and self.kernel.is_heard:
             messages, self.unsent = self.unsent, []
-            for message in messages:
+            for message, _ in messages:
                 try:
                     entry = self.unsplice(message)
                     if entry.channel in UPWARD and (

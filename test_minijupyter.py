@@ -10368,6 +10368,13 @@ class PageUnderTheHood(PageCase):
         tab.wait_until_done()
         self.assertEqual(tab.texts(), ["1"])
 
+    def test_what_is_to_run_after_a_restart_runs_though_the_news_of_it_come_late(self):
+        tab = self.look("6 * 7")
+        tab.page.get_by_role("button", name="Delay iopub").click()
+        tab.command("restart-run-all")
+        tab.choose("Restart")
+        self.assertShows(tab.outputs(0), "42")
+
     def test_faults_are_told_and_mended(self):
         tab = self.look("1")
         tab.page.get_by_role("button", name="Cut the connection").click()
