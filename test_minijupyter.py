@@ -7943,10 +7943,30 @@ class PageEdits(PageCase):
         tab.press("b")
         self.assertEqual(tab.sources(), ["textb", ""])
 
+    def test_after_any_change_the_colours_are_those_of_the_whole_text(self):
+        tab = self.open("def f(x):\n    return 'a' + x  # why\n" * 5)
+        parts = ["'", '"""', "#", "\n", "def ", "1", "x", "", " ", "%%bash\n"]
+        wrong = tab.page.evaluate("""parts => {
+            const { editor } = view.active;
+            let seed = 1;
+            const upTo = n => (seed = seed * 16807 % 2147483647) % (n + 1);
+            for (let n = 0; n < 400; n += 1) {
+                const start = upTo(editor.value.length);
+                if (n % 7 === 6) editor.undo();
+                else editor.replace(start, Math.min(start + upTo(3), editor.value.length),
+                    parts[upTo(parts.length - 1)]);
+                const whole = h('pre');
+                showCode(whole, editor.value + '\\n', 'python');
+                if (editor.code.innerHTML !== whole.innerHTML)
+                    return [n, editor.code.innerHTML, whole.innerHTML];
+            }
+        }""", arg=parts)
+        self.assertIsNone(wrong)
+
     def test_of_a_long_text_what_is_in_the_window_has_colours(self):
         tab = self.open("\n".join(f"x = {i}" for i in range(5000)))
-        coloured = """() => [...CSS.highlights.get('number')].map(range =>
-            Number(view.active.editor.value.slice(range.startOffset, range.endOffset)))"""
+        coloured = """() => [...document.querySelectorAll('[data-token=number]')].map(number =>
+            Number(number.textContent))"""
         first = tab.page.evaluate(coloured)
         self.assertIn(0, first)
         self.assertLess(len(first), 1000)
@@ -7959,8 +7979,8 @@ class PageEdits(PageCase):
         tab.select(0)
         tab.press("Enter", "Control+Home", "End")
         box = tab.page.evaluate("""() => {
-            const { input, area, text } = view.active.editor;
-            return { over: input.scrollLeft, caret: placeOf(text, area.selectionEnd).left,
+            const { input, area, code } = view.active.editor;
+            return { over: input.scrollLeft, caret: placeOf(code, area.selectionEnd).left,
                 edge: input.getBoundingClientRect().right, own: area.scrollLeft };
         }""")
         self.assertGreater(box["over"], 500)
@@ -7974,8 +7994,8 @@ class PageEdits(PageCase):
         tab.select(0)
         tab.press("Enter", "Control+End", *["Enter"] * 60)
         place = tab.page.evaluate("""() => {
-            const { area, text } = view.active.editor;
-            return [placeOf(text, area.selectionEnd).bottom, innerHeight];
+            const { area, code } = view.active.editor;
+            return [placeOf(code, area.selectionEnd).bottom, innerHeight];
         }""")
         self.assertLess(*place)
 
@@ -8451,7 +8471,14 @@ class PageKeys(PageCase):
             with self.subTest(text):
                 self.place(area, text)
                 tab.page.wait_for_function("""places => {
-                    const found = [...CSS.highlights.get('bracket') ?? []].map(r => r.startOffset);
+                    const code = document.querySelector('.code');
+                    const placeOf = ({ startContainer, startOffset }) => {
+                        const before = new Range();
+                        before.setStart(code, 0);
+                        before.setEnd(startContainer, startOffset);
+                        return before.toString().length;
+                    };
+                    const found = [...CSS.highlights.get('bracket') ?? []].map(placeOf);
                     return JSON.stringify(found) === places;
                 }""", arg=json.dumps(places, separators=(",", ":")))
 
@@ -9402,7 +9429,7 @@ class PageStaysFluid(PageCase):
 
     def test_cells_near_the_viewport_are_coloured_and_the_others_are_not(self):
         tab = self.open(*["def f(): pass\n" * 40] * 20)
-        coloured = "() => view.cells.map(cell => colouredRanges.has(cell.editor.text))"
+        coloured = "() => view.cells.map(cell => cell.node.querySelector('[data-token]') !== null)"
         tab.page.wait_for_function(f"() => ({coloured})()[0]")
         self.assertFalse(tab.page.evaluate(coloured)[-1])
         tab.select(19)
@@ -9666,6 +9693,21 @@ class PageMoves(PageCase):
             tab.wait_for(mode=mode)
             self.assertNotEqual(self.active(tab), 1)
             tab.cell(1).locator("textarea.editor").focus()
+
+    def test_hits_are_marked_across_colours_and_in_cells_that_come_near(self):
+        tab = self.open(*["for x in 'abc': pass"] * 60)
+        self.assertShows(self.find(tab, "in 'ab"), "60")
+        marked = """() => [...CSS.highlights.get('find')].map(range => {
+            const live = new Range();
+            live.setStart(range.startContainer, range.startOffset);
+            live.setEnd(range.endContainer, range.endOffset);
+            return live.startContainer.isConnected && live.toString();
+        })"""
+        self.assertEqual(tab.page.evaluate(marked), ["in 'ab"] * 60)
+        tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        last = tab.cell(59).locator("[data-token]").first
+        last.wait_for()
+        tab.page.wait_for_function(f"() => ({marked})().every(text => text === \"in 'ab\")")
 
     def test_a_text_that_find_has_opened_is_rendered_again_at_its_end(self):
         tab = self.mixed("pear", markdown("an *apple*"))
@@ -11052,7 +11094,8 @@ class PageInFirefox(ServerCase):
             await page.keyboard.type('for i in range(2):\\nprint(i, "ü")');
             await press('Shift', 'Enter');
             await shows('0 ü\\n1 ü');
-            const coloured = () => CSS.highlights.get('keyword').size === 2;    // for, in
+            const coloured = () =>      // for, in
+                document.querySelectorAll('[data-token=keyword]').length === 2;
             await page.waitForFunction(coloured);
             const html = '<script>document.body.append(6 * 7)</script>';
             await page.keyboard.type(`display({"text/html": "${html}"}, raw=True)`);
