@@ -39,6 +39,7 @@ import fnmatch
 import hashlib
 import hmac
 import importlib
+import importlib.machinery
 import importlib.util
 import io
 import itertools
@@ -1118,7 +1119,8 @@ class Interpreter:
 # come from the helper thread, and they never run the user's code: names are looked up in
 # dictionaries, properties are not called, and an object whose attributes are made up on demand
 # keeps them to itself. Not so for libraries of data, whose columns and accessors are such
-# attributes: there the library's code runs, as in IPython.
+# attributes: there the library's code runs, as in IPython. What a cell defines that has not run yet
+# is told from its text, as far as that goes.
 # Positions count characters (code points) of the code.
 
 WORD = re.compile(r"[^\W\d]\w*")
@@ -1137,6 +1139,9 @@ MOST_CHAIN = 1_000    # characters before the cursor in which a dotted name is l
 OPEN_LIBRARIES = {"numpy", "pandas", "polars"}
 SAFE_TYPES = (int, float, complex, str, bytes, bool, type(None))
 NOT_THERE = object()
+MOST_OPEN = 20        # lines before the cursor that may be begun and not whole
+LITERALS = {list: (ast.List, ast.ListComp), dict: (ast.Dict, ast.DictComp), tuple: ast.Tuple,
+            set: (ast.Set, ast.SetComp), str: ast.JoinedStr}
 
 
 def is_complete(code):
@@ -1338,6 +1343,8 @@ def complete_name(before, line, namespace, magics):
     if dot:
         value = resolve(owner, namespace)
         if value is NOT_THERE:
+            value = resolve(owner, foreseen(before, namespace))
+        if value is NOT_THERE:
             return typed, []
         return typed, [(name, kind_of(static_attribute(value, name)))
                        for name in attribute_names(value)]
@@ -1349,6 +1356,89 @@ def complete_name(before, line, namespace, magics):
               and name not in keyword.kwlist]
     pairs += [(f"{name}=", "param") for name in parameters_at(before, namespace)]
     return typed, pairs
+
+
+def foreseen(before, namespace):
+    """The names that a cell has when it has run up to here, as its text tells: {name: stand-in with
+    the attributes of what will be there}. The last line is begun, and so may be what it is in."""
+    lines = before.split("\n")
+    for end in range(len(lines) - 1, max(-1, len(lines) - 1 - MOST_OPEN), -1):
+        indent = lines[end][:len(lines[end]) - len(lines[end].lstrip())]
+        text = translate("\n".join([*lines[:end], indent + "pass"]))
+        head, found, tail = text.rpartition("try:")   # its `except` may be to come
+        for whole in (text, f"{head}if found:{tail}") if found else (text,):
+            with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
+                statements = [node for node in ast.walk(ast.parse(whole))
+                              if isinstance(node, ast.stmt)]
+                statements.sort(key=lambda node: node.lineno)
+                return bindings(statements, namespace, module_named)
+    return {}
+
+
+def bindings(statements, namespace, module_named):
+    """{name: stand-in} for what these statements bind."""
+    found = {}
+    for node in statements:
+        if isinstance(node, ast.Import):
+            for name, alias in [(each.name, each.asname) for each in node.names]:
+                top = name.partition(".")[0]
+                found[alias or top] = module_named(name if alias else top)
+        elif isinstance(node, ast.ImportFrom):
+            module = module_named("." * node.level + (node.module or ""))
+            for each in node.names:
+                value = static_attribute(module, each.name)
+                found[each.asname or each.name] = module_named(
+                    f"{node.module}.{each.name}") if is_a(value, types.ModuleType) else value
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = type(node.name, (), bindings(node.body, namespace, module_named))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found[node.name] = lambda: None
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            value = value_like(node.value, {**namespace, **found})
+            targets = getattr(node, "targets", None) or [node.target]
+            found |= {each.id: value for each in targets if isinstance(each, ast.Name)}
+    return found
+
+
+def value_like(node, namespace):
+    """What has the attributes of an expression's value; NOT_THERE where only running it tells."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name | ast.Attribute):
+        return resolve(ast.unparse(node), namespace)
+    if isinstance(node, ast.Call):
+        called = resolve(ast.unparse(node.func), namespace)
+        return called if is_a(called, type) else NOT_THERE
+    return next((make() for make, kinds in LITERALS.items() if isinstance(node, kinds)), NOT_THERE)
+
+
+def module_named(name):
+    """A module; if it is not loaded, one that has the names which its source binds. NOT_THERE when
+    it cannot be found."""
+    import pkgutil
+    if name in sys.modules:
+        return sys.modules[name]
+    module, path = types.ModuleType(name), None
+    for part in name.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, path)
+        if spec is None:
+            return NOT_THERE
+        path = spec.submodule_search_locations
+    vars(module).update((each.name, types.ModuleType(each.name))
+                        for each in pkgutil.iter_modules(path or []))
+    if str(spec.origin).endswith(".py"):
+        with open(spec.origin, "rb") as source:
+            body = ast.parse(source.read()).body
+        vars(module).update(bindings(outermost(body), {}, types.ModuleType))
+    return module
+
+
+def outermost(body):
+    """The statements of a module, those in its `if` and `try` too."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from outermost([*node.body, *node.orelse, *getattr(node, "finalbody", [])])
 
 
 def parameters_at(before, namespace):

@@ -1927,6 +1927,20 @@ class KernelQuestions(KernelCase):
                 self.assertIn(match, matches)
                 self.assertEqual((begin, end), (start, len(code)))
 
+    def test_completion_knows_what_the_cell_would_define(self):
+        for code, match in [
+                ("import os.path as place\nplace.jo", "join"), ("import wave\nwave.op", "open"),
+                ("from xml import dom, sax\nif dom:\n    sax.make_", "make_parser"),
+                ("%matplotlib inline\nname = 'a'\nname.up", "upper"),
+                ("for x in []:\n    found = [x]\n    found.app", "append"),
+                ("from collections import Counter\nc = Counter()\nc.most", "most_common"),
+                ("class New:\n    def method(self): pass\nnew = New()\nnew.met", "method"),
+                ("def f(x):\n    d = {}\n    return print(\n        d.ke", "keys"),
+                ("try:\n    w = watched\n    w.al", "alpha")]:
+            with self.subTest(code=code):
+                self.assertIn(match, self.complete(code)[0])
+        self.assertEqual(self.run_cell("'wave' in __import__('sys').modules").result, "False")
+
     def test_in_a_call_its_parameters_come_first(self):
         self.assertEqual(self.complete("watched.method(")[0][:2], ["first=", "key="])
 
