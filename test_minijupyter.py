@@ -7894,9 +7894,9 @@ class PageRuns(PageCase):
         self.assertNotIn("sesame", tab.page.content())
 
     def test_a_kernel_that_dies_is_told_and_started_again(self):
-        tab = self.open("import os\nos._exit(3)", "'alive'")
-        tab.select(0)
-        tab.press("Control+Enter")
+        tab = self.open("import os, time\ntime.sleep(0.2)\nos._exit(3)", "'alive'")
+        tab.command("run-all")
+        self.assertShows(tab.page.locator("#notices"), "It has not run a cell that waited.")
         self.assertShows(tab.page.locator("#notices"), "exit code 3")
         tab.wait_for(kernel="idle")
         self.assertEqual(tab.cell(0).get_attribute("data-state"), "idle")
@@ -9331,8 +9331,11 @@ class PageForEveryone(PageCase):
         self.assertLessEqual(tree.page.evaluate("document.documentElement.scrollWidth"), 360)
 
     def test_on_paper_there_are_whole_cells_and_no_controls(self):
-        tab = self.open("for i in range(99): print(i)  # " + "long " * 60)
-        tab.run(0)
+        row = "".join(f"<td>number{i}</td>" for i in range(30))
+        tab = self.open("for i in range(99): print(i)  # " + "long " * 60,
+                        f"display({{'text/html': '<table><tr>{row}</tr></table>'}}, raw=True)")
+        for i in (0, 1):
+            tab.run(i)
         tab.page.emulate_media(media="print", color_scheme="dark")
         self.assertFalse(tab.page.locator("#top").is_visible())
         output = tab.outputs(0)
@@ -9340,6 +9343,9 @@ class PageForEveryone(PageCase):
         code = tab.cell(0).locator(".input")
         self.assertEqual(code.evaluate("o => o.scrollWidth - o.clientWidth"), 0)
         self.assertEqual(code.evaluate("o => getComputedStyle(o).color"), "rgb(28, 35, 48)")
+        table, place = tab.outputs(1).locator("table"), tab.outputs(1)
+        self.assertLessEqual(*(o.evaluate("o => o.getBoundingClientRect().right")
+                               for o in (table, place)))
 
 
 class PageDownloads(PageCase):
@@ -9779,6 +9785,9 @@ class PageMoves(PageCase):
         self.assertEqual(entries.all_text_contents(), ["One", "Two"])
         tab.run(1)
         tab.page.locator("#contents a[data-state=error]").wait_for()
+        self.assertShows(tab.page.locator("#contents [aria-current]"), "Two")
+        tab.select(1)
+        self.assertShows(tab.page.locator("#contents [aria-current]"), "One")
         entries.nth(1).click()
         self.assertEqual(self.active(tab), 2)
 
