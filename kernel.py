@@ -1365,8 +1365,8 @@ def foreseen(before, namespace):
     for end in range(len(lines) - 1, max(-1, len(lines) - 1 - MOST_OPEN), -1):
         indent = lines[end][:len(lines[end]) - len(lines[end].lstrip())]
         text = translate("\n".join([*lines[:end], indent + "pass"]))
-        head, found, tail = text.rpartition("try:")   # its `except` may be to come
-        for whole in (text, f"{head}if found:{tail}") if found else (text,):
+        # The `except` of the last `try` may be to come.
+        for whole in (text, "if 1:".join(text.rsplit("try:", 1))):
             with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
                 statements = [node for node in ast.walk(ast.parse(whole))
                               if isinstance(node, ast.stmt)]
@@ -1387,8 +1387,9 @@ def bindings(statements, namespace, module_named):
             module = module_named("." * node.level + (node.module or ""))
             for each in node.names:
                 value = static_attribute(module, each.name)
-                found[each.asname or each.name] = module_named(
-                    f"{node.module}.{each.name}") if is_a(value, types.ModuleType) else value
+                if is_a(value, types.ModuleType) and not vars(value).get("__file__"):   # a stand-in
+                    value = module_named(f"{node.module}.{each.name}")
+                found[each.asname or each.name] = value
         elif isinstance(node, ast.ClassDef):
             found[node.name] = type(node.name, (), bindings(node.body, namespace, module_named))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
