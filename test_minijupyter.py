@@ -10604,12 +10604,13 @@ class PageRendersMarkdown(PageCase):
         """Each of these takes minutes where the time grows with the square of the length."""
         page = self.page()
         for text in ("> ", ">", "- ", "1. ", "[", "![", "[a](", "[a][", "]", "*a ", "*a_ ", "a**b",
-                     "` `` ", "<", "<a ", '<a x="', "<!-" "- ", "<![CDATA[", "$", "$a ", "$$ a ",
-                     r"\begin{a}", r"\[", "&", "https://a.b)", "www.", "a $$ b\n", "|a", "\t", " ",
-                     "[a]: b\n", "[a](b) [", "-", "#", "{", "~", "_a_b", "\n", "a"):
+                     "` `` ", "<", "<a ", '<a x="', "<!-" "- ", "<![CDATA[", "$", "${", "$a ",
+                     "$$ a ", r"\begin{a}", r"\[", "&", "https://a.b)", "www.", "a $$ b\n", "|a",
+                     "\t", " ", "[a]: b\n", "[a](b) [", "-", "#", "{", "~", "_a_b", "\n", "a"):
             with self.subTest(text):
+                # No letter at the beginning, which would settle the direction of the text.
                 shown = page.evaluate("text => renderMarkdown(text).textContent.length",
-                                      "x" + text * (60_000 // len(text)))
+                                      "1" + text * (60_000 // len(text)))
                 self.assertGreater(shown, 0)
 
 
@@ -11042,8 +11043,8 @@ class PageSurvives(DrawnPage):
         })""", texts)
         self.assertEqual(cuts, [])
 
-    def test_a_line_of_five_million_characters_is_shown(self):
-        line = "word " * 1_000_000
+    def test_a_line_of_two_million_characters_is_shown(self):
+        line = "word " * 400_000
         nb = outputs_in({"text/plain": line}, {"text/html": f"<b>{line}</b>"},
                         {"application/json": line}, {"text/markdown": line})
         nb["cells"][0]["outputs"] += [{"output_type": "stream", "name": "stdout", "text": line},
