@@ -1360,19 +1360,23 @@ def complete_name(before, line, namespace, magics):
 
 def foreseen(before, namespace):
     """The names that a cell has when it has run up to here, as its text tells: {name: stand-in with
-    the attributes of what will be there}. The last line is begun, and so may be what it is in."""
+    the attributes of what will be there}."""
+    for text in without_begun(before):
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
+            statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+            statements.sort(key=lambda node: node.lineno)
+            return bindings(statements, namespace, module_named)
+    return {}
+
+
+def without_begun(before):
+    """The text without what is begun and perhaps not whole, which may be its last line or more, or
+    a `try` whose `except` is to come; the longest first."""
     lines = before.split("\n")
     for end in range(len(lines) - 1, max(-1, len(lines) - 1 - MOST_OPEN), -1):
         indent = lines[end][:len(lines[end]) - len(lines[end].lstrip())]
         text = translate("\n".join([*lines[:end], indent + "pass"]))
-        # The `except` of the last `try` may be to come.
-        for whole in (text, "if 1:".join(text.rsplit("try:", 1))):
-            with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
-                statements = [node for node in ast.walk(ast.parse(whole))
-                              if isinstance(node, ast.stmt)]
-                statements.sort(key=lambda node: node.lineno)
-                return bindings(statements, namespace, module_named)
-    return {}
+        yield from (text, "if 1:".join(text.rsplit("try:", 1)))
 
 
 def bindings(statements, namespace, module_named):
@@ -1384,12 +1388,9 @@ def bindings(statements, namespace, module_named):
                 top = name.partition(".")[0]
                 found[alias or top] = module_named(name if alias else top)
         elif isinstance(node, ast.ImportFrom):
-            module = module_named("." * node.level + (node.module or ""))
-            for each in node.names:
-                value = static_attribute(module, each.name)
-                if is_a(value, types.ModuleType) and not vars(value).get("__file__"):   # a stand-in
-                    value = module_named(f"{node.module}.{each.name}")
-                found[each.asname or each.name] = value
+            package = "." * node.level + (node.module or "")
+            found |= {each.asname or each.name: member_of(package, each.name, module_named)
+                      for each in node.names}
         elif isinstance(node, ast.ClassDef):
             found[node.name] = type(node.name, (), bindings(node.body, namespace, module_named))
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -1399,6 +1400,13 @@ def bindings(statements, namespace, module_named):
             targets = getattr(node, "targets", None) or [node.target]
             found |= {each.id: value for each in targets if isinstance(each, ast.Name)}
     return found
+
+
+def member_of(package, name, module_named):
+    """What `from package import name` gives; a module in it may not be loaded."""
+    value = static_attribute(module_named(package), name)
+    is_stand_in = is_a(value, types.ModuleType) and not vars(value).get("__file__")
+    return module_named(f"{package}.{name}") if is_stand_in else value
 
 
 def value_like(node, namespace):
