@@ -1914,7 +1914,6 @@ class Watcher:
         """The process is gone: hear its last words, tell every page, and start it anew or not."""
         kernel, spoke = self.kernel, self.kernel.is_heard
         kernel.is_heard = False
-        kernel.ended_at = time.monotonic()   # what came before from pages was meant for it
         REAPER.note("-", self.process.pid)
         try:
             while self.iopub.poll(LAST_WORDS_MS):
@@ -1943,6 +1942,7 @@ class Watcher:
         kernel.publish(self.last_replies())
         with kernel.journal_lock:
             endings = kernel.journal.endings()
+        kernel.ended_at = time.monotonic()   # what pages said until now was meant for it
         kernel.publish([*endings, kernel.status(kernel.state)])
         return will_restart
 
@@ -2859,7 +2859,7 @@ class Bridge:
         return [entry for is_for_page, entry, _ in self.held if is_for_page]
 
     def drop_waiting(self, until=math.inf):
-        """What the page has said goes to no kernel any more, or nothing of what came until then."""
+        """What the page has said until then, by default all of it, goes to no kernel any more."""
         self.unsent = [item for item in self.unsent if item[1] > until]
         self.held = [item for item in self.held if item[0] or item[2] > until]
 

@@ -1813,7 +1813,6 @@ def execute_once(name, argv):
     return nb
 
 
-@functools.cache
 def executed_on_both(name):
     """A sample notebook as it is after it has run on this kernel, and on ipykernel."""
     with ThreadPoolExecutor(2) as pool:
@@ -4553,6 +4552,22 @@ class Kernels(ServerCase):
         cell = again.finish(again.start("import os; os.getpid()"))
         self.assertNotEqual(int(cell.result), pid)
         wait_until(lambda: not is_alive(pid))
+
+    def test_what_comes_before_the_news_of_a_restart_does_not_reach_the_new_process(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        for _ in range(5):   # who is too late is told first, and the new process runs the cell
+            restart = threading.Thread(
+                target=self.server.post, args=[f"/api/kernels/{kernel_id}/restart"])
+            restart.start()
+            wait_until(lambda pid=pid: not is_alive(pid))
+            frontend.start("late = 1")
+            restart.join()
+            frontend = self.server.frontend(kernel_id)
+            cell = frontend.finish(frontend.start("import os; os.getpid(), 'late' in globals()"))
+            pid, is_late = eval(cell.result)
+            if not is_late:
+                return
+        self.fail("the new process has run it")
 
     def test_restart_works_while_a_cell_runs(self):
         kernel_id, frontend, _ = self.start_kernel()
@@ -9172,9 +9187,9 @@ class PageForEveryone(PageCase):
 
     def assertAxeFindsNothing(self, tab):
         import axe_playwright_python
-        axe = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text("utf-8")
+        axe = Path(axe_playwright_python.__file__).with_name("axe.min.js")
         if not tab.page.evaluate("'axe' in window"):
-            tab.page.evaluate(axe)
+            tab.page.evaluate(axe.read_text("utf-8"))
         for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
             tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
             with self.subTest(scheme):
