@@ -1292,9 +1292,13 @@ def complete_import(before, line, namespace, magics):
 
 
 def submodules(package):
-    """Names of the modules in a package that is loaded, or of all top-level ones; loads nothing."""
+    """Names of the modules in a package that is loaded, or of all top-level ones."""
+    return modules_in(getattr(sys.modules.get(package), "__path__", []) if package else sys.path)
+
+
+def modules_in(path):
+    """Names of the modules in these folders; loads nothing."""
     import pkgutil
-    path = sys.path if not package else getattr(sys.modules.get(package), "__path__", [])
     return [module.name for module in pkgutil.iter_modules([entry or "." for entry in path])]
 
 
@@ -1362,7 +1366,7 @@ def foreseen(before, namespace):
     """The names that a cell has when it has run up to here, as its text tells: {name: stand-in with
     the attributes of what will be there}."""
     for text in without_begun(before):
-        with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, OSError):
             statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
             statements.sort(key=lambda node: node.lineno)
             return bindings(statements, namespace, module_named)
@@ -1405,7 +1409,8 @@ def bindings(statements, namespace, module_named):
 def member_of(package, name, module_named):
     """What `from package import name` gives; a module in it may not be loaded."""
     value = static_attribute(module_named(package), name)
-    is_stand_in = is_a(value, types.ModuleType) and not vars(value).get("__file__")
+    is_stand_in = (is_a(value, types.ModuleType)
+                   and sys.modules.get(vars(value).get("__name__")) is not value)
     return module_named(f"{package}.{name}") if is_stand_in else value
 
 
@@ -1424,7 +1429,6 @@ def value_like(node, namespace):
 def module_named(name):
     """A module; if it is not loaded, one that has the names which its source binds. NOT_THERE when
     it cannot be found."""
-    import pkgutil
     if name in sys.modules:
         return sys.modules[name]
     module, path = types.ModuleType(name), None
@@ -1433,8 +1437,7 @@ def module_named(name):
         if spec is None:
             return NOT_THERE
         path = spec.submodule_search_locations
-    vars(module).update((each.name, types.ModuleType(each.name))
-                        for each in pkgutil.iter_modules(path or []))
+    vars(module).update((each, types.ModuleType(each)) for each in modules_in(path or []))
     if str(spec.origin).endswith(".py"):
         with open(spec.origin, "rb") as source:
             body = ast.parse(source.read()).body
