@@ -10398,20 +10398,21 @@ class PageAsksTheKernel(PageCase):
         self.assertShows(tab.page.get_by_role("region", name="Help pager"), "Signature")
         self.assertCount(tab.page.get_by_role("tooltip"), 0)
 
-    def test_run_all_sends_every_request_with_one_date(self):
+    def test_run_all_names_one_burst_so_that_an_error_aborts_what_is_on_its_way(self):
         tab = self.open("1", "1/0", "3")
         tab.page.evaluate("""() => {
-            window.dates = [];
+            window.bursts = [];
             const send = WebSocket.prototype.send;
             WebSocket.prototype.send = function (data) {
-                const { header } = JSON.parse(data);
-                if (header.msg_type === 'execute_request') dates.push(header.date);
+                const { header, metadata } = JSON.parse(data);
+                if (header.msg_type === 'execute_request') bursts.push(metadata.burst);
                 send.call(this, data);
             };
         }""")
         tab.command("run-all")
         tab.wait_until_done()
-        self.assertEqual(len(set(tab.page.evaluate("dates"))), 1)
+        bursts = tab.page.evaluate("bursts")
+        self.assertEqual((len(bursts), len({*bursts}), type(bursts[0])), (3, 1, str))
         self.assertEqual(tab.texts()[2], "")
 
 
@@ -12375,7 +12376,7 @@ class PageUnderTheHood(PageCase):
         source = self.choose(tab, "execute_request", "Source", 1)
         self.assertShows(source.locator("mark"), "send_multipart(")
         source.get_by_role("button", name="kernel.py").click()
-        self.assertShows(source.locator("mark"), "def execute_request(self")
+        self.assertShows(source.locator("mark"), "def execute_request(kernel")
 
     def test_the_source_of_an_output_is_where_kernel_and_page_handle_it(self):
         tab = self.look("print('x')")
