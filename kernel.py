@@ -13,9 +13,9 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 5 main. PART II is what people expect besides; each section plugs itself into Part I:
 6 Errors in colour · 7 Containers in lines · 8 The notebook's interpreter · 9 Comms · 10 Magics
 · 11 Questions about code · 12 IPython.display in small · 13 IPython · 14 matplotlib · 15 Subshells
-· 16 Children · 17 Cells taken back · 18 Interrupts that were lost · 19 Patience at the start
-· 20 The parent's end · 21 Passwords · 22 Leaving · 23 Encryption · 24 Usage and addresses
-· 25 Less collecting · 26 Install.
+· 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Interrupts that were lost
+· 20 Patience at the start · 21 The parent's end · 22 Passwords · 23 Leaving · 24 Encryption
+· 25 Usage and addresses · 26 Less collecting · 27 Install.
 
 Part I's extension points, and what Part II does with them:
 
@@ -29,6 +29,7 @@ Part I's extension points, and what Part II does with them:
     kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
     kernel.rounds  functions that io calls each time      patience at the start
     kernel.on_enter, on_leave, on_drain, at_end           children and what they print
+    kernel.on_interrupt, on_trouble                       lost interrupts, broken builtins
     interpreter.before_cell, after_cell                   figures, what libraries want called
 
 Of a cell's journey this file holds stations 4 to 10: `Session.unpack` verifies the request,
@@ -685,38 +686,13 @@ class Broadcast:
 #     I7 apart       no module of the notebook's folder runs unless a cell, or a module of the
 #                    user's that a cell has imported, imports it. Part I imports all that it needs
 #                    before the folder is on `sys.path`; for later imports see `own` in Part II
-#     I8 mended      when Python's machinery itself fails because a cell has replaced, say,
-#                    `builtins.len`, the original is put back
+#     I8 mended      a cell may break builtins and modules: this file uses copies of its own, and
+#                    when Python's machinery fails, Part II puts back what was there
 
 COROUTINE = 0x80      # inspect.CO_COROUTINE: the code must be awaited
 FUTURES = 0x1FF0000   # the bits of `from __future__ import …`, which hold for all later cells
 # What Python takes for the file of a cell (see `cell_file`), also where an error names no folder.
 CELL_FILE = re.compile(r"(?:/tmp/ipykernel_\d+/|(?<=\())(\d+)-\d+\.py")
-MACHINERY = [(module, dict(vars(module))) for module in MODULES if module is not sys]   # for mend
-LOADED = dict(sys.modules)
-
-
-def mend(problem):
-    """Put back what a cell has replaced in modules that Python's machinery is made of (I8), and
-    return a line that says so."""
-    mended = []
-    for module, before in MACHINERY:
-        for name, value in before.items():
-            if callable(value) and vars(module).get(name) is not value and name not in OURS:
-                mended.append(f"{module.__name__}.{name}")
-                vars(module)[name] = value
-    for name, module in LOADED.items():   # pyzmq imports a class each time it raises it
-        if sys.modules.get(name) is not module and name.partition(".")[0] in ("sys", "zmq"):
-            sys.modules[name] = module
-            mended.append(name)
-    if sys.getrecursionlimit() < 500:
-        sys.setrecursionlimit(1000)   # Python's default
-    return f"{problem}; put back: {', '.join(mended) or 'nothing'}"
-
-
-# What the kernel itself, or IPython, replaces: `mend` leaves these alone.
-OURS = {"input", "display", "exit", "quit", "get_ipython", "write", "_", "__loader__"}
-NEEDED = [name for name, value in vars(builtins).items() if callable(value) and name not in OURS]
 
 
 # -- a value as a MIME bundle --
@@ -1187,9 +1163,6 @@ class Cells:
         self.sleep, self.arrived = asyncio.sleep, asyncio.Event()
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
-        if self is self.kernel.cells:
-            MACHINERY.extend((module, dict(vars(module))) for module in (
-                asyncio, asyncio.base_events, asyncio.events, asyncio.tasks))
         self.loop, failures = loop, 0
         while not self.is_stopping:
             ended = len(self.waiting)
@@ -1200,7 +1173,7 @@ class Cells:
             except KeyboardInterrupt:
                 pass      # it ended a background task of the user's, which remembers it
             except BaseException as problem:   # the loop was stopped, or is broken (I8)
-                self.kernel.log(f"the cells' loop ended: {mend(repr(problem))}")
+                self.kernel.trouble("the cells' loop", problem)
                 failures = failures + 1 if ended == len(self.waiting) else 0
                 if failures > MOST_FAILURES:
                     os._exit(1)
@@ -1256,8 +1229,6 @@ class Cells:
             # A handler that the cell has left must not decide what the next interrupt does (I10).
             signal.signal(signal.SIGINT, self.kernel.interrupt)
         self.kernel.drain()
-        if not all(map(callable, map(vars(builtins).get, NEEDED))):
-            self.kernel.log(mend("builtins are missing"))
 
     # -- errors and interrupts --
 
@@ -1313,7 +1284,8 @@ class Kernel:
         self.poller, self.sources = zmq.Poller(), {}   # socket or descriptor -> function
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
         self.on_enter, self.on_drain, self.at_end = [], [], []   # functions without arguments
-        self.on_interrupt, self.on_leave = [], []   # the latter: of an exception, or None
+        self.on_interrupt, self.on_trouble = [], []   # the same
+        self.on_leave = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
         self.replies = queue.SimpleQueue()    # values of input_replies
         self.request = contextvars.ContextVar("request")
@@ -1426,7 +1398,7 @@ class Kernel:
                 wishes = [wish for do in self.rounds if (wish := do()) is not None]
                 patience, failures = min(wishes, default=None), 0
             except Exception as problem:   # perhaps a cell has broken what we need (I8)
-                self.log(f"the io thread failed: {mend(repr(problem))}")
+                self.trouble("the io thread", problem)
                 patience, failures = RETRY_MS, failures + 1
                 if failures > MOST_FAILURES:
                     os._exit(1)
@@ -1459,7 +1431,7 @@ class Kernel:
                 self.sockets[channel].send_multipart(parts, zmq.NOBLOCK)
         except Exception as problem:
             if getattr(problem, "errno", None) != zmq.EHOSTUNREACH:
-                self.log(f"a message on {channel} was not sent: {mend(repr(problem))}")
+                self.trouble(f"sending on {channel}", problem)
             return False   # for the other reason: a question whose client is not on stdin yet
         return True
 
@@ -1490,7 +1462,7 @@ class Kernel:
             except zmq.Again:
                 return
             except Exception as problem:
-                return self.log(f"nothing was received on {channel}: {mend(repr(problem))}")
+                return self.trouble(f"receiving on {channel}", problem)
             try:
                 self.receive(channel, parts)
             except Exception as problem:   # no busy, no reply, and never the end of this thread
@@ -1531,12 +1503,18 @@ class Kernel:
         zmq.proxy(echo, echo)
 
     def try_twice(self, function):
-        """Call a function, and once more, after mending, when it fails (I8)."""
+        """Call a function, and when it fails once more (I8)."""
         try:
             return function()
         except Exception as problem:
-            self.log(f"{function.__name__} failed: {mend(repr(problem))}")
+            self.trouble(function.__name__, problem)
             return function()
+
+    def trouble(self, what, problem):
+        """What never fails has failed: a cell has broken something. Say so, and put it right (I8)."""
+        self.log(f"{what} failed: {problem!r}")
+        for function in self.on_trouble:
+            function()
 
     def log(self, text):
         """A line on the real stderr, for whoever started the kernel."""
@@ -1856,15 +1834,16 @@ def main():
 #    15 Subshells                   HANDLERS, kernel.workers
 #    16 Children                    kernel.on_enter, on_leave, on_drain
 #    17 Cells taken back            HANDLERS, kernel.workers
-#    18 Interrupts that were lost   kernel.listen, rounds, on_interrupt
-#    19 Patience at the start       kernel.rounds
-#    20 The parent's end            kernel.listen
-#    21 Passwords                   AFTER_IMPORT
-#    22 Leaving                     EXTRAS: exit and quit
-#    23 Encryption                  SOCKET_OPTIONS
-#    24 Usage and addresses         HANDLERS
-#    25 Less collecting             EXTRAS
-#    26 Install                     COMMANDS
+#    18 What a cell has broken      kernel.on_trouble, on_leave
+#    19 Interrupts that were lost   kernel.listen, rounds, on_interrupt
+#    20 Patience at the start       kernel.rounds
+#    21 The parent's end            kernel.listen
+#    22 Passwords                   AFTER_IMPORT
+#    23 Leaving                     EXTRAS: exit and quit
+#    24 Encryption                  SOCKET_OPTIONS
+#    25 Usage and addresses         HANDLERS
+#    26 Less collecting             EXTRAS
+#    27 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -4776,7 +4755,50 @@ def abort_request(kernel, request):
     return {}
 
 
-# ---- 18. Interrupts that were lost -------------------------------------------------------------
+# ---- 18. What a cell has broken ----------------------------------------------------------------
+#
+# A cell may set `builtins.len = None`. The functions of this file use copies, but asyncio, pyzmq
+# and the other modules that we call do not. So when something fails that never does, or a builtin
+# is gone when a cell ends, all that has changed is put back.
+
+# What the kernel itself, or IPython, replaces.
+OURS = {"input", "display", "exit", "quit", "get_ipython", "write", "_", "__loader__"}
+
+
+@EXTRAS.append
+class Mender:
+    """Puts back what was there when the kernel started."""
+
+    def __init__(self, kernel):
+        self.kernel, asyncio = kernel, sys.modules["asyncio"]
+        modules = [module for module in MODULES if module is not sys]
+        modules += [asyncio, asyncio.base_events, asyncio.events, asyncio.tasks]
+        self.before = [(module, dict(vars(module))) for module in modules]
+        self.loaded = {name: module for name, module in sys.modules.items()   # pyzmq imports each
+                       if name.partition(".")[0] in ("sys", "zmq")}   # exception that it raises
+        self.needed = [name for name, value in vars(builtins).items()
+                       if callable(value) and name not in OURS]
+        kernel.on_trouble.append(self.mend)
+        kernel.on_leave.append(self.look)
+
+    def look(self, error):
+        if not all(map(callable, map(vars(builtins).get, self.needed))):
+            self.mend()
+
+    def mend(self):
+        names = []
+        for module, before in self.before:
+            for name, value in before.items():
+                if callable(value) and vars(module).get(name) is not value and name not in OURS:
+                    names.append(f"{module.__name__}.{name}")
+                    vars(module)[name] = value
+        sys.modules.update(self.loaded)
+        if sys.getrecursionlimit() < 500:
+            sys.setrecursionlimit(1000)   # Python's default
+        self.kernel.log(f"put back: {', '.join(names) or 'nothing'}")
+
+
+# ---- 19. Interrupts that were lost -------------------------------------------------------------
 #
 # A signal that arrives just before the main thread begins to wait for a lock does not end that
 # wait. So Python also writes to a socket when a signal comes; when io hears that, and the handler
@@ -4817,7 +4839,7 @@ if POSIX:
     EXTRAS.append(LostInterrupts)
 
 
-# ---- 19. Patience at the start -----------------------------------------------------------------
+# ---- 20. Patience at the start -----------------------------------------------------------------
 #
 # A client's sockets find a new kernel one at a time. If shell connects before iopub, the client
 # would miss the output of what it asks: so shell is not read until somebody has subscribed, or
@@ -4842,7 +4864,7 @@ def wait_for_subscriber(kernel):
     kernel.rounds.append(listen_at_last)
 
 
-# ---- 20. The parent's end ----------------------------------------------------------------------
+# ---- 21. The parent's end ----------------------------------------------------------------------
 #
 # Linux tells through a pidfd, without any polling in time, when the process has ended that started
 # us (JPY_PARENT_PID); then we go with it. Elsewhere the server's own shutdown is all there is.
@@ -4861,7 +4883,7 @@ def follow_parent(kernel):
         kernel.listen(os.pidfd_open(int(pid)), end)
 
 
-# ---- 21. Passwords -----------------------------------------------------------------------------
+# ---- 22. Passwords -----------------------------------------------------------------------------
 
 def patch_getpass(module, kernel):
     """Let `getpass.getpass` ask the person in front of the page, who types unseen."""
@@ -4874,7 +4896,7 @@ def patch_getpass(module, kernel):
 AFTER_IMPORT["getpass"] = patch_getpass
 
 
-# ---- 22. Leaving -------------------------------------------------------------------------------
+# ---- 23. Leaving -------------------------------------------------------------------------------
 
 EXIT_SECONDS = 0.3   # between a cell's end and the kernel's, so that a console sees the reply
 
@@ -4909,7 +4931,7 @@ def let_users_leave(kernel):
 OFFERS["leave"] = leave
 
 
-# ---- 23. Encryption ----------------------------------------------------------------------------
+# ---- 24. Encryption ----------------------------------------------------------------------------
 
 @SOCKET_OPTIONS.append
 def encrypt(new, connection):
@@ -4920,7 +4942,7 @@ def encrypt(new, connection):
         new.curve_server = True
 
 
-# ---- 24. Usage and addresses -------------------------------------------------------------------
+# ---- 25. Usage and addresses -------------------------------------------------------------------
 
 LAST_USAGE = {"wall": monotonic(), "cpu": 0.0}   # of the last usage_request
 
@@ -4951,7 +4973,7 @@ def connect_request(kernel, request):
             for channel in (*kernel.sockets, "heartbeat")}
 
 
-# ---- 25. Less collecting -----------------------------------------------------------------------
+# ---- 26. Less collecting -----------------------------------------------------------------------
 
 COLLECT_AFTER = 10_000   # new objects; after 700, as usual, a flood of prints collects all the time
 
@@ -4962,7 +4984,7 @@ def collect_less(kernel):
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-# ---- 26. Install -------------------------------------------------------------------------------
+# ---- 27. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""
