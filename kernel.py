@@ -1511,7 +1511,7 @@ class Kernel:
             return function()
 
     def trouble(self, what, problem):
-        """What never fails has failed: a cell has broken something. Say so, and put it right (I8)."""
+        """What never fails has failed: has a cell broken something? Say so, and mend it (I8)."""
         self.log(f"{what} failed: {problem!r}")
         for function in self.on_trouble:
             function()
