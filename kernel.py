@@ -28,7 +28,8 @@ Part I's extension points, and what Part II does with them:
     kernel.workers who runs a handler -> function         the helper thread, the subshells
     kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
     kernel.rounds  functions that io calls each time      patience at the start
-    kernel.on_enter, on_leave, on_drain, at_end           children and what they print
+    kernel.on_start, at_end                               less collecting
+    kernel.on_enter, on_leave, on_drain                   children and what they print
     kernel.on_interrupt, on_trouble                       lost interrupts, broken builtins
     interpreter.before_cell, after_cell                   figures, what libraries want called
 
@@ -584,6 +585,14 @@ class PortableDescriptor(Descriptor):
 os_write = os.write
 
 
+def send_parts(new, parts, more=int(zmq.SNDMORE | zmq.NOBLOCK), last=int(zmq.NOBLOCK)):
+    """Send a message whole or, raising zmq.Again, not at all. (In `send_multipart` the arithmetic
+    of flags takes longer than all the rest.)"""
+    for part in parts[:-1]:
+        new.send(part, more)
+    new.send(parts[-1], last, copy=len(parts[-1]) < BIG_TEXT)
+
+
 class Broadcast:
     """The iopub socket: sends what is published to every subscriber; the io thread's alone.
 
@@ -638,7 +647,7 @@ class Broadcast:
     def try_to_send(self, parts):
         """False when a subscriber has no room for the message; then nobody has got it."""
         try:
-            self.xpub.send_multipart(parts, zmq.NOBLOCK, copy=len(parts[-1]) < BIG_TEXT)
+            send_parts(self.xpub, parts)
         except zmq.Again:
             return False
         return True
@@ -1241,7 +1250,8 @@ class Cells:
 
     def take_cells(self):
         """Called by io: the cells that have arrived, taken out; comm messages go on waiting."""
-        self.kernel.receive_all("shell")
+        while self.kernel.receive("shell"):
+            pass
         waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]
         self.waiting.extendleft(reversed([r for r in waiting if not is_cell(r)]))
         return [request for request in waiting if is_cell(request)]
@@ -1283,7 +1293,8 @@ class Kernel:
         self.workers = {"io": self.answer, "cells": self.cells.put}   # who -> function of a request
         self.poller, self.sources = zmq.Poller(), {}   # socket or descriptor -> function
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
-        self.on_enter, self.on_drain, self.at_end = [], [], []   # functions without arguments
+        self.on_start, self.at_end = [], []      # functions without arguments
+        self.on_enter, self.on_drain = [], []    # the same
         self.on_interrupt, self.on_trouble = [], []   # the same
         self.on_leave = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
@@ -1312,7 +1323,7 @@ class Kernel:
                 new.xpub_nodrop = 1       # a full subscriber is waited for
                 new.sndhwm = 64           # messages, of up to a megabyte, for each subscriber
             self.open(new, channel)
-            self.listen(new, functools.partial(self.receive_all, channel))
+            self.listen(new, functools.partial(self.receive, channel))
         self.broadcast = Broadcast(self.sockets["iopub"])
 
     def open(self, new, channel):
@@ -1343,7 +1354,6 @@ class Kernel:
     def run(self):
         """Start the threads and run cells in this one, the main thread, until the end."""
         signal.signal(signal.SIGINT, self.interrupt)
-        import asyncio  # noqa: F401, it is loaded before the notebook's folder is on sys.path
         self.bind()
         self.capture()
         self.listen(self.outbox.wake_receiver.fileno(), self.outbox.was_woken)
@@ -1360,6 +1370,9 @@ class Kernel:
         self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         for work in (self.serve, self.beat):
             threading.Thread(target=work, name=THREADS[work.__name__], daemon=True).start()
+        import asyncio  # noqa: F401, io answers meanwhile; the notebook's folder is not yet in reach
+        for function in self.on_start:
+            function()
         self.interpreter.take_over()
         self.cells.run()
         self.end()
@@ -1428,7 +1441,7 @@ class Kernel:
                     return False
                 self.retry_ms = BRISK_MS
             else:
-                self.sockets[channel].send_multipart(parts, zmq.NOBLOCK)
+                send_parts(self.sockets[channel], parts)
         except Exception as problem:
             if getattr(problem, "errno", None) != zmq.EHOSTUNREACH:
                 self.trouble(f"sending on {channel}", problem)
@@ -1453,23 +1466,24 @@ class Kernel:
             except Exception as error:
                 outcome.put((None, error))
 
-    def receive_all(self, channel):
-        """Pass on what has come on a channel."""
+    def receive(self, channel):
+        """Pass on one message that has come on a channel. False when there was none."""
         self.outbox.is_due = True   # io is awake: who puts a message now need not wake it
-        for _ in range(MOST_AT_ONCE):
-            try:
-                parts = self.sockets[channel].recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except Exception as problem:
-                return self.trouble(f"receiving on {channel}", problem)
-            try:
-                self.receive(channel, parts)
-            except Exception as problem:   # no busy, no reply, and never the end of this thread
-                self.log(f"dropped a message on {channel}: {problem!r}")
+        try:
+            parts = self.sockets[channel].recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except Exception as problem:
+            self.trouble(f"receiving on {channel}", problem)
+            return False
+        try:
+            self.take_in(channel, parts)
+        except Exception as problem:   # no busy, no reply, and never the end of this thread
+            self.log(f"dropped a message on {channel}: {problem!r}")
+        return True
 
-    def receive(self, channel, parts):
-        """Pass on one message; raises BadMessage."""
+    def take_in(self, channel, parts):
+        """Pass on a message; raises BadMessage."""
         if channel == "iopub":
             return self.subscription(parts[0])
         request = self.session.unpack(parts)
@@ -1659,7 +1673,6 @@ class Kernel:
 
 
 THREADS = {"serve": "io", "beat": "heartbeat"}   # method that is a thread's life -> its name
-MOST_AT_ONCE = 1000   # messages of one channel before the others have their turn
 
 
 class StdinNotImplementedError(RuntimeError):
@@ -4770,16 +4783,20 @@ class Mender:
     """Puts back what was there when the kernel started."""
 
     def __init__(self, kernel):
-        self.kernel, asyncio = kernel, sys.modules["asyncio"]
-        modules = [module for module in MODULES if module is not sys]
-        modules += [asyncio, asyncio.base_events, asyncio.events, asyncio.tasks]
-        self.before = [(module, dict(vars(module))) for module in modules]
+        self.kernel, self.before = kernel, []   # modules and what they held
         self.loaded = {name: module for name, module in sys.modules.items()   # pyzmq imports each
                        if name.partition(".")[0] in ("sys", "zmq")}   # exception that it raises
         self.needed = [name for name, value in vars(builtins).items()
                        if callable(value) and name not in OURS]
+        kernel.on_start.append(self.remember)
         kernel.on_trouble.append(self.mend)
         kernel.on_leave.append(self.look)
+
+    def remember(self):
+        asyncio = sys.modules["asyncio"]
+        modules = [module for module in MODULES if module is not sys]
+        modules += [asyncio, asyncio.base_events, asyncio.events, asyncio.tasks]
+        self.before = [(module, dict(vars(module))) for module in modules]
 
     def look(self, error):
         if not all(map(callable, map(vars(builtins).get, self.needed))):
@@ -4980,7 +4997,7 @@ COLLECT_AFTER = 10_000   # new objects; after 700, as usual, a flood of prints c
 
 @EXTRAS.append
 def collect_less(kernel):
-    gc.freeze()   # what is loaded by now stays: the collector need not look at it again
+    kernel.on_start.append(gc.freeze)   # what is loaded by then stays: not to be looked at again
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
