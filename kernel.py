@@ -15,21 +15,22 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 11 Questions about code · 12 IPython.display in small · 13 IPython · 14 matplotlib · 15 Subshells
 · 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Interrupts that were lost
 · 20 Patience at the start · 21 The parent's end · 22 Passwords · 23 Leaving · 24 Encryption
-· 25 Usage and addresses · 26 Less collecting · 27 Install.
+· 25 Usage and addresses · 26 Less collecting · 27 Faster JSON · 28 Install.
 
 Part I's extension points, and what Part II does with them:
 
     HANDLERS       msg_type -> (thread, function)         completion, comms, subshells, usage …
+    ENCODERS       functions of a value, to JSON          a faster one
     EXTRAS         functions of the kernel, before it starts: each extra hangs itself in
-    FORMATTERS     class -> {MIME type: function}         containers in lines, figures
+    FORMATTERS     class's name -> {MIME type: function}  containers in lines, figures
     ERROR_FORMATS  functions of an exception              colours, both ends of long chains
     INTERPRETERS   language -> class                      NotebookInterpreter
     SOCKET_OPTIONS functions of a socket, before it binds encryption
     kernel.workers who runs a handler -> function         the helper thread, the subshells
     kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
     kernel.rounds  functions that io calls each time      patience at the start
-    kernel.on_start, at_end                               less collecting
-    kernel.on_enter, on_leave, on_drain                   children and what they print
+    kernel.on_start, on_exit                               less collecting
+    kernel.on_enter, on_cell_end, on_drain                   children and what they print
     kernel.on_interrupt, on_trouble                       lost interrupts, broken builtins
     interpreter.before_cell, after_cell                   figures, what libraries want called
 
@@ -53,9 +54,10 @@ import sys
 
 if __name__ == "__main__":
     # Python looks for a script's modules in the script's folder first, which may be the notebook's:
-    # a file `string.py` there must not run because the kernel imports `string`. See `own`.
-    has_folder = not getattr(sys.flags, "safe_path", False)
-    sys.path[:] = [entry for entry in sys.path[has_folder:] if entry != os.getcwd()]
+    # a file `string.py` there must not run because the kernel imports `string` (I7).
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
+    sys.path[:] = [entry for entry in sys.path if entry != os.getcwd()]
 
 import _thread
 import ast
@@ -99,8 +101,9 @@ except ImportError:
 
 __version__ = "0.2.0"
 PROTOCOL_VERSION = "5.5"
-# A cell may set `builtins.len = None` or `time.time = None`. So the functions of this file use
-# copies of what the modules hold now (I8). Only `sys` and `builtins`, by name, are the real ones.
+# A cell may set `builtins.len = None` or `time.time = None` (I8). A function takes its builtins
+# from its module's `__builtins__`, at the moment when it is defined: so we put a copy there. We
+# also replace each imported module by a copy of its names, but for `sys` and `builtins`.
 MODULES = [value for value in globals().values() if isinstance(value, types.ModuleType)]
 __builtins__ = dict(vars(builtins))
 globals().update({module.__name__: types.SimpleNamespace(**vars(module)) for module in MODULES
@@ -129,10 +132,10 @@ POSIX = os.name == "posix"   # signals between processes, process groups, pipes 
 #     [*identities, b"<IDS|MSG>", signature, header, parent_header, metadata, content, *buffers]
 #
 # The signature is an HMAC over the exact bytes of the four JSON parts. It is checked on the bytes,
-# because one JSON value has many spellings. Whoever does not have the key from the connection file
-# can neither forge a message nor, while the process remembers its signature, send an old one
-# again. (Identities and buffers are not signed: the specification.) A message that fails here gets
-# no answer: nobody known has sent it, and an answer would tell a stranger how close he came.
+# because one JSON value has many spellings. Without the key from the connection file nobody can
+# forge a message, nor send an old one again, as long as its signature is remembered. (Identities
+# and buffers are not signed: the specification.) A message that fails here gets no answer: nobody
+# known has sent it, and an answer would tell a stranger how close he came.
 # Nothing here knows a socket; the server uses the same class.
 
 DELIMITER = b"<IDS|MSG>"
@@ -261,29 +264,14 @@ def json_default(value):
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 
 
-def json_string(text):
-    """`text` as a JSON string. Long texts, most of which have no character that needs an escape but
-    line ends, are searched for each of these: four times as fast as a look at each character."""
-    if len(text) < 500 or any(map(text.__contains__, ESCAPED)):
-        return json.encoder.encode_basestring(text)
-    if "\n" in text:
-        text = text.replace("\n", "\\n")
-    return f'"{text}"'
-
-
-ESCAPED = ['"', "\\", *map(chr, {*range(32)} - {ord("\n")})]
-if json.encoder.c_make_encoder:   # made once: JSONEncoder.encode makes one for each value
-    encode_json = json.encoder.c_make_encoder(None, json_default, json_string, None, ":", ",",
-                                              False, False, False)
-else:
-    encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-                                   default=json_default).iterencode
+ENCODERS = [json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
+                             default=json_default).encode]   # the last one is used
 
 
 def to_json(value):
     """`value` as UTF-8 JSON that every language can read."""
     try:
-        return "".join(encode_json(value, 0)).encode()
+        return ENCODERS[-1](value).encode()
     except RecursionError:
         raise ValueError("the value is nested too deep for JSON") from None
     except ValueError:   # NaN or Infinity, which JSON has not, or half a surrogate pair
@@ -335,12 +323,13 @@ def without_nan(value):
 # was queued before. The first text goes out after GATHER_SECONDS, the rest every FLUSH_SECONDS.
 
 IDLE, GATHERING, HELD = "idle", "gathering", "held"
-GATHER_SECONDS = 0.001      # so that the first text comes with its line end
+GATHER_SECONDS = 0.001      # `print` writes text and line end separately: this joins them
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
-MOST_WAITING = 400_000      # items, some 30 MB; a thread that prints faster than io sends waits
-BIG_TEXT = 1 << 16          # characters; a thread that has printed so much at once waits
-MOST_BIG_WAITING = 128      # until no more items than these are left
+MOST_WAITING = 400_000      # items, some 30 MB: above this, a thread that prints waits
+BIG_TEXT = 1 << 16          # characters: who prints a text as long as this waits earlier,
+MOST_BIG_WAITING = 128      # namely above this number of items
 MOST_TEXT = 1 << 20         # characters in one stream message: a browser draws that in one frame
+FLOODS = ("display_data", "update_display_data", "clear_output", "comm_msg")   # wait like prints
 STALL_SECONDS = 10          # that a subscriber may hold up the others, once
 
 
@@ -355,8 +344,9 @@ class Outbox:
 
     def __init__(self, session):
         self.session = session
-        # channel, parts of a message, key, text of what is printed, and so on, flat: a tuple for
-        # each would be work for the garbage collector. So: two at a time, by `extend` alone.
+        # Flat, because a tuple for each would be work for the garbage collector. Even places hold
+        # the channel of a message or the key of a text, odd places its parts or the text. One
+        # `extend` adds both, so that no thread can come between.
         self.queue = []
         self.scope = contextvars.ContextVar("scope")
         self.latest = scope_of({})         # the scope of threads and handlers that have none
@@ -380,7 +370,9 @@ class Outbox:
     def publish(self, msg_type, content, parent=None, metadata=None, buffers=()):
         """Queue a message for iopub, below the running request unless a parent is given."""
         parent = self.parent_header() if parent is None else parent
-        if self.is_full and msg_type == "display_data":
+        if self.catch_up:   # a child process may have printed before this (I1)
+            self.catch_up()
+        if self.is_full and msg_type in FLOODS:
             self.wait_for_room(0)
         message = self.session.message(msg_type, content, parent, metadata, buffers)
         message["identities"] = [f"kernel.{self.session.session}.{msg_type}".encode()]
@@ -416,7 +408,7 @@ class Outbox:
         except BlockingIOError:
             pass
 
-    def rest(self):
+    def patience(self):
         """Milliseconds that io may wait before the next `take`; None when nothing is queued."""
         self.state = IDLE   # before the look: who queues something after it will wake us
         if not self.queue and not self.is_due:
@@ -597,11 +589,13 @@ class Broadcast:
     """The iopub socket: sends what is published to every subscriber; the io thread's alone.
 
     A ZeroMQ publisher cannot tell which subscriber has no room: it drops messages for some, or
-    holds them for all. But an XPUB socket in manual mode decides itself what a subscription stands
-    for. So each subscriber that wants everything (all clients do) gets a second subscription, to a
+    holds them for all. But in manual mode an XPUB socket does nothing with a subscription until we
+    say what it stands for, and what we say counts for the client whose subscription was received
+    last. So each subscriber that wants everything (all clients do) gets a second one as well, to a
     topic that nobody else has. As long as all have room, one send serves all. When one has no
     room, the message waits. After STALL_SECONDS we send each subscriber its own copy: whoever still
     has no room has *stalled*, loses what it cannot take, and never holds up the others again (I5).
+    (Subscribers to chosen topics get no copies: they lose what is said while one of all is full.)
 
         how a message goes    when
         one send for all      everybody has room
@@ -614,7 +608,8 @@ class Broadcast:
     def __init__(self, xpub):
         self.xpub = xpub
         self.numbers = itertools.count(1)
-        self.everybody, self.stalled = set(), set()   # numbers of subscribers, also of those gone
+        # Numbers of subscribers, also of those gone; 0 stands for those with a chosen topic.
+        self.everybody, self.stalled = set(), set()
         self.present = 0       # how many are there
         self.has_subscribers = False   # somebody has subscribed, to whatever topic
         self.behind = None     # who still waits for a copy of the message that is being sent
@@ -630,14 +625,18 @@ class Broadcast:
             if not self.stalled and not self.is_late():
                 return False
             self.behind = {*self.everybody}
+        is_somebody_full = False
         for number in [*self.behind]:
             if not self.try_to_send([self.private_topic(number) + parts[0], *parts[1:]]):
+                is_somebody_full = True
                 if number not in self.stalled and not self.is_late():
                     continue
                 self.stalled.add(number)
             self.behind.discard(number)
         if self.behind:
             return False
+        if not is_somebody_full:
+            self.stalled.add(0)
         self.behind = self.refused = None
         return True
 
@@ -662,7 +661,7 @@ class Broadcast:
         self.has_subscribers = True
         self.xpub.subscribe = topic
         self.try_to_send(welcome)
-        if topic:   # it has chosen, so there is no topic for it alone that it would let pass
+        if topic:   # its own socket drops what has another topic, so it cannot get one for itself
             return
         self.xpub.unsubscribe = topic
         for each in (*self.TOPICS, self.private_topic(number := next(self.numbers))):
@@ -676,6 +675,8 @@ class Broadcast:
         if not topic:
             topics += [*self.TOPICS, *map(self.private_topic, self.everybody)]
             self.present -= 1
+        else:
+            self.stalled.discard(0)
         for each in topics:   # for a client that has left this does nothing
             self.xpub.unsubscribe = each
         if not self.present:
@@ -700,7 +701,8 @@ class Broadcast:
 
 COROUTINE = 0x80      # inspect.CO_COROUTINE: the code must be awaited
 FUTURES = 0x1FF0000   # the bits of `from __future__ import …`, which hold for all later cells
-# What Python takes for the file of a cell (see `cell_file`), also where an error names no folder.
+# What Python takes for the file of a cell (see `cell_file`). Where a SyntaxError names it, the text
+# has only `(3-7.py, line 1)`: the second branch is for that.
 CELL_FILE = re.compile(r"(?:/tmp/ipykernel_\d+/|(?<=\())(\d+)-\d+\.py")
 
 
@@ -722,6 +724,7 @@ REPR_METHODS = {   # method -> MIME type of what it returns
     "_repr_pdf_": "application/pdf",
 }
 FORMATTERS = {}    # (module, class name) -> {MIME type: function of the value}
+FAILED = object()  # what `attempt` can return
 
 
 def attempt(function, *arguments, otherwise=None, **options):
@@ -765,8 +768,9 @@ def mime_bundle(value):
     rows, data, metadata = formatters_for(value), {}, {}
     if has_reprs(value):
         if hasattr(value, "_repr_mimebundle_"):
-            data, metadata = map(dict, (each or {} for each in with_metadata(
-                attempt(value._repr_mimebundle_, include=None, exclude=None))))
+            bundle, about = with_metadata(
+                attempt(value._repr_mimebundle_, include=None, exclude=None))
+            data, metadata = dict(bundle or {}), dict(about or {})
         for method, mime in REPR_METHODS.items():
             if mime not in data and mime not in rows and hasattr(value, method):
                 data[mime], about = with_metadata(attempt(getattr(value, method)))
@@ -774,10 +778,15 @@ def mime_bundle(value):
     for mime, function in rows.items():
         if mime != "text/plain" and (form := attempt(function, value)) is not None:
             data[mime] = form
-    if data.get("text/plain") is None:
-        with contextlib.suppress(NotImplementedError):
-            data["text/plain"] = rows.get("text/plain", repr)(value)
-    return without_bytes(data), metadata
+    data = without_bytes(data)
+    if "text/plain" not in data:
+        show = rows.get("text/plain", repr)
+        try:
+            data["text/plain"] = show(value)
+        except Exception as error:
+            if not data and not isinstance(error, NotImplementedError):
+                raise   # there is no other form: the cell has failed
+    return data, metadata
 
 
 def without_bytes(data):
@@ -828,7 +837,7 @@ class Display:
         """True when `value._ipython_display_()` did all there is to do."""
         if not has_reprs(value) or not hasattr(value, "_ipython_display_"):
             return False
-        return attempt(value._ipython_display_, otherwise=attempt) is not attempt
+        return attempt(value._ipython_display_, otherwise=FAILED) is not FAILED
 
     def result(self, value, execution_count):
         """Send the value of a cell's last expression; returns its text/plain, if it has one."""
@@ -936,9 +945,9 @@ def split_cell(tree):
 class Interpreter:
     """Python, as a kernel sees it. `publish(msg_type, content)` sends on iopub.
 
-    A kernel for another language is `Kernel(connection, Other)` with a subclass that has its own
-    `language_info`, `run` (which shows the value by `self.displayhook(value)`, or raises),
-    `take_over` (nothing to do), and what it can of is_complete, complete, inspect.
+    A kernel for another language is `Kernel(connection, Other)` with a subclass of this one. It has
+    its own `language_info`. Its `run` shows the value by `self.displayhook(value)`, or raises. Its
+    `take_over` does nothing. It may have `is_complete`, `complete`, `inspect` for Part II to call.
     """
 
     implementation = "minijupyter"
@@ -981,7 +990,7 @@ class Interpreter:
             reply = {"status": "ok", "user_expressions": {
                 name: self.evaluate(user_expressions[name]) for name in user_expressions}}
         except BaseException as error:
-            if was_interrupted():   # its await was cancelled, which is how an interrupt gets in
+            if was_interrupted() and class_name(error) == "CancelledError":   # see `interrupt`
                 error = KeyboardInterrupt().with_traceback(traceback_of(error))
             reply = self.fail(error)
         try:   # the one guard around all that runs after a cell
@@ -1080,7 +1089,8 @@ INTERPRETERS = {"python": Interpreter}   # language -> class; Part II has a rich
 # cells, on the main thread; or a worker that Part II adds. It is at the same time the list of what
 # a client may ask for. A handler is a function of (kernel, request) that returns the content of its
 # reply, or None where the protocol has no reply. To answer a new message, write such a function
-# with the message's name below `@handles(…)`; nothing else changes.
+# with the message's name below `@handles(…)`; nothing else changes. (`execute_request` is awaited:
+# Cells runs it.)
 #
 # Every request is bracketed by `status: busy` and `status: idle` on iopub, whatever becomes of it.
 # A client needs both signs of the end: the reply is for the one who asked, and says how it went;
@@ -1136,7 +1146,7 @@ class Cells:
         self.waiting = collections.deque()   # requests
         self.loop = self.task = self.arrived = None   # once it runs
         self.request = None                  # the cell that runs
-        self.aborted = None                  # cells that will be if the running one has failed
+        self.taken = None                    # cells to be aborted if the running one has failed
         self.failed_burst = None             # the burst in which the latest error was
         self.was_cancelled = False           # the await of the running cell was ended: an interrupt
         self.is_stopping = False
@@ -1174,7 +1184,7 @@ class Cells:
         asyncio.set_event_loop(loop)
         self.loop, failures = loop, 0
         while not self.is_stopping:
-            ended = len(self.waiting)
+            waited = len(self.waiting)
             try:
                 if self.task is None or self.task.done():   # at first; a cell may cancel all tasks
                     self.task = loop.create_task(self.one_after_the_other())
@@ -1183,15 +1193,15 @@ class Cells:
                 pass      # it ended a background task of the user's, which remembers it
             except BaseException as problem:   # the loop was stopped, or is broken (I8)
                 self.kernel.trouble("the cells' loop", problem)
-                failures = failures + 1 if ended == len(self.waiting) else 0
+                failures = failures + 1 if waited == len(self.waiting) else 0
                 if failures > MOST_FAILURES:
                     os._exit(1)
-        if self is not self.kernel.cells:
+        if self is not self.kernel.cells:   # exit functions may need the main one
             loop.close()
 
     async def one_after_the_other(self):
         while not self.is_stopping:
-            while self.waiting:
+            while self.waiting and not self.is_stopping:
                 request = self.waiting.popleft()
                 if not is_cell(request):
                     self.kernel.answer(request)
@@ -1209,10 +1219,10 @@ class Cells:
         """Run one execute_request from busy to idle; after an error, abort those that wait."""
         kernel = self.kernel
         kernel.enter(request)
-        self.request, self.aborted = request, None
+        self.request, self.taken = request, None
         started = {"started": date_now()}
-        kernel.status("busy", request)
         try:
+            kernel.status("busy", request)
             reply = await execute_request(kernel, request)
         except BaseException as error:   # the client's mistake, or a SIGINT at an odd moment
             reply = {**failed(error), "execution_count": kernel.interpreter.execution_count}
@@ -1222,15 +1232,15 @@ class Cells:
         except (TypeError, ValueError) as error:   # a payload or value that JSON has no word for
             kernel.finish(request, {**failed(error), "execution_count": reply["execution_count"]})
         if reply["status"] == "error":
-            self.failed_burst = burst_of(request) if self.aborted is not None else None
-            for other in self.aborted or ():
+            self.failed_burst = burst_of(request) if self.taken is not None else None
+            for other in self.taken or ():
                 kernel.abort(other)
         else:   # an error that was told, but did not end the cell: the others go on waiting
-            self.waiting.extendleft(reversed(self.aborted or ()))
+            self.waiting.extendleft(reversed(self.taken or ()))
 
     def leave(self):
         """The running cell has come to its end: nothing of it must be left in the kernel's way."""
-        for function in self.kernel.on_leave:
+        for function in self.kernel.on_cell_end:
             function(None)
         self.request = None
         self.forget_cancel()
@@ -1246,7 +1256,7 @@ class Cells:
         client sends after it heard of the error must run (I9)."""
         content = self.request["content"]
         if content.get("stop_on_error", True) and not content.get("silent", False):
-            self.aborted = [*(self.aborted or ()), *self.kernel.let_io(self.take_cells)]
+            self.taken = [*(self.taken or ()), *self.kernel.let_io(self.take_cells)]
 
     def take_cells(self):
         """Called by io: the cells that have arrived, taken out; comm messages go on waiting."""
@@ -1293,12 +1303,14 @@ class Kernel:
         self.workers = {"io": self.answer, "cells": self.cells.put}   # who -> function of a request
         self.poller, self.sources = zmq.Poller(), {}   # socket or descriptor -> function
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
-        self.on_start, self.at_end = [], []      # functions without arguments
+        self.on_start, self.on_exit = [], []      # functions without arguments
         self.on_enter, self.on_drain = [], []    # the same
         self.on_interrupt, self.on_trouble = [], []   # the same
-        self.on_leave = []                    # functions of an exception, or None
+        self.on_cell_end = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
-        self.replies = queue.SimpleQueue()    # values of input_replies
+        self.replies = queue.SimpleQueue()    # (msg_id of the question if told, value)
+        self.asking = set()                   # msg_ids of questions that wait for their answer
+        self.past = collections.deque(maxlen=1000)   # of those that do no more
         self.request = contextvars.ContextVar("request")
         self.latest = None                    # the execute_request that runs or ran last
         self.interrupts = 0                   # how many there were
@@ -1348,7 +1360,7 @@ class Kernel:
             descriptor.listen(self)
             setattr(sys, name, Stream(number, self.outbox))
         builtins.input = self.input
-        # Later than the prompt of `input`, and than what was printed before (I1).
+        # What code writes to a captured descriptor is read at once, so that it keeps its turn (I1).
         sys.modules["os"].write = self.write
 
     def run(self):
@@ -1380,12 +1392,14 @@ class Kernel:
     def stop(self):
         """Let every shell end when its running cell has; the main thread then ends the process."""
         for cells in [*self.shells]:
-            cells.stop()
+            for request in cells.stop():
+                if is_cell(request):
+                    self.abort(request)
 
     def end(self):
         """Let exit functions speak, send all that is queued, and go without waiting for threads."""
         atexit._run_exitfuncs()
-        for function in self.at_end:
+        for function in self.on_exit:
             function()
         self.drain()
         self.outbox.is_due = True   # before the next line: io must take all that is left
@@ -1423,15 +1437,27 @@ class Kernel:
         """Send what is due, in order. What cannot be sent yet waits, and lets pass only what goes
         another way."""
         due, self.unsent = itertools.chain(self.unsent, self.outbox.take()), []
-        held = set()   # channels whose messages must wait for one that waits
+        held = set()   # ways on which messages must wait for one that waits
         self.retry_ms = min(2 * self.retry_ms, RETRY_MS)
         for channel, parts in due:
-            if channel in held or not self.send(channel, parts):
-                held.add(channel)
+            way = channel if channel == "iopub" else (channel, parts[0])
+            if way in held or not self.send(channel, parts):
+                held.add(way)
                 self.unsent.append((channel, parts))
-        self.outbox.is_full = "iopub" in held
-        rest = self.outbox.rest()
-        return self.retry_ms if self.unsent else rest
+        self.hold("iopub" in held)
+        patience = self.outbox.patience()
+        if self.unsent:
+            patience = self.retry_ms if patience is None else min(self.retry_ms, patience)
+        return patience
+
+    def hold(self, is_full):
+        """While a subscriber has no room, whoever prints must wait: threads look at `is_full`, and
+        the pipes of child processes are not read (I4)."""
+        if is_full != self.outbox.is_full:
+            self.outbox.is_full = is_full
+            for source in self.sources:
+                if any(source == each.pipe for each in self.descriptors):
+                    self.poller.register(source, 0 if is_full else zmq.POLLIN)
 
     def send(self, channel, parts):
         """Send one message; False when that must be tried again."""
@@ -1445,7 +1471,8 @@ class Kernel:
         except Exception as problem:
             if getattr(problem, "errno", None) != zmq.EHOSTUNREACH:
                 self.trouble(f"sending on {channel}", problem)
-            return False   # for the other reason: a question whose client is not on stdin yet
+                return False
+            return not self.asking   # its client is not on stdin yet; try again while we ask
         return True
 
     def let_io(self, function):
@@ -1491,7 +1518,8 @@ class Kernel:
         if channel != "stdin":
             self.dispatch(request)
         elif request["header"]["msg_type"] == "input_reply":
-            self.replies.put(str(request["content"].get("value", "")))
+            question = request["parent_header"].get("msg_id")   # jupyter_client names none
+            self.replies.put((question, str(request["content"].get("value", ""))))
 
     def subscription(self, event):
         """A client has subscribed to iopub, or does so no more."""
@@ -1563,15 +1591,16 @@ class Kernel:
                 self.reply(request, content)
         except Exception as error:   # the client's mistake, such as a missing field
             self.log(f"{msg_type} failed: {error!r}")
-            self.reply(request, failed(error))
+            if msg_type.endswith("_request"):
+                self.reply(request, failed(error))
         finally:
             self.status("idle", request)
 
     def enter(self, request):
         """From here on, what this thread says belongs to `request`.
 
-        Whose output is it? That of this context's request. What has no request of its own, such as
-        a thread that an earlier cell has started, speaks for the latest cell.
+        Output belongs to the request of its context. A thread has no context of its own: its output
+        belongs to the cell that began last.
         """
         self.latest, self.outbox.latest = request, scope_of(request["header"])
         self.outbox.scope.set(self.outbox.latest)
@@ -1585,9 +1614,10 @@ class Kernel:
 
     def before_error(self, error):
         """The interpreter will tell an error, below the request of this context."""
-        for function in self.on_leave:
+        for function in self.on_cell_end:
             function(error)
-        if cells := self.cells_of(self.request.get(None)):
+        request = self.request.get(None)   # None in a thread of the user's
+        if request and (cells := self.cells_of(request)):
             cells.before_error(error)
 
     def drain(self):
@@ -1634,6 +1664,7 @@ class Kernel:
         for cells in [*self.shells]:
             if cells.request and not (runs_here and cells is self.cells):
                 cells.loop.call_soon_threadsafe(cells.cancel)
+        self.outbox.wake()   # whom the interrupt keeps from doing so, perhaps
         if runs_here:
             raise KeyboardInterrupt
 
@@ -1651,25 +1682,35 @@ class Kernel:
                                            "questions (allow_stdin is false)")
         while not self.replies.empty():
             self.replies.get_nowait()   # an answer to a question that was interrupted
-        interrupts = self.interrupts
         message = self.session.message("input_request", {"prompt": prompt, "password": password},
                                        request["header"])
+        # A client has the same identity on shell and on stdin: so the question finds it.
         message["identities"] = request["identities"]
-        self.outbox.put("stdin", message)
-        value = self.wait_for_answer(interrupts)
+        msg_id = message["header"]["msg_id"]
+        self.asking.add(msg_id)
+        try:
+            self.outbox.put("stdin", message)
+            value = self.wait_for_answer(msg_id)
+        finally:
+            self.asking.discard(msg_id)
+            self.past.append(msg_id)
         if value == "\x04":
             raise EOFError
         return value
 
-    def wait_for_answer(self, interrupts):
-        """The answer to a question. The signal that ends the wait reaches the main thread alone, so
-        other threads look from time to time whether there were more than so many interrupts."""
-        in_main = current_thread() is threading.main_thread()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self.replies.get(timeout=None if in_main else INTERRUPT_SECONDS)
-            if self.interrupts > interrupts:
-                raise KeyboardInterrupt
+    def wait_for_answer(self, msg_id):
+        """The answer to a question; not one that names another question, which was interrupted.
+        The signal that ends the wait reaches the main thread alone, so other threads look from time
+        to time whether there was an interrupt."""
+        interrupts, in_main = self.interrupts, current_thread() is threading.main_thread()
+        question = value = None
+        while value is None or (question != msg_id and question in self.past):
+            try:
+                question, value = self.replies.get(timeout=None if in_main else INTERRUPT_SECONDS)
+            except queue.Empty:
+                if self.interrupts > interrupts:
+                    raise KeyboardInterrupt from None
+        return value
 
 
 THREADS = {"serve": "io", "beat": "heartbeat"}   # method that is a thread's life -> its name
@@ -1845,9 +1886,9 @@ def main():
 #    13 IPython                     AFTER_IMPORT
 #    14 matplotlib                  AFTER_IMPORT, STAND_INS
 #    15 Subshells                   HANDLERS, kernel.workers
-#    16 Children                    kernel.on_enter, on_leave, on_drain
+#    16 Children                    kernel.on_enter, on_cell_end, on_drain
 #    17 Cells taken back            HANDLERS, kernel.workers
-#    18 What a cell has broken      kernel.on_trouble, on_leave
+#    18 What a cell has broken      kernel.on_trouble, on_cell_end
 #    19 Interrupts that were lost   kernel.listen, rounds, on_interrupt
 #    20 Patience at the start       kernel.rounds
 #    21 The parent's end            kernel.listen
@@ -1856,7 +1897,8 @@ def main():
 #    24 Encryption                  SOCKET_OPTIONS
 #    25 Usage and addresses         HANDLERS
 #    26 Less collecting             EXTRAS
-#    27 Install                     COMMANDS
+#    27 Faster JSON                  ENCODERS
+#    28 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -4677,7 +4719,7 @@ def notice_children(kernel):
     sys.addaudithook(notice)
     kernel.on_enter.append(forget)
     kernel.on_drain.append(flush_c_output)
-    kernel.on_leave.append(functools.partial(end_child, kernel))
+    kernel.on_cell_end.append(functools.partial(end_child, kernel))
     if hasattr(os, "register_at_fork"):
         for stream in (sys.stdout, sys.stderr):
             os.register_at_fork(after_in_child=ChildStream(stream).take_over)
@@ -4790,7 +4832,7 @@ class Mender:
                        if callable(value) and name not in OURS]
         kernel.on_start.append(self.remember)
         kernel.on_trouble.append(self.mend)
-        kernel.on_leave.append(self.look)
+        kernel.on_cell_end.append(self.look)
 
     def remember(self):
         asyncio = sys.modules["asyncio"]
@@ -5001,7 +5043,29 @@ def collect_less(kernel):
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-# ---- 27. Install -------------------------------------------------------------------------------
+# ---- 27. Faster JSON ---------------------------------------------------------------------------
+#
+# JSONEncoder makes an encoder in C for each value: one for all takes half the time. And long texts,
+# such as what 100 MB of prints become, mostly have no character that needs an escape but line ends.
+
+def json_string(text):
+    """`text` as a JSON string. To search for each character that needs an escape is four times as
+    fast as to look at each character."""
+    if len(text) < 500 or any(map(text.__contains__, ESCAPED)):
+        return json.encoder.encode_basestring(text)
+    if "\n" in text:
+        text = text.replace("\n", "\\n")
+    return f'"{text}"'
+
+
+ESCAPED = ['"', "\\", *map(chr, {*range(32)} - {ord("\n")})]
+if json.encoder.c_make_encoder:
+    encode_pieces = json.encoder.c_make_encoder(None, json_default, json_string, None, ":", ",",
+                                                False, False, False)
+    ENCODERS.append(lambda value: "".join(encode_pieces(value, 0)))
+
+
+# ---- 28. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""
