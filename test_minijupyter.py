@@ -26,6 +26,7 @@
 
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
+      python test_minijupyter.py core         the parts alone: Part I, and Part II short of a section
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -5386,6 +5387,9 @@ class EachExtraAlone(Case):
                 frontend.ask("shutdown_request", "control", restart=False)
                 self.assertEqual(own.process.exit_code(), 0, own.process.output)
                 self.assertNotIn("Traceback", own.process.output)
+
+
+CORE = (PartsOfAFile, CoreOfTheKernel, CoreOfTheKernelUnderClients, EachExtraAlone)
 
 
 # ---- 6. Documents and contents -----------------------------------------------------
@@ -14203,10 +14207,12 @@ def run_tests(suites):
 
 
 def main(names):
-    """Run the benchmark, or the tests whose name contains one of `names`, or all."""
+    """Run the benchmark, the parts alone, the tests whose name contains one of `names`, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names[:1] == ["bench"]:
         return bench(names[1:])
+    if names == ["core"]:
+        names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, give_up)
     return run_tests(chosen_tests(names)).report()
