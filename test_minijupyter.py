@@ -7365,11 +7365,11 @@ class Journal(ServerCase):
         again.until(lambda: "2" in again.cells and again.cells["2"].is_done)
         self.assertNotIn("1", again.cells)
 
-    def test_what_a_thread_prints_after_the_save_is_kept_too(self):
+    def test_what_a_task_prints_after_the_save_is_kept_too(self):
         page = self.follow()
-        cell = page.start("import threading; go = threading.Event()\n"
-                          "threading.Thread(target=lambda: (go.wait(), print('late'))).start()\n"
-                          "print('early')", cell="a")
+        cell = page.start("import asyncio; go = asyncio.Event()\n"
+                          "async def late(): await go.wait(); print('late')\n"
+                          "task = asyncio.create_task(late()); print('early')", cell="a")
         page.until(lambda: cell.is_done)
         page.forget(cell)
         other = page.start("go.set()", cell="b")
@@ -12143,10 +12143,10 @@ class PageComesBack(PageCase):
         tab.wait_until_done()
         self.assertEqual(tab.texts(), ["\n".join(map(str, range(100))), "'next'"])
 
-    def test_what_a_thread_prints_after_the_save_is_appended(self):
-        tab = self.open("import threading; go = threading.Event()\nprint('early')\n"
-                        "threading.Thread(target=lambda: (go.wait(), print('late'))).start()",
-                        "go.set()")
+    def test_what_a_task_prints_after_the_save_is_appended(self):
+        tab = self.open("import asyncio; go = asyncio.Event()\nprint('early')\n"
+                        "async def late(): await go.wait(); print('late')\n"
+                        "task = asyncio.create_task(late())", "go.set()")
         tab.run(0)
         tab.save()
         tab.page.close()
@@ -12160,19 +12160,19 @@ class PageComesBack(PageCase):
         self.assertEqual((tab.cell(0).get_attribute("data-state"),
                           tab.cell(0).locator(".prompt").inner_text().strip()), ("idle", "[1]"))
 
-    LATE = ["import threading; go = threading.Semaphore(0)\n"
-            "def late():\n    for n in range(3):\n        go.acquire()\n"
-            "        print('late', n)\nthreading.Thread(target=late).start()\nprint('early')",
+    LATE = ["import asyncio; go = asyncio.Semaphore(0)\n"
+            "async def late():\n    for n in range(3):\n        await go.acquire()\n"
+            "        print('late', n)\ntask = asyncio.create_task(late())\nprint('early')",
             "go.release()"]
 
     def release(self):
-        """Let the thread print one line more, while no page is there."""
+        """Let the task print one line more, while no page is there."""
         (session,) = self.server.get("/api/sessions").json
         frontend = self.server.frontend(session["kernel"]["id"])
         self.addCleanup(frontend.wire.close)
         frontend.finish(frontend.start("go.release()"))
 
-    def test_what_a_thread_prints_after_the_save_is_saved_too_and_there_only_once(self):
+    def test_what_a_task_prints_after_the_save_is_saved_too_and_there_only_once(self):
         tab = self.open(*self.LATE)
         tab.run(0)
         tab.save()
@@ -12184,7 +12184,7 @@ class PageComesBack(PageCase):
         self.assertShows(tab.outputs(0), "late 1")
         self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1")
 
-    def test_what_a_thread_printed_before_a_crash_is_there_only_once(self):
+    def test_what_a_task_printed_before_a_crash_is_there_only_once(self):
         tab = self.open(*self.LATE)
         tab.run(0)
         tab.save()
