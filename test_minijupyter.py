@@ -26,7 +26,7 @@
 
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
-      python test_minijupyter.py core         the parts alone: Part I, and Part II short of a section
+      python test_minijupyter.py core         Part I alone, and with all of Part II but one section
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -63,9 +63,11 @@ message, a line or a file, with a deadline.
 Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
 """
 
+import ast
 import asyncio
 import atexit
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
@@ -75,6 +77,7 @@ import importlib.util
 import io
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -13218,13 +13221,63 @@ class PageInFirefox(ServerCase):
 # ---- 10. Documentation under test --------------------------------------------------
 #
 # The documentation is code that nobody runs, so these tests do: the twelve stations of a cell's
-# journey, the sections that each file announces, the commands of the README, what lies on top.
+# journey, the sections that each file announces, the two parts and what joins them, the commands
+# of the README, what lies on top.
 
 FILES = ("kernel.py", "minijupyter.py", "index.html", "test_minijupyter.py", "README.md")
 
 
 def text_of(name):
     return (HERE / name).read_text("utf-8")
+
+
+def definitions(statements):
+    """Count of each name that module-level statements define; of branches only one is taken."""
+    found = collections.Counter()
+    for node in statements:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] += 1
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = getattr(node, "targets", None) or [node.target]
+            found.update(name.id for target in targets for name in ast.walk(target)
+                         if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store))
+        else:
+            branches = [getattr(node, part, []) for part in ("body", "orelse", "finalbody")]
+            branches += [handler.body for handler in getattr(node, "handlers", [])]
+            found += functools.reduce(operator.or_, map(definitions, branches))
+    return found
+
+
+def attributes(tree):
+    """Names of the methods and of the attributes of `self` that the classes of a tree define."""
+    return {node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)} | {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def uses(tree):
+    """Names that a tree reads, writes or calls; of `a.b` both. `@handles(…)` uses HANDLERS."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names | {"HANDLERS"} if "handles" in names else names
+
+
+def announced_sections(second):
+    """[(number, title, [plug])] as the list at the head of Part II has them."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), second)
+    rows = [re.fullmatch(r"# +(\d+) (\S.*?)  +(.+)\n", line) for line in head]
+    return [(row[1], row[2], row[3].split(":")[0].split(", ")) for row in rows if row]
+
+
+def announced_plugs(docstring):
+    """["HANDLERS", "kernel.workers", …] of the list of extension points in a module docstring."""
+    paragraphs = docstring.split("\n\n")
+    heading = next(p for p in paragraphs if p.lstrip().startswith("Part I's extension points"))
+    names = []
+    for line in paragraphs[paragraphs.index(heading) + 1].split("\n"):
+        owner, words = re.match(r" {4}(\w+\.)?(\w+(?:, \w+)*)", line).groups()
+        names += [(owner or "") + word for word in words.split(", ")]
+    return names
 
 
 class Documentation(Case):
@@ -13245,6 +13298,46 @@ class Documentation(Case):
                 self.assertEqual([int(n) for n, _ in banners], list(range(1, len(banners) + 1)))
                 for number, title in banners:
                     self.assertRegex(opening, rf"\b{number}\.? {re.escape(title.split(':')[0])}")
+
+    def test_no_name_is_defined_twice_in_a_file(self):
+        self.assertEqual(definitions(ast.parse(
+            "try: x = 1\nexcept OSError: x = 2\ny, y = [x for x in 'ab']\ndef x(): y = 3").body),
+            {"x": 2, "y": 2})
+        for name in FILES:
+            if name.endswith(".py"):
+                found = definitions(ast.parse(text_of(name)).body)
+                with self.subTest(name):
+                    self.assertEqual({name: n for name, n in found.items() if n > 1}, {})
+
+    def test_the_kernel_has_one_part_two_and_all_its_stations_stand_before_it(self):
+        self.assertEqual([KERNEL_SOURCE.count(mark) for mark in (PART_II, END_OF_PART_II)], [1, 1])
+        found = [re.findall(r"Journey (\d+)", "".join(lines)) for lines in parts(KERNEL_SOURCE)]
+        self.assertEqual([sorted(map(int, numbers)) for numbers in found],
+                         [[4, 5, 6, 7, 8, 9, 10], [], []])
+
+    def test_part_two_lists_its_sections_and_each_uses_the_plugs_that_it_names(self):
+        _, second, _ = parts(KERNEL_SOURCE)
+        banners = [number for number, line in enumerate(second) if BANNER.match(line)]
+        matches = [BANNER.match(second[number]) for number in banners]
+        announced = announced_sections(second)
+        self.assertEqual([row[:2] for row in announced],
+                         [(match[1], match[2].split(":")[0]) for match in matches])
+        for (_, title, plugs), *lines in zip(announced, banners, [*banners[1:], None], strict=True):
+            names = uses(ast.parse("".join(second[slice(*lines)])))
+            for plug in plugs:
+                with self.subTest(title, plug=plug):
+                    self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
+
+    def test_each_extension_point_is_made_in_part_one_and_used_in_part_two(self):
+        first, second, _ = (ast.parse("".join(lines)) for lines in parts(KERNEL_SOURCE))
+        made, used = {*definitions(first.body)}, uses(second)
+        plugs = announced_plugs(ast.get_docstring(first, clean=False))
+        self.assertGreater(len(plugs), 10)
+        for plug in plugs:
+            owner, _, name = plug.rpartition(".")
+            with self.subTest(plug):
+                self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
+                self.assertTrue(name in used, "no section of Part II uses it")
 
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
