@@ -13280,6 +13280,36 @@ def announced_plugs(docstring):
     return names
 
 
+def stations(source):
+    """{line: number} of the first line of code below each `# Journey N:` of a source."""
+    lines, found = source.split("\n"), {}
+    for at, line in enumerate(lines, 1):
+        if match := re.match(r"\s*# Journey (\d+):", line):
+            found[next(number for number, text in enumerate(lines[at:], at + 1)
+                       if text.strip() and text.strip()[0] != "#")] = int(match[1])
+    return found
+
+
+FOLLOWER = """\
+import sys, threading
+folder, stations, path = sys.argv[1:4]
+del sys.argv[1:4]
+sys.path.insert(0, folder)
+import kernel
+stations, log = dict(pair.split("=") for pair in stations.split()), open(path, "wb", 0)
+
+def follow(frame, event, argument):
+    if frame.f_code.co_filename != kernel.__file__:
+        return None
+    if event == "line" and str(frame.f_lineno) in stations:
+        log.write(stations[str(frame.f_lineno)].encode() + b" ")
+    return follow
+
+sys.settrace(follow)
+threading.settrace(follow)
+kernel.main()"""
+
+
 class Documentation(Case):
     def test_the_twelve_stations_of_the_journey_stand_once_each_and_in_their_file(self):
         found = [(int(number), name) for name in FILES[:3]
@@ -13288,6 +13318,25 @@ class Documentation(Case):
                     "kernel.py": (4, 5, 6, 7, 8, 9, 10)}
         self.assertEqual(sorted(found), sorted(
             (number, name) for name, numbers in stations.items() for number in numbers))
+
+    def test_a_cell_passes_the_kernels_stations_in_the_order_of_their_numbers(self):
+        for title, source in (("whole", KERNEL_SOURCE),
+                              ("Part I alone", without_part_two(KERNEL_SOURCE))):
+            folder = self.folder()
+            kernel_alone(folder, source)
+            log, places = folder / "passed", stations(source).items()
+            own = KernelProcess([
+                sys.executable, "-c", FOLLOWER, str(folder),
+                " ".join(f"{line}={number}" for line, number in places), str(log), *OURS[2:]])
+            self.addCleanup(own.end)
+            frontend = own.connect()
+            self.addCleanup(frontend.wire.close)
+            earlier = len(log.read_text())   # the kernel has answered: it writes no more of it
+            cell = frontend.finish(frontend.start("print(1); 2"), seconds=60)
+            with self.subTest(title):
+                self.assertMessages(cell, "busy execute_input stream execute_result idle")
+                passed = [int(number) for number in log.read_text()[earlier:].split()]
+                self.assertEqual([*dict.fromkeys(passed)], [4, 5, 6, 7, 8, 9, 10])
 
     def test_each_file_announces_its_sections_and_keeps_to_them(self):
         for name in FILES[:4]:
