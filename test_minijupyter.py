@@ -26,6 +26,7 @@
 
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
+      python test_minijupyter.py core         Part I alone, and with all of Part II but one section
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -62,9 +63,11 @@ message, a line or a file, with a deadline.
 Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
 """
 
+import ast
 import asyncio
 import atexit
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
@@ -74,6 +77,7 @@ import importlib.util
 import io
 import itertools
 import json
+import operator
 import os
 import random
 import re
@@ -5193,19 +5197,12 @@ def extras(source):
 class PartsOfAFile(Case):
     """The helper that cuts, on a made-up file."""
 
-    SOURCE = f"""first
-# ---- 1. Core ------
-core
-# {PART_II}
-# what is in it
-# ---- 7. Magics ------
-magics
-# ---- 8. Comms: wires ------
-comms
-# {END_OF_PART_II}
-# ---- 9. main ------
-main
-"""
+    SOURCE = "\n".join([   # not one text: its banners would begin lines of this file, too
+        "first", "# ---- 1. Core ------", "core",
+        f"# {PART_II}", "# what is in it",
+        "# ---- 7. Magics ------", "magics",
+        "# ---- 8. Comms: wires ------", "comms",
+        f"# {END_OF_PART_II}", "# ---- 9. main ------", "main", ""])
 
     def test_part_two_is_cut_with_both_marks(self):
         self.assertEqual(without_part_two(self.SOURCE).split("\n"), [
@@ -5386,6 +5383,9 @@ class EachExtraAlone(Case):
                 frontend.ask("shutdown_request", "control", restart=False)
                 self.assertEqual(own.process.exit_code(), 0, own.process.output)
                 self.assertNotIn("Traceback", own.process.output)
+
+
+CORE = (PartsOfAFile, CoreOfTheKernel, CoreOfTheKernelUnderClients, EachExtraAlone)
 
 
 # ---- 6. Documents and contents -----------------------------------------------------
@@ -7368,11 +7368,11 @@ class Journal(ServerCase):
         again.until(lambda: "2" in again.cells and again.cells["2"].is_done)
         self.assertNotIn("1", again.cells)
 
-    def test_what_a_thread_prints_after_the_save_is_kept_too(self):
+    def test_what_a_task_prints_after_the_save_is_kept_too(self):
         page = self.follow()
-        cell = page.start("import threading; go = threading.Event()\n"
-                          "threading.Thread(target=lambda: (go.wait(), print('late'))).start()\n"
-                          "print('early')", cell="a")
+        cell = page.start("import asyncio; go = asyncio.Event()\n"
+                          "async def late(): await go.wait(); print('late')\n"
+                          "task = asyncio.create_task(late()); print('early')", cell="a")
         page.until(lambda: cell.is_done)
         page.forget(cell)
         other = page.start("go.set()", cell="b")
@@ -12146,10 +12146,10 @@ class PageComesBack(PageCase):
         tab.wait_until_done()
         self.assertEqual(tab.texts(), ["\n".join(map(str, range(100))), "'next'"])
 
-    def test_what_a_thread_prints_after_the_save_is_appended(self):
-        tab = self.open("import threading; go = threading.Event()\nprint('early')\n"
-                        "threading.Thread(target=lambda: (go.wait(), print('late'))).start()",
-                        "go.set()")
+    def test_what_a_task_prints_after_the_save_is_appended(self):
+        tab = self.open("import asyncio; go = asyncio.Event()\nprint('early')\n"
+                        "async def late(): await go.wait(); print('late')\n"
+                        "task = asyncio.create_task(late())", "go.set()")
         tab.run(0)
         tab.save()
         tab.page.close()
@@ -12163,19 +12163,19 @@ class PageComesBack(PageCase):
         self.assertEqual((tab.cell(0).get_attribute("data-state"),
                           tab.cell(0).locator(".prompt").inner_text().strip()), ("idle", "[1]"))
 
-    LATE = ["import threading; go = threading.Semaphore(0)\n"
-            "def late():\n    for n in range(3):\n        go.acquire()\n"
-            "        print('late', n)\nthreading.Thread(target=late).start()\nprint('early')",
+    LATE = ["import asyncio; go = asyncio.Semaphore(0)\n"
+            "async def late():\n    for n in range(3):\n        await go.acquire()\n"
+            "        print('late', n)\ntask = asyncio.create_task(late())\nprint('early')",
             "go.release()"]
 
     def release(self):
-        """Let the thread print one line more, while no page is there."""
+        """Let the task print one line more, while no page is there."""
         (session,) = self.server.get("/api/sessions").json
         frontend = self.server.frontend(session["kernel"]["id"])
         self.addCleanup(frontend.wire.close)
         frontend.finish(frontend.start("go.release()"))
 
-    def test_what_a_thread_prints_after_the_save_is_saved_too_and_there_only_once(self):
+    def test_what_a_task_prints_after_the_save_is_saved_too_and_there_only_once(self):
         tab = self.open(*self.LATE)
         tab.run(0)
         tab.save()
@@ -12187,7 +12187,7 @@ class PageComesBack(PageCase):
         self.assertShows(tab.outputs(0), "late 1")
         self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1")
 
-    def test_what_a_thread_printed_before_a_crash_is_there_only_once(self):
+    def test_what_a_task_printed_before_a_crash_is_there_only_once(self):
         tab = self.open(*self.LATE)
         tab.run(0)
         tab.save()
@@ -13221,13 +13221,93 @@ class PageInFirefox(ServerCase):
 # ---- 10. Documentation under test --------------------------------------------------
 #
 # The documentation is code that nobody runs, so these tests do: the twelve stations of a cell's
-# journey, the sections that each file announces, the commands of the README, what lies on top.
+# journey, the sections that each file announces, the two parts and what joins them, the commands
+# of the README, what lies on top.
 
 FILES = ("kernel.py", "minijupyter.py", "index.html", "test_minijupyter.py", "README.md")
 
 
 def text_of(name):
     return (HERE / name).read_text("utf-8")
+
+
+def definitions(statements):
+    """Count of each name that module-level statements define; of branches only one is taken."""
+    found = collections.Counter()
+    for node in statements:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] += 1
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = getattr(node, "targets", None) or [node.target]
+            found.update(name.id for target in targets for name in ast.walk(target)
+                         if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store))
+        else:
+            branches = [getattr(node, part, []) for part in ("body", "orelse", "finalbody")]
+            branches += [handler.body for handler in getattr(node, "handlers", [])]
+            found += functools.reduce(operator.or_, map(definitions, branches))
+    return found
+
+
+def attributes(tree):
+    """Names of the methods and of the attributes of `self` that the classes of a tree define."""
+    return {node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)} | {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def uses(tree):
+    """Names that a tree reads, writes or calls; of `a.b` both. `@handles(…)` uses HANDLERS."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names | {"HANDLERS"} if "handles" in names else names
+
+
+def announced_sections(second):
+    """[(number, title, [plug])] as the list at the head of Part II has them."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), second)
+    rows = [re.fullmatch(r"# +(\d+) (\S.*?)  +(.+)\n", line) for line in head]
+    return [(row[1], row[2], row[3].split(":")[0].split(", ")) for row in rows if row]
+
+
+def announced_plugs(docstring):
+    """["HANDLERS", "kernel.workers", …] of the list of extension points in a module docstring."""
+    paragraphs = docstring.split("\n\n")
+    heading = next(p for p in paragraphs if p.lstrip().startswith("Part I's extension points"))
+    names = []
+    for line in paragraphs[paragraphs.index(heading) + 1].split("\n"):
+        owner, words = re.match(r" {4}(\w+\.)?(\w+(?:, \w+)*)", line).groups()
+        names += [(owner or "") + word for word in words.split(", ")]
+    return names
+
+
+def stations(source):
+    """{line: number} of the first line of code below each `# Journey N:` of a source."""
+    lines, found = source.split("\n"), {}
+    for at, line in enumerate(lines, 1):
+        if match := re.match(r"\s*# Journey (\d+):", line):
+            found[next(number for number, text in enumerate(lines[at:], at + 1)
+                       if text.strip() and text.strip()[0] != "#")] = int(match[1])
+    return found
+
+
+FOLLOWER = """\
+import sys, threading
+folder, stations, path = sys.argv[1:4]
+del sys.argv[1:4]
+sys.path.insert(0, folder)
+import kernel
+stations, log = dict(pair.split("=") for pair in stations.split()), open(path, "wb", 0)
+
+def follow(frame, event, argument):
+    if frame.f_code.co_filename != kernel.__file__:
+        return None
+    if event == "line" and str(frame.f_lineno) in stations:
+        log.write(stations[str(frame.f_lineno)].encode() + b" ")
+    return follow
+
+sys.settrace(follow)
+threading.settrace(follow)
+kernel.main()"""
 
 
 class Documentation(Case):
@@ -13239,6 +13319,25 @@ class Documentation(Case):
         self.assertEqual(sorted(found), sorted(
             (number, name) for name, numbers in stations.items() for number in numbers))
 
+    def test_a_cell_passes_the_kernels_stations_in_the_order_of_their_numbers(self):
+        for title, source in (("whole", KERNEL_SOURCE),
+                              ("Part I alone", without_part_two(KERNEL_SOURCE))):
+            folder = self.folder()
+            kernel_alone(folder, source)
+            log, places = folder / "passed", stations(source).items()
+            own = KernelProcess([
+                sys.executable, "-c", FOLLOWER, str(folder),
+                " ".join(f"{line}={number}" for line, number in places), str(log), *OURS[2:]])
+            self.addCleanup(own.end)
+            frontend = own.connect()
+            self.addCleanup(frontend.wire.close)
+            earlier = len(log.read_text())   # the kernel has answered: it writes no more of it
+            cell = frontend.finish(frontend.start("print(1); 2"), seconds=60)
+            with self.subTest(title):
+                self.assertMessages(cell, "busy execute_input stream execute_result idle")
+                passed = [int(number) for number in log.read_text()[earlier:].split()]
+                self.assertEqual([*dict.fromkeys(passed)], [4, 5, 6, 7, 8, 9, 10])
+
     def test_each_file_announces_its_sections_and_keeps_to_them(self):
         for name in FILES[:4]:
             text = text_of(name)
@@ -13248,6 +13347,46 @@ class Documentation(Case):
                 self.assertEqual([int(n) for n, _ in banners], list(range(1, len(banners) + 1)))
                 for number, title in banners:
                     self.assertRegex(opening, rf"\b{number}\.? {re.escape(title.split(':')[0])}")
+
+    def test_no_name_is_defined_twice_in_a_file(self):
+        self.assertEqual(definitions(ast.parse(
+            "try: x = 1\nexcept OSError: x = 2\ny, y = [x for x in 'ab']\ndef x(): y = 3").body),
+            {"x": 2, "y": 2})
+        for name in FILES:
+            if name.endswith(".py"):
+                found = definitions(ast.parse(text_of(name)).body)
+                with self.subTest(name):
+                    self.assertEqual({name: n for name, n in found.items() if n > 1}, {})
+
+    def test_the_kernel_has_one_part_two_and_all_its_stations_stand_before_it(self):
+        self.assertEqual([KERNEL_SOURCE.count(mark) for mark in (PART_II, END_OF_PART_II)], [1, 1])
+        found = [re.findall(r"Journey (\d+)", "".join(lines)) for lines in parts(KERNEL_SOURCE)]
+        self.assertEqual([sorted(map(int, numbers)) for numbers in found],
+                         [[4, 5, 6, 7, 8, 9, 10], [], []])
+
+    def test_part_two_lists_its_sections_and_each_uses_the_plugs_that_it_names(self):
+        _, second, _ = parts(KERNEL_SOURCE)
+        banners = [number for number, line in enumerate(second) if BANNER.match(line)]
+        matches = [BANNER.match(second[number]) for number in banners]
+        announced = announced_sections(second)
+        self.assertEqual([row[:2] for row in announced],
+                         [(match[1], match[2].split(":")[0]) for match in matches])
+        for (_, title, plugs), *lines in zip(announced, banners, [*banners[1:], None], strict=True):
+            names = uses(ast.parse("".join(second[slice(*lines)])))
+            for plug in plugs:
+                with self.subTest(title, plug=plug):
+                    self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
+
+    def test_each_extension_point_is_made_in_part_one_and_used_in_part_two(self):
+        first, second, _ = (ast.parse("".join(lines)) for lines in parts(KERNEL_SOURCE))
+        made, used = {*definitions(first.body)}, uses(second)
+        plugs = announced_plugs(ast.get_docstring(first, clean=False))
+        self.assertGreater(len(plugs), 10)
+        for plug in plugs:
+            owner, _, name = plug.rpartition(".")
+            with self.subTest(plug):
+                self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
+                self.assertTrue(name in used, "no section of Part II uses it")
 
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
@@ -14203,10 +14342,12 @@ def run_tests(suites):
 
 
 def main(names):
-    """Run the benchmark, or the tests whose name contains one of `names`, or all."""
+    """Run the benchmark, the parts alone, the tests whose name contains one of `names`, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names[:1] == ["bench"]:
         return bench(names[1:])
+    if names == ["core"]:
+        names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, give_up)
     return run_tests(chosen_tests(names)).report()
