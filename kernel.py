@@ -29,13 +29,14 @@ Part I's extension points, and what Part II does with them:
     kernel.workers who runs a handler -> function         the helper thread, the subshells
     kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
     kernel.rounds  functions that io calls each time      patience at the start
-    kernel.on_start, on_exit                               less collecting
-    kernel.on_enter, on_cell_end, on_drain                   children and what they print
+    kernel.on_start                                       less collecting, what may be broken
+    kernel.on_enter, on_cell_end, on_drain                children and what they print
     kernel.on_interrupt, on_trouble                       lost interrupts, broken builtins
-    interpreter.before_cell, after_cell                   figures, what libraries want called
+    interpreter.before_cell, after_cell, before_error     figures, what libraries want called
+    COMMANDS, FEATURES                                    install; subshells
 
 Of a cell's journey this file holds stations 4 to 10: `Session.unpack` verifies the request,
-`Kernel.dispatch` finds its handler, `execute_request` counts, `Interpreter.run` runs,
+`Kernel.dispatch` finds its handler, `execute_request` counts, `Interpreter.run_source` runs,
 `Stream.write` carries what is printed, `Display.result` shows the value, `Kernel.finish` replies.
 
 Left out on purpose: a debugger protocol. IPython is not needed; once somebody imports it, it runs
@@ -1036,7 +1037,6 @@ class Interpreter:
 
         The user's code runs inside this frame: `Kernel.interrupt` looks for it.
         """
-        # Journey 7: the cell is parsed, split, compiled and run; what is left is its value.
         value = await self.run_source(code)
         if value is not None:
             sys.displayhook(value)
@@ -1045,6 +1045,7 @@ class Interpreter:
         """Run Python source, in the notebook's namespace or another, and return the value of its
         last expression."""
         value = None
+        # Journey 7: the cell is parsed, split, compiled and run; what is left is its value.
         for step in self.compile(code):
             value = eval(step, self.namespace if names is None else names)
             if step.co_flags & COROUTINE:
@@ -1303,7 +1304,7 @@ class Kernel:
         self.workers = {"io": self.answer, "cells": self.cells.put}   # who -> function of a request
         self.poller, self.sources = zmq.Poller(), {}   # socket or descriptor -> function
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
-        self.on_start, self.on_exit = [], []      # functions without arguments
+        self.on_start = []                       # functions without arguments
         self.on_enter, self.on_drain = [], []    # the same
         self.on_interrupt, self.on_trouble = [], []   # the same
         self.on_cell_end = []                    # functions of an exception, or None
@@ -1399,8 +1400,6 @@ class Kernel:
     def end(self):
         """Let exit functions speak, send all that is queued, and go without waiting for threads."""
         atexit._run_exitfuncs()
-        for function in self.on_exit:
-            function()
         self.drain()
         self.outbox.is_due = True   # before the next line: io must take all that is left
         self.is_finished = True
@@ -2783,7 +2782,8 @@ class Events:
 class Captured:
     """What `%%capture NAME` has kept: text of both streams, and outputs as (msg_type, content)."""
 
-    def __init__(self):
+    def __init__(self, display):
+        self.display = display   # not `get_ipython()`'s: IPython may come between cell and show
         self.streams, self.outputs = {"stdout": io.StringIO(), "stderr": io.StringIO()}, []
 
     stdout = property(lambda self: self.streams["stdout"].getvalue())
@@ -2797,7 +2797,7 @@ class Captured:
         sys.stdout.write(self.stdout)
         sys.stderr.write(self.stderr)
         for msg_type, content in self.outputs:
-            builtins.get_ipython().interpreter.publish(msg_type, content)
+            self.display.publish(msg_type, content)
 
     show = __call__
 
@@ -3157,7 +3157,7 @@ class Magics:
 
     def magic_capture(self, line, cell):
         """Put output aside: `%%capture [NAME] [--no-stdout] [--no-stderr] [--no-display]`."""
-        captured = Captured()
+        captured = Captured(self.interpreter.display)
         for name in [word for word in line.split() if not word.startswith("--")]:
             self.user_ns[name] = captured
         hidden = [kind for kind in ("stdout", "stderr", "display") if f"--no-{kind}" not in line]
