@@ -18,6 +18,7 @@
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
+#     "line_profiler", "ipympl", "ipynbname",  # what expects IPython's shell and ipykernel
 #     "axe-playwright-python",  # carries axe-core, which finds what shuts people out
 #     "brs-kb",          # a public list of attacks on pages
 # ]
