@@ -583,7 +583,7 @@ def send_parts(new, parts, more=int(zmq.SNDMORE | zmq.NOBLOCK), last=int(zmq.NOB
     of flags takes longer than all the rest.)"""
     for part in parts[:-1]:
         new.send(part, more)
-    new.send(parts[-1], last, copy=len(parts[-1]) < BIG_TEXT)
+    new.send(parts[-1], last)
 
 
 class Broadcast:
@@ -728,17 +728,16 @@ FORMATTERS = {}    # (module, class name) -> {MIME type: function of the value}
 FAILED = object()  # what `attempt` can return
 
 
-def attempt(function, *arguments, otherwise=None, **options):
+def attempt(function, *arguments, otherwise=None):
     """What `function` returns, or `otherwise` when it fails, and stderr says why. One form of a
     value that fails must not lose the others. (NotImplementedError means: not offered.)"""
     try:
-        return function(*arguments, **options)
+        return function(*arguments)
     except NotImplementedError:
         pass
     except Exception as error:
         lines = describe_error(error)["traceback"]
-        name = getattr(function, "__qualname__", function)
-        print(f"{name} failed:", *lines, sep="\n", file=sys.stderr)
+        print("A form of this value failed:", *lines, sep="\n", file=sys.stderr)
     return otherwise
 
 
@@ -764,17 +763,29 @@ def with_metadata(result):
     return result if isinstance(result, tuple) and len(result) == 2 else (result, None)
 
 
+def bundle_of(value):
+    """(data, metadata) of `_repr_mimebundle_`, which says all at once."""
+    data, metadata = with_metadata(value._repr_mimebundle_(include=None, exclude=None))
+    return dict(data or {}), dict(metadata or {})
+
+
+def form_of(value, method, mime):
+    """(data, metadata) of one `_repr_…_` method. Raises TypeError when it returned no text."""
+    data, metadata = with_metadata(getattr(value, method)())
+    if not isinstance(data, (str, bytes, type(None))) and mime != "application/json":
+        raise TypeError(f"{method} returned {type(data).__name__}, not text or bytes")
+    return data, metadata
+
+
 def mime_bundle(value):
     """(data, metadata): every format of `value`, with text/plain; bytes are base64."""
     rows, data, metadata = formatters_for(value), {}, {}
     if has_reprs(value):
         if hasattr(value, "_repr_mimebundle_"):
-            bundle, about = with_metadata(
-                attempt(value._repr_mimebundle_, include=None, exclude=None))
-            data, metadata = dict(bundle or {}), dict(about or {})
+            data, metadata = attempt(bundle_of, value, otherwise=({}, {}))
         for method, mime in REPR_METHODS.items():
             if mime not in data and mime not in rows and hasattr(value, method):
-                data[mime], about = with_metadata(attempt(getattr(value, method)))
+                data[mime], about = attempt(form_of, value, method, mime, otherwise=(None, None))
                 metadata.update({mime: about} if about else {})
     for mime, function in rows.items():
         if mime != "text/plain" and (form := attempt(function, value)) is not None:
@@ -986,11 +997,11 @@ class Interpreter:
         self.count.set(self.execution_count)
         sys.displayhook = self.displayhook if not silent else lambda value: None
         try:
-            self.begin_cell(code)
-            await self.run(code)
-            reply = {"status": "ok", "user_expressions": {
-                name: self.evaluate(user_expressions[name]) for name in user_expressions}}
+            reply = await self.users_part(code, user_expressions, was_interrupted)
         except BaseException as error:
+            cause = error.__cause__ if type(error) is RuntimeError else None
+            if type(cause) is StopIteration and users_traceback(error) is None:
+                error = cause   # which our coroutines may not raise (PEP 479)
             if was_interrupted() and class_name(error) == "CancelledError":   # see `interrupt`
                 error = KeyboardInterrupt().with_traceback(traceback_of(error))
             reply = self.fail(error)
@@ -999,6 +1010,15 @@ class Interpreter:
         except BaseException as error:
             self.fail(error)
         return {"payload": [], **reply, "execution_count": self.count.get()}
+
+    async def users_part(self, code, user_expressions, was_interrupted):
+        """The part of a cell that an interrupt may end at any moment; returns the reply."""
+        if was_interrupted():   # when the cell had begun, but not come to here
+            raise KeyboardInterrupt
+        self.begin_cell(code)
+        await self.run(code)
+        return {"status": "ok", "user_expressions": {
+            name: self.evaluate(user_expressions[name]) for name in user_expressions}}
 
     def begin_cell(self, code):
         for function in self.before_cell:
@@ -1011,7 +1031,7 @@ class Interpreter:
 
     def users_frames(self):
         """Our code objects below which the user's code runs: there an interrupt may raise."""
-        methods = (self.begin_cell, self.run, self.evaluate, self.finish_cell)
+        methods = (self.users_part, self.evaluate, self.finish_cell)
         return [method.__func__.__code__ for method in methods]
 
     def fail(self, error):
@@ -1150,6 +1170,7 @@ class Cells:
         self.taken = None                    # cells to be aborted if the running one has failed
         self.failed_burst = None             # the burst in which the latest error was
         self.was_cancelled = False           # the await of the running cell was ended: an interrupt
+        self.failures = 0                    # of the loop since the latest cell
         self.is_stopping = False
 
     def put(self, request):
@@ -1183,19 +1204,19 @@ class Cells:
         self.sleep, self.arrived = asyncio.sleep, asyncio.Event()
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
-        self.loop, failures = loop, 0
+        self.loop = loop
         while not self.is_stopping:
-            waited = len(self.waiting)
             try:
                 if self.task is None or self.task.done():   # at first; a cell may cancel all tasks
                     self.task = loop.create_task(self.one_after_the_other())
                 loop.run_until_complete(self.task)
             except KeyboardInterrupt:
                 pass      # it ended a background task of the user's, which remembers it
-            except BaseException as problem:   # the loop was stopped, or is broken (I8)
-                self.kernel.trouble("the cells' loop", problem)
-                failures = failures + 1 if waited == len(self.waiting) else 0
-                if failures > MOST_FAILURES:
+            except BaseException as problem:
+                self.failures += 1   # at first, a cell has stopped the loop; then it is broken
+                if self.failures > 1:
+                    self.kernel.trouble("the cells' loop", problem)
+                if self.failures > MOST_FAILURES:
                     os._exit(1)
         if self is not self.kernel.cells:   # exit functions may need the main one
             loop.close()
@@ -1220,7 +1241,7 @@ class Cells:
         """Run one execute_request from busy to idle; after an error, abort those that wait."""
         kernel = self.kernel
         kernel.enter(request)
-        self.request, self.taken = request, None
+        self.request, self.taken, self.failures = request, None, 0
         started = {"started": date_now()}
         try:
             kernel.status("busy", request)
@@ -1267,10 +1288,15 @@ class Cells:
         self.waiting.extendleft(reversed([r for r in waiting if not is_cell(r)]))
         return [request for request in waiting if is_cell(request)]
 
-    def cancel(self):
-        """Called in the loop: end what the running cell awaits."""
-        if self.request:
-            self.was_cancelled = True
+    def interrupt(self):
+        """End the await of the running cell, thread-safely: only that wakes a loop which sleeps in
+        select. Or, if it has only begun, let it see that it was interrupted."""
+        self.was_cancelled = True
+        self.loop.call_soon_threadsafe(self.cancel, self.request)
+
+    def cancel(self, request):
+        """Called in the loop: end what a cell awaits, if it still runs."""
+        if self.request is request:
             self.task.cancel()
 
     def forget_cancel(self):
@@ -1309,9 +1335,8 @@ class Kernel:
         self.on_interrupt, self.on_trouble = [], []   # the same
         self.on_cell_end = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
-        self.replies = queue.SimpleQueue()    # (msg_id of the question if told, value)
-        self.asking = set()                   # msg_ids of questions that wait for their answer
-        self.past = collections.deque(maxlen=1000)   # of those that do no more
+        self.questions = {}                   # msg_id of an input_request -> queue of its answer
+        self.past = collections.deque(maxlen=1000)   # msg_ids of questions that wait no more
         self.request = contextvars.ContextVar("request")
         self.latest = None                    # the execute_request that runs or ran last
         self.interrupts = 0                   # how many there were
@@ -1400,6 +1425,7 @@ class Kernel:
     def end(self):
         """Let exit functions speak, send all that is queued, and go without waiting for threads."""
         atexit._run_exitfuncs()
+        flush_files()
         self.drain()
         self.outbox.is_due = True   # before the next line: io must take all that is left
         self.is_finished = True
@@ -1471,7 +1497,7 @@ class Kernel:
             if getattr(problem, "errno", None) != zmq.EHOSTUNREACH:
                 self.trouble(f"sending on {channel}", problem)
                 return False
-            return not self.asking   # its client is not on stdin yet; try again while we ask
+            return not self.questions   # its client is not on stdin yet: try again while we ask
         return True
 
     def let_io(self, function):
@@ -1517,8 +1543,16 @@ class Kernel:
         if channel != "stdin":
             self.dispatch(request)
         elif request["header"]["msg_type"] == "input_reply":
-            question = request["parent_header"].get("msg_id")   # jupyter_client names none
-            self.replies.put((question, str(request["content"].get("value", ""))))
+            self.take_answer(request)
+
+    def take_answer(self, request):
+        """An answer goes to the question that it names, or else, for jupyter_client names none, to
+        the latest; not when it names one that was interrupted."""
+        named = request["parent_header"].get("msg_id")
+        waiting = [self.questions.get(named)] if named in self.questions \
+            else [*self.questions.values()]
+        if waiting and named not in self.past:
+            waiting[-1].put(str(request["content"].get("value", "")))
 
     def subscription(self, event):
         """A client has subscribed to iopub, or does so no more."""
@@ -1649,8 +1683,8 @@ class Kernel:
     def interrupt(self, signum, frame):
         """SIGINT, in the main thread. Where the code stands decides what can be done (I10):
 
-        running or sleeping: raise right here; awaiting: cancel the await, thread-safely, because
-        only that wakes a loop which sleeps in select; idle: nothing.
+        running or sleeping: raise right here; awaiting, or just beginning: cancel the await; idle:
+        nothing.
         """
         for function in self.on_interrupt:
             function()
@@ -1662,7 +1696,7 @@ class Kernel:
         runs_here = any(one in ours or CELL_FILE.match(one.co_filename) for one in code)
         for cells in [*self.shells]:
             if cells.request and not (runs_here and cells is self.cells):
-                cells.loop.call_soon_threadsafe(cells.cancel)
+                cells.interrupt()
         self.outbox.wake()   # whom the interrupt keeps from doing so, perhaps
         if runs_here:
             raise KeyboardInterrupt
@@ -1679,37 +1713,32 @@ class Kernel:
         if request is None or not request["content"].get("allow_stdin", True):
             raise StdinNotImplementedError("input() was called, but this client does not allow "
                                            "questions (allow_stdin is false)")
-        while not self.replies.empty():
-            self.replies.get_nowait()   # an answer to a question that was interrupted
         message = self.session.message("input_request", {"prompt": prompt, "password": password},
                                        request["header"])
         # A client has the same identity on shell and on stdin: so the question finds it.
         message["identities"] = request["identities"]
         msg_id = message["header"]["msg_id"]
-        self.asking.add(msg_id)
+        answer = self.questions[msg_id] = queue.SimpleQueue()
         try:
             self.outbox.put("stdin", message)
-            value = self.wait_for_answer(msg_id)
+            value = self.wait_for(answer)
         finally:
-            self.asking.discard(msg_id)
+            del self.questions[msg_id]
             self.past.append(msg_id)
         if value == "\x04":
             raise EOFError
         return value
 
-    def wait_for_answer(self, msg_id):
-        """The answer to a question; not one that names another question, which was interrupted.
-        The signal that ends the wait reaches the main thread alone, so other threads look from time
-        to time whether there was an interrupt."""
+    def wait_for(self, answer):
+        """What is put into the queue `answer`. The signal that ends the wait reaches the main
+        thread alone: others look from time to time whether there was an interrupt."""
         interrupts, in_main = self.interrupts, current_thread() is threading.main_thread()
-        question = value = None
-        while value is None or (question != msg_id and question in self.past):
+        while True:
             try:
-                question, value = self.replies.get(timeout=None if in_main else INTERRUPT_SECONDS)
+                return answer.get(timeout=None if in_main else INTERRUPT_SECONDS)
             except queue.Empty:
                 if self.interrupts > interrupts:
                     raise KeyboardInterrupt from None
-        return value
 
 
 THREADS = {"serve": "io", "beat": "heartbeat"}   # method that is a thread's life -> its name
@@ -1787,6 +1816,14 @@ def signal_main_thread():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     else:
         _thread.interrupt_main()
+
+
+def flush_files():
+    """Write what a cell has left in files that it did not close, as Python does at its end."""
+    for each in gc.get_objects():
+        if type(each) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+            with contextlib.suppress(Exception):
+                each.flush()
 
 
 def end_children(number=signal.SIGTERM):
@@ -1931,11 +1968,14 @@ class AfterImport:
         def exec_module(module):
             try:
                 execute(module)
-            except BaseException:
-                self.hooks[name] = hook     # the next try is a first one again
+                with own_imports():
+                    hook(module, self.kernel)
+            except BaseException:   # perhaps an interrupt; the next try is a first one again
+                self.hooks[name] = hook
+                for each in [*sys.modules]:
+                    if name == "IPython" and each.startswith("IPython."):
+                        del sys.modules[each]
                 raise
-            with own_imports():
-                hook(module, self.kernel)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -1991,7 +2031,8 @@ class FolderFinder(importlib.machinery.PathFinder):
         if path is None and getattr(HERE, "imports", 0):
             path = PYTHON_PATH
         elif path is None and importing_file().startswith(LIBRARIES):
-            path = PYTHON_PATH if super().find_spec(name, PYTHON_PATH) else None
+            is_known = name in sys.stdlib_module_names or super().find_spec(name, PYTHON_PATH)
+            path = PYTHON_PATH if is_known else None
         return super().find_spec(name, path, target)
 
 
@@ -2802,6 +2843,11 @@ class Captured:
     show = __call__
 
 
+# `python -m pip` would import from the notebook's folder.
+RUN_PIP = ("import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+           "runpy.run_module('pip', run_name='__main__', alter_sys=True)")
+
+
 class Magics:
     """The magics of a notebook for which nobody has imported IPython."""
 
@@ -2984,8 +3030,7 @@ class Magics:
         """Run pip in this kernel's environment: `%pip install NAME`; uv where there is no pip."""
         python, uv = f'"{sys.executable}"', own("shutil").which("uv")
         if importlib.machinery.PathFinder.find_spec("pip", PYTHON_PATH) or not uv:
-            safe_path = "-P " if sys.version_info >= (3, 11) else ""   # not the notebook's folder
-            self.run_visibly(f"{python} {safe_path}-m pip {line}")
+            self.run_visibly(f'{python} -c "{RUN_PIP}" {line}')
         else:
             task, _, arguments = line.partition(" ")
             self.run_visibly(f'"{uv}" pip {task} --python {python} {arguments}')
@@ -3125,13 +3170,23 @@ class Magics:
         path = os.path.expanduser(path if os.path.exists(path) else f"{path}.py")
         with open(path, "rb") as file:
             code = compile(file.read(), path, "exec", dont_inherit=True)
-        names = self.user_ns if shares else {"__name__": "__main__", "__file__": path,
-                                             "__builtins__": builtins}
-        saved, sys.argv[:] = sys.argv[:], [path, *arguments]
+        module = types.ModuleType("__main__")
+        module.__file__, module.__builtins__ = path, builtins
+        names = self.user_ns if shares else vars(module)
+        saved, main, folder = sys.argv[:], sys.modules["__main__"], os.path.dirname(path)
+        sys.argv[:] = [path, *arguments]
+        sys.path.insert(0, os.path.abspath(folder))   # where a program's own modules are
+        if not shares:
+            sys.modules["__main__"] = module
         try:
             exec(code, names)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
         finally:
-            sys.argv[:] = saved
+            sys.argv[:], sys.modules["__main__"] = saved, main
+            with contextlib.suppress(ValueError):   # the program has taken it out
+                sys.path.remove(os.path.abspath(folder))
             self.user_ns.update({name: value for name, value in names.items()
                                  if not name.startswith("__")})
 
@@ -4331,6 +4386,8 @@ class IPythonInterpreter(INTERPRETERS["python"]):
         The user's code runs inside this frame: `Kernel.interrupt` looks for it.
         """
         shell, result = self.shell, None
+        if self.was_interrupted():
+            raise KeyboardInterrupt
         try:
             cell = {"transformed_cell": shell.transform_cell(code)}
         except Exception:   # a magic that makes no sense: the shell shows why
@@ -4524,6 +4581,7 @@ def let_ipython_interpret(ipython, kernel):
     vars(shell.displayhook).update(values)   # it keeps its hands off a `_` that is not its own
     first = interpreter.first = shell.displayhook.exec_result = ExecutionResult(ExecutionInfo(
         interpreter.code, interpreter.stores, False, True, None))
+    pose_as_zmqshell(type(shell))
     first.execution_count = interpreter.count.get()
     interpreter.__class__ = IPythonInterpreter
     builtins.get_ipython, sys.displayhook = shell.get_ipython, shell.displayhook
@@ -4574,6 +4632,20 @@ def hand_over_hooks(interpreter, shell):
     shell.register_magic_function(lambda line: None, magic_name="autosave")   # the page's own
     if "matplotlib" not in sys.modules and importlib.util.find_spec("matplotlib_inline"):
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+
+
+def pose_as_zmqshell(shell):
+    """tqdm.auto looks whether `ipykernel.zmqshell` is loaded. Whoever wants more of that module
+    than the shell's class gets the real one's."""
+    name = "ipykernel.zmqshell"
+    module = types.ModuleType(name)
+
+    def from_the_real_one(attribute):
+        sys.modules.pop(name)
+        return getattr(importlib.import_module(name), attribute)
+
+    module.ZMQInteractiveShell, module.__getattr__ = shell, from_the_real_one
+    sys.modules.setdefault(name, module)
 
 
 def pose_as_ipykernel(kernelapp, kernel):
@@ -4771,6 +4843,7 @@ def end_child(kernel, error):
             sys.stderr.write("\n".join(describe_error(error)["traceback"]) + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
+        flush_files()
     finally:
         os._exit(status & 0xFF)
 
@@ -4865,7 +4938,7 @@ class Mender:
 
 class LostInterrupts:
     def __init__(self, kernel):
-        self.due = None   # when the signal is repeated; seconds, monotonic
+        self.kernel, self.due = kernel, None   # when the signal is repeated; seconds, monotonic
         self.signalled, self.wakeup = socket.socketpair()
         self.signalled.setblocking(False)
         self.wakeup.setblocking(False)
@@ -4890,7 +4963,8 @@ class LostInterrupts:
     def repeat(self):
         if self.due and self.due < monotonic():
             self.due = None
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if signal.getsignal(signal.SIGINT) == self.kernel.interrupt:   # not a cell's handler
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return RETRY_MS if self.due else None
 
 

@@ -5065,6 +5065,132 @@ class OutputOfThreads(Case):
                              ["", "two\n", "X\n", ""])
 
 
+class KernelHolds(KernelCase):
+    """What attackers found, one test each."""
+
+    def test_the_last_words_of_a_flood_come_before_the_end(self):
+        own, frontend = KernelProcess(), None
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.start("while True: print('x' * 1000)")
+        frontend.until(lambda: len(cell.text()) > 1_000_000)
+        frontend.ask("shutdown_request", "control", restart=False)
+        frontend.until(lambda: cell.is_idle)   # every message on the way was verified
+        self.assertEqual(cell.error["ename"], "KeyboardInterrupt")
+        self.assertEqual(own.process.exit_code(), 0)
+
+    def test_a_handler_of_a_cell_is_called_once_for_an_interrupt(self):
+        cell = self.frontend.start(
+            "import signal, time\ncalls = []\n"
+            "signal.signal(signal.SIGINT, lambda *a: calls.append(a))\nprint('ready')\n"
+            "until = time.time() + 0.5\nwhile time.time() < until: time.sleep(0.01)\nlen(calls)")
+        innocent = self.frontend.start("time.sleep(0.2); 'innocent'")
+        self.frontend.until(lambda: "ready" in cell.text())
+        self.kernel.interrupt()
+        self.frontend.finish(cell, innocent)
+        self.assertEqual((cell.result, innocent.result), ("1", "'innocent'"))
+
+    def test_what_a_cell_has_written_is_in_the_file_after_the_end(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        path = self.folder() / "kept.txt"
+        frontend.finish(frontend.start(f"file = open({str(path)!r}, 'w'); file.write('kept')"))
+        frontend.ask("shutdown_request", "control", restart=True)
+        own.process.exit_code()
+        self.assertEqual(path.read_text(), "kept")
+
+    def test_a_forked_child_writes_what_is_in_its_files(self):
+        path = self.folder() / "kept.txt"
+        self.run_cell("import os\nif not (pid := os.fork()):\n"
+                      f"    file = open({str(path)!r}, 'w')\n    file.write('kept')\n"
+                      "else: os.waitpid(pid, 0)")
+        self.assertEqual(path.read_text(), "kept")
+
+    def test_stop_iteration_is_told_by_its_name(self):
+        for code in ("raise StopIteration(3)", "next(iter([]))"):
+            self.assertFails(self.run_cell(code), "StopIteration")
+
+    def test_an_answer_goes_to_the_question_that_it_names(self):
+        first = self.frontend.start("try: input('delete all?')\nexcept KeyboardInterrupt: 0")
+        self.frontend.until(lambda: first.questions)
+        self.kernel.interrupt()
+        self.frontend.finish(first)
+        second = self.frontend.start("input('name?')")
+        self.frontend.until(lambda: second.questions)
+        self.frontend.type("yes", first.question)
+        self.frontend.type("Ada", second.question)
+        self.assertEqual(self.frontend.finish(second).result, "'Ada'")
+
+    def test_a_question_of_a_client_that_is_not_there_holds_up_no_other(self):
+        other = Frontend(ZeroMQWire(self.kernel.connection, ("shell", "iopub")))
+        self.addCleanup(other.wire.close)
+        other.greet()
+        asking = other.start("input('nobody can answer')")
+        other.until(lambda: "execute_input" in asking.story)
+        self.kernel.interrupt()
+        other.finish(asking)
+        self.frontend.typed = ["here"]
+        self.assertEqual(self.run_cell("input()").result, "'here'")
+
+    def test_a_form_of_the_wrong_type_does_not_lose_the_others(self):
+        for method in ("_repr_html_ = lambda self: object()",
+                       "_repr_mimebundle_ = lambda self, **options: 5"):
+            cell = self.run_cell(f"class Wrong:\n    {method}\n"
+                                 "    __repr__ = lambda self: 'as text'\nWrong()")
+            self.assertEqual((cell.status, cell.result), ("ok", "as text"))
+            self.assertIn("failed", cell.text("stderr"))
+
+    def test_a_stopped_loop_is_no_broken_one(self):
+        self.run_cell("import asyncio\nkept, asyncio.run = asyncio.run, print\n"
+                      "asyncio.get_event_loop().stop()")
+        self.assertEqual(self.run_cell("asyncio.run is print").result, "True")
+        self.run_cell("asyncio.run = kept")
+
+    def test_run_finds_modules_beside_the_program_and_ends_quietly(self):
+        folder = self.folder()
+        (folder / "beside.py").write_text("value = 42")
+        (folder / "program.py").write_text(
+            "import pickle, sys, beside\nclass Kept: pass\npickle.dumps(Kept())\n"
+            "print(beside.value)\nsys.exit(0)")
+        cell = self.run_cell(f"%run {folder / 'program.py'}")
+        self.assertEqual((cell.status, cell.text()), ("ok", "42\n"))
+
+    def test_a_result_does_not_overtake_what_a_child_has_printed(self):
+        for code in ("import os; os.system('echo a'); 5", "os.system('echo a'); display(5)"):
+            self.assertEqual(self.run_cell(code).story.split()[2], "stream")
+
+    def test_cells_that_wait_are_answered_at_the_end(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        running, waiting = frontend.start("import time; time.sleep(60)"), frontend.start("1")
+        frontend.until(lambda: "execute_input" in running.story)
+        frontend.ask("shutdown_request", "control", restart=False)
+        frontend.finish(running, waiting)
+        self.assertEqual((running.status, waiting.status), ("error", "aborted"))
+
+
+class KernelHoldsTheSwitch(Case):
+    @needs("IPython")
+    def test_an_interrupt_while_ipython_comes_in_leaves_the_next_try_whole(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.start("import sys\nclass Hook:\n    def find_spec(name, *rest):\n"
+                              "        if name == 'IPython.core.page': raise KeyboardInterrupt\n"
+                              "sys.meta_path.insert(0, Hook)\nimport IPython")
+        frontend.finish(cell)
+        frontend.finish(frontend.start("sys.meta_path.remove(Hook); import IPython"))
+        cell = frontend.finish(frontend.start(
+            "sys.modules['IPython'].get_ipython() is get_ipython()"))
+        self.assertEqual(cell.result, "True")
+
+
 class KernelPortable(KernelCase):
     """The kernel where what only POSIX has is taken away."""
 
