@@ -892,7 +892,11 @@ class DisplayHandle:
 
 def describe_error(error):
     """{ename, evalue, traceback}: the fields of an `error` message. It raises nothing (I6)."""
-    name, evalue = class_name(error), CELL_FILE.sub(r"Cell In[\1]", text_of(error))
+    name, evalue = class_name(error), text_of(error)
+    try:
+        evalue = CELL_FILE.sub(r"Cell In[\1]", evalue)
+    except BaseException:   # a cell has emptied sys.modules: `re` cannot import what it needs
+        pass
     lines = [f"{name}: {evalue}"]
     for format_error in reversed(ERROR_FORMATS):
         try:
@@ -1399,11 +1403,17 @@ class Kernel:
         # long as a cell computes, each may take so many seconds (usually 0.005).
         sys.setswitchinterval(0.001)
         try:
-            for extra in EXTRAS:
-                extra(self)
+            self.start()
         except BaseException:
-            self.log(traceback.format_exc())   # nobody serves sys.stderr yet
-            raise
+            self.log(traceback.format_exc())   # perhaps nobody serves sys.stderr yet
+            os._exit(1)
+        self.cells.run()
+        self.end()
+
+    def start(self):
+        """Call the extras, start the threads, and hand the process to the user."""
+        for extra in EXTRAS:
+            extra(self)
         # Queued before any thread can answer a request: it is the first that a client hears.
         self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         for work in (self.serve, self.beat):
@@ -1412,8 +1422,6 @@ class Kernel:
         for function in self.on_start:
             function()
         self.interpreter.take_over()
-        self.cells.run()
-        self.end()
 
     def stop(self):
         """Let every shell end when its running cell has; the main thread then ends the process."""
@@ -1718,10 +1726,11 @@ class Kernel:
         # A client has the same identity on shell and on stdin: so the question finds it.
         message["identities"] = request["identities"]
         msg_id = message["header"]["msg_id"]
-        answer = self.questions[msg_id] = queue.SimpleQueue()
+        answer, interrupts = queue.SimpleQueue(), self.interrupts
+        self.questions[msg_id] = answer
         try:
             self.outbox.put("stdin", message)
-            value = self.wait_for(answer)
+            value = self.wait_for(answer, interrupts)
         finally:
             del self.questions[msg_id]
             self.past.append(msg_id)
@@ -1729,10 +1738,10 @@ class Kernel:
             raise EOFError
         return value
 
-    def wait_for(self, answer):
+    def wait_for(self, answer, interrupts):
         """What is put into the queue `answer`. The signal that ends the wait reaches the main
-        thread alone: others look from time to time whether there was an interrupt."""
-        interrupts, in_main = self.interrupts, current_thread() is threading.main_thread()
+        thread alone: others look from time to time whether there were more than so many."""
+        in_main = current_thread() is threading.main_thread()
         while True:
             try:
                 return answer.get(timeout=None if in_main else INTERRUPT_SECONDS)
@@ -1839,6 +1848,8 @@ def end_children(number=signal.SIGTERM):
 # Python caches the bytecode of imported modules but not of the script it runs, and compiling this
 # file takes longer than all the rest of a start. So a kernel spec imports it: see LAUNCH.
 
+# Python 3.13 itself imports modules before it runs what stands behind -c.
+SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 LAUNCH = """\
 import os, sys
 sys.path[:] = [entry for entry in sys.path if entry and entry != os.getcwd()]
@@ -1854,7 +1865,8 @@ def command():
     """The argv of a kernel spec that starts this file quickly, and leaves the name `kernel` to
     the user's own module of that name."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    return [sys.executable, "-c", LAUNCH.format(folder=folder), "-f", "{connection_file}"]
+    return [sys.executable, *SAFE_PATH, "-c", LAUNCH.format(folder=folder),
+            "-f", "{connection_file}"]
 
 
 def kernel_spec(display_name):
@@ -3030,11 +3042,12 @@ class Magics:
         """Run pip in this kernel's environment: `%pip install NAME`; uv where there is no pip."""
         python, uv = f'"{sys.executable}"', own("shutil").which("uv")
         if importlib.machinery.PathFinder.find_spec("pip", PYTHON_PATH) or not uv:
-            self.run_visibly(f'{python} -c "{RUN_PIP}" {line}')
+            self.run_visibly(f'{python} {" ".join(SAFE_PATH)} -c "{RUN_PIP}" {line}')
         else:
             task, _, arguments = line.partition(" ")
             self.run_visibly(f'"{uv}" pip {task} --python {python} {arguments}')
-        importlib.invalidate_caches()
+        with own_imports():
+            importlib.invalidate_caches()
         if code := self.user_ns["_exit_code"]:
             raise own("subprocess").CalledProcessError(code, f"pip {line}")
 

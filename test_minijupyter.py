@@ -5196,7 +5196,7 @@ class KernelPortable(KernelCase):
 
     # Windows has none of these, and polls sockets alone.
     BARE = """if True:
-        import os, stat, sys
+        import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
         for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
                      "pidfd_open", "execv", "sysconf"):
             if hasattr(os, name):
