@@ -13,9 +13,10 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 5 main. PART II is what people expect besides; each section plugs itself into Part I:
 6 Errors in colour · 7 Containers in lines · 8 The notebook's interpreter · 9 Comms · 10 Magics
 · 11 Questions about code · 12 IPython.display in small · 13 IPython · 14 matplotlib · 15 Subshells
-· 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Interrupts that were lost
-· 20 Patience at the start · 21 The parent's end · 22 Passwords · 23 Leaving · 24 Encryption
-· 25 Usage and addresses · 26 Less collecting · 27 Faster JSON · 28 Install.
+· 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Stalled subscribers
+· 20 Windows · 21 Interrupts that were lost · 22 Patience at the start · 23 The parent's end
+· 24 Passwords · 25 Leaving · 26 Encryption · 27 Usage and addresses · 28 Less collecting
+· 29 Faster JSON · 30 Install.
 
 Part I's extension points, and what Part II does with them:
 
@@ -26,6 +27,8 @@ Part I's extension points, and what Part II does with them:
     ERROR_FORMATS  functions of an exception              colours, both ends of long chains
     INTERPRETERS   language -> class                      NotebookInterpreter
     SOCKET_OPTIONS functions of a socket, before it binds encryption
+    BROADCASTS     classes                                stalled subscribers
+    DESCRIPTORS    has the system POSIX's ways -> class   Windows
     kernel.workers who runs a handler -> function         the helper thread, the subshells
     kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
     kernel.rounds  functions that io calls each time      patience at the start
@@ -309,7 +312,8 @@ def without_nan(value):
 #     I2 idle last   nothing of a cell comes after its `idle`, except from what still runs
 #     I3 whole       nothing is dropped; whoever prints faster than clients read has to wait
 #     I4 bounded     so the queue holds some 30 MB at most, and a message about 1 MB of text
-#     I5 alone       a subscriber that stops reading loses its own output and nobody else's
+#     I5 alone       a subscriber that stops reading loses its own output and nobody else's. (Part I
+#                    alone waits ten seconds for it, once, and then drops what anybody cannot take.)
 #
 # While it is not sending, io waits. How long depends on the outbox's state, and so does what a
 # thread must do that prints:
@@ -547,35 +551,8 @@ class Descriptor:
             self.outbox.wake()
 
 
-class PortableDescriptor(Descriptor):
-    """The same where io cannot wait for a pipe (Windows): a thread of its own reads it. `drain`
-    sends a mark through the pipe, and waits until the thread has come to it."""
-
-    MARK = b"\0<drain %d>\0" % os.getpid()
-
-    def listen(self, kernel):
-        self.marks = threading.Semaphore(0)
-        threading.Thread(target=self.read, daemon=True).start()
-
-    def read(self):
-        text = b""
-        while data := os.read(self.pipe, 1 << 16):
-            *before, text = (text + data).split(self.MARK)
-            for each in before:
-                self.take(each)
-                self.marks.release()
-            begun = next((n for n in range(len(self.MARK) - 1, 0, -1)
-                          if text.endswith(self.MARK[:n])), 0)   # of a mark that is cut
-            self.take(text[:len(text) - begun])
-            text = text[len(text) - begun:]
-
-    def drain(self):
-        with self.lock:
-            os_write(self.write_end, self.MARK)
-            self.marks.acquire()
-
-
 os_write = os.write
+DESCRIPTORS = {True: Descriptor, False: Descriptor}   # has the system POSIX's ways? -> class
 
 
 def send_parts(new, parts, more=int(zmq.SNDMORE | zmq.NOBLOCK), last=int(zmq.NOBLOCK)):
@@ -589,56 +566,25 @@ def send_parts(new, parts, more=int(zmq.SNDMORE | zmq.NOBLOCK), last=int(zmq.NOB
 class Broadcast:
     """The iopub socket: sends what is published to every subscriber; the io thread's alone.
 
-    A ZeroMQ publisher cannot tell which subscriber has no room: it drops messages for some, or
-    holds them for all. But in manual mode an XPUB socket does nothing with a subscription until we
-    say what it stands for, and what we say counts for the client whose subscription was received
-    last. So each subscriber that wants everything (all clients do) gets a second one as well, to a
-    topic that nobody else has. As long as all have room, one send serves all. When one has no
-    room, the message waits. After STALL_SECONDS we send each subscriber its own copy: whoever still
-    has no room has *stalled*, loses what it cannot take, and never holds up the others again (I5).
-    (Subscribers to chosen topics get no copies: they lose what is said while one of all is full.)
-
-        how a message goes    when
-        one send for all      everybody has room
-        it waits              somebody has none, but may hold up the others: it has not stalled yet
-        a copy for each       somebody has none and has stalled, now or before
+    When a subscriber has no room, the message waits, and so does whoever prints (I3). When that has
+    lasted for STALL_SECONDS, messages are dropped for all that have no room at that moment, because
+    ZeroMQ does not tell who it is. (The section on stalled subscribers finds out: I5.)
     """
-
-    TOPICS = (b"kernel.", b"stream.")   # every topic of ours begins with one of these
 
     def __init__(self, xpub):
         self.xpub = xpub
-        self.numbers = itertools.count(1)
-        # Numbers of subscribers, also of those gone; 0 stands for those with a chosen topic.
-        self.everybody, self.stalled = set(), set()
-        self.present = 0       # how many are there
+        self.refused = None            # when a message was refused first; seconds, monotonic
         self.has_subscribers = False   # somebody has subscribed, to whatever topic
-        self.behind = None     # who still waits for a copy of the message that is being sent
-        self.refused = None    # when that message was refused first; seconds, monotonic
 
     def send(self, parts):
         """Send a message; False when it must wait, and then it must be the next one, too."""
-        if self.behind is None:
-            if self.try_to_send(parts):
-                self.refused = None
-                return True
+        if not self.try_to_send(parts):
             self.refused = self.refused or monotonic()
-            if not self.stalled and not self.is_late():
+            if not self.is_late():
                 return False
-            self.behind = {*self.everybody}
-        is_somebody_full = False
-        for number in [*self.behind]:
-            if not self.try_to_send([self.private_topic(number) + parts[0], *parts[1:]]):
-                is_somebody_full = True
-                if number not in self.stalled and not self.is_late():
-                    continue
-                self.stalled.add(number)
-            self.behind.discard(number)
-        if self.behind:
-            return False
-        if not is_somebody_full:
-            self.stalled.add(0)
-        self.behind = self.refused = None
+            self.xpub.xpub_nodrop = 0
+            self.try_to_send(parts)
+        self.refused = None
         return True
 
     def is_late(self):
@@ -652,36 +598,19 @@ class Broadcast:
             return False
         return True
 
-    @staticmethod
-    def private_topic(number):
-        return b"\0%d\0" % number
-
     def subscribe(self, topic, welcome):
         """A client subscribes. The first that it hears is the message `welcome`, so that it knows
         from when on it hears everything (JEP 65)."""
         self.has_subscribers = True
         self.xpub.subscribe = topic
         self.try_to_send(welcome)
-        if topic:   # its own socket drops what has another topic, so it cannot get one for itself
-            return
-        self.xpub.unsubscribe = topic
-        for each in (*self.TOPICS, self.private_topic(number := next(self.numbers))):
-            self.xpub.subscribe = each
-        self.everybody.add(number)
-        self.present += 1
 
     def unsubscribe(self, topic):
         """A client takes a subscription back, or leaves; which one it is, ZeroMQ does not tell."""
-        topics = [topic]
-        if not topic:
-            topics += [*self.TOPICS, *map(self.private_topic, self.everybody)]
-            self.present -= 1
-        else:
-            self.stalled.discard(0)
-        for each in topics:   # for a client that has left this does nothing
-            self.xpub.unsubscribe = each
-        if not self.present:
-            self.everybody, self.stalled = set(), set()
+        self.xpub.unsubscribe = topic
+
+
+BROADCASTS = [Broadcast]   # classes; the last one is used
 
 
 # ---- 3. The interpreter: run a cell, show its value, its error (knows no socket) --------------
@@ -1366,7 +1295,7 @@ class Kernel:
                 new.sndhwm = 64           # messages, of up to a megabyte, for each subscriber
             self.open(new, channel)
             self.listen(new, functools.partial(self.receive, channel))
-        self.broadcast = Broadcast(self.sockets["iopub"])
+        self.broadcast = BROADCASTS[-1](self.sockets["iopub"])
 
     def open(self, new, channel):
         """Bind a socket to the address that the connection file has for its channel."""
@@ -1385,7 +1314,7 @@ class Kernel:
     def capture(self):
         """Lead sys.stdout, sys.stderr and descriptors 1 and 2 into the outbox."""
         for number, name in ((1, "stdout"), (2, "stderr")):
-            descriptor = (Descriptor if POSIX else PortableDescriptor)(number, self.outbox)
+            descriptor = DESCRIPTORS[POSIX](number, self.outbox)
             self.descriptors.append(descriptor)
             descriptor.listen(self)
             setattr(sys, name, Stream(number, self.outbox))
@@ -1937,16 +1866,18 @@ def main():
 #    16 Children                    kernel.on_enter, on_cell_end, on_drain
 #    17 Cells taken back            HANDLERS, kernel.workers
 #    18 What a cell has broken      kernel.on_trouble, on_cell_end
-#    19 Interrupts that were lost   kernel.listen, rounds, on_interrupt
-#    20 Patience at the start       kernel.rounds
-#    21 The parent's end            kernel.listen
-#    22 Passwords                   AFTER_IMPORT
-#    23 Leaving                     EXTRAS: exit and quit
-#    24 Encryption                  SOCKET_OPTIONS
-#    25 Usage and addresses         HANDLERS
-#    26 Less collecting             EXTRAS
-#    27 Faster JSON                  ENCODERS
-#    28 Install                     COMMANDS
+#    19 Stalled subscribers         BROADCASTS
+#    20 Windows                     DESCRIPTORS
+#    21 Interrupts that were lost   kernel.listen, rounds, on_interrupt
+#    22 Patience at the start       kernel.rounds
+#    23 The parent's end            kernel.listen
+#    24 Passwords                   AFTER_IMPORT
+#    25 Leaving                     EXTRAS: exit and quit
+#    26 Encryption                  SOCKET_OPTIONS
+#    27 Usage and addresses         HANDLERS
+#    28 Less collecting             EXTRAS
+#    29 Faster JSON                 ENCODERS
+#    30 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -4943,7 +4874,147 @@ class Mender:
         self.kernel.log(f"put back: {', '.join(names) or 'nothing'}")
 
 
-# ---- 19. Interrupts that were lost -------------------------------------------------------------
+# ---- 19. Stalled subscribers -------------------------------------------------------------------
+#
+# A ZeroMQ publisher cannot tell which subscriber has no room: it drops messages for some, or holds
+# them for all. But in manual mode an XPUB socket does nothing with a subscription until we say what
+# it stands for, and what we say counts for the client whose subscription was received last. So each
+# subscriber that wants everything (all clients do) gets a second one as well, to a topic that
+# nobody else has. As long as all have room, one send serves all. When one has no room, the message
+# waits. After STALL_SECONDS we send each subscriber its own copy: whoever still has no room has
+# *stalled*, loses what it cannot take, and does not hold up the others again (I5), until it has
+# taken PARDONED messages, so that it must be reading; the next time twice as many. (Subscribers to
+# chosen topics get no copies: they lose what is said while one of all is full.)
+#
+#     how a message goes    when
+#     one send for all      everybody has room
+#     it waits              somebody has none, but may hold up the others: it has not stalled yet
+#     a copy for each       somebody has none and has stalled, now or before
+
+PARDONED = 128   # messages: all that wait for a subscriber in its queue, and as many again
+
+
+@BROADCASTS.append
+class FairBroadcast(Broadcast):
+    """The iopub socket, fair to those who read."""
+
+    TOPICS = (b"kernel.", b"stream.")   # every topic of ours begins with one of these
+
+    def __init__(self, xpub):
+        super().__init__(xpub)
+        self.numbers = itertools.count(1)
+        self.everybody = set()   # numbers of subscribers, also of those gone
+        # Those that have stalled -> how many messages they must take; 0 stands for those with a
+        # chosen topic.
+        self.stalled = {}
+        self.terms = collections.Counter()   # number -> how often it has stalled
+        self.present = 0       # how many are there
+        self.behind = None     # who still waits for a copy of the message that is being sent
+
+    def send(self, parts):
+        """Send a message; False when it must wait, and then it must be the next one, too."""
+        if self.behind is None:
+            if self.try_to_send(parts):
+                self.refused = None
+                self.pardon([*self.stalled])
+                return True
+            self.refused = self.refused or monotonic()
+            if not self.stalled and not self.is_late():
+                return False
+            self.behind = {*self.everybody}
+            self.is_known = False   # who has no room
+        for number in [*self.behind]:
+            if not self.try_to_send([self.private_topic(number) + parts[0], *parts[1:]]):
+                self.is_known = True
+                if number not in self.stalled and not self.is_late():
+                    continue
+                self.stall(number)
+            elif number in self.stalled:
+                self.pardon([number])
+            self.behind.discard(number)
+        if self.behind:
+            return False
+        if not self.is_known:
+            self.stall(0)
+        self.behind = self.refused = None
+        return True
+
+    def stall(self, number):
+        if number not in self.stalled:
+            self.stalled[number] = PARDONED << self.terms[number]
+            self.terms[number] += 1
+
+    def pardon(self, numbers):
+        """These have taken a message, although they had stalled."""
+        for number in numbers:
+            self.stalled[number] -= 1
+            if not self.stalled[number]:
+                del self.stalled[number]
+
+    @staticmethod
+    def private_topic(number):
+        return b"\0%d\0" % number
+
+    def subscribe(self, topic, welcome):
+        super().subscribe(topic, welcome)
+        if topic:   # its own socket drops what has another topic, so it cannot get one for itself
+            return
+        self.xpub.unsubscribe = topic
+        for each in (*self.TOPICS, self.private_topic(number := next(self.numbers))):
+            self.xpub.subscribe = each
+        self.everybody.add(number)
+        self.present += 1
+
+    def unsubscribe(self, topic):
+        topics = [topic]
+        if not topic:
+            topics += [*self.TOPICS, *map(self.private_topic, self.everybody)]
+            self.present -= 1
+        else:
+            self.stalled.pop(0, None)
+        for each in topics:   # for a client that has left this does nothing
+            self.xpub.unsubscribe = each
+        if not self.present:
+            self.everybody, self.stalled = set(), {}
+
+
+# ---- 20. Windows -------------------------------------------------------------------------------
+#
+# What is POSIX's alone stands in one place each, with a portable way beside it: see
+# `signal_main_thread`, `end_children`, `kernel_spec`. Here is the one that takes more than a line.
+
+class PortableDescriptor(Descriptor):
+    """The same where io cannot wait for a pipe (Windows): a thread of its own reads it. `drain`
+    sends a mark through the pipe, and waits until the thread has come to it."""
+
+    MARK = b"\0<drain %d>\0" % os.getpid()
+
+    def listen(self, kernel):
+        self.marks = threading.Semaphore(0)
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self):
+        text = b""
+        while data := os.read(self.pipe, 1 << 16):
+            *before, text = (text + data).split(self.MARK)
+            for each in before:
+                self.take(each)
+                self.marks.release()
+            begun = next((n for n in range(len(self.MARK) - 1, 0, -1)
+                          if text.endswith(self.MARK[:n])), 0)   # of a mark that is cut
+            self.take(text[:len(text) - begun])
+            text = text[len(text) - begun:]
+
+    def drain(self):
+        with self.lock:
+            os_write(self.write_end, self.MARK)
+            self.marks.acquire()
+
+
+DESCRIPTORS[False] = PortableDescriptor
+
+
+# ---- 21. Interrupts that were lost -------------------------------------------------------------
 #
 # A signal that arrives just before the main thread begins to wait for a lock does not end that
 # wait. So Python also writes to a socket when a signal comes; when io hears that, and the handler
@@ -4985,7 +5056,7 @@ if POSIX:
     EXTRAS.append(LostInterrupts)
 
 
-# ---- 20. Patience at the start -----------------------------------------------------------------
+# ---- 22. Patience at the start -----------------------------------------------------------------
 #
 # A client's sockets find a new kernel one at a time. If shell connects before iopub, the client
 # would miss the output of what it asks: so shell is not read until somebody has subscribed, or
@@ -5010,7 +5081,7 @@ def wait_for_subscriber(kernel):
     kernel.rounds.append(listen_at_last)
 
 
-# ---- 21. The parent's end ----------------------------------------------------------------------
+# ---- 23. The parent's end ----------------------------------------------------------------------
 #
 # Linux tells through a pidfd, without any polling in time, when the process has ended that started
 # us (JPY_PARENT_PID); then we go with it. Elsewhere the server's own shutdown is all there is.
@@ -5029,7 +5100,7 @@ def follow_parent(kernel):
         kernel.listen(os.pidfd_open(int(pid)), end)
 
 
-# ---- 22. Passwords -----------------------------------------------------------------------------
+# ---- 24. Passwords -----------------------------------------------------------------------------
 
 def patch_getpass(module, kernel):
     """Let `getpass.getpass` ask the person in front of the page, who types unseen."""
@@ -5042,7 +5113,7 @@ def patch_getpass(module, kernel):
 AFTER_IMPORT["getpass"] = patch_getpass
 
 
-# ---- 23. Leaving -------------------------------------------------------------------------------
+# ---- 25. Leaving -------------------------------------------------------------------------------
 
 EXIT_SECONDS = 0.3   # between a cell's end and the kernel's, so that a console sees the reply
 
@@ -5077,7 +5148,7 @@ def let_users_leave(kernel):
 OFFERS["leave"] = leave
 
 
-# ---- 24. Encryption ----------------------------------------------------------------------------
+# ---- 26. Encryption ----------------------------------------------------------------------------
 
 @SOCKET_OPTIONS.append
 def encrypt(new, connection):
@@ -5088,7 +5159,7 @@ def encrypt(new, connection):
         new.curve_server = True
 
 
-# ---- 25. Usage and addresses -------------------------------------------------------------------
+# ---- 27. Usage and addresses -------------------------------------------------------------------
 
 LAST_USAGE = {"wall": monotonic(), "cpu": 0.0}   # of the last usage_request
 
@@ -5119,7 +5190,7 @@ def connect_request(kernel, request):
             for channel in (*kernel.sockets, "heartbeat")}
 
 
-# ---- 26. Less collecting -----------------------------------------------------------------------
+# ---- 28. Less collecting -----------------------------------------------------------------------
 
 COLLECT_AFTER = 10_000   # new objects; after 700, as usual, a flood of prints collects all the time
 
@@ -5130,7 +5201,7 @@ def collect_less(kernel):
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-# ---- 27. Faster JSON ---------------------------------------------------------------------------
+# ---- 29. Faster JSON ---------------------------------------------------------------------------
 #
 # JSONEncoder makes an encoder in C for each value: one for all takes half the time. And long texts,
 # such as what 100 MB of prints become, mostly have no character that needs an escape but line ends.
@@ -5152,7 +5223,7 @@ if json.encoder.c_make_encoder:
     ENCODERS.append(lambda value: "".join(encode_pieces(value, 0)))
 
 
-# ---- 28. Install -------------------------------------------------------------------------------
+# ---- 30. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""

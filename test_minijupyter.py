@@ -4271,6 +4271,25 @@ class KernelStalledSubscriber(KernelCase):
         self.assertFloodArrives(self.frontend)
         self.assertWorks()
 
+    def test_a_client_that_was_stalled_and_reads_is_waited_for_again(self):
+        socket_ = self.stalled()
+        self.assertFloodArrives(self.frontend)
+        socket_.rcvtimeo = SECONDS * 1000
+        reader = threading.Thread(target=self.count, args=(socket_, name := f"n{next(self.names)}"))
+        reader.start()
+        for _ in range(2):   # in the first flood it may lose some, in the second none
+            self.assertFloodArrives(self.frontend)
+        self.run_cell(f"for i in range(3_000): display('{name} ' + 'x' * 10_000)")
+        reader.join()
+        self.assertEqual(self.counted, 3_000)
+
+    def count(self, socket_, name):
+        """Read all that comes, and count what has this name, until the first 3,000 or silence."""
+        self.counted = 0
+        with contextlib.suppress(zmq.Again):
+            while self.counted < 3_000:
+                self.counted += name.encode() in b"".join(socket_.recv_multipart()[-2:])
+
     def test_a_client_that_was_stalled_hears_again_when_it_reads(self):
         subscriber = self.stalled()
         self.assertFloodArrives(self.frontend)
