@@ -4387,11 +4387,9 @@ class IPythonInterpreter(INTERPRETERS["python"]):
         super().finish_cell()
 
 
-def shell_class(interpreter):
-    """The class of IPython's shell with our ways out: what ipykernel's has, in small."""
-    from IPython.core import autocall, compilerop, displayhook, displaypub, interactiveshell, page
-    from IPython.core.error import UsageError
-    from traitlets import Instance, Type
+def output_classes(interpreter):
+    """Classes for IPython's shell: how it names a cell, shows a result, and displays."""
+    from IPython.core import compilerop, displayhook, displaypub
 
     class Compiler(compilerop.CachingCompiler):
         def get_code_name(self, raw_code, transformed_code, number):
@@ -4436,6 +4434,16 @@ def shell_class(interpreter):
 
         def clear_output(self, wait=False):
             interpreter.display.clear_output(wait)
+
+    return Compiler, DisplayHook, DisplayPublisher
+
+
+def shell_class(interpreter):
+    """The class of IPython's shell with our ways out: what ipykernel's has, in small."""
+    from IPython.core import autocall, interactiveshell, page
+    from IPython.core.error import UsageError
+    from traitlets import Instance, Type
+    Compiler, DisplayHook, DisplayPublisher = output_classes(interpreter)
 
     class ZMQInteractiveShell(interactiveshell.InteractiveShell):   # libraries look for this name
         __module__ = "ipykernel.zmqshell"
