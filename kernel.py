@@ -1265,7 +1265,7 @@ class Kernel:
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
         self.on_start = []                       # functions without arguments
         self.on_enter, self.on_drain = [], []    # the same
-        self.on_interrupt, self.on_trouble = [], []   # the same
+        self.on_interrupt, self.on_trouble = [], []   # the same; the former may return True
         self.on_cell_end = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
         self.questions = {}                   # msg_id of an input_request -> queue of its answer
@@ -1623,8 +1623,8 @@ class Kernel:
         running or sleeping: raise right here; awaiting, or just beginning: cancel the await; idle:
         nothing.
         """
-        for function in self.on_interrupt:
-            function()
+        if any([function() for function in self.on_interrupt]):
+            return   # it is not a new one
         self.interrupts += 1
         code, ours = [], self.interpreter.users_frames()
         while frame is not None:
@@ -5030,7 +5030,9 @@ DESCRIPTORS[False] = PortableDescriptor
 
 class LostInterrupts:
     def __init__(self, kernel):
-        self.kernel, self.due = kernel, None   # when the signal is repeated; seconds, monotonic
+        self.kernel = kernel
+        self.due = None                   # when the signal is repeated; seconds, monotonic
+        self.repeated = self.heard = 0    # when that was last, and when the handler last ran
         self.signalled, self.wakeup = socket.socketpair()
         self.signalled.setblocking(False)
         self.wakeup.setblocking(False)
@@ -5048,13 +5050,17 @@ class LostInterrupts:
             self.due = None
 
     def noticed(self):
+        """The handler runs. True when it has just run, and a signal that was only late is repeated:
+        a second KeyboardInterrupt would interrupt what shows the first."""
         with contextlib.suppress(BlockingIOError):
             self.signalled.recv(4096)
         self.due = None
+        before, self.heard, delay = self.heard, monotonic(), RETRY_MS / 1000
+        return before > self.repeated - delay and self.repeated > self.heard - 3 * delay
 
     def repeat(self):
         if self.due and self.due < monotonic():
-            self.due = None
+            self.due, self.repeated = None, monotonic()
             if signal.getsignal(signal.SIGINT) == self.kernel.interrupt:   # not a cell's handler
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return RETRY_MS if self.due else None
