@@ -20,23 +20,23 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 
 Part I's extension points, and what Part II does with them:
 
-    HANDLERS       msg_type -> (thread, function)         completion, comms, subshells, usage …
-    ENCODERS       functions of a value, to JSON          a faster one
-    EXTRAS         functions of the kernel, before it starts: each extra hangs itself in
-    FORMATTERS     class's name -> {MIME type: function}  containers in lines, figures
-    ERROR_FORMATS  functions of an exception              colours, both ends of long chains
-    INTERPRETERS   language -> class                      NotebookInterpreter
-    SOCKET_OPTIONS functions of a socket, before it binds encryption
-    BROADCASTS     classes                                stalled subscribers
-    DESCRIPTORS    has the system POSIX's ways -> class   Windows
-    kernel.workers who runs a handler -> function         the helper thread, the subshells
-    kernel.listen  a socket or descriptor -> function     lost interrupts, the parent's end
-    kernel.rounds  functions that io calls each time      patience at the start
-    kernel.on_start                                       less collecting, what may be broken
-    kernel.on_enter, on_cell_end, on_drain                children and what they print
-    kernel.on_interrupt, on_trouble                       lost interrupts, broken builtins
-    interpreter.before_cell, after_cell, before_error     figures, what libraries want called
-    COMMANDS, FEATURES                                    install; subshells
+    HANDLERS           msg_type -> (thread, function)          completion, comms, subshells, usage …
+    ENCODERS           functions of a value, to JSON           a faster one
+    EXTRAS             functions of the kernel at its start    each extra hangs itself in
+    FORMATTERS         class's name -> {MIME type: function}   containers in lines, figures
+    ERROR_FORMATS      functions of an exception               colours, both ends of long chains
+    INTERPRETERS       language -> class                       NotebookInterpreter
+    SOCKET_OPTIONS     functions of a socket, before it binds  encryption
+    BROADCASTS         classes for iopub                       stalled subscribers
+    DESCRIPTORS        is the system POSIX -> class            Windows
+    COMMANDS, FEATURES words                                   install; subshells
+    kernel.workers     who runs a handler -> function          the helper thread, the subshells
+    kernel.listen      socket or descriptor -> function        lost interrupts, the parent's end
+    kernel.rounds      functions that io calls each time       patience at the start
+    kernel.on_start    functions, before the first cell        less collecting, what may be broken
+    kernel.on_enter, on_cell_end, on_drain                     children and what they print
+    kernel.on_interrupt, on_trouble                            lost interrupts, broken builtins
+    interpreter.before_cell, after_cell, before_error          figures, what libraries want called
 
 Of a cell's journey this file holds stations 4 to 10: `Session.unpack` verifies the request,
 `Kernel.dispatch` finds its handler, `execute_request` counts, `Interpreter.run_source` runs,

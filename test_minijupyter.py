@@ -4222,7 +4222,7 @@ class KernelStalledSubscriber(KernelCase):
 
     # The grace is shortened, so that these tests do not wait for it; one has the real one.
     BRIEFLY = (f"import sys; sys.path[0] = {str(HERE)!r}; import kernel; "
-               "kernel.STALL_SECONDS = 1; kernel.main()")
+               "kernel.STALL_SECONDS = 2; kernel.main()")
     options = {"argv": [sys.executable, "-c", BRIEFLY, "-f", "{connection_file}"]}
     FLOOD = ("for i in range(3_000): display({{'text/plain': '{0} %d ' % i + 'x' * 10_000}}, "
              "raw=True)\n'{0} done'")
