@@ -2619,6 +2619,11 @@ def translate(code):
             at = (getattr(error, "lineno", 0) or 0) - 1
             if not 0 <= at < len(lines) or not translate_line(lines, at):
                 break
+            # A line behind a magic begins a statement: there `!` or `%` can only be the next magic.
+            while lines[at + 1:at + 2] and re.match(r"\s*[!%]", lines[at + 1]):
+                at += 1
+                if not translate_line(lines, at):
+                    break
     return "\n".join(lines)
 
 

@@ -5193,6 +5193,13 @@ class KernelHolds(KernelCase):
         self.assertEqual((running.status, waiting.status), ("error", "aborted"))
 
 
+    def test_magics_in_a_row_are_told_from_text_that_looks_like_them(self):
+        cell = self.run_cell("text = \'\'\'\n!no\n%no\n\'\'\'\n!echo a\n!echo b\n%time 1\nif 1:\n"
+                             "    !echo c\n    %time 2\nprint(len(text), 7\n% 4)")
+        self.assertEqual(re.findall(r"^(?:[abc]|\d+ \d)$", cell.text(), re.MULTILINE),
+                         ["a", "b", "c", "9 3"])
+
+
 class KernelHoldsTheSwitch(Case):
     @needs("IPython")
     def test_an_interrupt_while_ipython_comes_in_leaves_the_next_try_whole(self):
