@@ -1073,6 +1073,7 @@ INTERPRETERS = {"python": Interpreter}   # language -> class; Part II has a rich
 RETRY_MS = 20       # until what could not be sent is tried again; a person does not notice it
 BRISK_MS = 1        # the same while a subscriber that is slow takes something each time
 INTERRUPT_SECONDS = 0.1   # within which a thread that waits for an answer notices an interrupt
+BIND_SECONDS = 1    # for which a port that somebody else has is tried again
 MOST_FAILURES = 50  # of a thread's loop, one after the other, until the process gives up
 HANDLERS = {}       # msg_type -> (who runs it, function of (kernel, request))
 EXTRAS = []         # functions of the kernel, called when its sockets are open
@@ -1303,7 +1304,15 @@ class Kernel:
             set_option(new, self.connection)
         joint = ":" if self.connection["transport"] == "tcp" else "-"
         port = self.connection[port_name(channel)]
-        new.bind(f"{self.connection['transport']}://{self.connection['ip']}{joint}{port}")
+        until = monotonic() + BIND_SECONDS
+        while True:
+            try:
+                return new.bind(
+                    f"{self.connection['transport']}://{self.connection['ip']}{joint}{port}")
+            except zmq.ZMQError as problem:   # whoever looks for free ports takes one for a moment
+                if problem.errno != zmq.EADDRINUSE or monotonic() > until:
+                    raise
+                sleep(0.02)
 
     def listen(self, source, function):
         """Let io call `function()` when a socket or descriptor can be read. Before io starts, or

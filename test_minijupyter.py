@@ -5128,6 +5128,17 @@ class KernelHolds(KernelCase):
                       "else: os.waitpid(pid, 0)")
         self.assertEqual(path.read_text(), "kept")
 
+    def test_a_port_that_is_taken_for_a_moment_is_waited_for(self):
+        with socket.socket() as taken, socket.socket() as knocking:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            own = KernelProcess(iopub_port=taken.getsockname()[1])   # the last one that is bound
+            self.addCleanup(own.end)
+            wait_until(lambda: not knocking.connect_ex(("127.0.0.1", own.connection["shell_port"])))
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        self.assertEqual(frontend.finish(frontend.start("1 + 1")).result, "2")
+
     def test_stop_iteration_is_told_by_its_name(self):
         for code in ("raise StopIteration(3)", "next(iter([]))"):
             self.assertFails(self.run_cell(code), "StopIteration")
