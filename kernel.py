@@ -328,7 +328,7 @@ def without_nan(value):
 # was queued before. The first text goes out after GATHER_SECONDS, the rest every FLUSH_SECONDS.
 
 IDLE, GATHERING, HELD = "idle", "gathering", "held"
-GATHER_SECONDS = 0.001      # `print` writes text and line end separately: this joins them
+GATHER_SECONDS = 0.002      # `print` writes text and line end separately: this joins them
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
 MOST_WAITING = 400_000      # items, some 30 MB: above this, a thread that prints waits
 BIG_TEXT = 1 << 16          # characters: who prints a text as long as this waits earlier,
