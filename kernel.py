@@ -1877,7 +1877,7 @@ def main():
 #    18 What a cell has broken      kernel.on_trouble, on_cell_end
 #    19 Stalled subscribers         BROADCASTS
 #    20 Windows                     DESCRIPTORS
-#    21 Interrupts that were lost   kernel.listen, rounds, on_interrupt
+#    21 Interrupts that were lost   kernel.listen, rounds, on_interrupt, on_cell_end
 #    22 Patience at the start       kernel.rounds
 #    23 The parent's end            kernel.listen
 #    24 Passwords                   AFTER_IMPORT
@@ -5050,10 +5050,19 @@ class LostInterrupts:
         self.signalled, self.wakeup = socket.socketpair()
         self.signalled.setblocking(False)
         self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        self.listen(None)
+        kernel.on_cell_end.append(self.listen)
         kernel.listen(self.signalled.fileno(), self.expect)
         kernel.on_interrupt.append(self.noticed)
         kernel.rounds.append(self.repeat)
+
+    def listen(self, error):
+        """Let Python write to our socket, also when a cell has ended that has taken it away. One
+        that asyncio has put in its place stays (`loop.add_signal_handler`)."""
+        if current_thread() is threading.main_thread():
+            other = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+            if other not in (-1, self.wakeup.fileno()):
+                signal.set_wakeup_fd(other)
 
     def expect(self):
         """A signal has come. `noticed` empties this socket, too."""
