@@ -2628,12 +2628,16 @@ def translate(code):
             at = (getattr(error, "lineno", 0) or 0) - 1
             if not 0 <= at < len(lines) or not translate_line(lines, at):
                 break
-            # A line behind a magic begins a statement: there `!` or `%` can only be the next magic.
-            while lines[at + 1:at + 2] and re.match(r"\s*[!%]", lines[at + 1]):
-                at += 1
-                if not translate_line(lines, at):
-                    break
+            translate_behind(lines, at)
     return "\n".join(lines)
+
+
+def translate_behind(lines, at):
+    """Replace the magics that follow the one at line `at`: a line behind a magic begins a
+    statement, so there `!` or `%` can only be another."""
+    while lines[at + 1:at + 2] and re.match(r"\s*[!%]", lines[at + 1]) \
+            and translate_line(lines, at + 1):
+        at += 1
 
 
 def translate_line(lines, at):
