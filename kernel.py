@@ -1266,7 +1266,7 @@ class Kernel:
         self.rounds = [self.do_calls, self.send_due]   # see `serve`
         self.on_start = []                       # functions without arguments
         self.on_enter, self.on_drain = [], []    # the same
-        self.on_interrupt, self.on_trouble = [], []   # the same; the former may return True
+        self.on_interrupt, self.on_trouble = [], []   # the same
         self.on_cell_end = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
         self.questions = {}                   # msg_id of an input_request -> queue of its answer
@@ -1632,8 +1632,8 @@ class Kernel:
         running or sleeping: raise right here; awaiting, or just beginning: cancel the await; idle:
         nothing.
         """
-        if any([function() for function in self.on_interrupt]):
-            return   # it is not a new one
+        for function in self.on_interrupt:
+            function()
         self.interrupts += 1
         code, ours = [], self.interpreter.users_frames()
         while frame is not None:
@@ -1644,7 +1644,7 @@ class Kernel:
             if cells.request and not (runs_here and cells is self.cells):
                 cells.interrupt()
         self.outbox.wake()   # whom the interrupt keeps from doing so, perhaps
-        if runs_here:
+        if runs_here and Kernel.let_io.__code__ not in code:   # io would go on without us
             raise KeyboardInterrupt
 
     # -- stdin: the kernel asks, the client that runs the cell answers --
@@ -5043,14 +5043,17 @@ DESCRIPTORS[False] = PortableDescriptor
 # ---- 21. Interrupts that were lost -------------------------------------------------------------
 #
 # A signal that arrives just before the main thread begins to wait for a lock does not end that
-# wait. So Python also writes to a socket when a signal comes; when io hears that, and the handler
-# has not run within RETRY_MS, io signals the main thread again.
+# wait: Python has noted it, and would call the handler if only the wait ended. So Python also
+# writes to a socket when a signal comes; when io hears that, and the handler has not run within
+# RETRY_MS, io sends the main thread another signal. It ends the wait, and its own handler does
+# nothing. (A second SIGINT could be taken for a new one: it would interrupt what shows the first.)
 
 class LostInterrupts:
+    SIGNAL = POSIX and signal.SIGURG   # nobody else uses it, and it is ignored by default
+
     def __init__(self, kernel):
         self.kernel = kernel
-        self.due = None                   # when the signal is repeated; seconds, monotonic
-        self.repeated = self.heard = 0    # when that was last, and when the handler last ran
+        self.due = None   # when the main thread is woken; seconds, monotonic
         self.signalled, self.wakeup = socket.socketpair()
         self.signalled.setblocking(False)
         self.wakeup.setblocking(False)
@@ -5058,12 +5061,13 @@ class LostInterrupts:
         kernel.on_cell_end.append(self.listen)
         kernel.listen(self.signalled.fileno(), self.expect)
         kernel.on_interrupt.append(self.noticed)
-        kernel.rounds.append(self.repeat)
+        kernel.rounds.append(self.wake_main)
 
     def listen(self, error):
         """Let Python write to our socket, also when a cell has ended that has taken it away. One
         that asyncio has put in its place stays (`loop.add_signal_handler`)."""
         if current_thread() is threading.main_thread():
+            signal.signal(self.SIGNAL, lambda number, frame: None)
             other = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
             if other not in (-1, self.wakeup.fileno()):
                 signal.set_wakeup_fd(other)
@@ -5077,19 +5081,16 @@ class LostInterrupts:
             self.due = None
 
     def noticed(self):
-        """The handler runs. True when it has just run, and a signal that was only late is repeated:
-        a second KeyboardInterrupt would interrupt what shows the first."""
+        """The handler runs."""
         with contextlib.suppress(BlockingIOError):
             self.signalled.recv(4096)
         self.due = None
-        before, self.heard, delay = self.heard, monotonic(), RETRY_MS / 1000
-        return before > self.repeated - delay and self.repeated > self.heard - 3 * delay
 
-    def repeat(self):
+    def wake_main(self):
         if self.due and self.due < monotonic():
-            self.due, self.repeated = None, monotonic()
-            if signal.getsignal(signal.SIGINT) == self.kernel.interrupt:   # not a cell's handler
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            is_ours = signal.getsignal(signal.SIGINT) == self.kernel.interrupt   # not a cell's
+            self.due = monotonic() + RETRY_MS / 1000 if is_ours else None
+            signal.pthread_kill(threading.main_thread().ident, self.SIGNAL)
         return RETRY_MS if self.due else None
 
 
