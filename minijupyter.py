@@ -116,15 +116,15 @@ def log(text, level="warning"):
 
 log.level = "warning"
 
-WATCHES = []              # those who look under the hood (section 8): hardly ever is there one
+SPECTATORS = []              # those who look under the hood (section 8): hardly ever is there one
 MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
 MOST_LINES = 6            # of the call stack
 
 
 def report(kind, way, about, parts, depth=2):
-    """Tell who watches of bytes that have just come "in" or gone "out" at the server's edge: a
-    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if WATCHES`, so that it costs
-    nothing while nobody does. `depth`: of the caller that sent or received them, as for
+    """Tell spectators of bytes that have just come "in" or gone "out" at the server's edge: a
+    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if SPECTATORS`, so that it
+    costs nothing while there are none. `depth`: of the caller that sent or received them, as for
     sys._getframe."""
     lines, frame = [], sys._getframe(depth)
     while frame and frame.f_code.co_filename == __file__ and len(lines) < MOST_LINES:
@@ -134,7 +134,7 @@ def report(kind, way, about, parts, depth=2):
              "sizes": [*map(len, parts)], "parts": parts, **about}
     if sum(event["sizes"]) > MOST_TRACED:
         event["parts"] = cut(parts)
-    for watch in tuple(WATCHES):
+    for watch in tuple(SPECTATORS):
         watch.note(event)
 
 
@@ -1213,6 +1213,7 @@ def kernel_environment(spec):
 CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
     "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
     "hb": zmq.DEALER}
+HEARD = ("iopub", "shell", "control", "stdin")   # in this order, for output comes before its reply
 ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
@@ -1223,12 +1224,16 @@ SILENT_BEATS = 3            # without an echo are reported
 STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
 MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
 MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when all are full, who prints has to wait
-STALLED_SECONDS = 10        # and no longer; then these pages are cut off, and can come back
+STALLED_SECONDS = 8         # and no longer, or our kernel would give us up (STALL_SECONDS there)
 MOST_BEHIND = 64 << 20      # bytes in the mailbox of one page while others have room; it is cut off
 LATE_SECONDS = 1            # when it has taken nothing for so long
+MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that waits for subscribers
+MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
+MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
+MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
+MOST_STARTS = 5             # of a kernel whose ports others take
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
-MOST_PARKED = 16            # clients that left with a request open, per kernel
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
 TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
@@ -1238,18 +1243,25 @@ QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_reque
                   "shutdown_request", "abort_request"}
 STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
          "status"}   # what a full journal keeps; all else is output
+OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
+FOLLOWERS = {}       # value of ?journal= -> class of the page's mailbox
+KERNEL_EXTRAS = []   # classes; each kernel makes one of each, which puts itself into its lists
+SAID_BY_PAGES = {"execute_request", "input_reply"}   # of the story; the rest comes from the kernel
+UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
 
 
 class Entry:
     """One message on its way through the server: its JSON as it came; the headers are read."""
 
-    __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "number", "size")
+    __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "client", "number",
+                 "size")
 
     def __init__(self, channel, json_parts, buffers=()):
         """Raises ValueError when the headers are not JSON objects with the fields they need."""
         self.channel, self.json_parts, self.buffers = channel, json_parts, buffers
         self.header, self.parent_id = read_header(json_parts[0]), parent_id(json_parts[1])
-        self.number = 0   # its place in the journal
+        self.client = None   # session_id of the page that has said it, or that it is for
+        self.number = 0      # its place in the journal
         self.size = 1_000 + len(json_parts[3]) + sum(map(len, buffers))   # bytes, about
 
     @property
@@ -1259,7 +1271,7 @@ class Entry:
     @property
     def content(self):
         """What it says; {} when that is no JSON object."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(self.json_parts[3])
             return content if isinstance(content, dict) else {}
         return {}
@@ -1269,8 +1281,10 @@ class Entry:
         return self.msg_type == "status" and b'"idle"' in self.json_parts[3]
 
     @property
-    def is_restarting(self):
-        return self.msg_type == "status" and b'"restarting"' in self.json_parts[3]
+    def ends_process(self):
+        """True for the server's news that a process has ended."""
+        return self.msg_type == "status" and any(
+            state in self.json_parts[3] for state in (b'"restarting"', b'"dead"'))
 
 
 def read_header(part):
@@ -1286,6 +1300,616 @@ def parent_id(part):
     parent = json.loads(part)
     id = parent.get("msg_id") if isinstance(parent, dict) else None
     return id if isinstance(id, str) else None
+
+
+def said(session, channel, msg_type, content, request=None):
+    """What the server itself has to say in a kernel's stead, as an Entry."""
+    message = session.message(msg_type, content, request and request.header)
+    entry = Entry(channel, session.pack(message)[2:6])
+    entry.client = request and request.client
+    return entry
+
+
+class Mailbox:
+    """What other threads have for one thread, with a descriptor that its poller can wait for."""
+
+    def __init__(self):
+        self.items, self.size = [], 0   # size: of all items, bytes
+        self.lock = threading.Lock()
+        self.taken_at = time.monotonic()
+        self.ear, self.mouth = socket.socketpair()
+        self.is_signalled = self.is_closed = False   # a byte is on its way from mouth to ear
+
+    def fileno(self):
+        return self.ear.fileno()
+
+    def put(self, items=()):
+        """Append items and wake the owner; without items just wake it."""
+        with self.lock:
+            self.items.extend(items)
+            self.size += sum(item.size for item in items)
+            if not self.is_signalled and not self.is_closed:
+                self.is_signalled = True
+                self.mouth.send(b"\0")
+
+    def take(self):
+        """All items, oldest first."""
+        with self.lock:
+            if self.is_signalled and not self.is_closed:
+                self.ear.recv(1)
+            self.is_signalled = False
+            items, self.items, self.size = self.items, [], 0
+            self.taken_at = time.monotonic()
+        return items
+
+    def close(self):
+        """Nobody waits for anything any more; what is put stays."""
+        with self.lock:
+            self.is_closed = True
+        self.ear.close()
+        self.mouth.close()
+
+
+class Request:
+    """What a page, or the server itself, has for a kernel: signed parts, as they will be sent.
+
+    `entry` is the same as an Entry, None for what no page has asked. `life` says for which process
+    it is meant: the newest that its sender could know of (P5); None: for whichever there is.
+    """
+
+    __slots__ = ("channel", "parts", "entry", "life", "came_at", "size")
+
+    def __init__(self, channel, parts, entry=None, life=None):
+        self.channel, self.parts, self.entry, self.life = channel, parts, entry, life
+        self.came_at = time.monotonic()
+        self.size = sum(map(len, parts))
+
+
+class KernelSocket(zmq.Socket):
+    """A client's end of a channel. What passes is reported as it is: ZeroMQ's parts."""
+
+    about = None   # for `report`
+
+    def send_multipart(self, parts, *args, **options):
+        if SPECTATORS:
+            report("zmq", "out", self.about, parts)
+        return super().send_multipart(parts, *args, **options)
+
+    def recv_multipart(self, *args, **options):
+        parts = super().recv_multipart(*args, **options)
+        if SPECTATORS:
+            report("zmq", "in", self.about, parts)
+        return parts
+
+
+class PageMailbox(Mailbox):
+    """What a kernel has for one page: its bridge takes it out. It outlives the connection for a
+    while, so that a page that comes back under its session simply gets the rest (P3)."""
+
+    def __init__(self, session_id, websocket):
+        """Without a session_id nobody can come back."""
+        super().__init__()
+        self.is_kept = bool(session_id)
+        self.session_id = session_id or secrets.token_hex()
+        self.websocket = websocket   # None while the page is away
+        self.life = 0                # of the newest process that the page can know of (P5)
+
+    def wants(self, entry):
+        """All of iopub; of the rest, what answers this page (P2)."""
+        return entry.channel == "iopub" or entry.client == self.session_id
+
+    def cut_off(self):
+        """End the page's connection; its bridge sees that."""
+        if websocket := self.websocket:
+            websocket.abort()
+
+
+class KernelProcess:
+    """One kernel: its process, its connection, its state, and the mailboxes of its pages.
+
+    Any thread may call it; the sockets belong to the watcher of the process alone.
+    """
+
+    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None):
+        self.id = id or str(uuid.uuid4())
+        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
+        self.env = env or {}      # variables that the client asks for
+        self.state, self.reason = "starting", None
+        self.last_activity = time.time()
+        self.intent = None        # why the process is about to end: "restart", "shutdown" or None
+        self.is_gone = False      # it will not be started again
+        self.is_heard = False     # iopub of this process is connected: no answer can be missed
+        self.life = 0             # counts the processes that have ended
+        self.crashes = 0          # in a row
+        self.starts = 0           # in vain, because others had taken a port
+        self.lock = threading.Lock()           # one start or stop at a time
+        self.connection = new_connection(name, path)
+        self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
+        self.session = Session(self.connection["key"], username="server")
+        self.process, self.ended = None, threading.Event()
+        self.ended.set()
+        self.requests = Mailbox()              # for the watcher
+        self.waiting = []                      # those that it has taken and may not send yet
+        self.asked = {}           # msg_id of a request -> session_id of its page; the watcher's
+        self.awaited = {}         # msg_id of a request of the server's own -> Event
+        self.pages_lock = threading.Lock()     # guards the next, and what extras know of pages
+        self.mailboxes = {}       # session_id -> PageMailbox, also of some that are away
+        # What extras plug in: functions of an Entry, of Entries, of a PageMailbox, of nothing.
+        self.on_request, self.on_publish, self.on_join, self.on_end = [], [], [], []
+        self.gates = []           # see Gate
+        for extra in KERNEL_EXTRAS:
+            extra(self)
+
+    def model(self):
+        model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
+                 "execution_state": self.state, "connections": self.connections}
+        return {**model, "reason": self.reason} if self.reason else model
+
+    # -- the process --
+
+    def launch(self):
+        """Write the connection file and start the process. Raises Problem 500."""
+        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
+        argv = fill_in(self.spec["argv"], {
+            "connection_file": os.path.realpath(self.connection_file),
+            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
+        try:
+            self.process = subprocess.Popen(
+                argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as problem:
+            self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
+            self.publish([self.status("dead")])
+            raise Problem(500, self.reason) from None
+        REAPER.note("+", self.process.pid)
+        self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
+        self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
+        self.ended = threading.Event()
+        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
+
+    def report(self, way, text):
+        """Tell spectators what was done to the process, or what it said itself."""
+        if SPECTATORS:
+            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
+
+    def environment(self):
+        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
+                "JPY_SESSION_NAME": self.path, **self.env}
+
+    def connect(self, channel, identity):
+        """A client's socket, connected to a channel; it belongs to the calling thread."""
+        new = KernelSocket(ZMQ, CHANNELS[channel])
+        new.about = {"kernel": self.id, "channel": channel}
+        new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
+        new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
+        if channel == "iopub":
+            new.subscribe(b"")
+            if self.spec["metadata"].get("waits_for_subscribers"):   # others would drop messages
+                new.rcvhwm = MOST_AHEAD                              # (P4)
+        else:
+            new.identity = identity
+        port = self.connection[f"{channel}_port"]
+        new.connect(f"{self.connection['transport']}://{self.connection['ip']}:{port}")
+        return new
+
+    def interrupt(self):
+        """Interrupt the running cell, by signal or by message as the spec says."""
+        if self.spec["interrupt_mode"] == "message":
+            self.ask("interrupt_request", {}, 1)
+        else:
+            self.send_signal(signal.SIGINT)
+
+    def send_signal(self, number):
+        """Signal the kernel and its children; they are a process group of their own."""
+        if self.ended.is_set():
+            return   # by now the number may be another process's
+        self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
+        with contextlib.suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, number)
+            else:
+                self.process.send_signal(number)
+
+    def stop(self, intent):
+        """End the process in the specification's order: request, SIGTERM, SIGKILL."""
+        self.intent = intent
+        if not self.ended.is_set():
+            self.ask("shutdown_request", {"restart": intent == "restart"}, 1)
+        for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+            if self.ended.wait(SHUTDOWN_SECONDS):
+                break
+            self.send_signal(number)
+        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
+
+    def restart(self):
+        """A new process on the same ports: the clients stay connected."""
+        with self.lock:
+            if self.is_gone:
+                raise Problem(404, f"Kernel does not exist: {self.id}")
+            self.state, self.is_heard, self.crashes = "restarting", False, 0
+            self.stop("restart")
+            self.launch()
+
+    def start_again(self, process):
+        """Start what ended by itself, unless somebody else has done it meanwhile."""
+        with self.lock:
+            if self.process is process and self.intent is None and not self.is_gone:
+                with contextlib.suppress(Problem):   # its reason is in the model
+                    self.launch()
+
+    def shutdown(self):
+        with self.lock:
+            self.is_gone = True
+            self.stop("shutdown")
+            self.wake_pages()   # they see that the kernel is gone, and close
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.connection_file)
+
+    # -- requests: from any thread to the watcher --
+
+    def send(self, request):
+        """Put a Request to the watcher; to a dead kernel there is nothing to say."""
+        if self.state != "dead":
+            self.requests.put([request])
+
+    def ask(self, msg_type, content, seconds):
+        """Send a request of the server's own on control, and wait so long for its reply."""
+        message = self.session.message(msg_type, content)
+        msg_id = message["header"]["msg_id"]
+        answered = self.awaited[msg_id] = threading.Event()
+        self.requests.put([Request("control", self.session.pack(message))])
+        answered.wait(seconds)
+        self.awaited.pop(msg_id, None)
+
+    @property
+    def has_room(self):
+        """False while so many requests wait that no page is read."""
+        return len(self.requests.items) + len(self.waiting) < MOST_UNSENT
+
+    # -- pages --
+
+    @property
+    def pages(self):
+        """The mailboxes of the pages that are connected."""
+        return [box for box in list(self.mailboxes.values()) if box.websocket]
+
+    @property
+    def connections(self):
+        return len(self.pages)
+
+    def publish(self, entries):
+        """Put Entries into the mailboxes of those whom they are for."""
+        with self.pages_lock:
+            for function in self.on_publish:
+                function(entries)
+            for box in list(self.mailboxes.values()):
+                if wanted := [entry for entry in entries if box.wants(entry)]:
+                    box.put(wanted)
+                if box.websocket is None and box.size > MOST_WAITING:
+                    del self.mailboxes[box.session_id]   # too much for who may never come back
+
+    def wake_pages(self):
+        """Let the bridges look again at what state the kernel is in."""
+        for box in self.pages:
+            box.put()
+
+    def join(self, box):
+        """A page connects: from now on `box` gets what is for it. First it gets what waited for its
+        session, whose old connection ends (P3)."""
+        with self.pages_lock:
+            old = self.mailboxes.pop(box.session_id, None)
+            box.life = self.life
+            if old:
+                old.cut_off()
+            if old and box.is_kept:
+                box.put(old.take())
+                box.life = old.life
+            for function in self.on_join:
+                function(box)
+            if self.state == "dead":
+                box.put([self.status("dead")])
+            self.mailboxes[box.session_id] = box
+
+    def leave(self, box):
+        """A page's connection has ended. Its mailbox is kept, of so many pages."""
+        with self.pages_lock:
+            box.websocket = None
+            box.close()
+            if self.mailboxes.get(box.session_id) is box:
+                del self.mailboxes[box.session_id]
+                if box.is_kept:
+                    self.mailboxes[box.session_id] = box
+            away = [each for each in self.mailboxes.values() if not each.websocket]
+            for each in away[:-MOST_AWAY]:
+                del self.mailboxes[each.session_id]
+        self.requests.put()   # the watcher may wait for room in it
+
+    def begin_life(self, is_known):
+        """A process has ended. `is_known`: the pages can know, for one has asked for it."""
+        with self.pages_lock:
+            self.life += 1
+            for box in self.mailboxes.values() if is_known else ():
+                box.life = self.life
+
+    def status(self, state):
+        """A status message that the kernel itself cannot send any more, as an Entry."""
+        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else (
+            {"reason": self.reason} if self.reason else {})
+        return said(self.session, "iopub", "status", {"execution_state": state, **reason})
+
+
+class Watcher:
+    """The thread that follows one process of a kernel from its start to its end, and owns all
+    sockets to it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.process, self.life = kernel, kernel.process, kernel.life
+        self.tail = ""   # the last that the process wrote on its own stdout or stderr
+        self.started = self.last_echo = time.monotonic()
+        self.next_nudge = self.next_beat = 0.0
+        self.has_answered, self.running = False, set()   # msg_ids of requests that are worked on
+        self.full_since = None   # since when no page has room, and iopub is not heard; monotonic
+
+    def run(self):
+        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
+        identity = secrets.token_bytes(16)
+        self.sockets = {channel: self.kernel.connect(channel, identity) for channel in CHANNELS}
+        self.output, self.poller = self.process.stdout, zmq.Poller()
+        os.set_blocking(self.output.fileno(), False)
+        for source in (*self.sockets.values(), self.output.fileno(), self.kernel.requests.fileno()):
+            self.poller.register(source, zmq.POLLIN)
+        with watched_process(self.process, self.poller) as is_watched:
+            while self.process.poll() is None:
+                # Without a pidfd the end is looked for twice a second.
+                self.step(min(self.patience(), 60 if is_watched else 0.5))
+        self.end()
+
+    def step(self, seconds):
+        """Wait for either side and carry what has come."""
+        ready = dict(self.poller.poll(seconds * 1000))
+        entries = [entry for channel in HEARD if self.sockets[channel] in ready
+                   for entry in self.hear(channel)]
+        if self.sockets["hb"] in ready and self.sockets["hb"].recv_multipart():
+            self.last_echo = time.monotonic()
+        if self.output.fileno() in ready and not self.read():
+            self.poller.unregister(self.output.fileno())
+        had_room = self.kernel.has_room
+        requests = self.kernel.requests.take() if self.kernel.requests.fileno() in ready else []
+        for gate in self.kernel.gates:
+            entries, requests = gate.let_pass(entries, requests)
+        if entries:
+            self.kernel.publish(entries)
+        self.send_all(requests)
+        if self.kernel.has_room > had_room:
+            self.kernel.wake_pages()
+        self.keep_pace()
+        self.nudge()
+        self.beat()
+
+    def patience(self):
+        """Seconds until there is something to do without being told."""
+        is_known = self.has_answered and self.kernel.is_heard
+        due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
+        seconds = [due - time.monotonic(), *(gate.patience() for gate in self.kernel.gates)]
+        return max(0.0, min(seconds)) if self.full_since is None else min(LATE_SECONDS, *seconds)
+
+    # -- what the kernel says --
+
+    def hear(self, channel):
+        """What has arrived on a channel, in one go, as Entries."""
+        kernel, entries = self.kernel, []
+        for parts in waiting_messages(self.sockets[channel]):
+            try:
+                entry = Entry(channel, *kernel.session.verify(parts)[1:])
+                self.note(entry)
+                entries.append(entry)
+            except (ValueError, TypeError, AttributeError, RecursionError) as problem:
+                log(f"kernel {kernel.id}: dropped a message on {channel}: {problem!r}")
+        self.last_echo = time.monotonic()   # what is heard is alive
+        return entries
+
+    def note(self, entry):
+        """Learn from an Entry: who is alive, who runs, whom it is for."""
+        kernel = self.kernel
+        if entry.channel == "iopub":
+            if entry.msg_type == "status":
+                self.note_state(entry)
+            is_ending = kernel.intent is not None or self.process.returncode is not None
+            kernel.is_heard = kernel.is_heard or not is_ending
+            return
+        self.has_answered = True
+        # P2: a reply or a question belongs to the page whose request it names as its parent.
+        entry.client = kernel.asked.get(entry.parent_id)
+        if answered := kernel.awaited.get(entry.parent_id):
+            answered.set()
+
+    def note_state(self, entry):
+        """Learn the kernel's state from the `status` messages that running code causes. A cell that
+        is dropped ends while another one runs."""
+        state = entry.content.get("execution_state")
+        parent = json.loads(entry.json_parts[1])
+        if parent.get("msg_type") in QUIET_REQUESTS or state not in ("busy", "idle"):
+            return
+        (self.running.add if state == "busy" else self.running.discard)(parent.get("msg_id"))
+        self.kernel.state = "busy" if self.running else "idle"
+        self.kernel.last_activity = time.time()
+
+    def keep_pace(self):
+        """Poll iopub only while one page has room: else the kernel holds whoever prints, and all
+        other channels are heard as before. The fastest page sets the pace (P4); who falls far
+        behind it is cut off, like those that all stall."""
+        pages, now = self.kernel.pages, time.monotonic()
+        is_full = bool(pages) and self.kernel.intent is None and all(
+            box.size > MOST_WAITING for box in pages)
+        if is_full != (self.full_since is not None):
+            self.full_since = now if is_full else None
+            self.poller.register(self.sockets["iopub"], 0 if is_full else zmq.POLLIN)
+        is_stalled = is_full and now - self.full_since > STALLED_SECONDS
+        for box in pages:
+            most = 0 if is_stalled else MOST_BEHIND
+            if box.size > most and now - box.taken_at > LATE_SECONDS:
+                box.cut_off()
+
+    # -- what is said to the kernel --
+
+    def send_all(self, requests):
+        """Send Requests, and those that waited. What is meant for an earlier process is dropped
+        (P5), what a page asks waits until the answer can be heard (P1)."""
+        kernel = self.kernel
+        waiting, kernel.waiting = [*kernel.waiting, *requests], []
+        for request in waiting:
+            if request.life is None or request.life == self.life and kernel.is_heard:
+                self.send(request)
+            elif request.life == self.life:
+                kernel.waiting.append(request)
+
+    def send(self, request):
+        if entry := request.entry:
+            self.kernel.asked[entry.header["msg_id"]] = entry.client
+            if len(self.kernel.asked) > MOST_ASKED:
+                del self.kernel.asked[next(iter(self.kernel.asked))]
+            for function in self.kernel.on_request:
+                function(entry)
+        # Journey 3: the signed request leaves on the ZeroMQ socket of its channel.
+        self.sockets[request.channel].send_multipart(request.parts)
+
+    def nudge(self):
+        """Ask a new kernel for its info until it has answered and iopub was heard: a kernel
+        publishes only to those who have subscribed by then (P1)."""
+        kernel, now = self.kernel, time.monotonic()
+        if self.has_answered and kernel.is_heard:
+            if kernel.state == "starting":
+                kernel.state = "idle"
+            return
+        if now >= self.next_nudge:
+            self.has_answered = False
+            self.next_nudge = now + NUDGE_SECONDS
+            message = kernel.session.message("kernel_info_request", {})
+            self.sockets["shell"].send_multipart(kernel.session.pack(message))
+
+    def beat(self):
+        """Send a heartbeat; say so when a kernel that once spoke has stopped to echo it."""
+        now, kernel = time.monotonic(), self.kernel
+        is_silent = now - self.last_echo > SILENT_BEATS * HEARTBEAT_SECONDS
+        if is_silent and kernel.is_heard and not kernel.reason:
+            kernel.reason = "The kernel process is there, but does not answer its heartbeat."
+            log(f"kernel {kernel.id}: {kernel.reason}")
+        elif not is_silent and self.process.poll() is None:
+            kernel.reason = None
+        if now >= self.next_beat:
+            self.next_beat = now + HEARTBEAT_SECONDS
+            self.sockets["hb"].send_multipart([b"", b"ping"])
+
+    # -- its end --
+
+    def read(self):
+        """Pass on what the process says itself; False at the end of the file."""
+        try:
+            data = os.read(self.output.fileno(), 65_536)
+        except BlockingIOError:
+            return True
+        text = data.decode("utf-8", "replace")
+        self.tail = (self.tail + text)[-TAIL:]
+        if text.strip():
+            log(text.rstrip())
+            self.kernel.report("in", text)
+        return bool(data)
+
+    def end(self):
+        """The process is gone: hear its last words, tell every page, and start it anew or not."""
+        kernel, spoke = self.kernel, self.kernel.is_heard
+        kernel.is_heard = False
+        REAPER.note("-", self.process.pid)
+        try:
+            self.hear_last_words()
+            kernel.report("in", f"ended with exit code {self.process.returncode}")
+            self.output.close()
+            for sock in self.sockets.values():
+                sock.close()
+            starts_again = self.tell_end(spoke)
+        finally:
+            for answered in list(kernel.awaited.values()):
+                answered.set()
+            kernel.ended.set()   # whoever stops the kernel waits for this
+        if starts_again:
+            kernel.start_again(self.process)
+
+    def hear_last_words(self):
+        """Publish what the process has said before its end, and what is held at gates."""
+        last = zmq.Poller()
+        for channel in HEARD:
+            last.register(self.sockets[channel], zmq.POLLIN)
+        for gate in self.kernel.gates:
+            self.kernel.publish(gate.release())
+        while ready := dict(last.poll(LAST_WORDS_MS)):
+            self.kernel.publish([entry for channel in HEARD if self.sockets[channel] in ready
+                                 for entry in self.hear(channel)])
+        self.read()
+
+    def tell_end(self, spoke):
+        """Publish that the process has ended, and why; True when it is to be started again. An end
+        that a client has asked for is no crash, and no status tells it."""
+        kernel, is_crash = self.kernel, self.kernel.intent is None
+        if is_crash and not spoke and self.lost_a_port():
+            return True
+        if is_crash:
+            kernel.reason = self.explain()
+            log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
+            was_short = time.monotonic() - self.started < STABLE_SECONDS
+            kernel.crashes = kernel.crashes + 1 if was_short else 1
+        will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
+        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
+        for function in kernel.on_end:
+            function()
+        kernel.begin_life(is_known=not is_crash)
+        if kernel.intent != "restart":
+            kernel.publish([kernel.status(kernel.state)])
+        return will_restart
+
+    def lost_a_port(self):
+        """True when the process could not begin because others have taken one of its ports since
+        they were chosen: it gets new ones, and nobody needs to know."""
+        kernel = self.kernel
+        if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
+            return False
+        kernel.starts += 1
+        kernel.connection = {**new_connection(kernel.name, kernel.path),
+                             "key": kernel.connection["key"]}
+        log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
+        return True
+
+    def explain(self):
+        code, said = self.process.returncode, self.tail.strip()
+        how = (f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0
+               else f"ended with exit code {code}")
+        return f"The kernel process {how}" + (f":\n{said}" if said else ".")
+
+
+def waiting_messages(sock):
+    """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
+    size = 0
+    while size < BATCH:
+        try:
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        size += sum(map(len, parts))
+        yield parts
+
+
+@contextlib.contextmanager
+def watched_process(process, poller):
+    """Lets `poller` wake when the process ends, where the system can; gives True if so."""
+    try:
+        descriptor = os.pidfd_open(process.pid)   # Linux
+    except (AttributeError, OSError):
+        yield False
+        return
+    poller.register(descriptor, zmq.POLLIN)
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 class Record:
@@ -1332,40 +1956,81 @@ class Record:
         return freed - note.size
 
 
-def said(session, channel, msg_type, content, request=None):
-    """What the server itself has to say in a kernel's stead, as an Entry."""
-    message = session.message(msg_type, content, request and request.header)
-    return Entry(channel, session.pack(message)[2:6])
-
-
 class Journal:
     """What came of the requests whose outputs no file holds yet: execute_requests, replies, iopub,
     questions for input and their answers, in the order in which they passed.
 
-    Its owner locks: filing an entry and handing it to those who listen must be one step.
+    The pages' lock is held while an entry is filed and handed to those who follow: so nothing is
+    told twice and nothing is missed.
     """
 
-    def __init__(self, session):
-        self.session = session
+    def __init__(self, kernel):
+        self.kernel, self.session = kernel, kernel.session
         self.records = {}     # msg_id of an execute_request -> Record, oldest first
         # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
         self.outlines = {}
-        # msg_id of an open input_request -> (its request's msg_id, is it secret, Ends it came to)
+        # msg_id of an open input_request -> (its request's msg_id, is it secret)
         self.questions = {}
         self.number = self.size = 0
+        kernel.journal = self
+        kernel.on_request.append(self.note)
+        kernel.on_publish.append(self.publish)
+        kernel.on_join.append(self.welcome)
+        kernel.on_end.append(self.tell_end)
 
-    def add(self, entry, is_followed=False, ends=None):
-        """File an entry, if it is an execute_request or came of one; a question came to `ends`.
-        Returns the entries that tell of its request, when that was forgotten: without them a page
-        could not place it."""
+    # -- what the kernel's owner calls --
+
+    def note(self, request):
+        """A page asks or answers: tell the followers. What was typed in secret is not kept."""
+        if request.msg_type not in SAID_BY_PAGES:
+            return
+        shown = request
+        if request.msg_type == "input_reply":
+            with self.kernel.pages_lock:
+                _, is_secret = self.questions.get(request.parent_id, (None, True))
+            content = {**request.content, "value": ""} if is_secret else request.content
+            shown = Entry("stdin", [*request.json_parts[:3], to_json(content)])
+            shown.client = request.client
+        self.kernel.publish([shown])
+
+    def publish(self, entries):
+        """File Entries and put them to the followers, in one step; the pages' lock is held."""
+        story = []
+        for entry in entries:
+            story += [*self.add(entry), entry]
+        for box in self.kernel.mailboxes.values():
+            if isinstance(box, Follower):
+                box.put([entry for entry in story if box.follows(entry)])
+
+    def welcome(self, box):
+        """A follower begins with all that no file holds yet; the lock is held."""
+        if isinstance(box, Follower):
+            box.put(self.replay())
+
+    def tell_end(self):
+        """The process has ended: say what it cannot say any more. Of an end that was asked for the
+        followers are told; other clients know it from who asked."""
+        with self.kernel.pages_lock:
+            endings = self.endings()
+        self.kernel.publish(endings)
+        if self.kernel.intent == "restart":
+            with self.kernel.pages_lock:
+                for box in self.kernel.mailboxes.values():
+                    if isinstance(box, Follower):
+                        box.put([self.kernel.status("restarting")])
+
+    # -- filing --
+
+    def add(self, entry):
+        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
+        of its request, when that was forgotten: without them a page could not place it."""
         self.number += 1
         entry.number = self.number
         request_id = entry.parent_id
         if entry.msg_type == "execute_request":
-            request_id = self.begin(entry, is_followed)
-        elif entry.msg_type == "input_request" and ends:
-            is_secret = bool(entry.content.get("password"))
-            self.questions[entry.header["msg_id"]] = request_id, is_secret, ends
+            request_id = self.begin(entry)
+        elif entry.msg_type == "input_request":
+            self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
         elif entry.msg_type == "input_reply":
             request_id, *_ = self.questions.pop(entry.parent_id, (None,))
         was_forgotten = request_id not in self.records
@@ -1375,8 +2040,9 @@ class Journal:
             self.file(record, entry)
         return outline
 
-    def begin(self, request, is_followed):
+    def begin(self, request):
         id = request.header["msg_id"]
+        is_followed = isinstance(self.kernel.mailboxes.get(request.client), Follower)
         self.forget([id])   # a client should not, but may use one twice
         self.outlines[id] = [], is_followed
         self.records[id] = Record(request, is_followed)
@@ -1426,13 +2092,13 @@ class Journal:
 
     def forget_unfollowed(self):
         """The same for all that are over, of clients that do not tell what they have saved."""
-        self.forget([id for id, record in self.records.items()
-                     if record.is_over and not record.is_followed])
+        with self.kernel.pages_lock:
+            self.forget([id for id, record in self.records.items()
+                         if record.is_over and not record.is_followed])
 
-    def replay(self, after=0):
-        """All entries that came after number `after`, in their order."""
-        entries = [entry for record in self.records.values() for entry in record.entries
-                   if entry.number > after]
+    def replay(self):
+        """All entries, in the order in which they came."""
+        entries = [entry for record in self.records.values() for entry in record.entries]
         return sorted(entries, key=lambda entry: entry.number)
 
     def endings(self):
@@ -1445,550 +2111,34 @@ class Journal:
                 for record in self.records.values() for due in sorted(record.due)]
 
 
-class Mailbox:
-    """What other threads have for one thread, with a descriptor that its poller can wait for.
+class Follower(PageMailbox):
+    """Of a page that follows the kernel's whole conversation (`?journal=1`). On connecting it gets
+    what no file holds yet, afterwards also the requests, replies, questions and answers of other
+    pages; it says what it has saved by `{"channel": "journal", "content": {"forget": [msg_ids of
+    execute_requests]}}`."""
 
-    `has_room`, a Condition that all mailboxes of a kernel share, is told when one is emptied.
-    """
+    def __init__(self, session_id, websocket):
+        super().__init__(session_id, websocket)
+        self.is_kept = False   # the journal has it all
 
-    def __init__(self, has_room):
-        self.items, self.size = [], 0   # size: of the entries among them, bytes
-        self.taken_at = time.monotonic()
-        self.has_room = has_room
-        self.ear, self.mouth = socket.socketpair()
-        self.is_signalled = False       # a byte is on its way from mouth to ear
+    def wants(self, entry):
+        return False   # it gets everything from the journal, which files it first
 
-    def fileno(self):
-        return self.ear.fileno()
+    def follows(self, entry):
+        is_own = entry.client == self.session_id
+        if entry.msg_type in SAID_BY_PAGES:
+            return not is_own
+        return is_own or entry.channel == "iopub" or entry.msg_type in STORY
 
-    def put(self, items=()):
-        """Append items and wake the owner; without items just wake it."""
-        with self.has_room:
-            self.items.extend(items)
-            self.size += sum(item.size for item in items if isinstance(item, Entry))
-            if not self.is_signalled:
-                self.is_signalled = True
-                self.mouth.send(b"\0")
 
-    def take(self):
-        """All items, oldest first."""
-        with self.has_room:
-            if self.is_signalled:
-                self.ear.recv(1)
-            self.is_signalled = False
-            items, self.items, self.size = self.items, [], 0
-            self.taken_at = time.monotonic()
-            self.has_room.notify_all()
-        return items
+def forget(kernel, entry):
+    """A follower has saved these outputs."""
+    with kernel.pages_lock:
+        kernel.journal.forget(entry.content["forget"])
 
-    def close(self):
-        with self.has_room:   # whoever waits for room need not any more
-            self.size = 0
-            self.is_signalled = True
-            self.has_room.notify_all()
-        self.ear.close()
-        self.mouth.close()
 
-
-class KernelSocket(zmq.Socket):
-    """A client's end of a channel. What passes is reported as it is: ZeroMQ's parts."""
-
-    about = None   # for `report`
-
-    def send_multipart(self, parts, *args, **options):
-        if WATCHES:
-            report("zmq", "out", self.about, parts)
-        return super().send_multipart(parts, *args, **options)
-
-    def recv_multipart(self, *args, **options):
-        parts = super().recv_multipart(*args, **options)
-        if WATCHES:
-            report("zmq", "in", self.about, parts)
-        return parts
-
-
-class Ends:
-    """One client's ends of shell, control and stdin, by which a kernel knows it. When the client
-    leaves with a request open, another one inherits them: replies and questions still come."""
-
-    def __init__(self, kernel, session_id):
-        self.session_id = session_id
-        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
-        identity = secrets.token_bytes(16)
-        self.sockets = {channel: kernel.connect(channel, identity)
-                        for channel in ("shell", "control", "stdin")}
-        self.open = set()        # msg_ids of execute_requests without a reply
-        self.answers = []        # input_replies, from whatever client, to questions that came here
-
-    def close(self):
-        for sock in self.sockets.values():
-            sock.close()
-
-
-class Gate:
-    """Between a kernel and its pages: it is open, but who looks under the hood can hold messages
-    back, channel by channel, to see what happens then.
-
-    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
-    much later) or ("every", seconds) (a page gets and sends one at a time)}
-    """
-
-    def __init__(self):
-        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
-
-    def let_pass(self, channel, came_at, passed_at):
-        """True when the oldest waiting message of a channel may go on now. Times are those of the
-        monotonic clock: when it came, when the last one of its page passed."""
-        rule, seconds = self.rules.get(channel, ("delay", 0))
-        if rule == "pause":
-            with self.lock:
-                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
-            return may_pass
-        return time.monotonic() >= seconds + (came_at if rule == "delay" else passed_at)
-
-
-class Kernel:
-    """One kernel: its process, its connection, its state, and who listens to it."""
-
-    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None):
-        self.id = id or str(uuid.uuid4())
-        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
-        self.env = env or {}      # variables that the client asks for
-        self.state, self.reason = "starting", None
-        self.last_activity = time.time()
-        self.intent = None        # why the process is about to end: "restart", "shutdown" or None
-        self.is_gone = False      # it will not be started again
-        self.is_heard = False     # iopub of this process is connected: no answer can be missed
-        self.crashes = 0          # in a row
-        self.lock = threading.Lock()           # one start or stop at a time
-        self.connection = new_connection(name, path)
-        self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
-        self.session = Session(self.connection["key"], username="server")
-        self.journal = Journal(self.session)
-        self.journal_lock = threading.Lock()   # guards the journal and the next three
-        self.listeners = []                    # bridges
-        self.parked = []                       # Ends of clients that left
-        self.left_at = {}                      # session_id -> journal number when it left
-        self.has_room = threading.Condition()  # in the mailbox of a listener
-        self.process, self.ended, self.ended_at = None, threading.Event(), 0.0
-        self.ended.set()
-        self.gate = Gate()                     # for who looks under the hood
-
-    @property
-    def connections(self):
-        return len(self.listeners)
-
-    def model(self):
-        model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
-                 "execution_state": self.state, "connections": self.connections}
-        return {**model, "reason": self.reason} if self.reason else model
-
-    # -- the process --
-
-    def launch(self):
-        """Write the connection file and start the process. Raises Problem 500."""
-        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
-        argv = fill_in(self.spec["argv"], {
-            "connection_file": os.path.realpath(self.connection_file),
-            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
-        try:
-            self.process = subprocess.Popen(
-                argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as problem:
-            self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
-            self.publish([self.status("dead")])
-            raise Problem(500, self.reason) from None
-        REAPER.note("+", self.process.pid)
-        self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
-        self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
-        self.ended = threading.Event()
-        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
-
-    def report(self, way, text):
-        """Tell who watches what was done to the process, or what it said itself."""
-        if WATCHES:
-            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
-
-    def environment(self):
-        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
-                "JPY_SESSION_NAME": self.path, **self.env}
-
-    def connect(self, channel, identity=b""):
-        """A client's socket, connected to a channel; it belongs to the calling thread."""
-        new = KernelSocket(ZMQ, CHANNELS[channel])
-        new.about = {"kernel": self.id, "channel": channel}
-        new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
-        new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
-        if channel == "iopub":
-            new.subscribe(b"")
-        elif identity:
-            new.identity = identity
-        port = self.connection[f"{channel}_port"]
-        new.connect(f"{self.connection['transport']}://{self.connection['ip']}:{port}")
-        return new
-
-    def request_on_control(self, msg_type, content, seconds):
-        """Send a request on control and wait for its reply; True when one came in time."""
-        with contextlib.closing(self.connect("control")) as control:
-            message = self.session.message(msg_type, content)
-            control.send_multipart(self.session.pack(message))
-            return bool(control.poll(int(seconds * 1000)) and control.recv_multipart())
-
-    def interrupt(self):
-        """Interrupt the running cell, by signal or by message as the spec says."""
-        if self.spec["interrupt_mode"] == "message":
-            self.request_on_control("interrupt_request", {}, 1)
-        else:
-            self.send_signal(signal.SIGINT)
-
-    def send_signal(self, number):
-        """Signal the kernel and its children; they are a process group of their own."""
-        if self.ended.is_set():
-            return   # by now the number may be another process's
-        self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
-        with contextlib.suppress(ProcessLookupError):
-            if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, number)
-            else:
-                self.process.send_signal(number)
-
-    def stop(self, intent):
-        """End the process in the specification's order: request, SIGTERM, SIGKILL."""
-        self.intent = intent
-        with self.has_room:
-            self.has_room.notify_all()   # from now on nobody waits for a page
-        if not self.ended.is_set():
-            self.request_on_control("shutdown_request", {"restart": intent == "restart"}, 1)
-        for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-            if self.ended.wait(SHUTDOWN_SECONDS):
-                break
-            self.send_signal(number)
-        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
-
-    def restart(self):
-        """A new process on the same ports: the clients stay connected."""
-        with self.lock:
-            if self.is_gone:
-                raise Problem(404, f"Kernel does not exist: {self.id}")
-            self.state, self.is_heard, self.crashes = "restarting", False, 0
-            self.stop("restart")
-            self.launch()
-
-    def restart_after_crash(self, process):
-        """Start again what ended by itself, unless somebody else has done it meanwhile."""
-        with self.lock:
-            if self.process is process and self.intent is None and not self.is_gone:
-                with contextlib.suppress(Problem):   # its reason is in the model
-                    self.launch()
-
-    def shutdown(self):
-        with self.lock:
-            self.is_gone = True
-            self.stop("shutdown")
-            self.wake_listeners()   # they see that the kernel is gone, and close
-            with self.journal_lock:
-                self.close_parked()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.connection_file)
-
-    def close_parked(self, most=0):
-        while len(self.parked) > most:
-            self.parked.pop(0).close()
-
-    # -- who listens --
-
-    def publish(self, entries, client=None, ends=None):
-        """File entries, and hand them to whoever listens: all of iopub to everybody, the rest to
-        those who follow the whole conversation; `client`, who has them (from `ends`), is left out.
-        """
-        with self.journal_lock:
-            story = []   # for followers
-            for entry in entries:
-                outline = self.journal.add(entry, client is not None and client.is_follower, ends)
-                story += [*outline, entry]
-            for bridge in self.listeners:
-                wanted = story if bridge.is_follower else [*filter(bridge.wants, entries)]
-                if wanted and bridge is not client:
-                    bridge.inbox.put(wanted)
-
-    def wake_listeners(self):
-        """Let the bridges look again at what state the kernel is in."""
-        with self.journal_lock:
-            for bridge in self.listeners:
-                bridge.inbox.put()
-
-    def join(self, bridge):
-        """From now on `bridge` hears everything; what it missed is in its mailbox before it: for a
-        follower the journal, for a client that returns what came since it left or what its old
-        connection has not sent yet, for another one nothing."""
-        with self.journal_lock:
-            after = 0 if bridge.is_follower else self.left_at.get(bridge.session_id)
-            missed = []
-            for other in [each for each in self.listeners if each.session_id == bridge.session_id]:
-                self.listeners.remove(other)   # the same page, which comes by a new connection
-                other.websocket.abort()
-                missed = [*other.held_for_page(), *other.inbox.take()]
-                after = 0 if bridge.is_follower else None
-            if after is not None:
-                missed = [*(item for item in missed if not isinstance(item, Entry)),
-                          *self.journal.replay(after)]
-            bridge.inbox.put([item for item in missed if bridge.wants(item)])
-            inherited = [ends for ends in self.parked if bridge.is_heir(ends)]
-            self.parked = [ends for ends in self.parked if ends not in inherited]
-            bridge.inbox.put(inherited)
-            if self.state == "dead":
-                bridge.inbox.put([self.status("dead")])
-            self.listeners.append(bridge)
-
-    def forget(self, ids=None):
-        """The journal need not keep these requests any longer; without ids: those that are over, of
-        clients that do not follow."""
-        with self.journal_lock:
-            if ids is None:
-                self.journal.forget_unfollowed()
-            else:
-                self.journal.forget(ids)
-
-    def leave(self, bridge):
-        """`bridge` goes. Its ends on which a reply is due go to an heir, or wait for one."""
-        with self.journal_lock:
-            items = [*bridge.ends, *bridge.inbox.take()]
-            if bridge in self.listeners:
-                self.listeners.remove(bridge)
-                unsent = [item.number - 1 for item in items if getattr(item, "number", 0)]
-                self.left_at[bridge.session_id] = min(unsent, default=self.journal.number)
-            if len(self.left_at) > MOST_REQUESTS:
-                del self.left_at[next(iter(self.left_at))]
-            for item in items:
-                if isinstance(item, Ends):
-                    self.pass_on(item)
-            self.close_parked(MOST_PARKED)
-
-    def pass_on(self, ends):
-        """Ends without an owner go to another bridge, or wait for one, if a reply is due."""
-        heir = next((bridge for bridge in self.listeners if bridge.is_heir(ends)), None)
-        if self.is_gone or not ends.open:
-            ends.close()
-        elif heir:
-            heir.inbox.put([ends])
-        else:
-            self.parked.append(ends)
-
-    def status(self, state):
-        """A status message that the kernel itself cannot send any more, as an Entry."""
-        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else (
-            {"reason": self.reason} if self.reason else {})
-        return said(self.session, "iopub", "status", {"execution_state": state, **reason})
-
-
-class Watcher:
-    """The thread that follows one process of a kernel from its start to its end."""
-
-    def __init__(self, kernel):
-        self.kernel, self.process = kernel, kernel.process
-        self.tail = ""   # the last that the process wrote on its own stdout or stderr
-        self.started = self.last_echo = time.monotonic()
-        self.next_nudge = self.next_beat = 0.0
-        self.has_answered, self.running = False, set()   # msg_ids of requests that are worked on
-
-    def run(self):
-        self.iopub, self.shell, self.heart = map(self.kernel.connect, ("iopub", "shell", "hb"))
-        output = self.process.stdout
-        os.set_blocking(output.fileno(), False)
-        poller = zmq.Poller()
-        for source in (self.iopub, self.shell, self.heart, output.fileno()):
-            poller.register(source, zmq.POLLIN)
-        with watched_process(self.process, poller) as is_watched:
-            while self.process.poll() is None:
-                # Without a pidfd the end is looked for twice a second.
-                self.step(poller, output, min(self.patience(), 60 if is_watched else 0.5))
-        self.end(output)
-
-    def step(self, poller, output, seconds):
-        ready = dict(poller.poll(seconds * 1000))
-        if self.iopub in ready:
-            self.hear()
-        if self.shell in ready and self.shell.recv_multipart():
-            self.has_answered = True
-        if self.heart in ready and self.heart.recv_multipart():
-            self.last_echo = time.monotonic()
-        if output.fileno() in ready and not self.read(output):
-            poller.unregister(output.fileno())
-        self.nudge()
-        self.beat()
-
-    def patience(self):
-        """Seconds until there is something to say to the kernel."""
-        is_known = self.has_answered and self.kernel.is_heard
-        due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
-        return max(0.0, due - time.monotonic())
-
-    def nudge(self):
-        """Ask a new kernel for its info until it has answered and iopub was heard: a kernel
-        publishes only to those who have subscribed by then."""
-        kernel, now = self.kernel, time.monotonic()
-        if self.has_answered and kernel.is_heard:
-            if kernel.state == "starting":
-                kernel.state = "idle"
-            return
-        if now >= self.next_nudge:
-            self.has_answered = False
-            self.next_nudge = now + NUDGE_SECONDS
-            message = kernel.session.message("kernel_info_request", {})
-            self.shell.send_multipart(kernel.session.pack(message))
-
-    def beat(self):
-        """Send a heartbeat; say so when a kernel that once spoke has stopped to echo it."""
-        now, kernel = time.monotonic(), self.kernel
-        is_silent = now - self.last_echo > SILENT_BEATS * HEARTBEAT_SECONDS
-        if is_silent and kernel.is_heard and not kernel.reason:
-            kernel.reason = "The kernel process is there, but does not answer its heartbeat."
-            log(f"kernel {kernel.id}: {kernel.reason}")
-        elif not is_silent and self.process.poll() is None:
-            kernel.reason = None
-        if now >= self.next_beat:
-            self.next_beat = now + HEARTBEAT_SECONDS
-            self.heart.send_multipart([b"", b"ping"])
-
-    def hear(self):
-        """Take what iopub has, in one go: for the kernel's state, the journal and the pages."""
-        kernel, entries = self.kernel, []
-        for parts in waiting_messages(self.iopub):
-            try:
-                entry = Entry("iopub", *kernel.session.verify(parts)[1:])
-                if entry.msg_type == "status":
-                    self.note_state(entry)
-                entries.append(entry)
-            except (ValueError, TypeError, AttributeError) as problem:
-                log(f"kernel {kernel.id}: dropped a message on iopub: {problem!r}")
-        kernel.publish(entries)
-        is_ending = kernel.intent is not None or self.process.returncode is not None
-        if entries and not kernel.is_heard and not is_ending:
-            kernel.is_heard = True
-            kernel.wake_listeners()   # they may let requests through now
-        self.keep_pace()
-        self.last_echo = time.monotonic()   # what is heard is alive
-
-    def note_state(self, entry):
-        """Learn the kernel's state from the `status` messages that running code causes. A cell that
-        is dropped ends while another one runs."""
-        state = entry.content.get("execution_state")
-        parent = json.loads(entry.json_parts[1])
-        if parent.get("msg_type") in QUIET_REQUESTS or state not in ("busy", "idle"):
-            return
-        (self.running.add if state == "busy" else self.running.discard)(parent.get("msg_id"))
-        self.kernel.state = "busy" if self.running else "idle"
-        self.kernel.last_activity = time.time()
-
-    def keep_pace(self):
-        """Hear no more before one page has room for it: then the kernel holds whoever prints. The
-        fastest page sets the pace; who falls far behind it is cut off, like those that all stall.
-        """
-        def has_room():
-            return kernel.intent or not kernel.listeners or any(
-                bridge.inbox.size <= MOST_WAITING for bridge in kernel.listeners)
-
-        kernel = self.kernel
-        with kernel.has_room:
-            most = MOST_BEHIND if kernel.has_room.wait_for(has_room, STALLED_SECONDS) else 0
-        for bridge in list(kernel.listeners):
-            inbox = bridge.inbox
-            if inbox.size > most and time.monotonic() - inbox.taken_at > LATE_SECONDS:
-                bridge.websocket.abort()
-
-    def read(self, output):
-        """Pass on what the process says itself; False at the end of the file."""
-        try:
-            data = os.read(output.fileno(), 65_536)
-        except BlockingIOError:
-            return True
-        text = data.decode("utf-8", "replace")
-        self.tail = (self.tail + text)[-TAIL:]
-        if text.strip():
-            log(text.rstrip())
-            self.kernel.report("in", text)
-        return bool(data)
-
-    def end(self, output):
-        """The process is gone: hear its last words, tell every page, and start it anew or not."""
-        kernel, spoke = self.kernel, self.kernel.is_heard
-        kernel.is_heard = False
-        REAPER.note("-", self.process.pid)
-        try:
-            while self.iopub.poll(LAST_WORDS_MS):
-                self.hear()
-            self.read(output)
-            kernel.report("in", f"ended with exit code {self.process.returncode}")
-            output.close()
-            for sock in (self.iopub, self.shell, self.heart):
-                sock.close()
-            will_restart = self.tell_end(spoke)
-        finally:
-            kernel.ended.set()   # whoever stops the kernel waits for this
-        if will_restart:
-            kernel.restart_after_crash(self.process)
-
-    def tell_end(self, spoke):
-        """Publish that the process has ended, and why; True when it is to be started again."""
-        kernel, is_crash = self.kernel, self.kernel.intent is None
-        if is_crash:
-            kernel.reason = self.explain()
-            log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
-            was_short = time.monotonic() - self.started < STABLE_SECONDS
-            kernel.crashes = kernel.crashes + 1 if was_short else 1
-        will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
-        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
-        kernel.publish(self.last_replies())
-        with kernel.journal_lock:
-            endings = kernel.journal.endings()
-        kernel.ended_at = time.monotonic()   # what pages said until now was meant for it
-        kernel.publish([*endings, kernel.status(kernel.state)])
-        return will_restart
-
-    def last_replies(self):
-        """The replies to clients that have left, as Entries; their ends are of no use any more."""
-        entries = []
-        with self.kernel.journal_lock:
-            for ends in self.kernel.parked:
-                for parts in waiting_messages(ends.sockets["shell"]):
-                    with contextlib.suppress(ValueError):   # nobody waits for a bad one
-                        entries.append(Entry("shell", *self.kernel.session.verify(parts)[1:]))
-            self.kernel.close_parked()
-        return entries
-
-    def explain(self):
-        code, said = self.process.returncode, self.tail.strip()
-        how = (f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0
-               else f"ended with exit code {code}")
-        return f"The kernel process {how}" + (f":\n{said}" if said else ".")
-
-
-def waiting_messages(sock):
-    """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
-    size = 0
-    while size < BATCH:
-        try:
-            parts = sock.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        size += sum(map(len, parts))
-        yield parts
-
-
-@contextlib.contextmanager
-def watched_process(process, poller):
-    """Lets `poller` wake when the process ends, where the system can; gives True if so."""
-    try:
-        descriptor = os.pidfd_open(process.pid)   # Linux
-    except (AttributeError, OSError):
-        yield False
-        return
-    poller.register(descriptor, zmq.POLLIN)
-    try:
-        yield True
-    finally:
-        os.close(descriptor)
+KERNEL_EXTRAS.append(Journal)
+FOLLOWERS["1"] = Follower
 
 
 class Reaper:
@@ -2041,6 +2191,18 @@ def new_connection(name, path):
             "jupyter_session": path}
 
 
+def any_is_taken(connection):
+    """True when another process listens on a port of a connection."""
+    for channel in CHANNELS:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ours has just ended
+            try:
+                sock.bind((connection["ip"], connection[f"{channel}_port"]))
+            except OSError:
+                return True
+    return False
+
+
 def write_secret(path, text):
     """Write a file that only its owner may read."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -2054,7 +2216,7 @@ class Kernels:
 
     def __init__(self, contents):
         self.contents = contents
-        self.all = {}   # id -> Kernel
+        self.all = {}   # id -> KernelProcess
 
     def start(self, name=None, path="", id=None, env=None):
         """Start the kernel called `name` in the folder of `path`. Raises Problem."""
@@ -2067,7 +2229,7 @@ class Kernels:
         # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
-        new = Kernel(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env)
+        new = KernelProcess(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
@@ -2125,7 +2287,7 @@ class Kernels:
 # kernel.
 
 class Sessions:
-    """The ties, by id: {"id", "path", "name", "type", "kernel": a Kernel}."""
+    """The ties, by id: {"id", "path", "name", "type", "kernel": a KernelProcess}."""
 
     def __init__(self, kernels):
         self.kernels = kernels
@@ -2199,7 +2361,7 @@ class Sessions:
         """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
         for session in self.alive():
             if session["path"] == path.strip("/"):
-                session["kernel"].forget()
+                session["kernel"].journal.forget_unfollowed()
 
     def delete(self, id):
         session = self.get(id)
@@ -2365,7 +2527,7 @@ class FrameParser:
         if have < end:
             return None
         # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
-        if WATCHES and self.about:
+        if SPECTATORS and self.about:
             report("websocket", "in", self.about, [self.bytes[self.at:end]], depth=1)
         self.at = end
         return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)
@@ -2551,7 +2713,7 @@ class WebSocket:
         except OSError:
             self.is_closed = True
             return
-        for frame in frames if WATCHES and self.parser.about else ():
+        for frame in frames if SPECTATORS and self.parser.about else ():
             report("websocket", "out", self.parser.about, [frame])
 
     def ping_or_give_up(self):
@@ -2601,9 +2763,6 @@ def buffered(handler):
 # A kernel publishes to those who have subscribed *by then*. So no request passes before the
 # watcher has heard something on iopub, also after a restart.
 
-MOST_UNSENT = 100    # messages that a page may send ahead of a kernel that is not ready
-UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
-GATE_MS = 20         # between two looks at a gate before which messages wait
 
 
 def splice(entry):
@@ -2718,227 +2877,76 @@ LAYOUTS = {None: (unsplice, splice), V1: (unsplice_v1, splice_v1)}   # subprotoc
 
 
 class Bridge:
-    """Carries messages between one WebSocket and one kernel until either is gone.
+    """Carries messages between one WebSocket and one kernel until either is gone."""
 
-    `is_follower`: the page follows the kernel's whole conversation (`?journal=1`). On connecting it
-    gets what no file holds yet, afterwards also the requests, replies, questions and answers of
-    other pages; it says what it has saved by `{"channel": "journal", "content": {"forget":
-    [msg_ids of execute_requests]}}`.
-    """
-
-    def __init__(self, websocket, kernel, session_id, is_follower=False):
-        self.websocket, self.kernel = websocket, kernel
-        self.session_id, self.is_follower = session_id, is_follower
-        self.session = Session(kernel.connection["key"], username="page")
+    def __init__(self, websocket, kernel, inbox):
+        self.websocket, self.kernel, self.inbox = websocket, kernel, inbox
         self.unsplice, self.splice = LAYOUTS[websocket.protocol]
-        # Of Entry (for the page) and Ends (inherited).
-        self.inbox = Mailbox(kernel.has_room)
-        websocket.parser.about = {"kernel": kernel.id, "client": session_id}
-        self.unsent = []           # (message, since when) that wait for the kernel to be ready
-        self.held = []             # (is it for the page, Entry, since when) that wait at the gate
-        self.passed_at = 0.0       # when one of them passed last
-        self.ends = []             # its own first
-        self.process = kernel.process
+        websocket.parser.about = {"kernel": kernel.id, "client": inbox.session_id}
 
     def run(self):
         self.poller = zmq.Poller()
         self.poller.register(self.inbox.fileno(), zmq.POLLIN)
-        self.inherit(Ends(self.kernel, self.session_id))
-        self.kernel.join(self)
+        self.kernel.join(self.inbox)
         self.inbox.put()   # look at once: the kernel may be gone by now
         try:
             while not self.websocket.is_closed:
                 self.step()
         finally:
-            self.inbox.put(self.held_for_page())
-            self.kernel.leave(self)
-            self.inbox.close()
-
-    def wants(self, item):
-        """iopub is for everybody; what else passes between pages and kernel, for followers."""
-        return self.is_follower or not isinstance(item, Entry) or item.channel == "iopub"
-
-    def is_heir(self, item):
-        """True when this bridge takes over what belonged to one that has left."""
-        return self.is_follower or getattr(item, "session_id", None) == self.session_id
-
-    def inherit(self, ends):
-        self.ends.append(ends)
-        for sock in ends.sockets.values():
-            self.poller.register(sock, zmq.POLLIN)
+            self.kernel.leave(self.inbox)
 
     def step(self):
         """Wait for either side and carry what has come."""
         page = self.websocket.fileno()
-        self.poller.register(page, zmq.POLLIN if len(self.unsent) < MOST_UNSENT else 0)
-        ready = dict(self.poller.poll(self.patience()))
-        entries = []
+        self.poller.register(page, zmq.POLLIN if self.kernel.has_room else 0)
+        ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
         if self.inbox.fileno() in ready:
-            entries += self.from_others()
-            self.answer()
-        for ends in self.ends:
-            for channel, sock in ends.sockets.items():
-                if sock in ready:
-                    entries += self.from_kernel(channel, sock, ends)
-        if self.held or self.kernel.gate.rules:
-            entries = self.through_the_gate(entries)
-        self.carry_down(entries)
+            self.carry_down(self.inbox.take())
         if page in ready or self.websocket.has_bytes:
-            self.take_in()
-        if self.kernel.process is not self.process:
-            self.begin_anew()
-        self.carry_up()
+            for message in self.websocket.arrived():
+                self.carry_up(message)
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
         self.websocket.ping_or_give_up()
 
-    def patience(self):
-        """Milliseconds until there is something to do without being told."""
-        return 0 if self.websocket.has_bytes else GATE_MS if self.held else PING_SECONDS * 1000
-
-    def begin_anew(self):
-        """The kernel has a new process: no reply of the old one is due any more, and what waits for
-        the old one, in ZeroMQ's queues or at the gate, must not reach the new one."""
-        self.process = self.kernel.process
-        self.drop_waiting(until=self.kernel.ended_at)
-        for ends in self.ends:
-            for sock in ends.sockets.values():
-                self.poller.unregister(sock)
-            ends.close()
-        self.ends = []
-        self.inherit(Ends(self.kernel, self.session_id))
-
-    def from_others(self):
-        """Entries for the page, from the watcher and other bridges."""
-        entries = []
-        for item in self.inbox.take():
-            if isinstance(item, Ends):
-                self.inherit(item)
-            else:
-                entries.append(item)
-                if item.is_restarting:
-                    # What waits was meant for the process that is gone, and its sender learns
-                    # now that no answer will come; of a crash nobody could know before.
-                    is_crash = "reason" in item.content
-                    if is_crash:
-                        self.take_in()
-                    self.drop_waiting(math.inf if is_crash else self.kernel.ended_at)
-        return entries
-
-    def from_kernel(self, channel, sock, ends):
-        """Entries of replies and questions, as long as there are more."""
-        entries = []
-        for parts in waiting_messages(sock):
-            try:
-                entry = Entry(channel, *self.session.verify(parts)[1:])
-                if entry.msg_type in STORY:
-                    self.kernel.publish([entry], self, ends)
-            except (ValueError, AttributeError) as problem:
-                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem!r}")
-                continue
-            if channel == "shell":
-                ends.open.discard(entry.parent_id)
-            entries.append(entry)
-        return entries
-
     def carry_down(self, entries):
         """Send Entries to the page."""
+        if any(entry.ends_process for entry in entries) and self.inbox.life < self.kernel.life:
+            self.learn_of_crash()
         if entries:
             # Journey 11: verified, marked with its channel, and on its way to the page.
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
 
-    def take_in(self):
-        """Read what has arrived from the page; what was taken in before is not waited for."""
+    def learn_of_crash(self):
+        """The page is told now. What it has said until this moment was meant for the process that
+        is gone, and must not reach the next one (P5)."""
         arrived = zmq.Poller()
         arrived.register(self.websocket.fileno(), zmq.POLLIN)
         if self.websocket.has_bytes or arrived.poll(0):
-            self.unsent += ((message, time.monotonic()) for message in self.websocket.arrived())
+            for message in self.websocket.arrived():
+                self.carry_up(message)   # under the old life
+        self.inbox.life += 1
 
-    def held_for_page(self):
-        return [entry for is_for_page, entry, _ in self.held if is_for_page]
+    def carry_up(self, message):
+        """Sign what the page has said, and put it to the kernel's watcher. Large messages are
+        signed in this thread, so that they hold up no other page."""
+        try:
+            entry = self.unsplice(message)
+            entry.client = self.inbox.session_id
+            if entry.channel in OWN_CHANNELS:
+                return OWN_CHANNELS[entry.channel](self.kernel, entry)
+            if entry.channel not in UPWARD:
+                raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
+            signature = self.kernel.session.sign(entry.json_parts)
+            self.kernel.send(Request(
+                entry.channel, [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers],
+                entry, self.inbox.life))
+        except Exception as problem:   # whatever a page may send: the bridge goes on
+            log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
-    def drop_waiting(self, until=math.inf):
-        """What the page has said until then, by default all of it, goes to no kernel any more."""
-        self.unsent = [item for item in self.unsent if item[1] > until]
-        self.held = [item for item in self.held if item[0] or item[2] > until]
 
-    def through_the_gate(self, entries):
-        """Those of the Entries for the page, and of what waited here, that may go on now; what goes
-        to the kernel is sent. On each channel and way the order stays. What would be too much to
-        keep passes."""
-        waiting = [*self.held, *((True, entry, time.monotonic()) for entry in entries)]
-        room = MOST_WAITING - sum(entry.size for _, entry, _ in waiting)
-        held, stuck, passed = [], set(), []
-        for item in waiting:
-            is_for_page, entry, came_at = item
-            way = is_for_page, entry.channel
-            is_free = way not in stuck and (
-                room < 0 or self.kernel.gate.let_pass(entry.channel, came_at, self.passed_at))
-            if not is_free:
-                stuck.add(way)
-                held.append(item)
-                continue
-            room += entry.size
-            self.passed_at = time.monotonic()
-            passed.append(entry) if is_for_page else self.to_kernel(entry)
-        self.held = held
-        return passed
-
-    def carry_up(self):
-        """Send on what the page has said, as soon as the kernel can be heard."""
-        if self.kernel.state == "dead":
-            self.drop_waiting()
-        if self.unsent and self.kernel.is_heard:
-            messages, self.unsent = self.unsent, []
-            for message, _ in messages:
-                try:
-                    entry = self.unsplice(message)
-                    if entry.channel in UPWARD and (
-                            self.held or entry.channel in self.kernel.gate.rules):
-                        self.held.append((False, entry, time.monotonic()))
-                    else:
-                        self.to_kernel(entry)
-                except Exception as problem:   # whatever a page may send: the bridge goes on
-                    log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
-
-    def to_kernel(self, entry):
-        """Send a page's message down its channel; raises ValueError for anything else."""
-        if entry.channel == "journal":
-            return self.kernel.forget(entry.content["forget"])
-        if entry.channel not in UPWARD:
-            raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
-        if entry.channel == "stdin" and self.hand_over(entry):
-            return
-        if entry.msg_type == "execute_request":
-            self.kernel.publish([entry], self)
-            self.ends[0].open.add(entry.header["msg_id"])
-        self.send(entry, self.ends[0])
-
-    def send(self, entry, ends):
-        # Journey 3: the request is signed and leaves on the ZeroMQ socket of its channel.
-        signature = self.session.sign(entry.json_parts)
-        ends.sockets[entry.channel].send_multipart(
-            [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers])
-
-    def hand_over(self, reply):
-        """Put an input_reply to the ends that its question came to; who has them sends it: this
-        bridge, another one, or one that is yet to inherit them. False when no question is known."""
-        with self.kernel.journal_lock:
-            if reply.parent_id not in self.kernel.journal.questions:
-                return False
-            _, is_secret, ends = self.kernel.journal.questions[reply.parent_id]
-        shown = {**reply.content, "value": ""} if is_secret else reply.content
-        self.kernel.publish([Entry("stdin", [*reply.json_parts[:3], to_json(shown)])], self)
-        ends.answers.append(reply)
-        self.kernel.wake_listeners()
-        return True
-
-    def answer(self):
-        """Send what was put to the ends that this bridge has."""
-        for ends in self.ends:
-            while ends.answers:
-                self.send(ends.answers.pop(0), ends)
+OWN_CHANNELS["journal"] = forget
 
 
 # ---- 8. Trace: what "Under the hood" shows ----------------------------------------------------
@@ -2955,6 +2963,7 @@ MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dr
 MOST_WATCHED = 32 << 20      # bytes of them
 TELL_SECONDS = 0.1           # between two looks: a person sees no difference
 MOST_SECONDS_HELD = 60       # of a delay
+GATE_SECONDS = 0.02          # between two looks at what waits at a gate
 MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
 WISHES = ("hold", "step", "drop", "kill", "send", "key")
 SOURCES = ("index.html", "minijupyter.py", "kernel.py")
@@ -3096,7 +3105,72 @@ class Exchange:
                parts)
 
 
-class Watch:
+class Gate:
+    """Between a kernel and its pages: it is open, but a spectator can hold messages back, channel
+    by channel, to see what happens then. The watcher asks it.
+
+    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
+    much later) or ("every", seconds) (one at a time)}
+    """
+
+    def __init__(self, kernel):
+        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
+        self.held = []         # (when it came, Entry or Request) that wait, oldest first
+        self.passed_at = 0.0   # when one of them passed last; monotonic, like the others
+        kernel.gate = self
+        kernel.gates.append(self)
+
+    def patience(self):
+        """Seconds until the next look."""
+        return GATE_SECONDS if self.held else math.inf
+
+    def let_pass(self, entries, requests):
+        """Those of the Entries, Requests, and of what waited here, that may go on now. On each
+        channel and way the order stays. What would be too much to keep passes."""
+        if not (self.held or self.rules):
+            return entries, requests
+        now = time.monotonic()
+        waiting = [*self.held, *((now, each) for each in (*entries, *requests))]
+        room = MOST_WAITING - sum(each.size for _, each in waiting)
+        held, stuck, passed = [], set(), []
+        for came_at, each in waiting:
+            way = type(each), each.channel
+            if way not in stuck and (room < 0 or self.is_free(each, came_at)):
+                room += each.size
+                passed.append(each)
+            else:
+                stuck.add(way)
+                held.append((came_at, each))
+        self.held = held
+        return ([each for each in passed if isinstance(each, Entry)],
+                [each for each in passed if isinstance(each, Request)])
+
+    def is_free(self, each, came_at):
+        """True when the oldest that waits on its way may go on now."""
+        rule, seconds = self.rules.get(each.channel, ("delay", 0))
+        if isinstance(each, Request) and each.life is None:
+            return True   # the server's own
+        if rule == "pause":
+            with self.lock:
+                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
+        else:
+            since = came_at if rule == "delay" else self.passed_at
+            may_pass = time.monotonic() >= seconds + since
+        if may_pass:
+            self.passed_at = time.monotonic()
+        return may_pass
+
+    def release(self):
+        """The Entries that wait: their process has ended, and its end is told behind them."""
+        entries = [each for _, each in self.held if isinstance(each, Entry)]
+        self.held = []
+        return entries
+
+
+KERNEL_EXTRAS.append(Gate)
+
+
+class Spectator:
     """One who looks under the hood, by a WebSocket of its own.
 
     It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
@@ -3134,7 +3208,7 @@ class Watch:
         """Tell and obey until the connection ends; then nothing is held back any more."""
         poller = zmq.Poller()
         poller.register(self.websocket.fileno(), zmq.POLLIN)
-        WATCHES.append(self)
+        SPECTATORS.append(self)
         try:
             self.say(now=time.time())
             while not self.websocket.is_closed:
@@ -3144,7 +3218,7 @@ class Watch:
                 self.tell()
                 self.websocket.ping_or_give_up()
         finally:
-            WATCHES.remove(self)
+            SPECTATORS.remove(self)
             for kernel, rules in self.rules.items():
                 if kernel.gate.rules is rules:   # nobody else has set it since
                     kernel.gate.rules = {}
@@ -3183,10 +3257,10 @@ class Watch:
     def held_at(self, kernel):
         """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
         held = {}
-        for bridge in list(kernel.listeners):
-            for _, entry, _ in bridge.held:
-                count, first = held.get(entry.channel, (0, entry.msg_type))
-                held[entry.channel] = count + 1, first
+        for _, each in kernel.gate.held:
+            entry = each if isinstance(each, Entry) else each.entry
+            count, first = held.get(entry.channel, (0, entry.msg_type))
+            held[entry.channel] = count + 1, first
         return held
 
     # -- what it is asked to do --
@@ -3214,7 +3288,7 @@ class Watch:
                 raise ValueError(f"{channel}: {rule} {seconds}")
         self.rules[kernel] = kernel.gate.rules = rules
         kernel.gate.steps = 0
-        kernel.wake_listeners()
+        kernel.requests.put()   # the watcher looks
 
     def step(self, kernel, wish):
         """Let one more message pass, if one waits for that."""
@@ -3226,9 +3300,9 @@ class Watch:
 
     def drop(self, kernel, wish):
         """Cut a page's connection, or all, as a bad network would."""
-        for bridge in list(kernel.listeners):
-            if wish.get("client") in (None, bridge.session_id):
-                bridge.websocket.abort()
+        for box in kernel.pages:
+            if wish.get("client") in (None, box.session_id):
+                box.cut_off()
 
     def kill(self, kernel, wish):
         kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -3237,9 +3311,7 @@ class Watch:
         """Send these very parts, in base64, down a channel, as one could who knows no key."""
         if wish["channel"] not in UPWARD:
             raise ValueError(f"nobody sends on {wish['channel']}")
-        with contextlib.closing(kernel.connect(wish["channel"])) as sock:
-            sock.linger = 1000   # milliseconds: what it sends may still be on its way
-            sock.send_multipart([*map(base64.b64decode, wish["parts"])])
+        kernel.requests.put([Request(wish["channel"], [*map(base64.b64decode, wish["parts"])])])
 
     def key(self, kernel, wish):
         """Tell the key of a kernel, with which the page checks signatures. Who may run code there
@@ -3461,7 +3533,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
         self.is_answered, self.body, self.route_name = False, None, "answer"
-        self.exchange = Exchange(self) if WATCHES else None
+        self.exchange = Exchange(self) if SPECTATORS else None
         try:
             self.check_headers()
             self.split_path()
@@ -3909,14 +3981,14 @@ class Handler(BaseHTTPRequestHandler):
         websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
         self.report_exchange()
-        session_id = self.asked("session_id") or secrets.token_hex()
-        Bridge(websocket, kernel, session_id, self.asked("journal") == "1").run()
+        mailbox = FOLLOWERS.get(self.asked("journal"), PageMailbox)
+        Bridge(websocket, kernel, mailbox(self.asked("session_id"), websocket)).run()
 
     def trace(self):
         """From here on this thread tells what passes the server (see Watch)."""
         websocket = WebSocket.accept(self)
         self.is_answered = True
-        Watch(websocket, self.server).run()
+        Spectator(websocket, self.server).run()
 
     def source(self, name):
         """A file of this program, for who wants to read the line that has just run."""

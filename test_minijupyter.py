@@ -6808,6 +6808,41 @@ class Kernels(ServerCase):
                 return
         self.fail("the new process has run it")
 
+    def test_a_restart_that_was_asked_for_is_no_crash_to_other_clients(self):
+        """JupyterLab and VS Code tell their users of each `restarting` that the kernel died."""
+        kernel_id, frontend, _ = self.start_kernel()
+        page = Page(WebSocketWire(self.server, kernel_id, journal=1))
+        self.addCleanup(page.wire.close)
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        self.assertNotIn("restarting", frontend.log)
+        self.assertNotIn("dead", frontend.log)
+        self.assertTrue(cell.is_idle)
+        page.until(lambda: "restarting" in page.log)   # our own page is told, without a reason
+
+    def test_a_kernel_whose_port_was_taken_gets_another_and_nothing_is_lost(self):
+        """Of many kernels that start at once, one may take a port between another's choice and its
+        use. Here its wrapper takes it, once."""
+        folder = self.folder()
+        thief = (f"import json, subprocess, sys, time; OURS = {OURS!r}; file = sys.argv[1]\n"
+                 "taken = open(file + '.count', 'a'); taken.write('x'); taken.close()\n"
+                 "if len(open(file + '.count').read()) == 1:\n"
+                 "    port = json.load(open(file))['shell_port']\n"
+                 "    holder = subprocess.Popen([sys.executable, '-c', f'import socket, time; s = "
+                 "socket.socket(); s.bind((\"127.0.0.1\", {port})); s.listen(); time.sleep(8)'])\n"
+                 "    time.sleep(0.5)\n"
+                 "import os; os.execv(OURS[0], [*OURS[:-1], file])")
+        install_kernelspec(folder, "late", [sys.executable, "-c", thief, "{connection_file}"])
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        reply = self.assertReply(server.post("/api/kernels", {"name": "late"}), 201)
+        frontend = Frontend(WebSocketWire(server, reply.json["id"]))
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("6 * 7"), seconds=60)
+        self.assertEqual(cell.result, "42")
+        self.assertNotIn("dead", frontend.log)
+
     def test_restart_works_while_a_cell_runs(self):
         kernel_id, frontend, _ = self.start_kernel()
         cell = frontend.start("print('ready')\nwhile True: pass")
@@ -7399,6 +7434,19 @@ class Bridge(ServerCase):
         self.assertEqual(self.run_cell("6 * 7").result, "42")
         self.assertReply(self.server.delete(f"/api/kernels/{self.kernel_id}"), 204)
 
+    def test_json_as_deep_as_a_well_from_a_kernel_ends_nobodys_thread(self):
+        cell = self.run_cell(
+            "import sys; write = sys.stdout.write\n"
+            "outbox = write.__closure__[write.__code__.co_freevars.index('outbox')].cell_contents\n"
+            "deep = b'[' * 100_000 + b']' * 100_000\n"
+            "for place in range(4):\n"
+            "    parts = outbox.session.pack(outbox.session.message('status', {}))[2:]\n"
+            "    parts[place] = deep\n"
+            "    outbox.queue.extend(('iopub', [b'kernel.', b'<IDS|MSG>', "
+            "outbox.session.sign(parts), *parts]))")
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertEqual(self.run_cell("6 * 7").result, "42")
+
     def test_wrong_frames_close_with_their_code(self):
         for data, code in ((frame(TEXT, b"{}", mask=None), 1002), (frame(TEXT, b"\xff"), 1007),
                            (frame(BINARY, b"", length=1 << 62), 1009)):
@@ -7600,6 +7648,21 @@ class Journal(ServerCase):
         self.assertEqual((cell.text(), cell.result), ("one\ntwo\n", "3"))
         self.assertMessages(cell, "busy execute_input stream execute_result idle")
 
+    def test_a_client_that_returns_gets_its_reply_while_a_page_looks_on(self):
+        self.follow()
+        client = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        client.greet()
+        cell = client.start("import time; print('one'); time.sleep(0.5); print('two')\n3")
+        client.until(lambda: cell.text())
+        client.wire.close()
+        self.plain.request("is_complete_request", code="1")
+        wait_until(lambda: self.server.get(f"/api/kernels/{self.kernel_id}").json[
+            "execution_state"] == "idle")
+        client.wire = WebSocketWire(self.server, self.kernel_id, "same")
+        self.addCleanup(client.wire.close)
+        client.finish(cell)
+        self.assertEqual((cell.text(), cell.result, cell.status), ("one\ntwo\n", "3", "ok"))
+
     def test_an_answer_may_come_before_the_connection_that_was_asked_has_ended(self):
         client = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
         client.greet()
@@ -7642,6 +7705,19 @@ class Journal(ServerCase):
         again = self.follow(stuck.session.session)
         again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
         self.assertEqual((again.cells["a"].result, own.is_done), ("42", False))
+
+    @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
+    def test_what_no_page_reads_waits_in_the_kernel_and_not_in_the_server(self):
+        """The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
+        self.plain.wire.close()
+        stuck = self.follow()
+        before, = memory(self.server.process.pid)
+        stuck.start("for i in range(600): print(i, 'x' * 1_000_000)\n"
+                    "open('printed', 'w')", cell="a")
+        time.sleep(3)
+        self.assertFalse((self.root / "printed").exists())
+        self.assertLess(next(memory(self.server.process.pid)) - before, 200)
+        self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/interrupt"), 204)
 
     def test_a_restart_need_not_wait_for_a_page_that_reads_nothing(self):
         self.follow().start("import time\nfor _ in range(50): print('x' * 1_000_000)\n"
@@ -9245,7 +9321,7 @@ class UnderTheHood(ServerCase):
     def test_what_cannot_be_read_is_hidden_whole_and_the_next_is_told(self):
         event = {"kind": "websocket", "way": "in", "sizes": [9], "parts": [
             minijupyter.encode_frame(TEXT | minijupyter.COMPRESSED, b"\xff" * 3, MASK)]}
-        told = minijupyter.Watch(None, None).frame(event)
+        told = minijupyter.Spectator(None, None).frame(event)
         self.assertTrue(told.endswith(b"*" * 9))
         self.assertEqual(len(event["parts"][0]), 9)   # another who watches gets it, too
 
@@ -9257,7 +9333,7 @@ class UnderTheHood(ServerCase):
         self.assertEqual(event["sizes"][1], len(json.dumps(model)))
 
     def test_events_that_come_too_fast_are_counted_not_kept(self):
-        watch = minijupyter.Watch(None, None)
+        watch = minijupyter.Spectator(None, None)
         for _ in range(minijupyter.MOST_EVENTS + 7):
             watch.note({"parts": [b"1234"]})
         self.assertEqual((len(watch.events), watch.missed), (minijupyter.MOST_EVENTS, 7))
@@ -9363,8 +9439,8 @@ class UnderTheHood(ServerCase):
         self.page.until(lambda: answer.reply)
         self.waiting(4, "iopub")
         self.page.wire.close()
-        self.watch.until(lambda: not self.watch.news["held"][self.kernel_id])
         self.hold()
+        self.watch.until(lambda: self.kernel_id not in self.watch.news["held"])
         self.page.wire = WebSocketWire(self.server, self.kernel_id, self.page.wire.session_id)
         self.addCleanup(self.page.wire.close)
         self.page.finish(answer)
