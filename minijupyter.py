@@ -1092,6 +1092,8 @@ os.umask(UMASK)
 
 JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
+SOCKETS = os.path.join(RUNTIME, "sockets")
+MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
 SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
@@ -1410,7 +1412,7 @@ class KernelProcess:
     Any thread may call it; the sockets belong to the watcher of the process alone.
     """
 
-    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None):
+    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None, transport=None):
         self.id = id or str(uuid.uuid4())
         self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
         self.env = env or {}      # variables that the client asks for
@@ -1423,7 +1425,8 @@ class KernelProcess:
         self.crashes = 0          # in a row
         self.starts = 0           # in vain, because others had taken a port
         self.lock = threading.Lock()           # one start or stop at a time
-        self.connection = new_connection(name, path)
+        self.connection = new_connection(name, path, is_local=transport != "tcp"
+                                         and knows_local(spec))
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
         self.session = Session(self.connection["key"], username="server")
         self.process, self.ended = None, threading.Event()
@@ -1462,6 +1465,8 @@ class KernelProcess:
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
         REAPER.note("+", self.process.pid)
+        for file in self.files():
+            REAPER.note("file", file)
         self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
         self.ended = threading.Event()
@@ -1488,8 +1493,7 @@ class KernelProcess:
                 new.rcvhwm = MOST_AHEAD                              # (P4)
         else:
             new.identity = identity
-        port = self.connection[f"{channel}_port"]
-        new.connect(f"{self.connection['transport']}://{self.connection['ip']}:{port}")
+        new.connect(endpoint(self.connection, channel))
         return new
 
     def interrupt(self):
@@ -1542,8 +1546,15 @@ class KernelProcess:
             self.is_gone = True
             self.stop("shutdown")
             self.wake_pages()   # they see that the kernel is gone, and close
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.connection_file)
+            for file in self.files():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file)
+
+    def files(self):
+        """The connection file, and the socket files, which most kernels leave behind."""
+        is_local = self.connection["transport"] == "ipc"
+        return [self.connection_file, *(endpoint(self.connection, channel).removeprefix("ipc://")
+                                        for channel in (CHANNELS if is_local else ()))]
 
     # -- requests: from any thread to the watcher --
 
@@ -2144,17 +2155,19 @@ FOLLOWERS["1"] = Follower
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
 
-    The server tells it of every kernel's process group; when the pipe between them breaks, it ends
-    those that are left.
+    The server tells it of every kernel's process group and files; when the pipe between them
+    breaks, it ends and removes those that are left.
     """
 
     SCRIPT = """
-        while read -r sign group; do
+        while read -r sign word; do
             case $sign in
-                +) groups="$groups $group " ;;
-                -) groups="${groups%% $group *} ${groups#* $group }" ;;
+                +) groups="$groups $word " ;;
+                -) groups="${groups%% $word *} ${groups#* $word }" ;;
+                file) files="$files$word\n" ;;
             esac
         done
+        printf %s "$files" | while read -r file; do rm -f -- "$file"; done
         set -- $groups
         for signal in TERM KILL; do
             for group; do kill -$signal -- -$group; done 2>/dev/null
@@ -2164,36 +2177,60 @@ class Reaper:
     def __init__(self):
         self.lock, self.shell = threading.Lock(), None
 
-    def note(self, sign, pid):
-        """A process group began ("+") or ended ("-")."""
+    def note(self, sign, word):
+        """A process group began ("+") or ended ("-"), or there is a "file"."""
         with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
             if self.shell is None and os.name == "posix":
                 self.shell = subprocess.Popen(
                     ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             if self.shell:
-                self.shell.stdin.write(f"{sign} {pid}\n")
+                self.shell.stdin.write(f"{sign} {word}\n")
 
 
 REAPER = Reaper()
 
 
-def new_connection(name, path):
-    """The fields of a connection file, with five free ports."""
-    ports = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-    with contextlib.ExitStack() as open_sockets:
-        taken = [open_sockets.enter_context(socket.socket()) for _ in ports]
-        for sock in taken:   # all open at once, so that no two get the same port
-            sock.bind(("127.0.0.1", 0))
-        numbers = [sock.getsockname()[1] for sock in taken]
-    return {**dict(zip(ports, numbers, strict=True)), "ip": "127.0.0.1", "transport": "tcp",
+def new_connection(name, path, is_local=False):
+    """The fields of a connection file: of five socket files, where they can be, or five free ports.
+
+    Nobody else on this machine can reach a file in a folder of ours; a port anybody can.
+    """
+    # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
+    prefix = os.path.join(SOCKETS, secrets.token_hex(4))
+    if is_local and len(os.fsencode(f"{prefix}-5")) <= MOST_SOCKET_PATH:
+        os.makedirs(SOCKETS, mode=0o700, exist_ok=True)
+        ports, where = range(1, 6), {"ip": prefix, "transport": "ipc"}
+    else:
+        ports, where = free_ports(), {"ip": "127.0.0.1", "transport": "tcp"}
+    return {**dict(zip((f"{channel}_port" for channel in CHANNELS), ports, strict=True)), **where,
             "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256", "kernel_name": name,
             "jupyter_session": path}
 
 
+def free_ports():
+    with contextlib.ExitStack() as open_sockets:
+        taken = [open_sockets.enter_context(socket.socket()) for _ in CHANNELS]
+        for sock in taken:   # all open at once, so that no two get the same port
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in taken]
+
+
+def knows_local(spec):
+    """True when a kernel is known to bind socket files; xeus-python, for one, cannot."""
+    return zmq.has("ipc") and os.name == "posix" and (
+        "ipc" in spec["metadata"].get("supported_transports", ())
+        or any("ipykernel" in word for word in spec["argv"]))
+
+
+def endpoint(connection, channel):
+    joint = ":" if connection["transport"] == "tcp" else "-"
+    return f"{connection['transport']}://{connection['ip']}{joint}{connection[f'{channel}_port']}"
+
+
 def any_is_taken(connection):
     """True when another process listens on a port of a connection."""
-    for channel in CHANNELS:
+    for channel in CHANNELS if connection["transport"] == "tcp" else ():
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ours has just ended
             try:
@@ -2214,8 +2251,8 @@ def write_secret(path, text):
 class Kernels:
     """All kernels, by id. Used from every connection's thread."""
 
-    def __init__(self, contents):
-        self.contents = contents
+    def __init__(self, contents, transport=None):
+        self.contents, self.transport = contents, transport   # "tcp", or None: local where it can
         self.all = {}   # id -> KernelProcess
 
     def start(self, name=None, path="", id=None, env=None):
@@ -2229,7 +2266,8 @@ class Kernels:
         # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
-        new = KernelProcess(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env)
+        new = KernelProcess(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env,
+                            transport=self.transport)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
@@ -4076,7 +4114,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128    # connections that may wait to be accepted
 
     def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None,
-                 allow_hidden=False):
+                 allow_hidden=False, transport=None):
         """`tls` is an ssl.SSLContext or None. Raises OSError when it cannot listen there."""
         super().__init__((ip, port), Handler)
         self.ip, self.base_url, self.tls = ip, base_url, tls
@@ -4084,7 +4122,7 @@ class Server(ThreadingHTTPServer):
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
-        self.kernels = Kernels(self.contents)
+        self.kernels = Kernels(self.contents, transport)
         self.sessions = Sessions(self.kernels)
         self.config = Config(os.path.join(JUPYTER_CONFIG, "nbconfig"))
 
@@ -4149,6 +4187,8 @@ def parse_arguments():
     add("--allow-hidden", action="store_true", help="show and serve hidden files")
     add("--cull-idle", type=float, metavar="SECONDS",
         help="shut down kernels that nobody uses, after so long (default: never)")
+    add("--transport", choices=("tcp",), help="how kernels are reached (default: by files that "
+        "only you can open, for kernels that can; tcp: by ports, so that you can listen)")
     add("--log-level", choices=LEVELS, default="warning", metavar="LEVEL",
         help=f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open a browser")
@@ -4206,7 +4246,7 @@ def open_server(arguments):
     for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
         try:
             return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
-                          arguments.base_url, tls, arguments.allow_hidden)
+                          arguments.base_url, tls, arguments.allow_hidden, arguments.transport)
         except (OSError, OverflowError) as problem:
             if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
                 reason = getattr(problem, "strerror", None) or problem

@@ -6882,7 +6882,7 @@ class Kernels(ServerCase):
             was_sent_before_the_news = late.request["header"]["date"] < news["header"]["date"]
             pid = int(frontend.finish(frontend.start("import os; os.getpid()")).result)
         self.assertFails(frontend.finish(frontend.start("lost")), "NameError")
-        self.assertIsNone(late.reply)
+        self.assertIn(late.reply and late.status, (None, "aborted"))
 
     def test_a_kernel_that_keeps_crashing_is_given_up(self):
         kernel_id, frontend, _ = self.start_kernel()
@@ -6966,6 +6966,100 @@ class Kernels(ServerCase):
         path = f"/api/kernels/{reply.json['id']}"
         wait_until(lambda: server.get(path).json["execution_state"] == "dead")
         return server.get(path).json["reason"]
+
+
+@unittest.skipUnless(os.name == "posix", "socket files are POSIX's")
+class LocalSockets(ServerCase):
+    """Between server and kernel there are files that only their owner can open, where it can be."""
+
+    def connection(self, kernel_id, server=None):
+        """The fields of a kernel's connection file."""
+        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
+        return json.loads(file.read_text())
+
+    def socket_files(self, server=None):
+        return [*Path((server or self.server).folder.name).rglob("sockets/*")]
+
+    def test_a_kernel_that_can_is_reached_by_files_in_a_private_folder(self):
+        kernel_id, _, _ = self.start_kernel()
+        connection = self.connection(kernel_id)
+        self.assertEqual(connection["transport"], "ipc")
+        self.assertNotIn(kernel_id, connection["ip"])   # `--existing ID` takes any such file
+        files = [f for f in self.socket_files() if str(f).startswith(connection["ip"])]
+        self.assertEqual(len(files), 5)
+        self.assertEqual(files[0].parent.stat().st_mode & 0o777, 0o700)
+
+    def test_its_restart_uses_the_same_files(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        before = self.connection(kernel_id)
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        cell = frontend.finish(frontend.start("import os; os.getpid()"))
+        self.assertNotEqual(int(cell.result), pid)
+        os.kill(int(cell.result), signal.SIGKILL)   # it leaves its files where they are
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        self.assertEqual(self.connection(kernel_id), before)
+
+    @needs("jupyter_client")
+    def test_another_client_attaches_by_the_connection_file(self):
+        from jupyter_client import BlockingKernelClient
+        kernel_id, _, _ = self.start_kernel()
+        client = BlockingKernelClient()
+        client.load_connection_info(self.connection(kernel_id))
+        client.start_channels()
+        self.addCleanup(client.stop_channels)
+        client.wait_for_ready(timeout=SECONDS)
+        reply = client.execute_interactive("6 * 7", timeout=SECONDS, output_hook=lambda m: None)
+        self.assertEqual(reply["content"]["status"], "ok")
+        self.assertTrue(client.is_alive())   # the heartbeat, too
+
+    @needs("jupyter_console")
+    def test_jupyter_console_attaches_by_the_kernels_id(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        frontend.finish(frontend.start("seen = 'from the page'"))
+        done = subprocess.run(
+            [sys.executable, "-m", "jupyter_console", "--existing", kernel_id, "--simple-prompt"],
+            env=clean_environment(self.server.folder.name, TERM="dumb"), text=True,
+            input="seen\nexit(keep_kernel=True)\n", capture_output=True, timeout=MOST_SECONDS)
+        self.assertIn("from the page", done.stdout, done.stderr)
+        self.assertEqual(frontend.finish(frontend.start("seen")).result, "'from the page'")
+
+    @needs("ipykernel")
+    def test_ipykernel_is_reached_by_files_too(self):
+        folder = self.folder()
+        install_kernelspec(folder, "theirs", IPYKERNEL)
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        kernel_id, frontend, _ = self.start_kernel(server, name="theirs")
+        self.assertEqual(self.connection(kernel_id, server)["transport"], "ipc")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_kernel_that_is_shut_down_leaves_no_file(self):
+        server = self.own_server()
+        kernel_id, _, _ = self.start_kernel(server)
+        self.assertReply(server.delete(f"/api/kernels/{kernel_id}"), 204)
+        self.assertEqual(self.socket_files(server), [])
+
+    def test_a_killed_server_leaves_no_file(self):
+        server = self.own_server()
+        _, _, pid = self.start_kernel(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+        wait_until(lambda: not self.socket_files(server))
+        wait_until(lambda: not [*Path(server.folder.name).rglob("kernel-*.json")])
+        self._cleanups = [c for c in self._cleanups if c[0] != server.delete]
+
+    def test_where_the_path_is_too_long_there_are_ports(self):
+        long = self.folder() / ("x" * 100)
+        server = self.own_server(env={"JUPYTER_RUNTIME_DIR": str(long)})
+        kernel_id, frontend, _ = self.start_kernel(server)
+        (file,) = long.glob(f"kernel-{kernel_id}.json")
+        self.assertEqual(json.loads(file.read_text())["transport"], "tcp")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_ports_can_be_asked_for(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
+        kernel_id, _, _ = self.start_kernel(server)
+        self.assertEqual(self.connection(kernel_id, server)["transport"], "tcp")
 
 
 class Sessions(ServerCase):
