@@ -1235,6 +1235,7 @@ MOST_AWAY = 16              # pages that have left whose mailbox is kept, per ke
 MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
 MOST_STARTS = 5             # of a kernel whose ports others take
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
+MOST_OUTLINES = 4 << 20     # bytes of requests and replies whose output is saved
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
@@ -1980,6 +1981,7 @@ class Journal:
         self.records = {}     # msg_id of an execute_request -> Record, oldest first
         # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
         self.outlines = {}
+        self.outline_size = 0   # bytes of those whose record is forgotten
         # msg_id of an open input_request -> (its request's msg_id, is it secret)
         self.questions = {}
         self.number = self.size = 0
@@ -2055,13 +2057,19 @@ class Journal:
         id = request.header["msg_id"]
         is_followed = isinstance(self.kernel.mailboxes.get(request.client), Follower)
         self.forget([id])   # a client should not, but may use one twice
+        self.drop_outline(id)
         self.outlines[id] = [], is_followed
         self.records[id] = Record(request, is_followed)
         if len(self.outlines) > MOST_REQUESTS:
             oldest = next(iter(self.outlines))
-            del self.outlines[oldest]
             self.forget([oldest])
+            self.drop_outline(oldest)
         return id
+
+    def drop_outline(self, id):
+        """Nothing that comes of this request can be placed any more."""
+        entries, _ = self.outlines.pop(id, ((), None))
+        self.outline_size -= sum(entry.size for entry in entries)
 
     def record_for(self, request_id, entry):
         """The record of a request, or None. Its outline outlives it: what a thread prints after its
@@ -2074,6 +2082,7 @@ class Journal:
         for each in entries:
             record.add(each)
         self.size += record.size
+        self.outline_size -= record.size
         return record
 
     def file(self, record, entry):
@@ -2100,6 +2109,9 @@ class Journal:
         for id in ids:
             if record := self.records.pop(id, None):
                 self.size -= record.size
+                self.outline_size += sum(entry.size for entry in self.outlines[id][0])
+        while self.outline_size > MOST_OUTLINES:
+            self.drop_outline(next(id for id in self.outlines if id not in self.records))
 
     def forget_unfollowed(self):
         """The same for all that are over, of clients that do not tell what they have saved."""

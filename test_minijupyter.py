@@ -7801,6 +7801,16 @@ class Journal(ServerCase):
         self.assertEqual((again.cells["a"].result, own.is_done), ("42", False))
 
     @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
+    def test_cells_with_much_code_count_like_output(self):
+        page = self.follow()
+        before, = memory(self.server.process.pid)
+        for number in range(40):
+            cell = page.start(f"{number} #" + "x" * 3_000_000, cell=str(number))
+            page.until(lambda cell=cell: cell.is_done)
+            page.forget(cell)
+        self.assertLess(next(memory(self.server.process.pid)) - before, 90)
+
+    @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
     def test_what_no_page_reads_waits_in_the_kernel_and_not_in_the_server(self):
         """The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
         self.plain.wire.close()
