@@ -46,6 +46,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import email.utils
 import errno
 import functools
 import gc
@@ -3084,9 +3085,7 @@ class Exchange:
         handler.wfile = self.file
         if name in ("trace", "source"):
             return
-        fields = "".join(f"{name}: {value}\r\n" for name, value in handler.headers.items())
-        asked = handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n"
-        body = handler.body or b""
+        asked, body = handler.head, handler.body or b""
         head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
         kept = body[:MOST_TRACED // 2]
         parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
@@ -3398,6 +3397,17 @@ PAGES = {"home", "page"}              # handlers whose refusal leads to the logi
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
+MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
+MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
+HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
+SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -3450,20 +3460,156 @@ def routes_at(path):
             for method, name, match in matches if match}
 
 
+@functools.lru_cache(1)
+def http_date(second):
+    """A time as HTTP writes it (RFC 9110 5.6.7): Sun, 06 Nov 1994 08:49:37 GMT."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+class Headers:
+    """The fields of a header section; their names have no case (RFC 9110 5.1)."""
+
+    def __init__(self, fields=()):
+        self.fields = fields    # [(name, value)] in the order in which they came
+        self.values = {}        # name in lower case -> [value]
+        for name, value in fields:
+            self.values.setdefault(name.lower(), []).append(value)
+
+    def get(self, name, default=None):
+        """The first value; RFC 9110 5.3 has lists in several fields, for those see get_all."""
+        return self.values.get(name.lower(), (default,))[0]
+
+    def get_all(self, name, default=None):
+        return self.values.get(name.lower(), default)
+
+    def items(self):
+        return self.fields
+
+    def __contains__(self, name):
+        return name.lower() in self.values
+
+
+def parse_head(head):
+    """(method, target, minor version, Headers) of a request's head: its bytes up to and with the
+    empty line.
+
+    Strict, because a head that two programs read in two ways hides a second request from one of
+    them. Problem 400 for bytes that RFC 9112 has no place for: a line that ends in LF or CR alone,
+    NUL and other controls, a space before the colon, a folded field (2.2, 3, 5.1, 5.2), a Host that
+    is missing or there twice (3.2); 505 for a version that is not HTTP/1 (RFC 9110 15.6.6).
+    """
+    first, *lines = head.decode("latin-1").split("\r\n")
+    line, fields = REQUEST_LINE.fullmatch(first), [*map(FIELD.fullmatch, lines[:-2])]
+    if not line or lines[-2:] != ["", ""]:
+        raise Problem(400, "This is no request line, or a line of the head does not end in CRLF")
+    method, target, major, minor = line.groups()
+    if major != "1":
+        raise Problem(505, "This server speaks HTTP/1.1")
+    if not all(fields):
+        raise Problem(400, "The headers of the request are malformed")
+    headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
+    hosts = len(headers.get_all("Host", ()))
+    if hosts > 1 or not hosts and minor != "0":
+        raise Problem(400, "A request names one Host")
+    return method, target, int(minor), headers
+
+
+def body_length(headers, minor):
+    """How many bytes a request's body has; None when it comes in chunks (RFC 9112 6.3).
+
+    Problem 400 where one cannot be sure: another request could hide in it. 501 for a coding that
+    we do not know (RFC 9112 6.1).
+    """
+    lengths, codings = headers.get_all("Content-Length", ()), words(headers, "Transfer-Encoding")
+    if "Transfer-Encoding" not in headers:
+        if not lengths:
+            return 0
+        if len(lengths) == 1 and DIGITS.fullmatch(lengths[0]):
+            return int(lengths[0])
+        raise Problem(400, "Content-Length must be one number")
+    if lengths or minor == 0:
+        raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and without Content-Length")
+    if [coding.lower() for coding in codings] != ["chunked"]:
+        raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+    return None
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
+
+    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
+    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
+    deadline, so that a slow upload of any size passes.
+    """
+
+    def __init__(self, sock, silence):
+        self.socket, self.silence = sock, silence
+        self.deadline = None    # by time.monotonic(); None between two requests
+
+    def readable(self):
+        return True
+
+    def allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+
+    def rest(self):
+        """No more is awaited; what is sent has the whole `silence` again."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.socket.settimeout(self.silence)
+
+    def readinto(self, buffer):
+        if self.deadline is None:
+            return self.socket.recv_into(buffer)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.socket.settimeout(min(left, self.silence))
+        count = self.socket.recv_into(buffer)
+        self.deadline += count / SLOWEST
+        return count
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One HTTP connection; the requests on it come one after the other."""
+    """One HTTP connection; the requests on it come one after the other.
+
+    Of the standard library's handler it takes the connection's life. It reads heads by itself:
+    that one takes a header for what it may be, and most of its time to do so.
+    """
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"MiniJupyter/{__version__}", ""
     disable_nagle_algorithm = True   # otherwise small answers wait 40 ms for an acknowledgement
     timeout = 75                     # seconds of silence before a kept-alive connection is closed
     wbufsize = 1 << 16               # headers and body leave together
+    request_version = protocol_version   # for send_response, which knows HTTP/0.9 as well
+
+    def setup(self):
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
+
+    def handle(self):
+        """Serve a connection to its end; a client that vanishes is no error."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def handle_one_request(self):
+        """Answer a request; `close_connection` says that there will be no other."""
+        self.close_connection, self.is_answered, self.exchange = True, False, None
+        self.command, self.path, self.headers, self.minor = "", "", Headers(), 1
+        self.route_name, self.query, self.body = "answer", {}, b""
+        self.is_continued = True        # False while a client waits for us to ask for the body
+        if self.rfile.peek(1):
+            self.head = self.read_head()
+            if self.head:
+                self.answer()
+                self.wfile.flush()
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
-        self.is_answered, self.body, self.route_name = False, None, "answer"
         self.exchange = Exchange(self) if WATCHES else None
         try:
-            self.check_headers()
+            self.take_head()
             self.split_path()
             self.route_name, groups = self.find_route()
             if self.admit(self.route_name):
@@ -3491,30 +3637,45 @@ class Handler(BaseHTTPRequestHandler):
         if self.exchange:
             self.exchange.end()
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
-
-    def handle(self):
-        """Serve a connection to its end; a client that vanishes is no error."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            super().handle()
-
     def finish(self):
         with contextlib.suppress(OSError):
             super().finish()
 
     # -- the request --
 
-    def check_headers(self):
-        """Problem 400, and the end of the connection, where one cannot be sure how long the body
-        is: another request could hide in it (RFC 9112 5.1, 6.3)."""
-        if self.headers.defects or len(self.headers.get_all("Content-Length", ())) > 1:
-            self.body, self.close_connection = b"", True
-            raise Problem(400, "The headers of the request are malformed")
+    def read_head(self):
+        """The next request line and header section, as far as their limit; what ends them is their
+        empty line, or a line that no head can have. Empty when the client has no more to ask."""
+        incoming = self.rfile.raw
+        incoming.allow(HEAD_SECONDS)
+        head = line = self.rfile.readline(MOST_HEAD)
+        if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
+            head = line = self.rfile.readline(MOST_HEAD)
+        while line[-2:] == b"\r\n" and len(line) > 2 and len(head) < MOST_HEAD:
+            line = self.rfile.readline(MOST_HEAD - len(head))
+            head += line
+        incoming.rest()
+        return head
+
+    def take_head(self):
+        """`command`, `path` and `headers` of the head. Problem 414 and 431 when it is too large
+        (RFC 6585 5); after a head that we do not understand the connection ends."""
+        if len(self.head) >= MOST_HEAD or self.head.count(b"\n") > MOST_FIELDS + 2:
+            is_line = b"\n" not in self.head
+            raise Problem(414 if is_line else 431, "The head of the request is too large")
+        self.command, self.path, self.minor, self.headers = parse_head(self.head)
+        self.length = body_length(self.headers, self.minor)
+        options = [word.lower() for word in words(self.headers, "Connection")]
+        stays = "keep-alive" in options if self.minor == 0 else "close" not in options
+        self.close_connection = not stays
+        waits = self.headers.get("Expect", "").lower() == "100-continue" and self.minor > 0
+        self.is_continued = not waits or self.length == 0
+        self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
         """`route` and `query` of the request line; "//host/" is a path here, never a host."""
         try:
-            url = urlsplit(re.sub("^/{2,}", "/", self.path))
+            url = urlsplit(re.sub("^/{2,}", "/", self.path.encode("latin-1").decode()))
         except ValueError:
             self.route, self.query = "", {}
             raise Problem(400, "This is no path") from None
@@ -3525,24 +3686,68 @@ class Handler(BaseHTTPRequestHandler):
         self.route = "/" + self.route[len(base):]
 
     def read_body(self, most):
-        """The body's bytes, at most so many."""
-        length = self.headers.get("Content-Length", "0")
-        is_number = re.fullmatch(r"[0-9]{1,10}", length)
-        if "Transfer-Encoding" in self.headers or not is_number or int(length) > most:
-            self.close_connection = True
-            raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
-                          "A body needs a Content-Length, and not too large a one")
-        return self.rfile.read(int(length))
+        """The body's bytes; Problem 413, and the end of the connection, when they are more."""
+        if self.length is not None and self.length > most:
+            self.close_connection, self.body = True, b""
+            raise Problem(413, f"A body may have {most} bytes here")
+        if not self.is_continued:
+            # RFC 9110 10.1.1: the client waits for this with its body, and curl a second at most.
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.is_continued = True
+        if self.length == 0:
+            return b""
+        self.rfile.raw.allow(BODY_SECONDS)
+        body = self.read_chunks(most) if self.length is None else self.read_exactly(self.length)
+        self.rfile.raw.rest()
+        return body
+
+    def read_exactly(self, size):
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError("the client ended the connection in the middle of a body")
+        return data
+
+    def read_chunks(self, most):
+        """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
+        trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
+        keeps, self.close_connection = self.close_connection, True
+        body = io.BytesIO()
+        while size := self.chunk_size():
+            if body.tell() + size > most:
+                raise Problem(413, f"A body may have {most} bytes here")
+            body.write(self.read_exactly(size))
+            if self.read_exactly(2) != b"\r\n":
+                raise Problem(400, "A chunk is not as long as it says")
+        for _ in range(MOST_FIELDS):
+            if (line := self.chunk_line()) == "":
+                self.close_connection = keeps
+                return body.getvalue()
+            if not FIELD.fullmatch(line):
+                raise Problem(400, "A trailer of the body is malformed")
+        raise Problem(431, "The body has too many trailers")
+
+    def chunk_size(self):
+        match = CHUNK.fullmatch(self.chunk_line())
+        if not match:
+            raise Problem(400, "This is no size of a chunk")
+        return int(match[1], 16)
+
+    def chunk_line(self):
+        """A line between chunks, without its CRLF."""
+        line = self.rfile.readline(MOST_CHUNK_LINE)
+        if line[-2:] != b"\r\n":
+            raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
+        return line[:-2].decode("latin-1")
 
     def discard_body(self):
         """Read a body that nobody wants, or the next request on this connection would begin in its
-        middle; a large one is not worth it."""
+        middle. A large one, and one that the client has not begun to send, is not worth it."""
         self.body = b""
-        length = self.headers.get("Content-Length", "0")
-        if re.fullmatch(r"[0-9]{1,6}", length) and "Transfer-Encoding" not in self.headers:
-            self.rfile.read(int(length))
-        else:
+        if not self.is_continued:
             self.close_connection = True
+            return
+        with contextlib.suppress(Problem):
+            self.read_body(MOST_DISCARDED)
 
     def json_body(self):
         """The JSON object in the body; an empty body is an empty object."""
@@ -3655,16 +3860,19 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answered = True
         if self.body is None:
             self.discard_body()
-        self.send_response(status)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in {"Content-Type": content_type, "Content-Length": str(len(data)),
-                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-                            "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
-                            **dict(headers)}.items():
-            if status != 204 or name != "Content-Length":
-                self.send_header(name, value)
-        self.end_headers()
+        fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
+                  "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                  "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
+                  **dict(headers)}
+        if status == 204:
+            del fields["Content-Length"]       # RFC 9110 8.6
+        if self.close_connection or self.minor == 0:
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        self.log_request(status)
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
+                 f"Date: {http_date(int(time.time()))}",
+                 *[f"{name}: {value}" for name, value in fields.items()], "\r\n"]
+        self.wfile.write("\r\n".join(lines).encode("latin-1"))
         if self.command != "HEAD" and status != 204:
             self.wfile.write(data)
 
@@ -3692,8 +3900,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
-        path = getattr(self, "path", "what was no request").partition("?")[0]
-        log(f"{int(code)} {self.command} {path}", "info")
+        if log.level in ("debug", "info"):
+            path = self.path.partition("?")[0]
+            log(f"{int(code)} {self.command} {path}" if path else f"{code}, no request", "info")
 
     def log_message(self, format, *values):
         """What the standard library would say of bad requests is answered to them."""
