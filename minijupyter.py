@@ -3085,7 +3085,7 @@ class Exchange:
         handler.wfile = self.file
         if name in ("trace", "source"):
             return
-        asked, body = handler.head, handler.body or b""
+        asked, body = handler.head_bytes, handler.body or b""
         head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
         kept = body[:MOST_TRACED // 2]
         parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
@@ -3255,6 +3255,7 @@ class Watch:
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
 
 
 def hash_password(password, salt=None):
@@ -3313,13 +3314,8 @@ class Access:
 
     def is_our_host(self, host):
         """Bound to loopback, the server answers only to names that mean loopback."""
-        if not self.ip.startswith(LOOPBACK) and self.ip != "localhost":
-            return True
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+        is_local = self.ip.startswith(LOOPBACK) or self.ip == "localhost"
+        return not is_local or LOCAL_HOST.fullmatch(host) is not None
 
     def is_our_page(self, method, headers, query):
         """True when a request with our cookie may come from our own page, or from a program that
@@ -3489,49 +3485,71 @@ class Headers:
         return name.lower() in self.values
 
 
-def parse_head(head):
-    """(method, target, minor version, Headers) of a request's head: its bytes up to and with the
-    empty line.
+NO_HEADERS = Headers()
+
+
+class Head:
+    """A request's head: its bytes up to and with the empty line, understood.
 
     Strict, because a head that two programs read in two ways hides a second request from one of
-    them. Problem 400 for bytes that RFC 9112 has no place for: a line that ends in LF or CR alone,
+    them. Raises Problem 400 for what RFC 9112 has no place for: a line that ends in LF or CR alone,
     NUL and other controls, a space before the colon, a folded field (2.2, 3, 5.1, 5.2), a Host that
     is missing or there twice (3.2); 505 for a version that is not HTTP/1 (RFC 9110 15.6.6).
     """
-    first, *lines = head.decode("latin-1").split("\r\n")
-    line, fields = REQUEST_LINE.fullmatch(first), [*map(FIELD.fullmatch, lines[:-2])]
-    if not line or lines[-2:] != ["", ""]:
-        raise Problem(400, "This is no request line, or a line of the head does not end in CRLF")
-    method, target, major, minor = line.groups()
-    if major != "1":
-        raise Problem(505, "This server speaks HTTP/1.1")
-    if not all(fields):
-        raise Problem(400, "The headers of the request are malformed")
-    headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
-    hosts = len(headers.get_all("Host", ()))
-    if hosts > 1 or not hosts and minor != "0":
-        raise Problem(400, "A request names one Host")
-    return method, target, int(minor), headers
 
+    def __init__(self, data):
+        first, *lines = data.decode("latin-1").split("\r\n")
+        line, fields = REQUEST_LINE.fullmatch(first), [*map(FIELD.fullmatch, lines[:-2])]
+        if not line or lines[-2:] != ["", ""]:
+            raise Problem(400, "This is no request line, or a line does not end in CRLF")
+        self.method, self.target, major, minor = line.groups()
+        self.is_old = minor == "0"
+        if major != "1":
+            raise Problem(505, "This server speaks HTTP/1.1")
+        if not all(fields):
+            raise Problem(400, "The headers of the request are malformed")
+        self.headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
+        hosts = len(self.headers.get_all("Host", ()))
+        if hosts > 1 or not hosts and not self.is_old:
+            raise Problem(400, "A request names one Host")
+        self.length = self.body_length()
+        options = [word.lower() for word in words(self.headers, "Connection")]
+        self.is_last = "keep-alive" not in options if self.is_old else "close" in options
+        # RFC 9110 10.1.1: the client asks whether it shall send its body.
+        self.asks_first = (self.headers.get("Expect", "").lower() == "100-continue"
+                           and not self.is_old and self.length != 0)
 
-def body_length(headers, minor):
-    """How many bytes a request's body has; None when it comes in chunks (RFC 9112 6.3).
-
-    Problem 400 where one cannot be sure: another request could hide in it. 501 for a coding that
-    we do not know (RFC 9112 6.1).
-    """
-    lengths, codings = headers.get_all("Content-Length", ()), words(headers, "Transfer-Encoding")
-    if "Transfer-Encoding" not in headers:
-        if not lengths:
+    def body_length(self):
+        """How many bytes the body has; None when it comes in chunks (RFC 9112 6.3). Problem 400
+        where one cannot be sure, 501 for a coding that we do not know (6.1)."""
+        lengths, codings = (self.headers.get_all(name) for name in (
+            "Content-Length", "Transfer-Encoding"))
+        if not lengths and not codings:
             return 0
-        if len(lengths) == 1 and DIGITS.fullmatch(lengths[0]):
+        if not codings:
+            if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+                raise Problem(400, "Content-Length must be one number")
             return int(lengths[0])
-        raise Problem(400, "Content-Length must be one number")
-    if lengths or minor == 0:
-        raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and without Content-Length")
-    if [coding.lower() for coding in codings] != ["chunked"]:
-        raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
-    return None
+        if lengths or self.is_old:
+            raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and with no Content-Length")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+        return None
+
+
+# Clients send the same heads again and again; to read one is a good part of a small answer's work.
+parse_head = functools.lru_cache(100)(Head)
+
+
+@functools.lru_cache(100)
+def split_target(target):
+    """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
+    "//host/" is a path here, never a host. Problem 400."""
+    try:
+        url = urlsplit(re.sub("^/{2,}", "/", target.encode("latin-1").decode()))
+    except ValueError:
+        raise Problem(400, "This is no path") from None
+    return unquote(url.path), parse_qs(url.query), url.netloc
 
 
 class Incoming(io.RawIOBase):
@@ -3596,14 +3614,13 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self):
         """Answer a request; `close_connection` says that there will be no other."""
         self.close_connection, self.is_answered, self.exchange = True, False, None
-        self.command, self.path, self.headers, self.minor = "", "", Headers(), 1
+        self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
         self.route_name, self.query, self.body = "answer", {}, b""
-        self.is_continued = True        # False while a client waits for us to ask for the body
-        if self.rfile.peek(1):
-            self.head = self.read_head()
-            if self.head:
-                self.answer()
-                self.wfile.flush()
+        self.is_wanted = True       # False while a client waits for us to ask for the body
+        self.head_bytes = self.read_head()
+        if self.head_bytes:
+            self.answer()
+            self.wfile.flush()
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
@@ -3646,6 +3663,10 @@ class Handler(BaseHTTPRequestHandler):
     def read_head(self):
         """The next request line and header section, as far as their limit; what ends them is their
         empty line, or a line that no head can have. Empty when the client has no more to ask."""
+        ahead = self.rfile.peek(1)
+        end = ahead.find(b"\r\n\r\n") + 4
+        if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
+            return self.rfile.read(end)
         incoming = self.rfile.raw
         incoming.allow(HEAD_SECONDS)
         head = line = self.rfile.readline(MOST_HEAD)
@@ -3660,44 +3681,38 @@ class Handler(BaseHTTPRequestHandler):
     def take_head(self):
         """`command`, `path` and `headers` of the head. Problem 414 and 431 when it is too large
         (RFC 6585 5); after a head that we do not understand the connection ends."""
-        if len(self.head) >= MOST_HEAD or self.head.count(b"\n") > MOST_FIELDS + 2:
-            is_line = b"\n" not in self.head
+        data = self.head_bytes
+        if len(data) >= MOST_HEAD or data.count(b"\n") > MOST_FIELDS + 2:
+            is_line = b"\n" not in data
             raise Problem(414 if is_line else 431, "The head of the request is too large")
-        self.command, self.path, self.minor, self.headers = parse_head(self.head)
-        self.length = body_length(self.headers, self.minor)
-        options = [word.lower() for word in words(self.headers, "Connection")]
-        stays = "keep-alive" in options if self.minor == 0 else "close" not in options
-        self.close_connection = not stays
-        waits = self.headers.get("Expect", "").lower() == "100-continue" and self.minor > 0
-        self.is_continued = not waits or self.length == 0
+        head = self.head = parse_head(data)
+        self.command, self.path, self.headers = head.method, head.target, head.headers
+        self.close_connection, self.is_wanted = head.is_last, not head.asks_first
         self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
-        """`route` and `query` of the request line; "//host/" is a path here, never a host."""
-        try:
-            url = urlsplit(re.sub("^/{2,}", "/", self.path.encode("latin-1").decode()))
-        except ValueError:
-            self.route, self.query = "", {}
-            raise Problem(400, "This is no path") from None
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        """`route` and `query` of the request line."""
+        path, query, self.named_host = split_target(self.path)
+        self.query = dict(query)
         base = self.server.base_url
-        if not f"{self.route}/".startswith(base):
-            raise Problem(404, f"There is nothing at {self.route}; this server is at {base}")
-        self.route = "/" + self.route[len(base):]
+        if not f"{path}/".startswith(base):
+            self.route = ""
+            raise Problem(404, f"There is nothing at {path}; this server is at {base}")
+        self.route = "/" + path[len(base):]
 
     def read_body(self, most):
         """The body's bytes; Problem 413, and the end of the connection, when they are more."""
-        if self.length is not None and self.length > most:
+        length = self.head.length
+        if length is not None and length > most:
             self.close_connection, self.body = True, b""
             raise Problem(413, f"A body may have {most} bytes here")
-        if not self.is_continued:
-            # RFC 9110 10.1.1: the client waits for this with its body, and curl a second at most.
+        if not self.is_wanted:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.is_continued = True
-        if self.length == 0:
+            self.is_wanted = True
+        if length == 0:
             return b""
         self.rfile.raw.allow(BODY_SECONDS)
-        body = self.read_chunks(most) if self.length is None else self.read_exactly(self.length)
+        body = self.read_chunks(most) if length is None else self.read_exactly(length)
         self.rfile.raw.rest()
         return body
 
@@ -3743,7 +3758,7 @@ class Handler(BaseHTTPRequestHandler):
         """Read a body that nobody wants, or the next request on this connection would begin in its
         middle. A large one, and one that the client has not begun to send, is not worth it."""
         self.body = b""
-        if not self.is_continued:
+        if not self.is_wanted:
             self.close_connection = True
             return
         with contextlib.suppress(Problem):
@@ -3784,7 +3799,7 @@ class Handler(BaseHTTPRequestHandler):
     def admit(self, name):
         """True when the request may pass; raises Problem 403 or leads to the login page."""
         access = self.server.access
-        if not access.is_our_host(self.headers.get("Host", "")):
+        if not access.is_our_host(self.named_host or self.headers.get("Host", "")):
             raise Problem(403, "This server does not answer to that Host name")
         if name in OPEN_TO_ALL:
             return True
@@ -3866,7 +3881,7 @@ class Handler(BaseHTTPRequestHandler):
                   **dict(headers)}
         if status == 204:
             del fields["Content-Length"]       # RFC 9110 8.6
-        if self.close_connection or self.minor == 0:
+        if self.close_connection or self.head.is_old:
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         self.log_request(status)
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
