@@ -109,10 +109,13 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def log(text, level="warning"):
-    """A line for the terminal, if there still is one and the level is asked for."""
+    """A line for the terminal, if there still is one and the level is asked for. Clients choose
+    part of many texts: what would command the terminal is shown by its escape."""
     if LEVELS.index(level) >= LEVELS.index(log.level):
+        shown = "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1]
+                        for each in text)
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(shown, file=sys.stderr, flush=True)
 
 
 log.level = "warning"
@@ -2232,7 +2235,7 @@ FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 
 LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
 PING_SECONDS = 30         # between pings; a peer silent for three of them is gone
-HANG_UP_SECONDS = 2       # that a peer which broke a rule gets to take its close frame
+HANG_UP_SECONDS = 2       # that a peer gets to take the last that we said
 DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
     "server_no_context_takeover": "", "client_no_context_takeover": "",
     "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
@@ -2571,16 +2574,21 @@ class WebSocket:
         self.close_sent = True
 
     def hang_up(self):
-        """End our half of the connection and throw away what the peer still sends, or its system
-        might throw away our close frame (RFC 6455 7.1.1)."""
+        """End the connection so that the peer learns why (RFC 6455 7.1.1)."""
         self.is_closed = True
-        deadline = time.monotonic() + HANG_UP_SECONDS
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self.socket.settimeout(left)
-                if not self.socket.recv(1 << 18):
-                    break
+        hang_up(self.socket)
+
+
+def hang_up(sock):
+    """End our half of a connection and throw away what the peer still sends, or its system might
+    throw away what we sent last (RFC 9112 9.6)."""
+    deadline = time.monotonic() + HANG_UP_SECONDS
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not sock.recv(1 << 18):
+                break
 
 
 def buffered(handler):
@@ -3603,6 +3611,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         super().setup()
+        self.hangs_up = False    # True when the last we said is that the connection ends
         self.rfile.close()
         self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
 
@@ -3655,8 +3664,11 @@ class Handler(BaseHTTPRequestHandler):
             self.exchange.end()
 
     def finish(self):
+        """Leave; a client that still sends a body which nobody reads gets its refusal first."""
         with contextlib.suppress(OSError):
             super().finish()
+            if self.hangs_up:
+                hang_up(self.connection)
 
     # -- the request --
 
@@ -3702,9 +3714,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_body(self, most):
         """The body's bytes; Problem 413, and the end of the connection, when they are more."""
-        length = self.head.length
+        length, self.body = self.head.length, b""    # whatever comes of it, it is read once
         if length is not None and length > most:
-            self.close_connection, self.body = True, b""
+            self.close_connection = True
             raise Problem(413, f"A body may have {most} bytes here")
         if not self.is_wanted:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3881,6 +3893,7 @@ class Handler(BaseHTTPRequestHandler):
                   **dict(headers)}
         if status == 204:
             del fields["Content-Length"]       # RFC 9110 8.6
+        self.hangs_up = self.close_connection
         if self.close_connection or self.head.is_old:
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         self.log_request(status)
@@ -3916,7 +3929,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
         if log.level in ("debug", "info"):
-            path = self.path.partition("?")[0]
+            path = self.path.partition("?")[0].encode("latin-1").decode("utf-8", "replace")
             log(f"{int(code)} {self.command} {path}" if path else f"{code}, no request", "info")
 
     def log_message(self, format, *values):
