@@ -3401,6 +3401,8 @@ PAGES = {"home", "page"}              # handlers whose refusal leads to the logi
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
+MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
+SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
@@ -3612,6 +3614,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.hangs_up = False    # True when the last we said is that the connection ends
+        self.is_stranger = True  # until a request shows a token or the cookie
         self.rfile.close()
         self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
 
@@ -3630,6 +3633,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.head_bytes:
             self.answer()
             self.wfile.flush()
+            if self.is_stranger:
+                self.server.strangers.add(self.connection)
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
@@ -3832,6 +3837,9 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def note_activity(self):
+        if self.is_stranger:
+            self.is_stranger = False
+            self.server.strangers.remove(self.connection)
         if "no_track_activity" not in self.query:
             self.server.last_activity = time.time()
 
@@ -4234,6 +4242,48 @@ def merge(old, new):
                        for key, value in new.items() if value is not None}}
 
 
+class Strangers:
+    """Connections on which nobody has shown a token yet; the first has been silent longest.
+
+    Their number has a limit: who only connects must not take the descriptors that pages, files and
+    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
+    come again.
+    """
+
+    def __init__(self, most):
+        self.most, self.sockets, self.lock = most, {}, threading.Lock()
+
+    def add(self, sock):
+        """From the connection's thread: it has come, or has got an answer, just now."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+            self.sockets[sock] = True
+        if len(self.sockets) > self.most:
+            self.cut_off()
+
+    def remove(self, sock):
+        """It has shown a token, or it ends."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+
+    def cut_off(self):
+        """End the first: its thread sees the end, and closes it."""
+        with self.lock, contextlib.suppress(OSError, StopIteration):
+            sock = next(iter(self.sockets))
+            del self.sockets[sock]
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def most_strangers():
+    """How many there may be: of the descriptors that this process may open a quarter at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:    # not on Windows, which has no such limit
+        return MOST_STRANGERS
+    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+
+
 class Server(ThreadingHTTPServer):
     """The listening socket and what all connections share."""
 
@@ -4248,6 +4298,7 @@ class Server(ThreadingHTTPServer):
         self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
+        self.strangers = Strangers(most_strangers())
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
@@ -4260,14 +4311,30 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
+    def get_request(self):
+        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
+        waiting would wake us again and again."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.strangers.cut_off()
+                time.sleep(SHORTAGE_SECONDS)
+            raise    # socketserver waits for the next
+
     def finish_request(self, request, client_address):
         """Serve a connection, in its own thread; the TLS handshake belongs there, too."""
-        if self.tls is None:
-            return super().finish_request(request, client_address)
-        with self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as safe:
-            safe.settimeout(Handler.timeout)
-            safe.do_handshake()
-            super().finish_request(safe, client_address)
+        connection = request if self.tls is None else self.tls.wrap_socket(
+            request, server_side=True, do_handshake_on_connect=False)
+        self.strangers.add(connection)
+        try:
+            if self.tls:
+                connection.settimeout(Handler.timeout)
+                connection.do_handshake()
+            super().finish_request(connection, client_address)
+        finally:
+            self.strangers.remove(connection)
+            connection.close()
 
     @property
     def url(self):

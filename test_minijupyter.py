@@ -189,6 +189,12 @@ def is_alive(pid):
         return not Path("/proc/self").exists()
 
 
+def cpu_seconds(pid):
+    """Processor time that a process has taken until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def clean_environment(folder, **variables):
     """The environment with every Jupyter folder moved below `folder`."""
     own = {name: str(Path(folder) / name.lower()) for name in (
@@ -7293,6 +7299,59 @@ class ServerLife(ServerCase):
         info = json.loads(shown)
         self.assertEqual((info["port"], info["token"], info["pid"]),
                          (self.server.port, self.server.token, self.server.process.pid))
+
+    def with_descriptors(self, count):
+        """A server that may open so many files and connections."""
+        import resource
+        return self.own_server(preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, (count, count)))
+
+    def test_strangers_take_no_descriptor_from_those_who_have_the_token(self):
+        server = self.with_descriptors(64)
+        kept = server.connect()
+        self.addCleanup(kept.close)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=kept).status, 200)
+        first = kept.sock
+        _, frontend, _ = self.start_kernel(server)
+        for _ in range(80):
+            self.enterContext(socket.create_connection(("127.0.0.1", server.port), SECONDS))
+        for _ in range(5):
+            self.assertEqual(server.get("/api/kernels").status, 200)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=kept).status, 200)
+        self.assertIs(kept.sock, first)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_the_stranger_who_was_silent_longest_is_cut_off_first(self):
+        strangers = minijupyter.Strangers(2)
+        pairs = [socket.socketpair() for _ in range(4)]
+        for each in itertools.chain(*pairs):
+            self.addCleanup(each.close)
+        strangers.add(pairs[0][0])
+        strangers.add(pairs[1][0])
+        strangers.add(pairs[0][0])    # has got an answer
+        strangers.add(pairs[2][0])
+        self.assertEqual(pairs[1][1].recv(1), b"")
+        strangers.remove(pairs[0][0])
+        strangers.add(pairs[3][0])
+        self.assertEqual(list(strangers.sockets), [pairs[2][0], pairs[3][0]])
+
+    def test_a_shortage_of_descriptors_costs_no_time_and_passes(self):
+        server = self.with_descriptors(40)
+        kept = [server.connect() for _ in range(50)]
+        for each in kept:
+            self.addCleanup(each.close)
+            each.timeout = 1
+        with contextlib.suppress(TimeoutError):
+            for each in kept:
+                server.request("GET", "/api/kernels", connection=each)
+        self.assertGreater(sum(each.sock is not None for each in kept), 10)
+        before = cpu_seconds(server.process.pid)
+        with self.assertRaises(TimeoutError):     # the next has to wait, too
+            server.request("GET", "/api/kernels", connection=kept[-1])
+        self.assertLess(cpu_seconds(server.process.pid) - before, 0.3)
+        for each in kept:
+            each.close()
+        self.assertEqual(server.get("/api/kernels").status, 200)
 
     def test_a_killed_server_leaves_no_kernel_behind(self):
         pids = [self.start_kernel(self.server)[2] for _ in range(2)]
