@@ -3359,7 +3359,8 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("GET", r"/frame", "frame"),
     ("GET", r"/login", "login_page"),
     ("POST", r"/login", "login"),
-    ("GET", r"/logout", "logout"),
+    ("GET", r"/logout", "logout_page"),
+    ("POST", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
@@ -3396,7 +3397,8 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 )]
-OPEN_TO_ALL = {"version", "frame", "login_page", "login", "logout", "options"}   # need no token
+OPEN_TO_ALL = {   # need no token
+    "version", "frame", "login_page", "login", "logout_page", "logout", "options"}
 PAGES = {"home", "page"}              # handlers whose refusal leads to the login, not to JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
@@ -3445,16 +3447,17 @@ addEventListener('message', event => {
 </script>"""
 LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
                 "frame-ancestors 'none'")
-LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>MiniJupyter: log in</title>
+FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>MiniJupyter: {button}</title>
 <meta name="viewport" content="width=device-width">
 <style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
 padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
 button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
-<form method="post" action="{action}"><label for="password">{why}</label>
+<form method="post" action="{action}">{fields}<input type="hidden" name="_xsrf" value="{xsrf}">
+<button>{button}</button></form></main></html>"""
+LOGIN_FIELDS = """<label for="password">{why}</label>
 <input id="password" name="password" type="password" autocomplete="current-password" autofocus>
-<input type="hidden" name="_xsrf" value="{xsrf}"><input type="hidden" name="next" value="{next}">
-<button>Log in</button></form></main></html>"""
+<input type="hidden" name="next" value="{next}">"""
 
 
 @functools.lru_cache(100)
@@ -3859,22 +3862,31 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, b"", "text/plain",
                   {"Location": address, **({"Set-Cookie": cookie} if cookie else {})})
 
-    def login_page(self, why="Token or password. The terminal that started the server shows its "
-                             "address with the token.", status=200):
+    def form_page(self, status, path, fields, button):
+        """A page with a form of our own. The cookie _xsrf and the field of its name show that the
+        form comes from here: another site can send one as well, with our cookies, but cannot read
+        them. `fields` is HTML."""
         access = self.server.access
         xsrf = access.cookie(self.headers, "_xsrf") or secrets.token_hex(16)
-        page = LOGIN_PAGE.format(
-            action=f"{self.server.base_url}login", why=why, xsrf=html.escape(xsrf),
-            next=html.escape(self.asked("next", "")))
+        page = FORM_PAGE.format(action=f"{self.server.base_url}{path}", fields=fields,
+                                xsrf=html.escape(xsrf), button=button)
         self.send(status, page.encode(), "text/html; charset=utf-8", {
             "Content-Security-Policy": LOGIN_POLICY,
             "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
 
+    def form(self):
+        """The fields of the form in the body: name -> its first value."""
+        return {name: values[0] for name, values in parse_qs(
+            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+
+    def login_page(self, why="Token or password. The terminal that started the server shows its "
+                             "address with the token.", status=200):
+        fields = LOGIN_FIELDS.format(why=why, next=html.escape(self.asked("next", "")))
+        self.form_page(status, "login", fields, "Log in")
+
     def login(self):
         """Exchange the password, or the token, for the cookie."""
-        access = self.server.access
-        form = {name: values[0] for name, values in parse_qs(
-            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+        access, form = self.server.access, self.form()
         self.query.setdefault("next", [form.get("next", "")])
         # Else another site could log its visitor in, to a server that it knows.
         if not access.repeats_xsrf(self.headers, form.get("_xsrf", "")):
@@ -3884,7 +3896,23 @@ class Handler(BaseHTTPRequestHandler):
         self.redirect(access.safe_next(self.asked("next", "")),
                       access.set_cookie(access.cookie_name, access.cookie_value))
 
+    def logout_page(self):
+        """Log out who comes to this page by our own link, or types its address. All others are
+        asked first: a notebook's picture, or a browser that does not say what it loads it for, may
+        name any address of ours, so that a GET must have no effects (RFC 9110 9.2.1)."""
+        purpose = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Dest", "Mode", "Site")]
+        if purpose in (["document", "navigate", "same-origin"], ["document", "navigate", "none"]):
+            return self.end_login()
+        self.form_page(200, "logout", "<p>Log out from this server?</p>", "Log out")
+
     def logout(self):
+        access, form = self.server.access, self.form()
+        if not (access.is_our_page("POST", self.headers, {}) or access.repeats_xsrf(
+                self.headers, form.get("_xsrf", ""))):
+            raise Problem(403, "The request comes from another site")
+        self.end_login()
+
+    def end_login(self):
         access = self.server.access
         self.redirect(f"{self.server.base_url}login", access.set_cookie(access.cookie_name, ""))
 

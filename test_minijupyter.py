@@ -6771,10 +6771,14 @@ class Login(ServerCase):
         cls.options = {"options": ["--port", free_ports(1)[0], "--password", cls.hash]}
         super().setUpClass()
 
-    def form(self, password, next="", xsrf="x" * 32, cookie=None, **headers):
+    @property
+    def origin(self):
+        return f"http://127.0.0.1:{self.server.port}"
+
+    def form(self, password, next="", xsrf="x" * 32, cookie=None, path="/login", **headers):
         body = f"password={quote(password)}&next={quote(next, safe='')}&_xsrf={xsrf}"
         cookie = f"_xsrf={xsrf}" if cookie is None else cookie
-        return self.server.request("POST", "/login", body, {
+        return self.server.request("POST", path, body, {
             "Authorization": None, "Cookie": cookie,
             "Content-Type": "application/x-www-form-urlencoded", **headers})
 
@@ -6805,8 +6809,39 @@ class Login(ServerCase):
         for path in ("/tree", "/api/kernels"):
             reply = self.server.get(path, Authorization=None, Cookie=cookie)
             self.assertEqual(reply.status, 200)
-        reply = self.server.get("/logout", Authorization=None, Cookie=cookie)
+        reply = self.form("", cookie=cookie, path="/logout", Origin=self.origin)
+        self.assertEqual((reply.status, reply.headers["Location"]), (302, "/login"))
         self.assertIn("Max-Age=0", reply.headers["Set-Cookie"])
+
+    def test_no_picture_and_no_other_site_logs_a_reader_out(self):
+        cookie, xsrf = self.login(), "x" * 32
+
+        def is_out(method, **headers):
+            reply = self.server.request(method, "/logout", headers={
+                "Authorization": None, "Cookie": f"{cookie}; _xsrf={xsrf}", **headers})
+            return reply.status == 302 and "minijupyter-" in reply.headers["Set-Cookie"]
+
+        def purpose(dest, mode, site):
+            return {"Sec-Fetch-Dest": dest, "Sec-Fetch-Mode": mode, "Sec-Fetch-Site": site}
+
+        for headers in ({}, purpose("image", "no-cors", "same-origin"),
+                        purpose("iframe", "navigate", "same-origin"),
+                        purpose("document", "navigate", "cross-site"),
+                        purpose("empty", "cors", "same-origin")):
+            self.assertFalse(is_out("GET", **headers), headers)
+        for headers in ({}, {"Origin": "null"}, {"Origin": "http://evil.example"},
+                        {"Sec-Fetch-Site": "cross-site"}):
+            self.assertFalse(is_out("POST", **headers), headers)
+        self.assertTrue(is_out("GET", **purpose("document", "navigate", "same-origin")))
+        self.assertTrue(is_out("GET", **purpose("document", "navigate", "none")))
+        self.assertTrue(is_out("POST", **{"X-XSRFToken": xsrf}))
+
+    def test_who_is_asked_before_the_logout_confirms_it_by_a_button(self):
+        page = self.server.get("/logout", Authorization=None, Cookie=self.login())
+        self.assertIn('<form method="post" action="/logout">', page.body.decode())
+        xsrf = re.search("_xsrf=([^;]+)", page.headers["Set-Cookie"])[1]
+        reply = self.form("", xsrf=xsrf, path="/logout")
+        self.assertEqual((reply.status, reply.headers["Location"]), (302, "/login"))
 
     def test_a_login_that_another_site_sends_is_refused(self):
         self.assertEqual(self.form("correct horse", cookie="").status, 403)
@@ -9717,6 +9752,30 @@ class PastFlaws(ServerCase):
                     self.assertReply(reply, 403)
         self.assertEqual(sorted(self.root.iterdir()), before)
         self.assertEqual(self.server.get("/api/kernels").json, [])
+
+    def test_no_address_that_a_notebook_may_name_has_an_effect(self):
+        """A picture is loaded with our cookie. Whatever GET it names: who it is shown to stays
+        logged in, no file, kernel or session comes or goes, and a token in the address of one
+        does not replace the reader's cookie."""
+        (self.root / "kept.txt").write_text("kept")
+        before = sorted(self.root.rglob("*"))
+        picture = {"Sec-Fetch-Dest": "image", "Sec-Fetch-Mode": "no-cors",
+                   "Sec-Fetch-Site": "same-origin"}
+        samples = {r"(?:/.*)?": "/kept.txt", r"(?:/(.*))?": "/kept.txt", r"(.+)": "kept.txt",
+                   r"(?:tree|notebooks|edit)": "tree", r"([\w.-]+)": "x", r"([^/]+)": "x",
+                   minijupyter.ID: "00000000-0000-0000-0000-000000000000"}
+        for method, pattern, _ in minijupyter.ROUTES:
+            path = pattern.pattern.removesuffix(r"\Z")
+            for part, sample in samples.items():
+                path = path.replace(part, sample)
+            for query in ("", "?token=wrong", "?next=/api"):
+                if method == "GET" and not re.search(r"[()\\]", path):
+                    with self.subTest(path + query):
+                        reply = self.with_cookie("GET", path + query, **picture)
+                        self.assertNotIn("minijupyter-", reply.headers["Set-Cookie"] or "")
+        self.assertEqual(sorted(self.root.rglob("*")), before)
+        self.assertEqual([self.server.get(f"/api/{kind}").json for kind in (
+            "kernels", "sessions")], [[], []])
 
     def test_a_file_of_the_user_is_no_page_of_ours(self):
         """CVE-2015-7337, CVE-2018-21030: a file that a browser would run is shut in a sandbox."""
