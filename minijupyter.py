@@ -2995,15 +2995,17 @@ class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
     def __init__(self, server):
-        self.server, self.known = server, set()
+        self.server, self.known = server, {}   # text -> pattern
         self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
 
     def learn(self):
         """Which texts are secret now, too: kernels come and go."""
         access, kernels = self.server.access, list(self.server.kernels.all.values())
-        known = [access.token, quote(access.token), access.cookie_value,
+        known = [access.token, access.cookie_value,
                  *(kernel.connection["key"] for kernel in kernels)]
-        self.known |= {each.encode() for each in known if len(each) >= SHORTEST_SECRET}
+        for each in known:
+            if len(each) >= SHORTEST_SECRET and each not in self.known:
+                self.known[each] = spellings(each)
 
     def seen(self, event):
         """The parts of an event as they may be seen, each as long as it was. Of one that was cut
@@ -3019,16 +3021,15 @@ class Secrets:
             parts = self.in_answer(parts)
         whole = b"".join(parts)
         if sum(event["sizes"]) == len(whole):
-            is_clean = not any(secret in whole for secret in self.known)
+            is_clean = not any(pattern.search(whole) for pattern in self.known.values())
             return parts if is_clean else [*map(self.in_text, parts)]
-        end = max(map(len, self.known), default=0)
+        end = max(map(longest_spelling, self.known), default=0)
         return [self.in_text(part)[:None if len(part) == size else -end]
                 for part, size in zip(parts, event["sizes"], strict=True)]
 
     def in_text(self, data):
-        for secret in self.known:
-            if secret in data:
-                data = data.replace(secret, stars(secret))
+        for pattern in self.known.values():
+            data = pattern.sub(lambda match: stars(match[0]), data)
         return data
 
     def in_frame(self, frame):
@@ -3262,6 +3263,7 @@ class Watch:
 # does the request come from our own page?
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
+LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
 LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
 
@@ -3275,7 +3277,43 @@ def hash_password(password, salt=None):
 
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+    return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def as_utf8(value):
+    """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def spellings(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
+    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
+    return re.compile(b"".join(map(spellings_of_character, secret)))
+
+
+def longest_spelling(secret):
+    """How many bytes no spelling is longer than."""
+    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
+
+
+@functools.lru_cache(1000)
+def spellings_of_character(each):
+    number, data = ord(each), each.encode("utf-8", "surrogatepass")
+    if each.isascii() and each.isalnum():
+        return data
+    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
+    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
+    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
+    # The longer one first, where one begins like another.
+    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
+            b"&#x?0*(?:%d|%x);" % (number, number),
+            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
+    ways += [rb"\+"] if each == " " else []
+    ways += [re.escape(bytes([number]))] if number < 256 else []
+    return b"(?i:%b)" % b"|".join(ways)
 
 
 class Access:
@@ -3300,11 +3338,15 @@ class Access:
         with self.guessing:
             return same_secret(hash_password(given, salt), self.password_hash)
 
+    def without_token(self, data):
+        """Bytes as a text in which the token, however it is spelled, cannot be read."""
+        return spellings(self.token).sub(b"...", data).decode("utf-8", "replace")
+
     def given_token(self, headers, query):
         """The token of the Authorization header or of the query; None when there is none."""
         scheme, _, value = headers.get("Authorization", "").partition(" ")
         if scheme.lower() in ("token", "bearer"):
-            return value.strip()
+            return as_utf8(value.strip(" "))
         return query["token"][0] if "token" in query else None
 
     def cookie(self, headers, name):
@@ -3662,7 +3704,7 @@ class Handler(BaseHTTPRequestHandler):
                                       problem.strerror or type(problem).__name__))
         except Exception as problem:
             import traceback
-            log(traceback.format_exc())
+            log(self.server.access.without_token(traceback.format_exc().encode()))
             self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
         finally:
             self.report_exchange()
@@ -3965,8 +4007,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
         if log.level in ("debug", "info"):
-            path = self.path.partition("?")[0].encode("latin-1").decode("utf-8", "replace")
-            log(f"{int(code)} {self.command} {path}" if path else f"{code}, no request", "info")
+            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
+            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
 
     def log_message(self, format, *values):
         """What the standard library would say of bad requests is answered to them."""
@@ -4415,8 +4457,9 @@ def parse_arguments():
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
         parser.error(f"there is no folder {arguments.folder}")
-    if not arguments.token:
-        parser.error("the token must not be empty")
+    arguments.token = arguments.token.strip()
+    if not arguments.token or not arguments.token.isprintable():
+        parser.error("the token must not be empty, and its characters must be printable")
     if arguments.keyfile and not arguments.certfile:
         parser.error("--keyfile needs --certfile")
     if arguments.password and not re.fullmatch("scrypt:[0-9a-f]+:[0-9a-f]+", arguments.password):
@@ -4496,7 +4539,8 @@ def call(info, method, path):
     import ssl
     import urllib.request
     request = urllib.request.Request(
-        info["url"] + path, method=method, headers={"Authorization": f"token {info['token']}"})
+        info["url"] + path, method=method,
+        headers={"Authorization": f"token {info['token']}".encode()})
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE   # it is this machine
     try:

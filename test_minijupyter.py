@@ -100,9 +100,10 @@ import unittest
 import unittest.mock
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus, urlencode
 
 import zmq
 
@@ -6762,6 +6763,78 @@ class Access(ServerCase):
         self.assertEqual(self.server.process.output.count(self.server.token), first_screen)
 
 
+ODD_TOKENS = ("a b", "100% &more=#?/x", "a+b", "é", "Ünï \u20ac \U0001f511 ключ", "\"'<>\\",
+              "%41%2B", "x" * 200, "token;, =")
+
+
+class OddTokens(ServerCase):
+    """A token may have any printable characters, and opens the server by every way in."""
+
+    def with_token(self, token, *options):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--token", token, *options])
+        server.token = token
+        return server
+
+    def test_it_is_taken_from_address_header_form_and_cookie(self):
+        for token in ODD_TOKENS:
+            with self.subTest(token):
+                self.check_ways_in(self.with_token(token), token)
+
+    def check_ways_in(self, server, token):
+        headers = [f"token {token}".encode()]
+        with contextlib.suppress(UnicodeEncodeError):
+            headers.append(f"Bearer {token}".encode("latin-1"))
+        for header in headers:
+            self.assertEqual(server.get("/api/kernels", Authorization=header).status, 200)
+        printed = server.process.wait_for(r"http://[^/]+(/\S*)")[1]
+        for address in (printed, f"/tree?token={quote(token, safe='')}",
+                        f"/tree?token={quote_plus(token)}"):
+            reply = server.get(address, Authorization=None)
+            self.assertEqual((reply.status, reply.headers["Location"]), (302, "/tree"))
+        form = urlencode({"password": token, "_xsrf": "x"})
+        login = server.request("POST", "/login", form, {
+            "Authorization": None, "Cookie": "_xsrf=x",
+            "Content-Type": "application/x-www-form-urlencoded"})
+        for opened in (reply, login):
+            cookie = opened.headers["Set-Cookie"].partition(";")[0]
+            reply = server.get("/api/kernels", Authorization=None, Cookie=cookie)
+            self.assertEqual(reply.status, 200)
+        self.assertEqual(server.get("/api/kernels", Authorization="token x").status, 403)
+
+    def test_it_is_found_by_list_and_stop(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--token", ODD_TOKENS[4]])
+        env = clean_environment(server.folder.name)
+        command = [sys.executable, HERE / "minijupyter.py"]
+        shown = subprocess.run([*command, "list"], env=env, capture_output=True, text=True).stdout
+        self.assertIn(f"?token={quote(ODD_TOKENS[4])} ::", shown)
+        self.assertEqual(subprocess.run([*command, "stop"], env=env).returncode, 0)
+
+    def test_it_is_known_however_it_is_spelled(self):
+        for token in ODD_TOKENS:
+            pattern = minijupyter.spellings(token)
+            spelled = [token.encode(), quote(token).encode(), quote(token, safe="").encode(),
+                       quote_plus(token).encode(), quote(quote(token)).encode(),
+                       re.sub("%..", lambda match: match[0].lower(), quote(token)).encode(),
+                       json.dumps(token)[1:-1].encode(),
+                       json.dumps(token, ensure_ascii=False)[1:-1].encode(),
+                       escape(token).encode(), token.encode("latin-1", "ignore")]
+            for text in spelled[:9 + token.isascii()]:
+                with self.subTest(token, text=text):
+                    self.assertEqual(pattern.sub(b"*", b"(" + text + b")"), b"(*)")
+            self.assertIsNone(pattern.search(b"What is no secret stays: 50% <b>, a  b"))
+
+    def test_it_is_in_no_line_of_the_log(self):
+        for token in ODD_TOKENS:
+            loud, once = self.with_token(token, "--log-level", "debug"), quote(token, safe="")
+            for path in (f"/api?token={once}", f"/tree/{once}", f"/tree%3Ftoken={quote(once)}"):
+                loud.get(path, Authorization=None)
+            lines = loud.process.wait_for(r"(?s)\n200 GET .*\n404 GET \S+\n")[0]
+            for text in (token, quote(token), once, quote(once)):
+                with self.subTest(token, text=text):
+                    self.assertNotIn(text, lines)
+
+
+
 class Login(ServerCase):
     """A password, or the token, is exchanged for a cookie at /login."""
 
@@ -9520,7 +9593,7 @@ class UnderTheHood(ServerCase):
 
     def test_secrets_in_frames_are_hidden_at_equal_length(self):
         secrets_ = minijupyter.Secrets(None)
-        secrets_.known = [b"t0ken"]
+        secrets_.known = {"t0ken": minijupyter.spellings("t0ken")}
         reply = b'{"msg_type": "input_reply", "content": {"value": "a\\"b"}}'
         for name, data, seen in [
                 ("masked", frame(TEXT, b"my t0ken"), frame(TEXT, b"my *****")),
