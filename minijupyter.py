@@ -4376,7 +4376,10 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows SO_REUSEADDR would let another program take the port that we listen on, and
+        # with it our users' tokens; elsewhere it only shortens the wait after a server's end.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
@@ -4428,6 +4431,8 @@ class Server(ThreadingHTTPServer):
 
 FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
 STOP_SECONDS = 15                    # that a server may take to end its kernels
+MOST_ANSWER = 1 << 20                # bytes of an answer; what answers may be anything
+SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that we need of a file
 
 
 def parse_arguments():
@@ -4506,15 +4511,16 @@ def open_server(arguments):
     if password_hash == "":
         password_hash = hash_password(ask_password(twice=True))
     tls, wish = tls_context(arguments.certfile, arguments.keyfile), arguments.port
-    for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+    ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
+    for port in ports if wish is None else [wish]:
         try:
             return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
                           arguments.base_url, tls, arguments.allow_hidden)
         except (OSError, OverflowError) as problem:
-            if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
+            is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+            if wish is not None or not is_taken or port == 0:
                 reason = getattr(problem, "strerror", None) or problem
                 sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
-    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
 
 
 @contextlib.contextmanager
@@ -4535,29 +4541,43 @@ def announced(server):
 
 
 def call(info, method, path):
-    """The answer of a running server to a request, as JSON; None when there is no answer."""
+    """The answer of a running server to a request, as a JSON object; None when there is none."""
+    import http.client
     import ssl
     import urllib.request
-    request = urllib.request.Request(
-        info["url"] + path, method=method,
-        headers={"Authorization": f"token {info['token']}".encode()})
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE   # it is this machine
     try:
+        request = urllib.request.Request(info["url"] + path, method=method, headers={
+            "Authorization": f"token {info['token']}".encode()})
         with urllib.request.urlopen(request, timeout=5, context=context) as response:
-            return json.load(response)
-    except (OSError, ValueError):
+            answer = json.loads(response.read(MOST_ANSWER))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return None
+    return answer if isinstance(answer, dict) else None
+
+
+def read_server_info(path):
+    """What a server's file says; None when it is no such file: other programs leave theirs here,
+    half of one may be left by a crash, or it belongs to somebody else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            info = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), kind) for name, kind in SERVER_INFO.items()):
+        return None
+    return info if re.match("https?://", info["url"]) else None
 
 
 def running_servers():
     """What the files in the runtime folder say, of those servers that answer."""
-    names = sorted(os.listdir(RUNTIME)) if os.path.isdir(RUNTIME) else ()
-    for name in names:
-        if re.fullmatch(r"jpserver-\d+\.json", name):
-            with open(os.path.join(RUNTIME, name), encoding="utf-8") as file:
-                info = json.load(file)
-            if call(info, "GET", "api"):
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(RUNTIME)):
+            is_ours = re.fullmatch(r"jpserver-\d+\.json", name)
+            info = read_server_info(os.path.join(RUNTIME, name)) if is_ours else None
+            if info and call(info, "GET", "api"):
                 yield info
 
 

@@ -6807,7 +6807,8 @@ class OddTokens(ServerCase):
         command = [sys.executable, HERE / "minijupyter.py"]
         shown = subprocess.run([*command, "list"], env=env, capture_output=True, text=True).stdout
         self.assertIn(f"?token={quote(ODD_TOKENS[4])} ::", shown)
-        self.assertEqual(subprocess.run([*command, "stop"], env=env).returncode, 0)
+        stopped = subprocess.run([*command, "stop"], env=env, capture_output=True)
+        self.assertEqual(stopped.returncode, 0)
 
     def test_it_is_known_however_it_is_spelled(self):
         for token in ODD_TOKENS:
@@ -7363,6 +7364,26 @@ class ServerLife(ServerCase):
             self.assertGreater(server.port, 8888)
             self.assertEqual(server.get("/api/kernels").status, 200)
 
+    def test_when_all_its_ports_are_taken_the_system_chooses_one(self):
+        tried = range(minijupyter.FIRST_PORT, minijupyter.FIRST_PORT + minijupyter.PORTS_TRIED)
+        for port in tried:
+            taken = self.enterContext(socket.socket())
+            with contextlib.suppress(OSError):  # someone else has it: as good
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        server = self.own_server(options=[])
+        self.assertNotIn(server.port, tried)
+        self.assertEqual(server.get("/api/kernels").status, 200)
+
+    def test_on_windows_nobody_else_can_take_the_port(self):
+        with unittest.mock.patch.object(socket, "SO_EXCLUSIVEADDRUSE", 77, create=True), \
+                unittest.mock.patch.object(socket.socket, "setsockopt") as setsockopt:
+            server = minijupyter.Server(self.folder(), "127.0.0.1", 0, "secret")
+            server.server_close()
+        options = [call.args for call in setsockopt.call_args_list]
+        self.assertIn((socket.SOL_SOCKET, 77, 1), options)
+        self.assertNotIn((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), options)
+
     def test_a_taken_port_that_was_asked_for_is_an_error(self):
         again = Process([sys.executable, HERE / "minijupyter.py", self.server.root, "--port",
                          self.server.port, "--no-browser"])
@@ -7398,6 +7419,43 @@ class ServerLife(ServerCase):
         self.assertEqual(self.command("list").stdout, "No server runs.\n")
         self.assertEqual(list(Path(self.server.folder.name).rglob("jpserver-*")), [])
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+
+    def test_list_and_stop_bear_whatever_lies_in_the_runtime_folder(self):
+        runtime = Path(self.server.folder.name, "jupyter_runtime_dir")
+        info = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        silent = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+        def speak_another_protocol():
+            with listener, listener.accept()[0] as connection:
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        threading.Thread(target=speak_another_protocol, daemon=True).start()
+        for number, text in enumerate((
+                "", "{", "[]", "null", "1", '"x"', "{}", "[" * 100_000, "\xff\xfe", '{"url": 1}',
+                *(json.dumps({**info, **changed}) for changed in (
+                    {"url": "http://[::1"}, {"url": "file:///etc/passwd"}, {"url": "x y"},
+                    {"url": f"http://127.0.0.1:{free_ports(1)[0]}/"}, {"url": silent},
+                    {"url": "http://\n/"}, {"url": "http://é..x/"}, {"token": None},
+                    {"port": "8888"}, {"url": "http+unix://%2Fx/"})))):
+            (runtime / f"jpserver-{number}.json").write_text(text, "latin-1")
+        (runtime / "jpserver-100.json").mkdir()
+        (runtime / "jpserver-101.json").symlink_to("nowhere")
+        shown = self.command("list")
+        self.assertEqual((shown.stdout.count("::"), shown.stderr), (1, ""))
+        self.assertEqual(self.command("stop").stderr, "")
+        self.assertEqual(self.server.process.exit_code(), 0)
+
+    @needs("jupyter_server")
+    def test_list_and_stop_know_servers_of_jupyter_server_too(self):
+        theirs = self.own_server(program=jupyter_server)
+        wait_until(lambda: answers(theirs), 60)
+        self.server.end()
+        env = clean_environment(theirs.folder.name)
+        for word, said in (("list", f":{theirs.port}/?token={theirs.token}"), ("stop", "ended")):
+            done = subprocess.run([sys.executable, HERE / "minijupyter.py", word], env=env,
+                                  capture_output=True, text=True)
+            self.assertIn(said, done.stdout)
 
     @needs("jupyter_server")
     def test_jupyters_own_list_shows_our_server(self):
