@@ -46,6 +46,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import email.utils
 import errno
 import functools
 import gc
@@ -108,10 +109,13 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def log(text, level="warning"):
-    """A line for the terminal, if there still is one and the level is asked for."""
+    """A line for the terminal, if there still is one and the level is asked for. Clients choose
+    part of many texts: what would command the terminal is shown by its escape."""
     if LEVELS.index(level) >= LEVELS.index(log.level):
+        shown = "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1]
+                        for each in text)
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(shown, file=sys.stderr, flush=True)
 
 
 log.level = "warning"
@@ -2443,7 +2447,7 @@ FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 
 LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
 PING_SECONDS = 30         # between pings; a peer silent for three of them is gone
-HANG_UP_SECONDS = 2       # that a peer which broke a rule gets to take its close frame
+HANG_UP_SECONDS = 2       # that a peer gets to take the last that we said
 DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
     "server_no_context_takeover": "", "client_no_context_takeover": "",
     "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
@@ -2782,16 +2786,21 @@ class WebSocket:
         self.close_sent = True
 
     def hang_up(self):
-        """End our half of the connection and throw away what the peer still sends, or its system
-        might throw away our close frame (RFC 6455 7.1.1)."""
+        """End the connection so that the peer learns why (RFC 6455 7.1.1)."""
         self.is_closed = True
-        deadline = time.monotonic() + HANG_UP_SECONDS
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self.socket.settimeout(left)
-                if not self.socket.recv(1 << 18):
-                    break
+        hang_up(self.socket)
+
+
+def hang_up(sock):
+    """End our half of a connection and throw away what the peer still sends, or its system might
+    throw away what we sent last (RFC 9112 9.6)."""
+    deadline = time.monotonic() + HANG_UP_SECONDS
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not sock.recv(1 << 18):
+                break
 
 
 def buffered(handler):
@@ -3045,15 +3054,17 @@ class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
     def __init__(self, server):
-        self.server, self.known = server, set()
+        self.server, self.known = server, {}   # text -> pattern
         self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
 
     def learn(self):
         """Which texts are secret now, too: kernels come and go."""
         access, kernels = self.server.access, list(self.server.kernels.all.values())
-        known = [access.token, quote(access.token), access.cookie_value,
+        known = [access.token, access.cookie_value,
                  *(kernel.connection["key"] for kernel in kernels)]
-        self.known |= {each.encode() for each in known if len(each) >= SHORTEST_SECRET}
+        for each in known:
+            if len(each) >= SHORTEST_SECRET and each not in self.known:
+                self.known[each] = spellings(each)
 
     def seen(self, event):
         """The parts of an event as they may be seen, each as long as it was. Of one that was cut
@@ -3069,16 +3080,15 @@ class Secrets:
             parts = self.in_answer(parts)
         whole = b"".join(parts)
         if sum(event["sizes"]) == len(whole):
-            is_clean = not any(secret in whole for secret in self.known)
+            is_clean = not any(pattern.search(whole) for pattern in self.known.values())
             return parts if is_clean else [*map(self.in_text, parts)]
-        end = max(map(len, self.known), default=0)
+        end = max(map(longest_spelling, self.known), default=0)
         return [self.in_text(part)[:None if len(part) == size else -end]
                 for part, size in zip(parts, event["sizes"], strict=True)]
 
     def in_text(self, data):
-        for secret in self.known:
-            if secret in data:
-                data = data.replace(secret, stars(secret))
+        for pattern in self.known.values():
+            data = pattern.sub(lambda match: stars(match[0]), data)
         return data
 
     def in_frame(self, frame):
@@ -3143,9 +3153,7 @@ class Exchange:
         handler.wfile = self.file
         if name in ("trace", "source"):
             return
-        fields = "".join(f"{name}: {value}\r\n" for name, value in handler.headers.items())
-        asked = handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n"
-        body = handler.body or b""
+        asked, body = handler.head_bytes, handler.body or b""
         head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
         kept = body[:MOST_TRACED // 2]
         parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
@@ -3377,7 +3385,9 @@ class Spectator:
 # does the request come from our own page?
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
+LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
 
 
 def hash_password(password, salt=None):
@@ -3389,7 +3399,43 @@ def hash_password(password, salt=None):
 
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+    return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def as_utf8(value):
+    """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def spellings(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
+    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
+    return re.compile(b"".join(map(spellings_of_character, secret)))
+
+
+def longest_spelling(secret):
+    """How many bytes no spelling is longer than."""
+    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
+
+
+@functools.lru_cache(1000)
+def spellings_of_character(each):
+    number, data = ord(each), each.encode("utf-8", "surrogatepass")
+    if each.isascii() and each.isalnum():
+        return data
+    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
+    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
+    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
+    # The longer one first, where one begins like another.
+    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
+            b"&#x?0*(?:%d|%x);" % (number, number),
+            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
+    ways += [rb"\+"] if each == " " else []
+    ways += [re.escape(bytes([number]))] if number < 256 else []
+    return b"(?i:%b)" % b"|".join(ways)
 
 
 class Access:
@@ -3414,11 +3460,15 @@ class Access:
         with self.guessing:
             return same_secret(hash_password(given, salt), self.password_hash)
 
+    def without_token(self, data):
+        """Bytes as a text in which the token, however it is spelled, cannot be read."""
+        return spellings(self.token).sub(b"...", data).decode("utf-8", "replace")
+
     def given_token(self, headers, query):
         """The token of the Authorization header or of the query; None when there is none."""
         scheme, _, value = headers.get("Authorization", "").partition(" ")
         if scheme.lower() in ("token", "bearer"):
-            return value.strip()
+            return as_utf8(value.strip(" "))
         return query["token"][0] if "token" in query else None
 
     def cookie(self, headers, name):
@@ -3436,13 +3486,8 @@ class Access:
 
     def is_our_host(self, host):
         """Bound to loopback, the server answers only to names that mean loopback."""
-        if not self.ip.startswith(LOOPBACK) and self.ip != "localhost":
-            return True
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+        is_local = self.ip.startswith(LOOPBACK) or self.ip == "localhost"
+        return not is_local or LOCAL_HOST.fullmatch(host) is not None
 
     def is_our_page(self, method, headers, query):
         """True when a request with our cookie may come from our own page, or from a program that
@@ -3478,7 +3523,8 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("GET", r"/frame", "frame"),
     ("GET", r"/login", "login_page"),
     ("POST", r"/login", "login"),
-    ("GET", r"/logout", "logout"),
+    ("GET", r"/logout", "logout_page"),
+    ("POST", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
@@ -3515,11 +3561,25 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 )]
-OPEN_TO_ALL = {"version", "frame", "login_page", "login", "logout", "options"}   # need no token
+OPEN_TO_ALL = {   # need no token
+    "version", "frame", "login_page", "login", "logout_page", "logout", "options"}
 PAGES = {"home", "page"}              # handlers whose refusal leads to the login, not to JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
+MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
+SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
+MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
+MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
+HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
+SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -3551,16 +3611,17 @@ addEventListener('message', event => {
 </script>"""
 LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
                 "frame-ancestors 'none'")
-LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>MiniJupyter: log in</title>
+FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>MiniJupyter: {button}</title>
 <meta name="viewport" content="width=device-width">
 <style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
 padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
 button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
-<form method="post" action="{action}"><label for="password">{why}</label>
+<form method="post" action="{action}">{fields}<input type="hidden" name="_xsrf" value="{xsrf}">
+<button>{button}</button></form></main></html>"""
+LOGIN_FIELDS = """<label for="password">{why}</label>
 <input id="password" name="password" type="password" autocomplete="current-password" autofocus>
-<input type="hidden" name="_xsrf" value="{xsrf}"><input type="hidden" name="next" value="{next}">
-<button>Log in</button></form></main></html>"""
+<input type="hidden" name="next" value="{next}">"""
 
 
 @functools.lru_cache(100)
@@ -3572,20 +3633,181 @@ def routes_at(path):
             for method, name, match in matches if match}
 
 
+@functools.lru_cache(1)
+def http_date(second):
+    """A time as HTTP writes it (RFC 9110 5.6.7): Sun, 06 Nov 1994 08:49:37 GMT."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+class Headers:
+    """The fields of a header section; their names have no case (RFC 9110 5.1)."""
+
+    def __init__(self, fields=()):
+        self.fields = fields    # [(name, value)] in the order in which they came
+        self.values = {}        # name in lower case -> [value]
+        for name, value in fields:
+            self.values.setdefault(name.lower(), []).append(value)
+
+    def get(self, name, default=None):
+        """The first value; RFC 9110 5.3 has lists in several fields, for those see get_all."""
+        return self.values.get(name.lower(), (default,))[0]
+
+    def get_all(self, name, default=None):
+        return self.values.get(name.lower(), default)
+
+    def items(self):
+        return self.fields
+
+    def __contains__(self, name):
+        return name.lower() in self.values
+
+
+NO_HEADERS = Headers()
+
+
+class Head:
+    """A request's head: its bytes up to and with the empty line, understood.
+
+    Strict, because a head that two programs read in two ways hides a second request from one of
+    them. Raises Problem 400 for what RFC 9112 has no place for: a line that ends in LF or CR alone,
+    NUL and other controls, a space before the colon, a folded field (2.2, 3, 5.1, 5.2), a Host that
+    is missing or there twice (3.2); 505 for a version that is not HTTP/1 (RFC 9110 15.6.6).
+    """
+
+    def __init__(self, data):
+        first, *lines = data.decode("latin-1").split("\r\n")
+        line, fields = REQUEST_LINE.fullmatch(first), [*map(FIELD.fullmatch, lines[:-2])]
+        if not line or lines[-2:] != ["", ""]:
+            raise Problem(400, "This is no request line, or a line does not end in CRLF")
+        self.method, self.target, major, minor = line.groups()
+        self.is_old = minor == "0"
+        if major != "1":
+            raise Problem(505, "This server speaks HTTP/1.1")
+        if not all(fields):
+            raise Problem(400, "The headers of the request are malformed")
+        self.headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
+        hosts = len(self.headers.get_all("Host", ()))
+        if hosts > 1 or not hosts and not self.is_old:
+            raise Problem(400, "A request names one Host")
+        self.length = self.body_length()
+        options = [word.lower() for word in words(self.headers, "Connection")]
+        self.is_last = "keep-alive" not in options if self.is_old else "close" in options
+        # RFC 9110 10.1.1: the client asks whether it shall send its body.
+        self.asks_first = (self.headers.get("Expect", "").lower() == "100-continue"
+                           and not self.is_old and self.length != 0)
+
+    def body_length(self):
+        """How many bytes the body has; None when it comes in chunks (RFC 9112 6.3). Problem 400
+        where one cannot be sure, 501 for a coding that we do not know (6.1)."""
+        lengths, codings = (self.headers.get_all(name) for name in (
+            "Content-Length", "Transfer-Encoding"))
+        if not lengths and not codings:
+            return 0
+        if not codings:
+            if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+                raise Problem(400, "Content-Length must be one number")
+            return int(lengths[0])
+        if lengths or self.is_old:
+            raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and with no Content-Length")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+        return None
+
+
+# Clients send the same heads again and again; to read one is a good part of a small answer's work.
+parse_head = functools.lru_cache(100)(Head)
+
+
+@functools.lru_cache(100)
+def split_target(target):
+    """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
+    "//host/" is a path here, never a host. Problem 400."""
+    try:
+        url = urlsplit(re.sub("^/{2,}", "/", target.encode("latin-1").decode()))
+    except ValueError:
+        raise Problem(400, "This is no path") from None
+    return unquote(url.path), parse_qs(url.query), url.netloc
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
+
+    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
+    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
+    deadline, so that a slow upload of any size passes.
+    """
+
+    def __init__(self, sock, silence):
+        self.socket, self.silence = sock, silence
+        self.deadline = None    # by time.monotonic(); None between two requests
+
+    def readable(self):
+        return True
+
+    def allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+
+    def rest(self):
+        """No more is awaited; what is sent has the whole `silence` again."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.socket.settimeout(self.silence)
+
+    def readinto(self, buffer):
+        if self.deadline is None:
+            return self.socket.recv_into(buffer)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.socket.settimeout(min(left, self.silence))
+        count = self.socket.recv_into(buffer)
+        self.deadline += count / SLOWEST
+        return count
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One HTTP connection; the requests on it come one after the other."""
+    """One HTTP connection; the requests on it come one after the other.
+
+    Of the standard library's handler it takes the connection's life. It reads heads by itself:
+    that one takes a header for what it may be, and most of its time to do so.
+    """
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"MiniJupyter/{__version__}", ""
     disable_nagle_algorithm = True   # otherwise small answers wait 40 ms for an acknowledgement
     timeout = 75                     # seconds of silence before a kept-alive connection is closed
     wbufsize = 1 << 16               # headers and body leave together
+    request_version = protocol_version   # for send_response, which knows HTTP/0.9 as well
+
+    def setup(self):
+        super().setup()
+        self.hangs_up = False    # True when the last we said is that the connection ends
+        self.is_stranger = True  # until a request shows a token or the cookie
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
+
+    def handle(self):
+        """Serve a connection to its end; a client that vanishes is no error."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def handle_one_request(self):
+        """Answer a request; `close_connection` says that there will be no other."""
+        self.close_connection, self.is_answered, self.exchange = True, False, None
+        self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
+        self.route_name, self.query, self.body = "answer", {}, b""
+        self.is_wanted = True       # False while a client waits for us to ask for the body
+        self.head_bytes = self.read_head()
+        if self.head_bytes:
+            self.answer()
+            self.wfile.flush()
+            if self.is_stranger:
+                self.server.strangers.add(self.connection)
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
-        self.is_answered, self.body, self.route_name = False, None, "answer"
         self.exchange = Exchange(self) if SPECTATORS else None
         try:
-            self.check_headers()
+            self.take_head()
             self.split_path()
             self.route_name, groups = self.find_route()
             if self.admit(self.route_name):
@@ -3604,7 +3826,7 @@ class Handler(BaseHTTPRequestHandler):
                                       problem.strerror or type(problem).__name__))
         except Exception as problem:
             import traceback
-            log(traceback.format_exc())
+            log(self.server.access.without_token(traceback.format_exc().encode()))
             self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
         finally:
             self.report_exchange()
@@ -3613,58 +3835,118 @@ class Handler(BaseHTTPRequestHandler):
         if self.exchange:
             self.exchange.end()
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
-
-    def handle(self):
-        """Serve a connection to its end; a client that vanishes is no error."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            super().handle()
-
     def finish(self):
+        """Leave; a client that still sends a body which nobody reads gets its refusal first."""
         with contextlib.suppress(OSError):
             super().finish()
+            if self.hangs_up:
+                hang_up(self.connection)
 
     # -- the request --
 
-    def check_headers(self):
-        """Problem 400, and the end of the connection, where one cannot be sure how long the body
-        is: another request could hide in it (RFC 9112 5.1, 6.3)."""
-        if self.headers.defects or len(self.headers.get_all("Content-Length", ())) > 1:
-            self.body, self.close_connection = b"", True
-            raise Problem(400, "The headers of the request are malformed")
+    def read_head(self):
+        """The next request line and header section, as far as their limit; what ends them is their
+        empty line, or a line that no head can have. Empty when the client has no more to ask."""
+        ahead = self.rfile.peek(1)
+        end = ahead.find(b"\r\n\r\n") + 4
+        if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
+            return self.rfile.read(end)
+        incoming = self.rfile.raw
+        incoming.allow(HEAD_SECONDS)
+        head = line = self.rfile.readline(MOST_HEAD)
+        if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
+            head = line = self.rfile.readline(MOST_HEAD)
+        while line[-2:] == b"\r\n" and len(line) > 2 and len(head) < MOST_HEAD:
+            line = self.rfile.readline(MOST_HEAD - len(head))
+            head += line
+        incoming.rest()
+        return head
+
+    def take_head(self):
+        """`command`, `path` and `headers` of the head. Problem 414 and 431 when it is too large
+        (RFC 6585 5); after a head that we do not understand the connection ends."""
+        data = self.head_bytes
+        if len(data) >= MOST_HEAD or data.count(b"\n") > MOST_FIELDS + 2:
+            is_line = b"\n" not in data
+            raise Problem(414 if is_line else 431, "The head of the request is too large")
+        head = self.head = parse_head(data)
+        self.command, self.path, self.headers = head.method, head.target, head.headers
+        self.close_connection, self.is_wanted = head.is_last, not head.asks_first
+        self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
-        """`route` and `query` of the request line; "//host/" is a path here, never a host."""
-        try:
-            url = urlsplit(re.sub("^/{2,}", "/", self.path))
-        except ValueError:
-            self.route, self.query = "", {}
-            raise Problem(400, "This is no path") from None
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        """`route` and `query` of the request line."""
+        path, query, self.named_host = split_target(self.path)
+        self.query = dict(query)
         base = self.server.base_url
-        if not f"{self.route}/".startswith(base):
-            raise Problem(404, f"There is nothing at {self.route}; this server is at {base}")
-        self.route = "/" + self.route[len(base):]
+        if not f"{path}/".startswith(base):
+            self.route = ""
+            raise Problem(404, f"There is nothing at {path}; this server is at {base}")
+        self.route = "/" + path[len(base):]
 
     def read_body(self, most):
-        """The body's bytes, at most so many."""
-        length = self.headers.get("Content-Length", "0")
-        is_number = re.fullmatch(r"[0-9]{1,10}", length)
-        if "Transfer-Encoding" in self.headers or not is_number or int(length) > most:
+        """The body's bytes; Problem 413, and the end of the connection, when they are more."""
+        length, self.body = self.head.length, b""    # whatever comes of it, it is read once
+        if length is not None and length > most:
             self.close_connection = True
-            raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
-                          "A body needs a Content-Length, and not too large a one")
-        return self.rfile.read(int(length))
+            raise Problem(413, f"A body may have {most} bytes here")
+        if not self.is_wanted:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.is_wanted = True
+        if length == 0:
+            return b""
+        self.rfile.raw.allow(BODY_SECONDS)
+        body = self.read_chunks(most) if length is None else self.read_exactly(length)
+        self.rfile.raw.rest()
+        return body
+
+    def read_exactly(self, size):
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError("the client ended the connection in the middle of a body")
+        return data
+
+    def read_chunks(self, most):
+        """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
+        trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
+        keeps, self.close_connection = self.close_connection, True
+        body = io.BytesIO()
+        while size := self.chunk_size():
+            if body.tell() + size > most:
+                raise Problem(413, f"A body may have {most} bytes here")
+            body.write(self.read_exactly(size))
+            if self.read_exactly(2) != b"\r\n":
+                raise Problem(400, "A chunk is not as long as it says")
+        for _ in range(MOST_FIELDS):
+            if (line := self.chunk_line()) == "":
+                self.close_connection = keeps
+                return body.getvalue()
+            if not FIELD.fullmatch(line):
+                raise Problem(400, "A trailer of the body is malformed")
+        raise Problem(431, "The body has too many trailers")
+
+    def chunk_size(self):
+        match = CHUNK.fullmatch(self.chunk_line())
+        if not match:
+            raise Problem(400, "This is no size of a chunk")
+        return int(match[1], 16)
+
+    def chunk_line(self):
+        """A line between chunks, without its CRLF."""
+        line = self.rfile.readline(MOST_CHUNK_LINE)
+        if line[-2:] != b"\r\n":
+            raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
+        return line[:-2].decode("latin-1")
 
     def discard_body(self):
         """Read a body that nobody wants, or the next request on this connection would begin in its
-        middle; a large one is not worth it."""
+        middle. A large one, and one that the client has not begun to send, is not worth it."""
         self.body = b""
-        length = self.headers.get("Content-Length", "0")
-        if re.fullmatch(r"[0-9]{1,6}", length) and "Transfer-Encoding" not in self.headers:
-            self.rfile.read(int(length))
-        else:
+        if not self.is_wanted:
             self.close_connection = True
+            return
+        with contextlib.suppress(Problem):
+            self.read_body(MOST_DISCARDED)
 
     def json_body(self):
         """The JSON object in the body; an empty body is an empty object."""
@@ -3701,7 +3983,7 @@ class Handler(BaseHTTPRequestHandler):
     def admit(self, name):
         """True when the request may pass; raises Problem 403 or leads to the login page."""
         access = self.server.access
-        if not access.is_our_host(self.headers.get("Host", "")):
+        if not access.is_our_host(self.named_host or self.headers.get("Host", "")):
             raise Problem(403, "This server does not answer to that Host name")
         if name in OPEN_TO_ALL:
             return True
@@ -3722,6 +4004,9 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def note_activity(self):
+        if self.is_stranger:
+            self.is_stranger = False
+            self.server.strangers.remove(self.connection)
         if "no_track_activity" not in self.query:
             self.server.last_activity = time.time()
 
@@ -3741,22 +4026,31 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, b"", "text/plain",
                   {"Location": address, **({"Set-Cookie": cookie} if cookie else {})})
 
-    def login_page(self, why="Token or password. The terminal that started the server shows its "
-                             "address with the token.", status=200):
+    def form_page(self, status, path, fields, button):
+        """A page with a form of our own. The cookie _xsrf and the field of its name show that the
+        form comes from here: another site can send one as well, with our cookies, but cannot read
+        them. `fields` is HTML."""
         access = self.server.access
         xsrf = access.cookie(self.headers, "_xsrf") or secrets.token_hex(16)
-        page = LOGIN_PAGE.format(
-            action=f"{self.server.base_url}login", why=why, xsrf=html.escape(xsrf),
-            next=html.escape(self.asked("next", "")))
+        page = FORM_PAGE.format(action=f"{self.server.base_url}{path}", fields=fields,
+                                xsrf=html.escape(xsrf), button=button)
         self.send(status, page.encode(), "text/html; charset=utf-8", {
             "Content-Security-Policy": LOGIN_POLICY,
             "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
 
+    def form(self):
+        """The fields of the form in the body: name -> its first value."""
+        return {name: values[0] for name, values in parse_qs(
+            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+
+    def login_page(self, why="Token or password. The terminal that started the server shows its "
+                             "address with the token.", status=200):
+        fields = LOGIN_FIELDS.format(why=why, next=html.escape(self.asked("next", "")))
+        self.form_page(status, "login", fields, "Log in")
+
     def login(self):
         """Exchange the password, or the token, for the cookie."""
-        access = self.server.access
-        form = {name: values[0] for name, values in parse_qs(
-            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+        access, form = self.server.access, self.form()
         self.query.setdefault("next", [form.get("next", "")])
         # Else another site could log its visitor in, to a server that it knows.
         if not access.repeats_xsrf(self.headers, form.get("_xsrf", "")):
@@ -3766,7 +4060,23 @@ class Handler(BaseHTTPRequestHandler):
         self.redirect(access.safe_next(self.asked("next", "")),
                       access.set_cookie(access.cookie_name, access.cookie_value))
 
+    def logout_page(self):
+        """Log out who comes to this page by our own link, or types its address. All others are
+        asked first: a notebook's picture, or a browser that does not say what it loads it for, may
+        name any address of ours, so that a GET must have no effects (RFC 9110 9.2.1)."""
+        purpose = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Dest", "Mode", "Site")]
+        if purpose in (["document", "navigate", "same-origin"], ["document", "navigate", "none"]):
+            return self.end_login()
+        self.form_page(200, "logout", "<p>Log out from this server?</p>", "Log out")
+
     def logout(self):
+        access, form = self.server.access, self.form()
+        if not (access.is_our_page("POST", self.headers, {}) or access.repeats_xsrf(
+                self.headers, form.get("_xsrf", ""))):
+            raise Problem(403, "The request comes from another site")
+        self.end_login()
+
+    def end_login(self):
         access = self.server.access
         self.redirect(f"{self.server.base_url}login", access.set_cookie(access.cookie_name, ""))
 
@@ -3777,16 +4087,20 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answered = True
         if self.body is None:
             self.discard_body()
-        self.send_response(status)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in {"Content-Type": content_type, "Content-Length": str(len(data)),
-                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-                            "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
-                            **dict(headers)}.items():
-            if status != 204 or name != "Content-Length":
-                self.send_header(name, value)
-        self.end_headers()
+        fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
+                  "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                  "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
+                  **dict(headers)}
+        if status == 204:
+            del fields["Content-Length"]       # RFC 9110 8.6
+        self.hangs_up = self.close_connection
+        if self.close_connection or self.head.is_old:
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        self.log_request(status)
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
+                 f"Date: {http_date(int(time.time()))}",
+                 *[f"{name}: {value}" for name, value in fields.items()], "\r\n"]
+        self.wfile.write("\r\n".join(lines).encode("latin-1"))
         if self.command != "HEAD" and status != 204:
             self.wfile.write(data)
 
@@ -3814,8 +4128,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
-        path = getattr(self, "path", "what was no request").partition("?")[0]
-        log(f"{int(code)} {self.command} {path}", "info")
+        if log.level in ("debug", "info"):
+            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
+            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
 
     def log_message(self, format, *values):
         """What the standard library would say of bad requests is answered to them."""
@@ -4119,6 +4434,48 @@ def merge(old, new):
                        for key, value in new.items() if value is not None}}
 
 
+class Strangers:
+    """Connections on which nobody has shown a token yet; the first has been silent longest.
+
+    Their number has a limit: who only connects must not take the descriptors that pages, files and
+    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
+    come again.
+    """
+
+    def __init__(self, most):
+        self.most, self.sockets, self.lock = most, {}, threading.Lock()
+
+    def add(self, sock):
+        """From the connection's thread: it has come, or has got an answer, just now."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+            self.sockets[sock] = True
+        if len(self.sockets) > self.most:
+            self.cut_off()
+
+    def remove(self, sock):
+        """It has shown a token, or it ends."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+
+    def cut_off(self):
+        """End the first: its thread sees the end, and closes it."""
+        with self.lock, contextlib.suppress(OSError, StopIteration):
+            sock = next(iter(self.sockets))
+            del self.sockets[sock]
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def most_strangers():
+    """How many there may be: of the descriptors that this process may open a quarter at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:    # not on Windows, which has no such limit
+        return MOST_STRANGERS
+    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+
+
 class Server(ThreadingHTTPServer):
     """The listening socket and what all connections share."""
 
@@ -4133,6 +4490,7 @@ class Server(ThreadingHTTPServer):
         self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
+        self.strangers = Strangers(most_strangers())
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents, transport)
         self.sessions = Sessions(self.kernels)
@@ -4140,19 +4498,38 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows SO_REUSEADDR would let another program take the port that we listen on, and
+        # with it our users' tokens; elsewhere it only shortens the wait after a server's end.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
+    def get_request(self):
+        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
+        waiting would wake us again and again."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.strangers.cut_off()
+                time.sleep(SHORTAGE_SECONDS)
+            raise    # socketserver waits for the next
+
     def finish_request(self, request, client_address):
         """Serve a connection, in its own thread; the TLS handshake belongs there, too."""
-        if self.tls is None:
-            return super().finish_request(request, client_address)
-        with self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as safe:
-            safe.settimeout(Handler.timeout)
-            safe.do_handshake()
-            super().finish_request(safe, client_address)
+        connection = request if self.tls is None else self.tls.wrap_socket(
+            request, server_side=True, do_handshake_on_connect=False)
+        self.strangers.add(connection)
+        try:
+            if self.tls:
+                connection.settimeout(Handler.timeout)
+                connection.do_handshake()
+            super().finish_request(connection, client_address)
+        finally:
+            self.strangers.remove(connection)
+            connection.close()
 
     @property
     def url(self):
@@ -4176,6 +4553,8 @@ class Server(ThreadingHTTPServer):
 
 FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
 STOP_SECONDS = 15                    # that a server may take to end its kernels
+MOST_ANSWER = 1 << 20                # bytes of an answer; what answers may be anything
+SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that we need of a file
 
 
 def parse_arguments():
@@ -4207,8 +4586,9 @@ def parse_arguments():
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
         parser.error(f"there is no folder {arguments.folder}")
-    if not arguments.token:
-        parser.error("the token must not be empty")
+    arguments.token = arguments.token.strip()
+    if not arguments.token or not arguments.token.isprintable():
+        parser.error("the token must not be empty, and its characters must be printable")
     if arguments.keyfile and not arguments.certfile:
         parser.error("--keyfile needs --certfile")
     if arguments.password and not re.fullmatch("scrypt:[0-9a-f]+:[0-9a-f]+", arguments.password):
@@ -4255,15 +4635,16 @@ def open_server(arguments):
     if password_hash == "":
         password_hash = hash_password(ask_password(twice=True))
     tls, wish = tls_context(arguments.certfile, arguments.keyfile), arguments.port
-    for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+    ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
+    for port in ports if wish is None else [wish]:
         try:
             return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
                           arguments.base_url, tls, arguments.allow_hidden, arguments.transport)
         except (OSError, OverflowError) as problem:
-            if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
+            is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+            if wish is not None or not is_taken or port == 0:
                 reason = getattr(problem, "strerror", None) or problem
                 sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
-    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
 
 
 @contextlib.contextmanager
@@ -4284,28 +4665,43 @@ def announced(server):
 
 
 def call(info, method, path):
-    """The answer of a running server to a request, as JSON; None when there is no answer."""
+    """The answer of a running server to a request, as a JSON object; None when there is none."""
+    import http.client
     import ssl
     import urllib.request
-    request = urllib.request.Request(
-        info["url"] + path, method=method, headers={"Authorization": f"token {info['token']}"})
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE   # it is this machine
     try:
+        request = urllib.request.Request(info["url"] + path, method=method, headers={
+            "Authorization": f"token {info['token']}".encode()})
         with urllib.request.urlopen(request, timeout=5, context=context) as response:
-            return json.load(response)
-    except (OSError, ValueError):
+            answer = json.loads(response.read(MOST_ANSWER))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return None
+    return answer if isinstance(answer, dict) else None
+
+
+def read_server_info(path):
+    """What a server's file says; None when it is no such file: other programs leave theirs here,
+    half of one may be left by a crash, or it belongs to somebody else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            info = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), kind) for name, kind in SERVER_INFO.items()):
+        return None
+    return info if re.match("https?://", info["url"]) else None
 
 
 def running_servers():
     """What the files in the runtime folder say, of those servers that answer."""
-    names = sorted(os.listdir(RUNTIME)) if os.path.isdir(RUNTIME) else ()
-    for name in names:
-        if re.fullmatch(r"jpserver-\d+\.json", name):
-            with open(os.path.join(RUNTIME, name), encoding="utf-8") as file:
-                info = json.load(file)
-            if call(info, "GET", "api"):
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(RUNTIME)):
+            is_ours = re.fullmatch(r"jpserver-\d+\.json", name)
+            info = read_server_info(os.path.join(RUNTIME, name)) if is_ours else None
+            if info and call(info, "GET", "api"):
                 yield info
 
 
