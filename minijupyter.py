@@ -659,6 +659,54 @@ class Recent:
                 self.file = self.timer = None
 
 
+# -- what nbformat's schema forbids: such a notebook can be drawn, and its readers are told --
+
+MEMBERS = {   # of a notebook, cell or output, by type -> those it must have, those it may have
+    "notebook": ("metadata nbformat nbformat_minor cells", ""),
+    "code": ("cell_type metadata source outputs execution_count", "id"),
+    "markdown": ("cell_type metadata source", "id attachments"),
+    "raw": ("cell_type metadata source", "id attachments"),
+    "stream": ("output_type name text", ""), "display_data": ("output_type data metadata", ""),
+    "execute_result": ("output_type data metadata execution_count", ""),
+    "error": ("output_type ename evalue traceback", "")}
+
+
+def told(notebook):
+    """{"message": what is wrong} for a notebook that is not quite valid, else {}."""
+    problem = next(complaints(notebook), None) if notebook else None
+    return {"message": f"Notebook validation failed: {problem}"} if problem else {}
+
+
+def complaints(notebook):
+    """What the schema of its version would say of a notebook that `validate` lets pass."""
+    if notebook.get("nbformat_minor", 0) > ID_MINOR:
+        return   # it may have what we do not know
+    yield from strangers("", notebook, "notebook")
+    spec = notebook["metadata"].get("kernelspec", {"name": "", "display_name": ""})
+    if not isinstance(spec, dict) or not {"name", "display_name"} <= spec.keys():
+        yield "/metadata/kernelspec must have a name and a display_name"
+    for i, cell in enumerate(notebook["cells"]):
+        yield from strangers(f"/cells/{i}", cell, cell["cell_type"])
+        if "id" in cell and notebook.get("nbformat_minor", 0) < ID_MINOR:
+            yield f"/cells/{i}/id is not allowed before nbformat 4.{ID_MINOR}"
+        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", str(cell.get("id", "none"))):
+            yield f"/cells/{i}/id may have 64 letters, digits, - and _"
+        for j, output in enumerate(cell.get("outputs", ())):
+            yield from strangers(f"/cells/{i}/outputs/{j}", output, output["output_type"])
+
+
+def strangers(where, part, kind):
+    """What is said of members that a part lacks or must not have."""
+    if kind not in MEMBERS:
+        yield f"{where} is of an unknown type, {kind!r}"
+        return
+    required, optional = (set(names.split()) for names in MEMBERS[kind])
+    for name in sorted(required - part.keys()):
+        yield f"{where}/{name} is missing"
+    for name in sorted(part.keys() - required - optional):
+        yield f"{where}/{name} is not allowed"
+
+
 # ---- 2. Contents: files and folders below the root --------------------------------------------
 #
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
@@ -818,7 +866,8 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                return {"content": self.recent.read(data).served, "format": "json"}
+                notebook = self.recent.read(data).served
+                return {"content": notebook, "format": "json", **told(notebook)}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -3903,10 +3952,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(400, f"Cannot {action} file or directory {paths[0]!r}")
 
     def kind_of(self, path, wish):
-        """The type of the file that a PUT describes: said by it, or else by its name."""
-        if wish.get("type"):
-            return wish["type"] if wish["type"] in UNTITLED else "file"
-        return "notebook" if path.endswith(".ipynb") else "file"
+        """The type of the file that a PUT describes: said by it, or for a new one by its name.
+        Problem 400 when an existing file would lose its content."""
+        kind = wish.get("type") or ("notebook" if path.endswith(".ipynb") else "file")
+        kind = kind if kind in UNTITLED else "file"   # of types that others have
+        if self.server.contents.look(path)[1] and kind != "directory":
+            for field in ("type", "content"):
+                if wish.get(field) is None:
+                    raise Problem(400, f"No file {field} provided")
+        return kind
 
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
@@ -3923,6 +3977,7 @@ class Handler(BaseHTTPRequestHandler):
                 path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
             self.server.sessions.saved(path)
+            model.update(told(body.get("content")))
         self.send_contents(201 if is_new else 200, model)
 
     def rename_contents(self, path):

@@ -6174,11 +6174,10 @@ class Files(ServerCase):
             with self.subTest(path):
                 self.assertReply(self.server.get(f"/api/contents/{path}"), 404)
                 self.assertReply(self.server.get(f"/files/{path}"), 404)
-                self.assertReply(self.save(path), [400, 404])
-                self.assertReply(self.server.delete(f"/api/contents/{path}"), 404)
-                self.assertReply(self.server.post("/api/contents/", {"copy_from": path}), 404)
-                self.assertReply(self.server.patch("/api/contents/seen.txt", {"path": path}),
-                                 [400, 404])
+                self.assertReply(self.save(path), 400)
+                self.assertReply(self.server.delete(f"/api/contents/{path}"), 400)
+                self.assertReply(self.server.post("/api/contents/", {"copy_from": path}), 400)
+                self.assertReply(self.server.patch("/api/contents/seen.txt", {"path": path}), 400)
         self.assertEqual((self.root / ".secret").read_text(), "SECRET")
 
     def test_a_small_file_is_read_once_until_it_changes(self):
@@ -6904,7 +6903,9 @@ class Kernels(ServerCase):
         cell = frontend.finish(frontend.start(
             "import os; print(os.environ['KERNEL_USERNAME'], os.environ['PATH'] == '/nowhere')"))
         self.assertEqual(cell.text(), "ada False\n")
-        self.assertReply(self.server.post("/api/kernels", {"kernel_id": wish}), 400)
+        again = self.assertReply(self.server.post("/api/kernels", {"kernel_id": wish}), 201)
+        self.assertEqual(again.json["id"], wish)
+        self.assertEqual(len(self.server.get("/api/kernels").json), 1)
         self.assertReply(self.server.post("/api/kernels", {"kernel_id": "../x"}), 400)
 
     def test_an_unknown_kernel_name_is_refused_with_a_message(self):
@@ -8075,7 +8076,10 @@ class KernelSpecs(ServerCase):
         self.assertEqual(set(entry["resources"]), {"logo-64x64", "logo-svg", "kernel.js"})
         for url in entry["resources"].values():
             self.assertEqual(server.get(url).body.decode(), url.rpartition("/")[2])
-        for name in ("..%2f..%2fkernels%2flogos%2fkernel.json", "..", "none"):
+        (path / "more").mkdir()
+        (path / "more" / "deep.js").write_text("deep.js")
+        self.assertEqual(server.get("/kernelspecs/logos/more/deep.js").body, b"deep.js")
+        for name in ("..%2feverywhere%2fkernel.json", "..", "more", "none", "nul%00"):
             self.assertReply(server.get(f"/kernelspecs/logos/{name}"), 404)
         self.assertReply(server.get("/api/kernelspecs/none"), 404)
 
