@@ -8996,6 +8996,317 @@ class JupyterLabServices(ServerCase):
         """)
 
 
+# What the scripts of the next class begin with: `say` prints a result, without ids and times;
+# `watched` notes which members of a manager are used, and `unused` names the others.
+SAYING = """
+const said = value => JSON.stringify(value, (key, each) => {
+  if (each instanceof Error) return `Error ${each.response?.status}`;
+  if (each === undefined) return null;
+  if (/^(created|last_modified|last_activity)$/.test(key)) return 'TIME';
+  if (/^(connections|execution_state|size)$/.test(key)) return typeof each;
+  if (key === 'reason' || key === 'resources') return undefined;
+  if (each && each.constructor === Object)
+    return Object.fromEntries(Object.entries(each).sort());
+  if (typeof each === 'string')
+    return each.replace(/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/g, 'ID')
+      .replaceAll(serverSettings.baseUrl, '/').replaceAll(serverSettings.token, 'TOKEN');
+  return each;
+});
+const say = (what, value) => console.log(`= ${what}: ${said(value)}`);
+const refused = async promise => promise.then(value => ['not refused', value], error => error);
+const used = new Set();
+const watched = object => new Proxy(object, {
+  get(target, name) {
+    used.add(name);
+    const member = target[name];
+    return typeof member === 'function' ? member.bind(target) : member;
+  },
+  set(target, name, value) { used.add(name); target[name] = value; return true; }
+});
+const unused = (...classes) => classes.flatMap(each => Object.getOwnPropertyNames(each.prototype))
+  .filter(name => !used.has(name) && !/^(_|constructor$|request(Running|Specs)$)/.test(name));
+"""
+
+
+@needs("jupyter_server")
+@needs_programs("node", str(NODE / "@jupyterlab" / "services"))
+class JupyterLabServicesSideBySide(Case):
+    """Every method of the managers of @jupyterlab/services, but for those of terminals, events,
+    settings, workspaces and users: what it gives here is what it gives with Jupyter Server."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.specs = tempfile.TemporaryDirectory(prefix="minijupyter-specs-")
+        cls.addClassCleanup(cls.specs.cleanup)
+        install_kernelspec(Path(cls.specs.name), "shared", OURS, interrupt_mode="signal")
+        cls.servers = []
+        for program in (None, jupyter_server):
+            cls.servers.append(Server(env={"JUPYTER_PATH": cls.specs.name}, program=program))
+            cls.addClassCleanup(cls.servers[-1].end)
+        wait_until(lambda: answers(cls.servers[1]))
+
+    def assertAlike(self, text):
+        """The script says the same with both servers; the lines with ours are returned."""
+        outputs = []
+        for server in self.servers:
+            process = Process(["node", "-e", SERVICES % (SAYING + text), "--",
+                               f"http://127.0.0.1:{server.port}/", server.token],
+                              env={**os.environ, "NODE_PATH": str(NODE)})
+            self.addCleanup(process.end)
+            self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
+            outputs.append([line for line in process.lines if line.startswith("= ")])
+        self.assertEqual(*outputs)
+        return outputs[0]
+
+    def test_every_method_of_the_contents_manager_gives_the_same(self):
+        lines = self.assertAlike("""
+          const contents = watched(new services.ContentsManager({serverSettings}));
+          const changes = [];
+          contents.fileChanged.connect((_, change) => changes.push(change));
+          say('names', [contents.localPath('a:b/c'), contents.normalize('a/../b'),
+                        contents.resolvePath('a/b', '../c'), contents.driveName('d:e'),
+                        contents.driveName('e'), contents.defaultDrive.name]);
+          const folder = await contents.newUntitled({type: 'directory'});
+          say('folder', folder);
+          let file = await contents.newUntitled({path: folder.path, type: 'file', ext: '.md'});
+          say('file', file);
+          say('notebook', await contents.newUntitled({path: folder.path, type: 'notebook'}));
+          say('by ending', await contents.newUntitled({path: folder.path, ext: '.ipynb'}));
+          say('saved', await contents.save(file.path,
+            {type: 'file', format: 'text', content: '# ☃'}));
+          say('read', await contents.get(file.path));
+          say('hashed', (await contents.get(file.path, {content: false, hash: true})).hash);
+          file = await contents.rename(file.path, folder.path + '/über 100%.md');
+          say('renamed', file);
+          say('copy', await contents.copy(file.path, folder.path));
+          say('copy elsewhere', await contents.copy(file.path, ''));
+          say('address', await contents.getDownloadUrl(file.path));
+          const listed = await contents.get(folder.path);
+          say('listed', listed.content.map(model => [model.name, model.type]).sort());
+          const checkpoint = await contents.createCheckpoint(file.path);
+          say('checkpoint', [checkpoint, await contents.listCheckpoints(file.path)]);
+          await contents.save(file.path, {type: 'file', format: 'text', content: 'later'});
+          say('restored', await contents.restoreCheckpoint(file.path, checkpoint.id));
+          say('as before', (await contents.get(file.path)).content);
+          say('forgotten', await contents.deleteCheckpoint(file.path, checkpoint.id));
+          say('none left', await contents.listCheckpoints(file.path));
+          await contents.save('target.md', {type: 'file', format: 'text', content: 'old'});
+          say('overwritten', await contents.overwrite(file.path, 'target.md'));
+          say('target', (await contents.get('target.md')).content);
+          const cells = [{id: 'a', cell_type: 'markdown', metadata: {}, source: ['☃\\n', 'x']}];
+          const content = {cells, metadata: {}, nbformat: 4, nbformat_minor: 5};
+          say('notebook saved', await contents.save('n.ipynb',
+            {type: 'notebook', format: 'json', content}));
+          say('notebook read', await contents.get('n.ipynb', {type: 'notebook', content: true}));
+          for (const [what, wish] of Object.entries({
+            missing: () => contents.get('none'), hidden: () => contents.get('.hidden'),
+            'no folder': () => contents.newUntitled({path: 'none'}),
+            'a file': () => contents.newUntitled({path: 'target.md'}),
+            'saved hidden': () => contents.save('.h', {type: 'file', format: 'text', content: ''}),
+            'moved on another': () => contents.rename('target.md', 'n.ipynb'),
+            'moved from nowhere': () => contents.rename('none', 'x'),
+            'moved hidden': () => contents.rename('target.md', '.x'),
+            'copied from nowhere': () => contents.copy('none', ''),
+            'deleted nothing': () => contents.delete('none'),
+            'deleted hidden': () => contents.delete('.x'),
+            'no file': () => contents.get('target.md', {type: 'directory'})}))
+            say(what, await refused(wish()));
+          for (const name of [...listed.content.map(model => model.path), 'target.md', 'n.ipynb',
+                              'über 100%.md', folder.path])
+            if (name !== file.path) await contents.delete(name);
+          say('changes', changes.map(change => [change.type, change.newValue?.path ?? null]));
+          contents.addDrive(new services.Drive({name: 'Other', serverSettings}));
+          say('other drive', await contents.newUntitled({path: 'Other:', type: 'file'}));
+          say('in it', (await contents.get('Other:untitled')).path);
+          await contents.delete('Other:untitled');
+          say('shared', contents.getSharedModelFactory('n.ipynb'));
+          contents.dispose();
+          say('disposed', contents.isDisposed);
+          say('unused', unused(services.ContentsManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_a_drive_gives_the_same(self):
+        lines = self.assertAlike("""
+          const drive = watched(new services.Drive({name: 'D', serverSettings}));
+          const changes = [];
+          drive.fileChanged.connect((_, change) => changes.push(change.type));
+          say('it', [drive.name, drive.isDisposed, drive.serverSettings.token,
+                     drive.sharedModelFactory, drive.contentProviderRegistry !== undefined]);
+          const made = await drive.newUntitled({type: 'file', ext: '.txt'});
+          say('made', made);
+          for (const chunk of [1, 2, -1])
+            say('chunk', (await drive.save('big.txt', {
+              type: 'file', format: 'text', content: 'x'.repeat(9), chunk})).name);
+          say('read', await drive.get('big.txt'));
+          say('renamed', await drive.rename(made.path, 'moved.txt'));
+          say('copied', await drive.copy('moved.txt', ''));
+          say('checkpoint', await drive.createCheckpoint('big.txt'));
+          say('listed', await drive.listCheckpoints('big.txt'));
+          say('restored', await drive.restoreCheckpoint('big.txt', 'checkpoint'));
+          say('forgotten', await drive.deleteCheckpoint('big.txt', 'checkpoint'));
+          say('address', await drive.getDownloadUrl('big.txt'));
+          for (const name of ['big.txt', 'moved.txt', 'moved-Copy1.txt']) await drive.delete(name);
+          say('changes', changes);
+          drive.dispose();
+          say('unused', unused(services.Drive));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_the_managers_of_kernels_and_specs_gives_the_same(self):
+        lines = self.assertAlike("""
+          const specs = watched(new services.KernelSpecManager({serverSettings}));
+          await specs.ready;
+          let news = 0;
+          specs.specsChanged.connect(() => { news += 1; });
+          specs.connectionFailure.connect(() => say('failed'));
+          await specs.refreshSpecs();
+          const {language, display_name, argv, env, metadata, interrupt_mode} =
+            specs.specs.kernelspecs.shared;
+          say('spec', [specs.specs.default, language, display_name, argv, env, metadata,
+                       interrupt_mode, specs.isReady, news]);
+          specs.dispose();
+          const kernels = watched(new services.KernelManager({serverSettings}));
+          await kernels.ready;
+          kernels.runningChanged.connect((_, models) => used.add('heard'));
+          kernels.connectionFailure.connect(() => say('failed'));
+          kernels.kernelInfoTimeout = kernels.kernelInfoTimeout;
+          kernels.commsOverSubshells = kernels.commsOverSubshells;
+          const kernel = await kernels.startNew({name: 'shared'});
+          say('started', [kernel.name, (await kernel.spec).display_name, kernels.isReady]);
+          const other = kernels.connectTo({model: kernel.model});
+          say('other', [(await run(other, '6 * 7')).result, other.id === kernel.id]);
+          await kernels.refreshRunning();
+          say('running', [[...kernels.running()].map(model => model.name), kernels.runningCount]);
+          say('found', (await kernels.findById(kernel.id)).name);
+          say('not found', await kernels.findById('00000000-0000-0000-0000-000000000000'));
+          say('refused', [await refused(kernels.startNew({name: 'cobol'})) instanceof Error]);
+          await kernels.shutdown(kernel.id);
+          say('gone', [...kernels.running()].length);
+          await kernels.startNew({name: 'shared'});
+          await kernels.startNew({name: 'shared'});
+          await kernels.refreshRunning();
+          say('two', kernels.runningCount);
+          await kernels.shutdownAll();
+          say('none', [kernels.runningCount, used.has('heard')]);
+          kernels.dispose();
+          say('unused', unused(services.KernelSpecManager, services.KernelManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_the_session_manager_gives_the_same(self):
+        lines = self.assertAlike("""
+          const kernelManager = new services.KernelManager({serverSettings});
+          const sessions = watched(new services.SessionManager({serverSettings, kernelManager}));
+          await sessions.ready;
+          sessions.runningChanged.connect(() => used.add('heard'));
+          sessions.connectionFailure.connect(() => say('failed'));
+          const wish = path => ({path, name: path, type: 'notebook', kernel: {name: 'shared'}});
+          const session = watched(await sessions.startNew(wish('one.ipynb')));
+          const changes = [];
+          session.propertyChanged.connect((_, name) => changes.push(name));
+          session.kernelChanged.connect(() => changes.push('kernel'));
+          say('model', [sessions.isReady, session.model]);
+          say('result', (await run(session.kernel, '6 * 7')).result);
+          say('again', (await sessions.startNew(wish('one.ipynb'))).id === session.id);
+          await session.setPath('two.ipynb');
+          await session.setName('two');
+          await session.setType('console');
+          say('changed', [session.path, session.name, session.type]);
+          say('by path', (await sessions.findByPath('two.ipynb')).name);
+          say('by id', (await sessions.findById(session.id)).path);
+          say('nowhere', [await sessions.findByPath('none'), await sessions.findById('none')]);
+          const before = session.kernel.id;
+          await session.changeKernel({name: 'shared'});
+          say('new kernel', [session.kernel.id !== before, session.kernel.name]);
+          say('refused', await refused(session.changeKernel({name: 'cobol'})));
+          say('still', (await run(session.kernel, '6 * 7')).result);
+          const third = await kernelManager.startNew({name: 'shared'});
+          await session.changeKernel({id: third.id});
+          say('given', session.kernel.id === third.id);
+          await kernelManager.refreshRunning();
+          say('kernels', kernelManager.runningCount);
+          const other = sessions.connectTo({model: session.model});
+          say('other', other.id === session.id);
+          await sessions.refreshRunning();
+          say('running', [...sessions.running()]);
+          await sessions.startNew(wish('three.ipynb'));
+          await sessions.stopIfNeeded('three.ipynb');
+          await sessions.refreshRunning();
+          say('stopped', [...sessions.running()].map(model => model.path));
+          await session.shutdown();
+          say('ended', [session.isDisposed, [...sessions.running()].length]);
+          const fourth = await sessions.startNew(wish('four.ipynb'));
+          await sessions.shutdown(fourth.id);
+          say('gone already', await refused(sessions.shutdown(fourth.id)));
+          await sessions.startNew(wish('five.ipynb'));
+          await sessions.shutdownAll();
+          await kernelManager.refreshRunning();
+          say('none', [[...sessions.running()].length, kernelManager.runningCount, changes]);
+          sessions.dispose();
+          say('unused', unused(services.SessionManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_config_sections_are_read_and_merged_the_same(self):
+        self.assertAlike("""
+          const manager = new services.ConfigSectionManager({serverSettings});
+          const section = await manager.create({name: 'test'});
+          say('new', section.data);
+          say('updated', await section.update({a: {b: 1, c: 2}, d: [1, null]}));
+          say('merged', await section.update({a: {b: null}, e: {f: null}}));
+          say('again', (await manager.create({name: 'test'})).data);
+          services.ConfigSection._setConfigSectionManager(manager);
+          say('by name', (await services.ConfigSection.create({name: 'test'})).data);
+          const values = new services.ConfigWithDefaults(
+            {section, defaults: {x: 1, y: 2}, className: 'Part'});
+          say('default', [values.get('x'), await values.set('x', 7), values.get('x')]);
+          say('back', [await values.set('x', null), values.get('x')]);
+          await section.load();
+          say('loaded', section.data);
+          say('no section', await refused(manager.create({name: 'a/b'})));
+        """)
+
+    def test_a_kernel_connection_is_answered_the_same(self):
+        self.assertAlike("""
+          const kernels = new services.KernelManager({serverSettings});
+          const kernel = await kernels.startNew({name: 'shared'});
+          say('info', (await kernel.info).language_info.name);
+          say('again', (await kernel.requestKernelInfo()).content.status);
+          say('run', await run(kernel, "print('☃')\\ninput('?')", 'Ada'));
+          say('complete', (await kernel.requestComplete({code: 'impor', cursor_pos: 5})).content);
+          say('inspect', (await kernel.requestInspect(
+            {code: 'nothing', cursor_pos: 3, detail_level: 0})).content);
+          say('whole', (await kernel.requestIsComplete({code: 'if 1:'})).content);
+          say('history', (await kernel.requestHistory(
+            {hist_access_type: 'tail', n: 1, raw: true, output: false})).content.status);
+          say('comms', (await kernel.requestCommInfo({})).content);
+          await run(kernel, 'kept = 1');
+          const clone = kernel.clone();
+          say('clone', (await run(clone, 'kept')).result);
+          clone.dispose();
+          await kernel.reconnect();
+          say('reconnected', (await run(kernel, 'kept')).result);
+          if (kernel.supportsSubshells) {
+            const made = await kernel.requestCreateSubshell({}).done;
+            const listed = await kernel.requestListSubshell({}).done;
+            say('subshells', listed.content.subshell_id.length);
+            await kernel.requestDeleteSubshell({subshell_id: made.content.subshell_id}).done;
+          }
+          const future = kernel.requestExecute({code: "print('ready')\\nwhile True: pass"});
+          let isReady = false;
+          future.onIOPub = message => { isReady ||= message.header.msg_type === 'stream'; };
+          await until(() => isReady);
+          await kernel.interrupt();
+          say('interrupted', (await future.done).content.ename);
+          await kernel.restart();
+          say('restarted', (await run(kernel, 'kept')).reply.ename);
+          await kernel.shutdown();
+          say('ended', kernel.status);
+          say('gone', await refused(kernels.shutdown(kernel.id)));
+        """)
+
+
 class Gateway(ServerCase):
     """Jupyter Server, and clients that use ours as the gateway to its kernels."""
 
