@@ -101,7 +101,8 @@ def iso(seconds):
     """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds. What no
     calendar has (a file may claim any time) is the beginning of 1970."""
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        moment = datetime.fromtimestamp(seconds, timezone.utc)
+        return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError, OSError):
         return iso(0)
 
@@ -1029,17 +1030,22 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`."""
+        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`. A `folder`
+        that does not exist in one that does is the name of the copy."""
         absolute = self.existing(source)
         if os.path.isdir(absolute):
             raise Problem(400, f"{source} is a folder")
-        if not os.path.isdir(self.existing(folder)):
-            raise Problem(400, f"{folder} is not a folder")
+        is_name = self.look(folder)[1] is None
+        into = folder.strip("/").rpartition("/")[0] if is_name else folder
+        if not os.path.isdir(self.existing(into)):
+            raise Problem(400, f"{into} is not a folder")
         # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
         name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
         stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
         with self.lock:
-            path = self.free_name(folder, stem, dot + extension, "-Copy", 0)
+            path = folder if is_name else self.free_name(folder, stem, dot + extension, "-Copy", 0)
+            if os.path.lexists(self.resolve(path)):   # since we looked, or a link to nowhere
+                raise Problem(409, f"{path} exists already")
             write_atomically(self.resolve(path), self.read(absolute))
         return self.model(path, self.resolve(path))
 
@@ -1151,6 +1157,7 @@ JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
+MOST_TEXT = 1 << 14           # characters of a word for a process: Linux takes 128 KB of each
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 <rect width="64" height="64" rx="12" fill="#306998"/>
@@ -1255,13 +1262,16 @@ def find_spec(name):
 
 def is_plain_text(value):
     """True for a string that a process can be given: no NUL, no half of a surrogate pair."""
-    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+    return (isinstance(value, str) and len(value) <= MOST_TEXT
+            and not re.search("[\0\ud800-\udfff]", value))
 
 
 def check_environment(variables):
     """Raise ValueError unless this is {name: value} as a process can be given it."""
     if not isinstance(variables, dict):
         raise ValueError("env must be an object")
+    if sum(len(str(value)) for value in variables.values()) > MOST_TEXT:
+        raise ValueError("env is too large")
     for name, value in variables.items():
         if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
             raise ValueError(f"env cannot give {name!r} the value {value!r}")
@@ -2301,9 +2311,12 @@ class Sessions:
                 session["kernel"].forget()
 
     def delete(self, id):
-        session = self.get(id)
-        self.kernels.shutdown(session["kernel"].id)
-        self.all.pop(id, None)
+        """End a session and its kernel."""
+        with self.lock:
+            session = self.get(id)
+            del self.all[id]
+        with contextlib.suppress(Problem):   # somebody else has just shut it down
+            self.kernels.shutdown(session["kernel"].id)
 
 
 # ---- 6. WebSocket: RFC 6455 -------------------------------------------------------------------
@@ -3499,7 +3512,7 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
 OPEN_TO_ALL = {"version", "frame", "login_page", "login", "logout", "options"}   # need no token
 PAGES = {"home", "page", "view"}      # handlers whose refusal leads to the login, not to JSON
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
-NO_ACTIVITY = {"version", "status", "resolve_path"}
+NO_ACTIVITY = {"status", "resolve_path"}
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
@@ -4050,7 +4063,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in [item for part in parts if isinstance(part, dict)
                             for item in part.items()]:
             if name in TEXT_FIELDS and value is not None and not is_plain_text(value):
-                raise Problem(400, f"{name} holds a character that no name can have")
+                raise Problem(400, f"{name} is too long, or has a character that no name has")
             if name == "env" and value is not None:
                 self.check_variables(value)
         return body

@@ -5885,8 +5885,9 @@ class Contents(ServerCase):
         self.assertNotIn("Location", asked.headers)
         made = self.server.post(f"{path}/checkpoints")
         self.assertEqual(made.headers["Location"], f"{path}/checkpoints/checkpoint")
-        os.utime(self.root / "ü.txt", (1 << 33, 1 << 40))   # a time that no calendar has
-        self.assertEqual(self.server.get(path).status, 200)
+        for time_ in (1 << 40, -(1 << 40), -50_000_000_000):   # the last: in the year 385
+            os.utime(self.root / "ü.txt", (1 << 33, time_))
+            self.assertRegex(self.server.get(path).json["last_modified"], r"^\d{4}-\d\d-\d\dT")
 
     def test_a_type_that_is_not_said_is_that_of_the_name(self):
         for path, body, kind in (
@@ -6369,11 +6370,22 @@ class Files(ServerCase):
                     self.assertEqual(reply.headers["Location"], f"/api/contents/{folder}/{copy}")
                     self.assertEqual((self.root / folder / copy).read_text(), name)
 
+    def test_a_copy_may_be_given_its_name(self):
+        (self.root / "pattern.txt").write_text("pattern")
+        reply = self.assertReply(self.server.post("/api/contents/named.md",
+                                                  {"copy_from": "pattern.txt"}), 201)
+        self.assertEqual(reply.json["path"], "named.md")
+        self.assertEqual((self.root / "named.md").read_text(), "pattern")
+        (self.root / "to nowhere").symlink_to("nowhere")
+        self.assertReply(self.server.post("/api/contents/to%20nowhere",
+                                          {"copy_from": "pattern.txt"}), 409)
+        self.assertFalse((self.root / "nowhere").exists())
+
     def test_what_cannot_be_copied_is_refused(self):
         (self.root / "file to copy").write_text("")
         (self.root / "folder to copy").mkdir()
         for source, folder, status in (("folder to copy", "", 400), ("missing", "", 404),
-                                       ("file to copy", "missing", 404),
+                                       ("file to copy", "missing/x", 404),
                                        ("file to copy", "file to copy", 400)):
             with self.subTest(source, folder=folder):
                 self.assertReply(self.server.post(f"/api/contents/{quote(folder)}",
@@ -7204,17 +7216,18 @@ class Sessions(ServerCase):
         processes = lambda: set(children(self.server.process.pid))  # noqa: E731
         before, kernels = processes(), self.server.get("/api/kernels").json
         session = {"path": "x.ipynb", "type": "notebook"}
-        bad = ("nul\0", "half \ud800", "\udfff")
+        bad = ("nul\0", "half \ud800", "\udfff", "long" * 50_000)
         texts = [{field: text} for text in bad for field in ("path", "name", "kernel_id")]
         envs = [{"env": env} for env in (
             [], "x", 7, {"KERNEL_A": 1}, {"KERNEL_A": None}, {"KERNEL_=": "x"}, {"": "x"},
-            {"KERNEL_A\0": "x"}, {"KERNEL_A": "\0"}, {"KERNEL_A": "\ud800"}, {"A=B": "x"})]
+            {"KERNEL_A\0": "x"}, {"KERNEL_A": "\0"}, {"KERNEL_A": "\ud800"}, {"A=B": "x"},
+            {"KERNEL_A": "x" * 200_000}, {f"KERNEL_{i}": "x" * 9_000 for i in range(400)})]
         sessions = [{**session, **wish} for text in bad for wish in (
             {"path": text}, {"name": text}, {"kernel": {"id": text}}, {"kernel": {"name": text}},
             {"notebook": {"path": text}})] + [{**session, **wish} for wish in envs]
         for path, bodies in (("/api/kernels", texts + envs), ("/api/sessions", sessions)):
             for body in bodies:
-                with self.subTest(path, body=body):
+                with self.subTest(path, body=str(body)[:99]):
                     self.assertReply(self.server.post(path, body), 400)
         self.assertEqual(self.server.get("/api/kernels").json, kernels)
         self.assertEqual(processes(), before)
@@ -7336,6 +7349,8 @@ REQUESTS = [   # method, path, body, why our answer is another one; $K and $S: t
     ("POST", "/api/contents/.hid", {}, ""),
     ("POST", "/api/contents", {"copy_from": "a.txt"}, ""),
     ("POST", "/api/contents/dir", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents/as.txt", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents", {"copy_from": "dir"}, "a folder is copied file by file"),
     ("POST", "/api/contents", {"copy_from": "none"}, ""),
     ("POST", "/api/contents", {"copy_from": ".hidden"}, ""),
     ("POST", "/api/contents/a.txt", {"copy_from": "a.ipynb"}, ""),
@@ -7397,6 +7412,7 @@ REQUESTS = [   # method, path, body, why our answer is another one; $K and $S: t
     ("POST", "/api/contents/a.ipynb/checkpoints/none", None, CRASH),
     ("DELETE", "/api/contents/a.ipynb/checkpoints/none", None, ""),
     ("DELETE", "/api/contents/a.ipynb/checkpoints/checkpoint", None, ""),
+    ("POST", "/api/contents/a.ipynb/trust", None, "no notebook is trusted, whoever says so"),
     ("POST", "/api/contents/none/checkpoints", None, CRASH),
     ("POST", "/api/contents/dir/checkpoints", None, CRASH),
     ("GET", "/api/contents/.hidden/checkpoints", None, "a hidden file is not there"),
