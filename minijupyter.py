@@ -672,7 +672,7 @@ MEMBERS = {   # of a notebook, cell or output, by type -> those it must have, th
     "error": ("output_type ename evalue traceback", "")}
 
 
-def told(notebook):
+def validation_message(notebook):
     """{"message": what is wrong} for a notebook that is not quite valid, else {}."""
     problem = next(complaints(notebook), None) if notebook else None
     return {"message": f"Notebook validation failed: {problem}"} if problem else {}
@@ -868,7 +868,7 @@ class Contents:
         if kind == "notebook":
             try:
                 notebook = self.recent.read(data).served
-                return {"content": notebook, "format": "json", **told(notebook)}
+                return {"content": notebook, "format": "json", **validation_message(notebook)}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -1157,7 +1157,6 @@ JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
-MOST_TEXT = 1 << 14           # characters of a word for a process: Linux takes 128 KB of each
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 <rect width="64" height="64" rx="12" fill="#306998"/>
@@ -1260,21 +1259,20 @@ def find_spec(name):
     raise problem
 
 
-def is_plain_text(value):
-    """True for a string that a process can be given: no NUL, no half of a surrogate pair."""
-    return (isinstance(value, str) and len(value) <= MOST_TEXT
-            and not re.search("[\0\ud800-\udfff]", value))
+def is_plain_text(value, most=100_000):
+    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
+    each), no NUL, no half of a surrogate pair."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+            and len(value.encode()) <= most)
 
 
 def check_environment(variables):
     """Raise ValueError unless this is {name: value} as a process can be given it."""
     if not isinstance(variables, dict):
         raise ValueError("env must be an object")
-    if sum(len(str(value)) for value in variables.values()) > MOST_TEXT:
-        raise ValueError("env is too large")
     for name, value in variables.items():
         if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
-            raise ValueError(f"env cannot give {name!r} the value {value!r}")
+            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
 
 
 def fill_in(argv, values):
@@ -2269,9 +2267,9 @@ class Sessions:
         if wish.get("id") in self.kernels.all:
             return self.kernels.get(wish["id"])
         return self.kernels.start(wish.get("name"), path, wish.get("id"),
-                                  session_name=self.told_name(path, name))
+                                  session_name=self.session_name(path, name))
 
-    def told_name(self, path, name):
+    def session_name(self, path, name):
         """What a kernel is told of its notebook: the absolute path of a document that has a name,
         else the session's path, as Jupyter Server has it."""
         return os.path.join(self.kernels.folder_of(path), name) if name else path
@@ -2289,8 +2287,8 @@ class Sessions:
             if kernel_wish.get("id") or kernel_wish.get("name"):
                 new["kernel"] = self.kernel_for(kernel_wish, new["path"], new["name"])
             session.update(new)
-            # It is told when it is started again.
-            session["kernel"].path = self.told_name(session["path"], session["name"])
+            # Its process is told when it is started again.
+            session["kernel"].path = self.session_name(session["path"], session["name"])
             is_used = any(s["kernel"] is old for s in list(self.all.values()))
         if not is_used and old.id in self.kernels.all:
             self.kernels.shutdown(old.id)
@@ -2302,7 +2300,7 @@ class Sessions:
             if session["path"] == old or session["path"].startswith(f"{old}/"):
                 session["path"] = new + session["path"][len(old):]
                 session["name"] = session["path"].rpartition("/")[2]
-                session["kernel"].path = self.told_name(session["path"], session["name"])
+                session["kernel"].path = self.session_name(session["path"], session["name"])
 
     def saved(self, path):
         """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
@@ -3516,6 +3514,8 @@ NO_ACTIVITY = {"status", "resolve_path"}
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
+MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
+MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -3957,8 +3957,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_contents(201, model)
 
     def refuse_hidden(self, action, *paths):
-        """Problem 400 for a hidden path: whoever changes one learns no more than whoever reads one,
-        who gets a 404, but Jupyter's clients expect another status."""
+        """Problem 400 when one of the paths is hidden. A GET of it is a 404, as in Jupyter."""
         names = [name for path in paths for name in path.split("/")]
         is_hidden = any(name.startswith(".") and name not in (".", "..") for name in names)
         if is_hidden and not self.server.contents.allow_hidden:
@@ -3990,7 +3989,7 @@ class Handler(BaseHTTPRequestHandler):
                 path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
             self.server.sessions.saved(path)
-            model.update(told(body.get("content")))
+            model.update(validation_message(body.get("content")))
         self.send_contents(201 if is_new else 200, model)
 
     def rename_contents(self, path):
@@ -4062,15 +4061,19 @@ class Handler(BaseHTTPRequestHandler):
         parts = (body, body.get("kernel"), body.get("notebook"))
         for name, value in [item for part in parts if isinstance(part, dict)
                             for item in part.items()]:
-            if name in TEXT_FIELDS and value is not None and not is_plain_text(value):
+            if name in TEXT_FIELDS and value is not None and not is_plain_text(
+                    value, MOST_NAME):
                 raise Problem(400, f"{name} is too long, or has a character that no name has")
             if name == "env" and value is not None:
                 self.check_variables(value)
         return body
 
     def check_variables(self, env):
+        """Problem 400 unless a process can be given a client's `env`."""
         try:
             check_environment(env)
+            if sum(map(len, env.values())) > MOST_VARIABLES:
+                raise ValueError("env is too large")
         except ValueError as problem:
             raise Problem(400, str(problem)) from None
 
