@@ -1030,11 +1030,9 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`. A `folder`
-        that does not exist in one that does is the name of the copy."""
+        """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
+        `folder` that does not exist in one that does is the name of the copy."""
         absolute = self.existing(source)
-        if os.path.isdir(absolute):
-            raise Problem(400, f"{source} is a folder")
         is_name = self.look(folder)[1] is None
         into = folder.strip("/").rpartition("/")[0] if is_name else folder
         if not os.path.isdir(self.existing(into)):
@@ -1042,12 +1040,38 @@ class Contents:
         # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
         name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
         stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
-        with self.lock:
+        with self.copied_folder(source, self.existing(into)) as copied, self.lock:
             path = folder if is_name else self.free_name(folder, stem, dot + extension, "-Copy", 0)
-            if os.path.lexists(self.resolve(path)):   # since we looked, or a link to nowhere
+            target = self.resolve(path)
+            if os.path.lexists(target):   # since we looked, or a link to nowhere
                 raise Problem(409, f"{path} exists already")
-            write_atomically(self.resolve(path), self.read(absolute))
-        return self.model(path, self.resolve(path))
+            if copied:
+                os.rename(copied, target)
+            else:
+                write_atomically(target, self.read(absolute))
+        return self.model(path, target)
+
+    @contextlib.contextmanager
+    def copied_folder(self, source, into):
+        """The path of a hidden copy of a folder in another one, until it gets its name; None for a
+        file. Links stay links: what they lead to is not read."""
+        absolute = self.existing(source)
+        if not os.path.isdir(absolute):
+            yield None
+            return
+        real = os.path.realpath(absolute)
+        if is_within(os.path.realpath(into), real):
+            raise Problem(400, f"{source} cannot be copied into itself")
+        if any(is_within(folder, real) for folder in self.private):
+            raise Problem(403, f"{source} holds what this server needs")
+        copied = tempfile.mkdtemp(prefix=".", suffix=".copying", dir=into)
+        try:
+            shutil.copytree(real, copied, symlinks=True, ignore=odd_files, dirs_exist_ok=True)
+            yield copied
+        except shutil.Error:
+            raise Problem(403, f"Not all of {source} could be copied") from None
+        finally:
+            shutil.rmtree(copied, ignore_errors=True)   # after a success it is there no more
 
     def rename(self, path, new_path):
         """Move a file or folder; never over another one."""
@@ -1096,6 +1120,13 @@ def model_json(model):
     start = to_json({key: value for key, value in model.items() if key != "content"})
     return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
                      b"]}}"])
+
+
+def odd_files(folder, names):
+    """Those of the names that are no files, folders or links: pipes and the like."""
+    modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+    return [name for name, mode in modes.items()
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))]
 
 
 def is_within(real, root):
@@ -4061,11 +4092,11 @@ class Handler(BaseHTTPRequestHandler):
         parts = (body, body.get("kernel"), body.get("notebook"))
         for name, value in [item for part in parts if isinstance(part, dict)
                             for item in part.items()]:
-            if name in TEXT_FIELDS and value is not None and not is_plain_text(
-                    value, MOST_NAME):
-                raise Problem(400, f"{name} is too long, or has a character that no name has")
             if name == "env" and value is not None:
                 self.check_variables(value)
+            is_text = name in TEXT_FIELDS and value is not None
+            if is_text and not is_plain_text(value, MOST_NAME):
+                raise Problem(400, f"{name} is too long, or has a character that no name has")
         return body
 
     def check_variables(self, env):

@@ -6381,10 +6381,31 @@ class Files(ServerCase):
                                           {"copy_from": "pattern.txt"}), 409)
         self.assertFalse((self.root / "nowhere").exists())
 
+    def test_a_folder_is_copied_whole_or_not_at_all(self):
+        folder = self.root / "whole"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "x.txt").write_text("x")
+        (folder / "link").symlink_to("/etc/passwd")
+        os.mkfifo(folder / "pipe")
+        copy = lambda: self.server.post("/api/contents", {"copy_from": "whole"})  # noqa: E731
+        self.assertEqual(self.assertReply(copy(), 201).json["path"], "whole-Copy1")
+        made = self.root / "whole-Copy1"
+        self.assertEqual({path.name for path in made.rglob("*")}, {"deep", "x.txt", "link"})
+        self.assertTrue((made / "link").is_symlink())
+        self.assertReply(self.server.get("/api/contents/whole-Copy1/link"), 404)
+        self.assertEqual(self.assertReply(copy(), 201).json["path"], "whole-Copy2")
+        if os.geteuid():   # nothing is forbidden to root
+            (folder / "deep").chmod(0)
+            self.addCleanup((folder / "deep").chmod, 0o700)
+            self.assertReply(copy(), 403)
+            self.assertFalse((self.root / "whole-Copy3").exists())
+        self.assertEqual(list(self.root.glob(".*.copying")), [])
+
     def test_what_cannot_be_copied_is_refused(self):
         (self.root / "file to copy").write_text("")
         (self.root / "folder to copy").mkdir()
-        for source, folder, status in (("folder to copy", "", 400), ("missing", "", 404),
+        for source, folder, status in (("folder to copy", "folder to copy", 400),
+                                       ("/", "folder to copy", 400), ("missing", "", 404),
                                        ("file to copy", "missing/x", 404),
                                        ("file to copy", "file to copy", 400)):
             with self.subTest(source, folder=folder):
@@ -7350,7 +7371,12 @@ REQUESTS = [   # method, path, body, why our answer is another one; $K and $S: t
     ("POST", "/api/contents", {"copy_from": "a.txt"}, ""),
     ("POST", "/api/contents/dir", {"copy_from": "a.txt"}, ""),
     ("POST", "/api/contents/as.txt", {"copy_from": "a.txt"}, ""),
-    ("POST", "/api/contents", {"copy_from": "dir"}, "a folder is copied file by file"),
+    ("POST", "/api/contents", {"copy_from": "dir"}, ""),
+    ("POST", "/api/contents/empty", {"copy_from": "dir"}, ""),
+    ("DELETE", "/api/contents/empty/dir/in.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir/a.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir/untitled.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir", None, ""),
     ("POST", "/api/contents", {"copy_from": "none"}, ""),
     ("POST", "/api/contents", {"copy_from": ".hidden"}, ""),
     ("POST", "/api/contents/a.txt", {"copy_from": "a.ipynb"}, ""),
