@@ -73,6 +73,7 @@ import time
 import uuid
 import zlib
 from datetime import datetime, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -94,15 +95,23 @@ class Problem(Exception):
     def __init__(self, status, message, reason=None):
         super().__init__(message)
         self.status, self.message, self.reason = status, message, reason
+        self.more = {}   # further members of the answer
 
 
 def iso(seconds):
     """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds. What no
     calendar has (a file may claim any time) is the beginning of 1970."""
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        moment = datetime.fromtimestamp(seconds, timezone.utc)
+        return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError, OSError):
         return iso(0)
+
+
+def http_date(written):
+    """A time as headers write it (RFC 9110 5.6.7), from one as `iso` writes it."""
+    moment = datetime.fromisoformat(written.removesuffix("Z")).replace(tzinfo=timezone.utc)
+    return format_datetime(moment, usegmt=True)
 
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -655,6 +664,54 @@ class Recent:
                 self.file = self.timer = None
 
 
+# -- what nbformat's schema forbids: such a notebook can be drawn, and its readers are told --
+
+MEMBERS = {   # of a notebook, cell or output, by type -> those it must have, those it may have
+    "notebook": ("metadata nbformat nbformat_minor cells", ""),
+    "code": ("cell_type metadata source outputs execution_count", "id"),
+    "markdown": ("cell_type metadata source", "id attachments"),
+    "raw": ("cell_type metadata source", "id attachments"),
+    "stream": ("output_type name text", ""), "display_data": ("output_type data metadata", ""),
+    "execute_result": ("output_type data metadata execution_count", ""),
+    "error": ("output_type ename evalue traceback", "")}
+
+
+def validation_message(notebook):
+    """{"message": what is wrong} for a notebook that is not quite valid, else {}."""
+    problem = next(complaints(notebook), None) if notebook else None
+    return {"message": f"Notebook validation failed: {problem}"} if problem else {}
+
+
+def complaints(notebook):
+    """What the schema of its version would say of a notebook that `validate` lets pass."""
+    if notebook.get("nbformat_minor", 0) > ID_MINOR:
+        return   # it may have what we do not know
+    yield from strangers("", notebook, "notebook")
+    spec = notebook["metadata"].get("kernelspec", {"name": "", "display_name": ""})
+    if not isinstance(spec, dict) or not {"name", "display_name"} <= spec.keys():
+        yield "/metadata/kernelspec must have a name and a display_name"
+    for i, cell in enumerate(notebook["cells"]):
+        yield from strangers(f"/cells/{i}", cell, cell["cell_type"])
+        if "id" in cell and notebook.get("nbformat_minor", 0) < ID_MINOR:
+            yield f"/cells/{i}/id is not allowed before nbformat 4.{ID_MINOR}"
+        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", str(cell.get("id", "none"))):
+            yield f"/cells/{i}/id may have 64 letters, digits, - and _"
+        for j, output in enumerate(cell.get("outputs", ())):
+            yield from strangers(f"/cells/{i}/outputs/{j}", output, output["output_type"])
+
+
+def strangers(where, part, kind):
+    """What is said of members that a part lacks or must not have."""
+    if kind not in MEMBERS:
+        yield f"{where} is of an unknown type, {kind!r}"
+        return
+    required, optional = (set(names.split()) for names in MEMBERS[kind])
+    for name in sorted(required - part.keys()):
+        yield f"{where}/{name} is missing"
+    for name in sorted(part.keys() - required - optional):
+        yield f"{where}/{name} is not allowed"
+
+
 # ---- 2. Contents: files and folders below the root --------------------------------------------
 #
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
@@ -814,7 +871,8 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                return {"content": self.recent.read(data).served, "format": "json"}
+                notebook = self.recent.read(data).served
+                return {"content": notebook, "format": "json", **validation_message(notebook)}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -976,19 +1034,48 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`."""
+        """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
+        `folder` that does not exist in one that does is the name of the copy."""
         absolute = self.existing(source)
-        if os.path.isdir(absolute):
-            raise Problem(400, f"{source} is a folder")
-        if not os.path.isdir(self.existing(folder)):
-            raise Problem(400, f"{folder} is not a folder")
+        is_name = self.look(folder)[1] is None
+        into = folder.strip("/").rpartition("/")[0] if is_name else folder
+        if not os.path.isdir(self.existing(into)):
+            raise Problem(400, f"{into} is not a folder")
         # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
         name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
         stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
-        with self.lock:
-            path = self.free_name(folder, stem, dot + extension, "-Copy", 0)
-            write_atomically(self.resolve(path), self.read(absolute))
-        return self.model(path, self.resolve(path))
+        with self.copied_folder(source, self.existing(into)) as copied, self.lock:
+            path = folder if is_name else self.free_name(folder, stem, dot + extension, "-Copy", 0)
+            target = self.resolve(path)
+            if os.path.lexists(target):   # since we looked, or a link to nowhere
+                raise Problem(409, f"{path} exists already")
+            if copied:
+                os.rename(copied, target)
+            else:
+                write_atomically(target, self.read(absolute))
+        return self.model(path, target)
+
+    @contextlib.contextmanager
+    def copied_folder(self, source, into):
+        """The path of a hidden copy of a folder in another one, until it gets its name; None for a
+        file. Links stay links: what they lead to is not read."""
+        absolute = self.existing(source)
+        if not os.path.isdir(absolute):
+            yield None
+            return
+        real = os.path.realpath(absolute)
+        if is_within(os.path.realpath(into), real):
+            raise Problem(400, f"{source} cannot be copied into itself")
+        if any(is_within(folder, real) for folder in self.private):
+            raise Problem(403, f"{source} holds what this server needs")
+        copied = tempfile.mkdtemp(prefix=".", suffix=".copying", dir=into)
+        try:
+            shutil.copytree(real, copied, symlinks=True, ignore=odd_files, dirs_exist_ok=True)
+            yield copied
+        except shutil.Error:
+            raise Problem(403, f"Not all of {source} could be copied") from None
+        finally:
+            shutil.rmtree(copied, ignore_errors=True)   # after a success it is there no more
 
     def rename(self, path, new_path):
         """Move a file or folder; never over another one."""
@@ -1037,6 +1124,13 @@ def model_json(model):
     start = to_json({key: value for key, value in model.items() if key != "content"})
     return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
                      b"]}}"])
+
+
+def odd_files(folder, names):
+    """Those of the names that are no files, folders or links: pipes and the like."""
+    modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+    return [name for name, mode in modes.items()
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))]
 
 
 def is_within(real, root):
@@ -1100,6 +1194,11 @@ SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
+LOGO_FILE = "logo-svg.svg"    # of our own kernel
+LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="12" fill="#306998"/>
+<path d="M12 18l14 14-14 14" fill="none" stroke="#ffd43b" stroke-width="7"/>
+<path d="M32 47h20" stroke="#fff" stroke-width="7"/></svg>"""
 SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
     "argv": (list, None), "display_name": (str, ""), "language": (str, ""), "env": (dict, {}),
     "interrupt_mode": (str, "signal"), "metadata": (dict, {}), "kernel_protocol_version": (str, "")}
@@ -1177,14 +1276,40 @@ def complete_spec(found):
     for name, (kind, _) in SPEC_FIELDS.items():
         if not isinstance(spec[name], kind):
             raise ValueError(f"{name} must be of type {kind.__name__}")
-    words = [*spec["argv"], *spec["env"].values()]
-    if not spec["argv"] or not all(isinstance(word, str) for word in words):
-        raise ValueError("argv must be a list of words, and env must name some")
+    if not spec["argv"] or not all(map(is_plain_text, spec["argv"])):
+        raise ValueError("argv must be a list of words")
+    check_environment(spec["env"])
     spec["interrupt_mode"] = spec["interrupt_mode"].lower()
     if spec["interrupt_mode"] not in ("signal", "message"):
         raise ValueError("interrupt_mode must be signal or message")
     provisioner = spec["metadata"].get("kernel_provisioner", {})
     return spec if provisioner.get("provisioner_name", LOCAL) == LOCAL else None
+
+
+def find_spec(name):
+    """(spec, folder) of the kernel of this name, in capitals or not. Raises Problem 501."""
+    specs = find_specs()
+    if name.lower() in specs:
+        return specs[name.lower()]
+    problem = Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
+    problem.more = {"short_message": f"{name} not found"}   # what Notebook shows as a title
+    raise problem
+
+
+def is_plain_text(value, most=100_000):
+    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
+    each), no NUL, no half of a surrogate pair."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+            and len(value.encode()) <= most)
+
+
+def check_environment(variables):
+    """Raise ValueError unless this is {name: value} as a process can be given it."""
+    if not isinstance(variables, dict):
+        raise ValueError("env must be an object")
+    for name, value in variables.items():
+        if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
+            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
 
 
 def fill_in(argv, values):
@@ -2271,18 +2396,17 @@ class Kernels:
         self.contents, self.transport = contents, transport   # "tcp", or None: local where it can
         self.all = {}   # id -> KernelProcess
 
-    def start(self, name=None, path="", id=None, env=None):
-        """Start the kernel called `name` in the folder of `path`. Raises Problem."""
+    def start(self, name=None, path="", id=None, env=None, session_name=""):
+        """Start the kernel called `name` in the folder of `path`. `session_name` is what the kernel
+        is told of its notebook (JPY_SESSION_NAME). Raises Problem."""
         name = name or DEFAULT_KERNEL
-        specs = find_specs()
-        if name not in specs:
-            raise Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
+        found = find_spec(name)
         if id is not None and (not re.fullmatch(ID, id) or id in self.all):
             raise Problem(400, f"{id} is no UUID, or the id of another kernel")
         # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
-        new = KernelProcess(name, *specs[name], cwd=self.folder_of(path), path=path, id=id, env=env,
+        new = KernelProcess(name, *found, cwd=self.folder_of(path), path=session_name, id=id, env=env,
                             transport=self.transport)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
@@ -2365,43 +2489,56 @@ class Sessions:
     def get(self, id):
         session = self.all.get(id)
         if session is None or session["kernel"].id not in self.kernels.all:
-            raise Problem(404, f"Session does not exist: {id}")
+            raise Problem(404, f"Session not found: {id}")
         return session
 
     def create(self, wish):
         """A session for `wish["path"]`: the one it has, or a new one with its kernel."""
-        path, kind = wish.get("path"), wish.get("type")
-        if not isinstance(path, str) or not isinstance(kind, str):
-            raise Problem(400, "A session needs a path and a type")
+        for field in ("path", "type"):
+            if not isinstance(wish.get(field), str):
+                raise Problem(400, f"Missing field in JSON data: {field}")
+        path, name = wish["path"], wish.get("name")
         with self.lock:
             self.all = {session["id"]: session for session in self.alive()}
             for session in self.all.values():
                 if session["path"] == path:
                     return session
-            kernel = self.kernel_for(wish.get("kernel") or {}, path)
-            name = wish.get("name") or path.rpartition("/")[2]
-            session = {"id": str(uuid.uuid4()), "path": path, "name": name, "type": kind,
-                       "kernel": kernel}
+            kernel = self.kernel_for(wish.get("kernel") or {}, path, name)
+            session = {"id": str(uuid.uuid4()), "path": path, "type": wish["type"],
+                       "name": name or path.rpartition("/")[2], "kernel": kernel}
             self.all[session["id"]] = session
             return session
 
-    def kernel_for(self, wish, path):
+    def kernel_for(self, wish, path, name):
+        """The kernel of the wished `id`, or a new one with that id and the wished name."""
         if wish.get("id") in self.kernels.all:
             return self.kernels.get(wish["id"])
-        return self.kernels.start(wish.get("name"), path, wish.get("id"))
+        return self.kernels.start(wish.get("name"), path, wish.get("id"),
+                                  session_name=self.session_name(path, name))
+
+    def session_name(self, path, name):
+        """What a kernel is told of its notebook: the absolute path of a document that has a name,
+        else the session's path, as Jupyter Server has it."""
+        return os.path.join(self.kernels.folder_of(path), name) if name else path
 
     def change(self, id, wish):
-        """Change path, name, type or kernel; a kernel that is replaced is shut down."""
-        session, kernel_id = self.get(id), (wish.get("kernel") or {}).get("id")
-        if kernel_id and kernel_id not in self.kernels.all:
-            raise Problem(400, f"There is no kernel {kernel_id}")
-        session.update({key: wish[key] for key in ("path", "name", "type") if wish.get(key)})
-        if wish.get("kernel"):
-            old, session["kernel"] = session["kernel"], self.kernel_for(wish["kernel"],
-                                                                        session["path"])
+        """Change path, name, type or kernel; a kernel that is replaced is shut down. A wish that
+        cannot be fulfilled changes nothing."""
+        with self.lock:
+            session, kernel_wish = self.get(id), wish.get("kernel") or {}
+            if kernel_wish.get("id") is not None and kernel_wish["id"] not in self.kernels.all:
+                raise Problem(400, f"No such kernel: {kernel_wish['id']}")
+            changes = {key: wish[key] for key in ("path", "name", "type")
+                       if wish.get(key) is not None}
+            new, old = {**session, **changes}, session["kernel"]
+            if kernel_wish.get("id") or kernel_wish.get("name"):
+                new["kernel"] = self.kernel_for(kernel_wish, new["path"], new["name"])
+            session.update(new)
+            # Its process is told when it is started again.
+            session["kernel"].path = self.session_name(session["path"], session["name"])
             is_used = any(s["kernel"] is old for s in list(self.all.values()))
-            if not is_used and old.id in self.kernels.all:
-                self.kernels.shutdown(old.id)
+        if not is_used and old.id in self.kernels.all:
+            self.kernels.shutdown(old.id)
         return session
 
     def follow_rename(self, old, new):
@@ -2410,6 +2547,7 @@ class Sessions:
             if session["path"] == old or session["path"].startswith(f"{old}/"):
                 session["path"] = new + session["path"][len(old):]
                 session["name"] = session["path"].rpartition("/")[2]
+                session["kernel"].path = self.session_name(session["path"], session["name"])
 
     def saved(self, path):
         """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
@@ -2418,9 +2556,12 @@ class Sessions:
                 session["kernel"].journal.forget_unfollowed()
 
     def delete(self, id):
-        session = self.get(id)
-        self.kernels.shutdown(session["kernel"].id)
-        self.all.pop(id, None)
+        """End a session and its kernel."""
+        with self.lock:
+            session = self.get(id)
+            del self.all[id]
+        with contextlib.suppress(Problem):   # somebody else has just shut it down
+            self.kernels.shutdown(session["kernel"].id)
 
 
 # ---- 6. WebSocket: RFC 6455 -------------------------------------------------------------------
@@ -3526,13 +3667,16 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("GET", r"/logout", "logout_page"),
     ("POST", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
+    ("GET", r"/view/(.+)", "view"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
     ("GET", r"/api/me", "me"),
     ("PATCH", r"/api/me", "change_me"),
-    ("GET", r"/api/config/([\w.-]+)", "get_config"),
-    ("PUT", r"/api/config/([\w.-]+)", "set_config"),
-    ("PATCH", r"/api/config/([\w.-]+)", "change_config"),
+    ("GET", r"/api/resolvePath", "resolve_path"),
+    ("GET", r"/api/spec\.yaml", "specification"),
+    ("GET", r"/api/config/(\w+)", "get_config"),
+    ("PUT", r"/api/config/(\w+)", "set_config"),
+    ("PATCH", r"/api/config/(\w+)", "change_config"),
     ("POST", r"/api/shutdown", "shutdown_server"),
     ("GET", r"/api/contents/(.+)/checkpoints", "list_checkpoints"),
     ("POST", r"/api/contents/(.+)/checkpoints", "create_checkpoint"),
@@ -3542,10 +3686,11 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
     ("PUT", r"/api/contents/(.+)", "save_contents"),
     ("PATCH", r"/api/contents/(.+)", "rename_contents"),
-    ("DELETE", r"/api/contents/(.+)", "delete_contents"),
+    ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
+    ("GET", r"/api/notebooks(?:/(.*))?", "old_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
     ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
-    ("GET", r"/kernelspecs/([^/]+)/([^/]+)", "kernelspec_file"),
+    ("GET", r"/kernelspecs/([^/]+)/(.+)", "kernelspec_file"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -3563,7 +3708,7 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
 )]
 OPEN_TO_ALL = {   # need no token
     "version", "frame", "login_page", "login", "logout_page", "logout", "options"}
-PAGES = {"home", "page"}              # handlers whose refusal leads to the login, not to JSON
+PAGES = {"home", "page", "view"}      # handlers whose refusal leads to the login, not to JSON
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
@@ -3580,11 +3725,15 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
+# They are asked by programs that look whether anybody is here: nobody is, for all they do.
+NO_ACTIVITY = {"status", "resolve_path"}
+MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
+MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
-    errno.ENOTDIR: 400, errno.EISDIR: 400}
+    errno.ENOTDIR: 400, errno.EISDIR: 400, errno.EINVAL: 400}   # the last: into itself
 API_POLICY = "default-src 'none'; frame-ancestors 'self'"
 FILE_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
 PAGE_POLICY = (
@@ -3609,6 +3758,11 @@ addEventListener('message', event => {
   document.close();
 });
 </script>"""
+VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'self'")
+VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
+<style>html,body,iframe{{width:100%;height:100%;margin:0;border:0;display:block}}</style>
+<iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
 LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
                 "frame-ancestors 'none'")
 FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -4007,7 +4161,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_stranger:
             self.is_stranger = False
             self.server.strangers.remove(self.connection)
-        if "no_track_activity" not in self.query:
+        if "no_track_activity" not in self.query and self.route_name not in NO_ACTIVITY:
             self.server.last_activity = time.time()
 
     def address_without_token(self):
@@ -4112,12 +4266,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_answered:     # its answer has begun: all that is left is to end the connection
             self.close_connection = True
             return
-        self.send_json(problem.status, {"message": problem.message, "reason": problem.reason},
+        self.send_json(problem.status, {"message": problem.message, "reason": problem.reason,
+                                        **problem.more},
                        getattr(problem, "headers", {}))
 
     def created(self, model, kind, id):
-        self.send_json(201, model,
-                       {"Location": f"{self.server.base_url}api/{kind}/{quote(id)}"})
+        self.send_json(201, model, self.location(kind, id))
+
+    def location(self, kind, id):
+        """The header that says where something is: as in "kernels", ID or "contents", PATH."""
+        return {"Location": f"{self.server.base_url}api/{kind}/{quote(id)}"}
+
+    def send_contents(self, status, model):
+        """The answer to what changed a file: its model without content, where it is now, and when
+        it was written."""
+        self.send_json(status, model, {**self.location("contents", model["path"]),
+                                       "Last-Modified": http_date(model["last_modified"])})
 
     def options(self, allowed):
         """What a browser asks before a request from elsewhere; no origin but ours is allowed."""
@@ -4200,15 +4364,20 @@ class Handler(BaseHTTPRequestHandler):
         """Who uses the server: always the same one person."""
         try:
             wanted = json.loads(self.asked("permissions", "{}"))
-            granted = {resource: list(actions) for resource, actions in wanted.items()}
-        except (ValueError, AttributeError, TypeError):
-            raise Problem(400, "permissions must be a JSON object of lists") from None
+            is_list = all(isinstance(actions, list) and all(isinstance(a, str) for a in actions)
+                          for actions in wanted.values())
+        except (ValueError, AttributeError, RecursionError):
+            is_list = False
+        if not is_list:
+            raise Problem(400, 'permissions should be a JSON dict of {"resource": ["action",]}')
         name = self.server.user
         return {"identity": {"username": name, "name": name, "display_name": name,
                              "initials": name[:1].upper(), "avatar_url": None, "color": None},
-                "permissions": {**granted, "updatable_fields": []}}
+                "permissions": {**wanted, "updatable_fields": []}}
 
     def change_me(self):
+        if not self.json_body():
+            raise Problem(400, "Invalid or missing JSON body")
         raise Problem(501, "The user of this server is whoever started it")
 
     def get_config(self, section):
@@ -4234,18 +4403,44 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def get_contents(self, path):
-        self.send(200, self.server.contents.get_json(
-            path, self.asked("type", choices=("notebook", "file", "directory")),
+        kind = self.asked("type")
+        info = self.server.contents.look(path)[1]
+        answer = self.server.contents.get_json(
+            path, kind if kind in (None, *UNTITLED) else "file",
             self.asked("format", choices=("text", "base64", "json")),
-            self.asked("content", "1", "01") == "1", self.asked("hash") == "1"), "application/json")
+            self.asked("content", "1", "01") == "1", self.asked("hash", "0", "01") == "1")
+        written = iso(info.st_mtime if info else 0)
+        self.send(200, answer, "application/json", {"Last-Modified": http_date(written)})
 
     def create_contents(self, path):
         body = self.json_body()
-        if body.get("copy_from"):
-            model = self.server.contents.copy(body["copy_from"], path)
+        extension, source = body.get("ext") or "", body.get("copy_from")
+        if source:
+            self.refuse_hidden("copy", source)
+            model = self.server.contents.copy(source, path)
+        elif body.get("type") == "notebook" or not body.get("type") and extension == ".ipynb":
+            model = self.server.contents.create(path, "notebook")
         else:
-            model = self.server.contents.create(path, body.get("type", "file"), body.get("ext", ""))
-        self.created(model, "contents", model["path"])
+            model = self.server.contents.create(path, body.get("type"), extension)
+        self.send_contents(201, model)
+
+    def refuse_hidden(self, action, *paths):
+        """Problem 400 when one of the paths is hidden. A GET of it is a 404, as in Jupyter."""
+        names = [name for path in paths for name in path.split("/")]
+        is_hidden = any(name.startswith(".") and name not in (".", "..") for name in names)
+        if is_hidden and not self.server.contents.allow_hidden:
+            raise Problem(400, f"Cannot {action} file or directory {paths[0]!r}")
+
+    def kind_of(self, path, wish):
+        """The type of the file that a PUT describes: said by it, or for a new one by its name.
+        Problem 400 when an existing file would lose its content."""
+        kind = wish.get("type") or ("notebook" if path.endswith(".ipynb") else "file")
+        kind = kind if kind in UNTITLED else "file"   # of types that others have
+        if self.server.contents.look(path)[1] and kind != "directory":
+            for field in ("type", "content"):
+                if wish.get(field) is None:
+                    raise Problem(400, f"No file {field} provided")
+        return kind
 
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
@@ -4253,6 +4448,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.json_body()
         if not body:
             return self.create_contents(path)
+        self.refuse_hidden("create", path)
+        body["type"] = self.kind_of(path, body)
         if isinstance(body.get("chunk"), int):
             model, is_new = self.server.contents.save_chunk(path, body)
         else:
@@ -4260,19 +4457,20 @@ class Handler(BaseHTTPRequestHandler):
                 path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
             self.server.sessions.saved(path)
-        if is_new:
-            return self.created(model, "contents", model["path"])
-        return model
+            model.update(validation_message(body.get("content")))
+        self.send_contents(201 if is_new else 200, model)
 
     def rename_contents(self, path):
         new_path = self.json_body().get("path")
         if not isinstance(new_path, str):
             raise Problem(400, "The body must name the new path")
+        self.refuse_hidden("rename", path, new_path)
         model = self.server.contents.rename(path, new_path)
         self.server.sessions.follow_rename(path.strip("/"), model["path"])
-        return model
+        self.send_contents(200, model)
 
     def delete_contents(self, path):
+        self.refuse_hidden("delete", path)
         self.server.contents.delete(path)
         return 204, None
 
@@ -4280,7 +4478,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.contents.checkpoints(path)
 
     def create_checkpoint(self, path):
-        return 201, self.server.contents.create_checkpoint(path)
+        made = self.server.contents.create_checkpoint(path)
+        self.created(made, "contents", f"{path.strip('/')}/checkpoints/{made['id']}")
 
     def restore_checkpoint(self, path, id):
         self.server.contents.restore_checkpoint(path, id)
@@ -4295,35 +4494,63 @@ class Handler(BaseHTTPRequestHandler):
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
 
     def get_kernelspec(self, name):
-        specs = find_specs()
-        if name not in specs:
-            raise Problem(404, f"There is no kernel spec {name}")
-        return self.spec_model(name, *specs[name])
+        found = find_specs().get(name.lower())
+        if not found:
+            raise Problem(404, f"Kernel spec {name} not found")
+        return self.spec_model(name, *found)
 
     def spec_model(self, name, spec, folder):
         """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
         address = f"{self.server.base_url}kernelspecs/{quote(name)}/"
+        files = os.listdir(folder) if folder else [LOGO_FILE]
         resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
-                     address + quote(file)
-                     for file in (os.listdir(folder) if folder else ())
+                     address + quote(file) for file in files
                      if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
         return {"name": name, "spec": spec, "resources": resources}
 
     def kernelspec_file(self, name, file):
         """A logo or the like from a kernel spec's folder."""
-        folder = find_specs().get(name, (None, None))[1]
-        if not folder or file not in os.listdir(folder):
+        spec, folder = find_specs().get(name.lower(), (None, None))
+        if spec and not folder and file == LOGO_FILE:   # of our own kernel, which has no folder
+            return self.send(200, LOGO, "image/svg+xml")
+        path = os.path.realpath(os.path.join(folder or HERE, file)) if "\0" not in file else ""
+        if not folder or not is_within(path, os.path.realpath(folder)) or not os.path.isfile(path):
             raise Problem(404, f"There is no {file} of the kernel spec {name}")
-        self.send_file(os.path.join(folder, file), {"Cache-Control": "max-age=2592000"})
+        is_picture = file.lower().endswith(".png")
+        self.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
 
-    def start_kernel(self):
+    def kernel_wish(self):
+        """The JSON object in the body of a request for a kernel or session. All that its process
+        would be given is looked at before there is one; Problem 400 for what it cannot be given."""
         body = self.json_body()
-        new = self.server.kernels.start(body.get("name"), body.get("path") or "",
-                                        body.get("kernel_id"), body.get("env"))
-        self.created(new.model(), "kernels", new.id)
+        parts = (body, body.get("kernel"), body.get("notebook"))
+        for name, value in [item for part in parts if isinstance(part, dict)
+                            for item in part.items()]:
+            if name == "env" and value is not None:
+                self.check_variables(value)
+            is_text = name in TEXT_FIELDS and value is not None
+            if is_text and not is_plain_text(value, MOST_NAME):
+                raise Problem(400, f"{name} is too long, or has a character that no name has")
+        return body
+
+    def check_variables(self, env):
+        """Problem 400 unless a process can be given a client's `env`."""
+        try:
+            check_environment(env)
+            if sum(map(len, env.values())) > MOST_VARIABLES:
+                raise ValueError("env is too large")
+        except ValueError as problem:
+            raise Problem(400, str(problem)) from None
+
+    def start_kernel(self):
+        """A new kernel; the one with the wished `kernel_id`, when there is one."""
+        body = self.kernel_wish()
+        kernel = self.server.kernels.all.get(body.get("kernel_id")) or self.server.kernels.start(
+            body.get("name"), body.get("path") or "", body.get("kernel_id"), body.get("env"))
+        self.created(kernel.model(), "kernels", kernel.id)
 
     def get_kernel(self, id):
         return self.server.kernels.get(id).model()
@@ -4360,22 +4587,105 @@ class Handler(BaseHTTPRequestHandler):
         with open(os.path.join(HERE, name), "rb") as file:
             self.send(200, file.read(), "text/plain; charset=utf-8")
 
+    # -- what few clients ask for --
+
+    def view(self, path):
+        """A page with a file in a frame of its own, which may run the file's scripts: they are
+        strangers to this server, as everywhere."""
+        if os.path.isdir(self.server.contents.existing(path)):
+            raise Problem(404, f"{path} is a folder")
+        page = VIEW_PAGE.format(
+            name=html.escape(os.path.basename(path)),
+            address=html.escape(f"{self.server.base_url}files/{quote(path)}"))
+        self.send(200, page.encode(), "text/html; charset=utf-8",
+                  {"Content-Security-Policy": VIEW_POLICY})
+
+    def old_contents(self, path):
+        """Where notebooks were before other files had an address, too."""
+        self.redirect(f"{self.server.base_url}api/contents/{quote(path)}")
+
+    def specification(self):
+        """This API as Swagger 2.0, made from ROUTES. It is JSON, which is YAML, too."""
+        paths = {}
+        for method, pattern, name in ROUTES:
+            function = getattr(Handler, name)
+            names = function.__code__.co_varnames[1:function.__code__.co_argcount]
+            words = (function.__doc__ or name.replace("_", " ")).strip().splitlines()
+            if pattern.pattern.startswith("/api"):
+                template = path_template(pattern.pattern, names)
+                paths.setdefault(template, {})[method.lower()] = {
+                    "operationId": name, "summary": words[0].rstrip(), "parameters": [
+                        {"name": name, "in": "path", "required": True, "type": "string"}
+                        for name in names if f"{{{name}}}" in template],
+                    "responses": {"default": {"description": "JSON; an error has a `message`"}}}
+        self.send(200, to_json({
+            "swagger": "2.0", "info": {"title": "MiniJupyter", "version": __version__},
+            "basePath": self.server.base_url, "paths": paths}), "text/x-yaml")
+
+    def resolve_path(self):
+        """Where a path leads that stands in some output: below the root, and for a kernel."""
+        path, kernel_id = self.asked("path"), self.asked("kernel")
+        if path is None:
+            raise Problem(400, "Missing argument path")
+        kernel = self.server.kernels.all.get(kernel_id)
+        found = {"server": self.path_below_root(path), "kernel": kernel and path_at(kernel, path)}
+        answer = {"resolved": [{"scope": scope, "path": found[scope]} for scope in found
+                               if found[scope]]}
+        if kernel_id and not kernel:
+            reason = f"Kernel {kernel_id} could not be found"
+            answer["unresolved"] = [{"scope": "kernel", "reason": reason}]
+        return answer
+
+    def path_below_root(self, path):
+        """The API's path of an existing file, from a path below the root or of the disk."""
+        root, path = self.server.contents.root, os.path.expanduser(path)
+        if is_within(path, root):
+            path = path[len(root):]
+        with contextlib.suppress(Problem):
+            return self.server.contents.look(path)[1] and path.strip("/")
+        return None
+
     def list_sessions(self):
         return self.server.sessions.list()
 
     def create_session(self):
-        session = self.server.sessions.create(self.json_body())
+        session = self.server.sessions.create(self.session_wish())
         self.created(self.server.sessions.model(session), "sessions", session["id"])
+
+    def session_wish(self):
+        """The JSON object of a request for a session. Before there were sessions of other types,
+        its path stood in `notebook`: some clients still say it so."""
+        if not self.body:
+            raise Problem(400, "No JSON data provided")
+        wish = self.kernel_wish()
+        notebook = wish.pop("notebook", None)
+        if isinstance(notebook, dict) and notebook.get("path"):
+            wish.update(path=notebook["path"], type="notebook")
+        return wish
 
     def get_session(self, id):
         return self.server.sessions.model(self.server.sessions.get(id))
 
     def change_session(self, id):
-        return self.server.sessions.model(self.server.sessions.change(id, self.json_body()))
+        return self.server.sessions.model(self.server.sessions.change(id, self.session_wish()))
 
     def delete_session(self, id):
         self.server.sessions.delete(id)
         return 204, None
+
+
+def path_at(kernel, path):
+    """The absolute path of an existing file as a kernel's code would find it, or None."""
+    absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
+    return absolute if is_plain_text(path) and os.path.exists(absolute) else None
+
+
+def path_template(pattern, names):
+    """A route's pattern for people, with the names of its groups: /api/kernels/{id}/interrupt."""
+    text = pattern.removesuffix(r"\Z").replace(ID, "()").replace("\\", "")
+    text = re.sub(r"\(\?:/\((.*?)\)\)\?", "/()", text)
+    names = iter(names)
+    return re.sub(r"\([^)]*\)", lambda _: f"{{{next(names)}}}", text)
 
 
 def range_of(header, size):
@@ -4396,7 +4706,8 @@ JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.
 class Config:
     """Settings that frontends keep with the server: a JSON object per section, in Jupyter's folder.
 
-    Jupyter Server calls this the config of `nbconfig`.
+    The files are those of Jupyter Server's `serverconfig`: whichever of the two servers runs, a
+    frontend finds its settings.
     """
 
     def __init__(self, folder):
@@ -4408,30 +4719,47 @@ class Config:
     def get(self, section):
         try:
             with open(self.path(section), encoding="utf-8") as file:
-                return json.load(file)
+                values = json.load(file)
         except FileNotFoundError:
             return {}
-        except ValueError:
-            raise Problem(400, f"The settings {section} on disk are damaged") from None
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise Problem(400, f"The settings {section} on disk are damaged")
+        return values
 
     def set(self, section, values):
+        try:
+            data = to_json(values)
+        except (ValueError, RecursionError):
+            raise Problem(400, f"The settings {section} are nested too deep") from None
         os.makedirs(self.folder, exist_ok=True)
-        write_atomically(self.path(section), to_json(values))
+        write_atomically(self.path(section), data)
 
     def change(self, section, values):
         """Merge `values` into a section; null takes a key away. Returns the section."""
         with self.lock:
-            merged = merge(self.get(section), values)
+            try:
+                merged = merge(self.get(section), values)
+            except RecursionError:
+                raise Problem(400, f"The settings {section} are nested too deep") from None
             self.set(section, merged)
         return merged
 
 
 def merge(old, new):
-    if not isinstance(old, dict) or not isinstance(new, dict):
+    """`old` with the values of `new`, object by object; null takes a key away, and an object that
+    becomes empty by it goes, too (jupyter_server.config_manager, recursive_update)."""
+    if not isinstance(new, dict):
         return new
-    kept = {key: value for key, value in old.items() if new.get(key, value) is not None}
-    return {**kept, **{key: merge(old.get(key, {}) if isinstance(value, dict) else None, value)
-                       for key, value in new.items() if value is not None}}
+    merged = dict(old) if isinstance(old, dict) else {}
+    for key, value in new.items():
+        value = merge(merged.get(key), value)
+        if value is None or value == {}:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
 
 
 class Strangers:
@@ -4494,7 +4822,7 @@ class Server(ThreadingHTTPServer):
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents, transport)
         self.sessions = Sessions(self.kernels)
-        self.config = Config(os.path.join(JUPYTER_CONFIG, "nbconfig"))
+        self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""

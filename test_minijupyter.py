@@ -5771,6 +5771,53 @@ class Documents(ServerCase):
                 self.assertEqual(kept, jupyter_bytes(notebook("kept")))
 
 
+class NotQuiteValid(ServerCase):
+    """Notebooks that can be drawn but that the schema forbids."""
+
+    STREAM = {"output_type": "stream", "name": "stdout", "text": ""}
+    CHANGES = {   # what is wrong, and what makes it so
+        "": lambda nb: None,
+        "/unknown is not allowed": lambda nb: nb.update(unknown=1),
+        "/cells/0/unknown is not allowed": lambda nb: nb["cells"][0].update(unknown=1),
+        "/cells/0/execution_count is missing": lambda nb: nb["cells"][0].pop("execution_count"),
+        "/cells/0/id may have": lambda nb: nb["cells"][0].update(id="a b"),
+        "/cells/0/id is not allowed": lambda nb: nb.update(nbformat_minor=4),
+        "/cells/0 is of an unknown type": lambda nb: nb["cells"][0].update(cell_type="drawing"),
+        "/metadata/kernelspec must": lambda nb: nb["metadata"].update(kernelspec={"name": "x"}),
+        "/cells/0/outputs/0 is of an unknown type":
+            lambda nb: nb["cells"][0].update(outputs=[{"output_type": "smell"}]),
+        "/cells/0/outputs/0/name is missing":
+            lambda nb: nb["cells"][0].update(outputs=[{"output_type": "stream", "text": ""}]),
+        "/cells/0/outputs/0/more is not allowed":
+            lambda nb: nb["cells"][0].update(outputs=[{**NotQuiteValid.STREAM, "more": 1}])}
+
+    @needs("nbformat")
+    def test_what_nbformat_finds_invalid_is_told_and_nothing_else(self):
+        import nbformat
+        for expected, change in self.CHANGES.items():
+            with self.subTest(expected):
+                nb = notebook("1")
+                change(nb)
+                problem = next(minijupyter.complaints(nb), "")
+                self.assertTrue(problem.startswith(expected), problem)
+                is_valid = nbformat.validator.isvalid(nbformat.from_dict(nb))
+                self.assertEqual(is_valid, not expected)
+
+    def test_it_opens_and_is_saved_with_a_message(self):
+        nb = notebook("1")
+        nb["cells"][0]["unknown"] = 1
+        for reply in (self.server.put("/api/contents/odd.ipynb",
+                                      {"type": "notebook", "content": nb}),
+                      self.server.get("/api/contents/odd.ipynb")):
+            self.assertRegex(reply.json["message"], "^Notebook validation failed: /cells/0")
+        self.assertNotIn("message", self.server.get("/api/contents/odd.ipynb?content=0").json)
+
+    def test_a_later_minor_version_may_have_what_we_do_not_know(self):
+        nb = {**notebook("1"), "nbformat_minor": 9, "unknown": 1}
+        self.assertNotIn("message", self.server.put(
+            "/api/contents/later.ipynb", {"type": "notebook", "content": nb}).json)
+
+
 class Contents(ServerCase):
     def test_a_folder_lists_what_is_in_it(self):
         folder = self.root / "listed"
@@ -5851,6 +5898,44 @@ class Contents(ServerCase):
                           "type": "file", "format": "text", "content": ""})):
             with self.subTest(reply=reply):
                 self.assertReply(reply, [404, 400])
+
+    def test_what_changes_a_file_says_where_it_is_and_when_it_was_written(self):
+        body = {"type": "file", "format": "text", "content": ""}
+        for reply in (self.server.put("/api/contents/a%20b.txt", body),
+                      self.server.put("/api/contents/a%20b.txt", body),
+                      self.server.post("/api/contents", {"copy_from": "a b.txt"}),
+                      self.server.patch("/api/contents/a%20b.txt", {"path": "ü.txt"})):
+            path = f"/api/contents/{quote(reply.json['path'])}"
+            self.assertEqual(reply.headers["Location"], path)
+            self.assertRegex(reply.headers["Last-Modified"], r"^\w{3}, \d\d \w{3} \d{4} .* GMT$")
+        asked = self.server.get(path)
+        self.assertEqual(asked.headers["Last-Modified"], reply.headers["Last-Modified"])
+        self.assertNotIn("Location", asked.headers)
+        made = self.server.post(f"{path}/checkpoints")
+        self.assertEqual(made.headers["Location"], f"{path}/checkpoints/checkpoint")
+        for time_ in (1 << 40, -(1 << 40), -50_000_000_000):   # the last: in the year 385
+            os.utime(self.root / "ü.txt", (1 << 33, time_))
+            self.assertRegex(self.server.get(path).json["last_modified"], r"^\d{4}-\d\d-\d\dT")
+
+    def test_a_type_that_is_not_said_is_that_of_the_name(self):
+        for path, body, kind in (
+                ("t.txt", {"content": "x", "format": "text"}, "file"),
+                ("t.ipynb", {"content": notebook(), "format": "json"}, "notebook"),
+                ("t.x", {"content": "x", "format": "text", "type": "drawing"}, "file")):
+            reply = self.assertReply(self.server.put(f"/api/contents/{path}", body), 201)
+            self.assertEqual(reply.json["type"], kind)
+        self.assertEqual(self.server.get("/api/contents/t.x?type=drawing").json["type"], "file")
+
+    def test_an_existing_file_is_not_emptied_by_a_request_without_content(self):
+        (self.root / "full.txt").write_text("full")
+        for body in ({"type": "file"}, {"type": "file", "content": None}, {"type": "x"},
+                     {"format": "text", "content": "x"}, {"name": "full.txt"}):
+            self.assertReply(self.server.put("/api/contents/full.txt", body), 400)
+        self.assertEqual((self.root / "full.txt").read_text(), "full")
+
+    def test_a_folder_does_not_fit_into_itself(self):
+        (self.root / "outer").mkdir()
+        self.assertReply(self.server.patch("/api/contents/outer", {"path": "outer/in"}), 400)
 
     def test_a_wrong_request_is_refused_with_a_message(self):
         (self.root / "text.txt").write_text("x")
@@ -6202,11 +6287,10 @@ class Files(ServerCase):
             with self.subTest(path):
                 self.assertReply(self.server.get(f"/api/contents/{path}"), 404)
                 self.assertReply(self.server.get(f"/files/{path}"), 404)
-                self.assertReply(self.save(path), [400, 404])
-                self.assertReply(self.server.delete(f"/api/contents/{path}"), 404)
-                self.assertReply(self.server.post("/api/contents/", {"copy_from": path}), 404)
-                self.assertReply(self.server.patch("/api/contents/seen.txt", {"path": path}),
-                                 [400, 404])
+                self.assertReply(self.save(path), 400)
+                self.assertReply(self.server.delete(f"/api/contents/{path}"), 400)
+                self.assertReply(self.server.post("/api/contents/", {"copy_from": path}), 400)
+                self.assertReply(self.server.patch("/api/contents/seen.txt", {"path": path}), 400)
         self.assertEqual((self.root / ".secret").read_text(), "SECRET")
 
     def test_a_small_file_is_read_once_until_it_changes(self):
@@ -6314,11 +6398,43 @@ class Files(ServerCase):
                     self.assertEqual(reply.headers["Location"], f"/api/contents/{folder}/{copy}")
                     self.assertEqual((self.root / folder / copy).read_text(), name)
 
+    def test_a_copy_may_be_given_its_name(self):
+        (self.root / "pattern.txt").write_text("pattern")
+        reply = self.assertReply(self.server.post("/api/contents/named.md",
+                                                  {"copy_from": "pattern.txt"}), 201)
+        self.assertEqual(reply.json["path"], "named.md")
+        self.assertEqual((self.root / "named.md").read_text(), "pattern")
+        (self.root / "to nowhere").symlink_to("nowhere")
+        self.assertReply(self.server.post("/api/contents/to%20nowhere",
+                                          {"copy_from": "pattern.txt"}), 409)
+        self.assertFalse((self.root / "nowhere").exists())
+
+    def test_a_folder_is_copied_whole_or_not_at_all(self):
+        folder = self.root / "whole"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "x.txt").write_text("x")
+        (folder / "link").symlink_to("/etc/passwd")
+        os.mkfifo(folder / "pipe")
+        copy = lambda: self.server.post("/api/contents", {"copy_from": "whole"})  # noqa: E731
+        self.assertEqual(self.assertReply(copy(), 201).json["path"], "whole-Copy1")
+        made = self.root / "whole-Copy1"
+        self.assertEqual({path.name for path in made.rglob("*")}, {"deep", "x.txt", "link"})
+        self.assertTrue((made / "link").is_symlink())
+        self.assertReply(self.server.get("/api/contents/whole-Copy1/link"), 404)
+        self.assertEqual(self.assertReply(copy(), 201).json["path"], "whole-Copy2")
+        if os.geteuid():   # nothing is forbidden to root
+            (folder / "deep").chmod(0)
+            self.addCleanup((folder / "deep").chmod, 0o700)
+            self.assertReply(copy(), 403)
+            self.assertFalse((self.root / "whole-Copy3").exists())
+        self.assertEqual(list(self.root.glob(".*.copying")), [])
+
     def test_what_cannot_be_copied_is_refused(self):
         (self.root / "file to copy").write_text("")
         (self.root / "folder to copy").mkdir()
-        for source, folder, status in (("folder to copy", "", 400), ("missing", "", 404),
-                                       ("file to copy", "missing", 404),
+        for source, folder, status in (("folder to copy", "folder to copy", 400),
+                                       ("/", "folder to copy", 400), ("missing", "", 404),
+                                       ("file to copy", "missing/x", 404),
                                        ("file to copy", "file to copy", 400)):
             with self.subTest(source, folder=folder):
                 self.assertReply(self.server.post(f"/api/contents/{quote(folder)}",
@@ -6444,6 +6560,69 @@ class Http(ServerCase):
                 ("GET", "/api/kernels/nonsense", 404)]:
             with self.subTest(f"{method} {path}"):
                 self.assertReply(self.server.request(method, path), status)
+
+    def test_who_asks_for_the_status_is_nobody_who_works_here(self):
+        """A program that ends idle servers asks again and again; it must not keep them alive."""
+        last = lambda: self.server.get("/api/status").json["last_activity"]  # noqa: E731
+        before = last()
+        self.server.get("/api/resolvePath?path=x")
+        self.assertEqual(last(), before)
+        self.server.get("/api/kernels")
+        self.assertGreater(last(), before)
+
+    def test_permissions_are_lists_of_words(self):
+        for wish in ("x", "[]", '{"a": "b"}', '{"a": [1]}', "[" * 10_000, "3"):
+            with self.subTest(wish[:10]):
+                self.assertReply(self.server.get(f"/api/me?permissions={quote(wish)}"), 400)
+        granted = self.server.get("/api/me?permissions=" + quote('{"a": ["b"]}')).json
+        self.assertEqual(granted["permissions"], {"a": ["b"], "updatable_fields": []})
+
+    def test_the_specification_names_every_route_of_the_api(self):
+        reply = self.server.get("/api/spec.yaml")
+        self.assertEqual((reply.status, reply.headers["Content-Type"]), (200, "text/x-yaml"))
+        paths = reply.json["paths"]
+        self.assertEqual(set(paths["/api/kernels/{id}"]), {"get", "delete"})
+        self.assertEqual(set(paths["/api/contents/{path}/checkpoints/{id}"]), {"post", "delete"})
+        self.assertIn("/api/config/{section}", paths)
+        self.assertFalse([path for path in paths if re.search(r"[^\w/{}.]", path)])
+
+    @needs("yaml", "jupyter_server")
+    def test_the_specification_has_every_path_of_jupyters_but_terminals(self):
+        import jupyter_server
+        import yaml
+        file = Path(jupyter_server.__file__).parent / "services" / "api" / "api.yaml"
+        unnamed = lambda paths: {re.sub("{.*?}", "{}", path).rstrip("/") for path in paths}  # noqa: E731
+        theirs = unnamed(yaml.safe_load(file.read_text())["paths"])
+        ours = unnamed(self.server.get("/api/spec.yaml").json["paths"])
+        self.assertEqual({path for path in theirs - ours if "terminals" not in path}, set())
+
+    def test_a_path_in_an_output_is_found_below_the_root_and_for_its_kernel(self):
+        (self.root / "found").mkdir()
+        (self.root / "found" / "é.py").write_text("")
+        kernel_id = self.assertReply(
+            self.server.post("/api/kernels", {"path": "found/x.ipynb"}), 201).json["id"]
+        self.addCleanup(self.server.delete, f"/api/kernels/{kernel_id}")
+        whole = str((self.root / "found" / "é.py").resolve())
+        for path, expected in (
+                ("é.py", {"kernel": whole}), ("found/é.py", {"server": "found/é.py"}),
+                (whole, {"server": "found/é.py", "kernel": whole}), ("none", {}), ("../x", {}),
+                ("nul\0", {})):
+            with self.subTest(path):
+                reply = self.assertReply(self.server.get(
+                    f"/api/resolvePath?path={quote(path)}&kernel={kernel_id}"), 200).json
+                self.assertEqual({r["scope"]: r["path"] for r in reply["resolved"]}, expected)
+
+    def test_a_file_is_viewed_in_a_frame_that_is_a_stranger_here(self):
+        name = '<b>"&.html'
+        (self.root / name).write_text("<script>parent.document</script>")
+        reply = self.server.get(f"/view/{quote(name)}")
+        page = reply.body.decode()
+        self.assertIn('sandbox="allow-scripts"', page)
+        self.assertIn('src="/files/%3Cb%3E%22%26.html"', page)
+        self.assertNotIn("<b>", page)
+        self.assertIn("default-src 'none'", reply.headers["Content-Security-Policy"])
+        self.assertNotIn("script-src", reply.headers["Content-Security-Policy"])
+        self.assertEqual(self.server.get("/view/x", Authorization=None).status, 302)
 
     def test_replies_forbid_sniffing(self):
         for path in ("/api", "/api/contents", f"/tree?token={self.server.token}"):
@@ -6979,6 +7158,39 @@ class Config(ServerCase):
         self.assertEqual(merged.json, {"a": {"c": 2, "e": 4}, "f": {"g": 5}})
         self.assertEqual(self.server.get(path).json, merged.json)
 
+    @needs("jupyter_server")
+    def test_values_are_merged_as_in_jupyter(self):
+        from jupyter_server.config_manager import recursive_update
+        for old, new in (
+                ({}, {}), ({"a": 1}, {"a": None}), ({}, {"a": None}), ({}, {"a": {"b": None}}),
+                ({"a": {"b": 1}}, {"a": {"b": None}}), ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}),
+                ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": None}}}), ({"a": {"b": 1}}, {"a": {}}),
+                ({"a": {}}, {"a": {}}), ({"a": [1, {"b": 2}]}, {"a": [{"b": None}]}),
+                ({"a": {"b": 1}}, {"a": 2}), ({"z": 1, "a": 2}, {"m": 3, "z": 4})):
+            with self.subTest(old=old, new=new):
+                expected = json.loads(json.dumps(old))
+                recursive_update(expected, new)
+                merged = minijupyter.merge(old, new)
+                self.assertEqual(list(merged.items()), list(expected.items()))
+
+    def test_damaged_or_endless_settings_are_refused_in_words(self):
+        folder = Path(self.server.folder.name) / "jupyter_config_dir" / "serverconfig"
+        folder.mkdir(parents=True, exist_ok=True)
+        for text in ("{", "[]", "null", "[" * 100_000):
+            (folder / "damaged.json").write_text(text)
+            with self.subTest(text[:9]):
+                self.assertReply(self.server.get("/api/config/damaged"), 400)
+                self.assertReply(self.server.patch("/api/config/damaged", {"a": 1}), 400)
+        deep = '{"a":' * 990 + "1" + "}" * 990
+        for method in ("PUT", "PATCH"):
+            reply = self.server.request(method, "/api/config/deep", deep)
+            self.assertIn(reply.status, (200, 204, 400))
+
+    def test_jupyter_server_and_ours_keep_the_same_files(self):
+        self.assertReply(self.server.put("/api/config/shared", {"a": 1}), 204)
+        folder = Path(self.server.folder.name) / "jupyter_config_dir" / "serverconfig"
+        self.assertEqual(json.loads((folder / "shared.json").read_text()), {"a": 1})
+
     def test_what_is_no_object_or_no_section_is_refused(self):
         self.assertReply(self.server.put("/api/config/notebook", "[]"), 400)
         for section in ("..%2f..%2fx", "..", "a%2fb"):
@@ -7278,7 +7490,9 @@ class Kernels(ServerCase):
         cell = frontend.finish(frontend.start(
             "import os; print(os.environ['KERNEL_USERNAME'], os.environ['PATH'] == '/nowhere')"))
         self.assertEqual(cell.text(), "ada False\n")
-        self.assertReply(self.server.post("/api/kernels", {"kernel_id": wish}), 400)
+        again = self.assertReply(self.server.post("/api/kernels", {"kernel_id": wish}), 201)
+        self.assertEqual(again.json["id"], wish)
+        self.assertEqual(len(self.server.get("/api/kernels").json), 1)
         self.assertReply(self.server.post("/api/kernels", {"kernel_id": "../x"}), 400)
 
     def test_an_unknown_kernel_name_is_refused_with_a_message(self):
@@ -7427,6 +7641,86 @@ class Sessions(ServerCase):
         cell = frontend.finish(frontend.start("import os; print(os.getcwd())"))
         self.assertEqual(Path(cell.text().strip()), (self.root / "deep" / "er").resolve())
 
+    def told(self, model):
+        """What the kernel of a session is told of its notebook."""
+        frontend = self.server.frontend(model["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("import os; print(os.environ['JPY_SESSION_NAME'])"))
+        return cell.text().strip()
+
+    def test_a_kernel_is_told_the_whole_path_of_its_notebook(self):
+        (self.root / "told").mkdir()
+        model = self.post("told/x.ipynb", name="x.ipynb")
+        folder = (self.root / "told").resolve()
+        self.assertEqual(self.told(model), str(folder / "x.ipynb"))
+        (connection,) = [json.loads(path.read_text()) for path in self.server.connection_files()
+                         if model["kernel"]["id"] in path.name]
+        self.assertEqual(connection["jupyter_session"], str(folder / "x.ipynb"))
+        self.server.patch(f"/api/sessions/{model['id']}",
+                          {"path": "told/y.ipynb", "name": "y.ipynb"})
+        self.server.post(f"/api/kernels/{model['kernel']['id']}/restart")
+        self.assertEqual(self.told(model), str(folder / "y.ipynb"))
+
+    def test_a_console_has_no_file_and_its_kernel_is_told_the_sessions_path(self):
+        self.assertEqual(self.told(self.post("console-1-abc", type="console")), "console-1-abc")
+
+    def test_clients_of_old_name_the_notebook_apart(self):
+        reply = self.assertReply(self.server.post(
+            "/api/sessions", {"notebook": {"path": "old.ipynb"}, "kernel": {}}), 201).json
+        path = f"/api/sessions/{reply['id']}"
+        self.addCleanup(self.server.delete, path)
+        self.assertEqual((reply["path"], reply["type"]), ("old.ipynb", "notebook"))
+        moved = self.assertReply(self.server.patch(path, {"notebook": {"path": "new.ipynb"}}), 200)
+        self.assertEqual(moved.json["notebook"]["path"], "new.ipynb")
+
+    def test_requests_at_the_same_time_for_one_path_get_one_session(self):
+        with ThreadPoolExecutor(8) as pool:
+            models = list(pool.map(lambda _: self.post("crowd.ipynb"), range(8)))
+        self.assertEqual(len({model["id"] for model in models}), 1)
+        self.assertEqual(len({model["kernel"]["id"] for model in models}), 1)
+        ids = {kernel["id"] for kernel in self.server.get("/api/kernels").json}
+        self.assertEqual(len(ids), len(self.server.get("/api/sessions").json))
+
+    def test_a_change_that_is_refused_changes_nothing(self):
+        model = self.post("same.ipynb", name="same.ipynb")
+        path = f"/api/sessions/{model['id']}"
+        for kernel_, status in (({"name": "cobol"}, 501), ({"id": model["id"]}, 400)):
+            self.assertReply(self.server.patch(path, {"path": "other", "kernel": kernel_}), status)
+        for body in ({}, {"kernel": {}}, {"kernel": {"id": None, "name": None}}, {"path": None}):
+            self.assertReply(self.server.patch(path, body), 200)
+        now = self.server.get(path).json
+        self.assertEqual((now["path"], now["kernel"]["id"]), ("same.ipynb", model["kernel"]["id"]))
+
+    def test_an_unknown_kernel_is_named_in_a_short_message_and_leaves_no_session(self):
+        reply = self.assertReply(self.server.post("/api/sessions", {
+            "path": "x.ipynb", "type": "notebook", "kernel": {"name": "cobol"}}), 501)
+        self.assertEqual(reply.json["short_message"], "cobol not found")
+        self.assertNotIn("x.ipynb", [m["path"] for m in self.server.get("/api/sessions").json])
+
+    def test_a_kernels_name_may_be_written_in_capitals(self):
+        self.assertEqual(self.post("big.ipynb", kernel={"name": "Python3"})["kernel"]["name"],
+                         "Python3")
+
+    def test_a_wish_that_no_process_can_be_given_leaves_no_kernel(self):
+        processes = lambda: set(children(self.server.process.pid))  # noqa: E731
+        before, kernels = processes(), self.server.get("/api/kernels").json
+        session = {"path": "x.ipynb", "type": "notebook"}
+        bad = ("nul\0", "half \ud800", "\udfff", "long" * 50_000)
+        texts = [{field: text} for text in bad for field in ("path", "name", "kernel_id")]
+        envs = [{"env": env} for env in (
+            [], "x", 7, {"KERNEL_A": 1}, {"KERNEL_A": None}, {"KERNEL_=": "x"}, {"": "x"},
+            {"KERNEL_A\0": "x"}, {"KERNEL_A": "\0"}, {"KERNEL_A": "\ud800"}, {"A=B": "x"},
+            {"KERNEL_A": "x" * 200_000}, {f"KERNEL_{i}": "x" * 9_000 for i in range(400)})]
+        sessions = [{**session, **wish} for text in bad for wish in (
+            {"path": text}, {"name": text}, {"kernel": {"id": text}}, {"kernel": {"name": text}},
+            {"notebook": {"path": text}})] + [{**session, **wish} for wish in envs]
+        for path, bodies in (("/api/kernels", texts + envs), ("/api/sessions", sessions)):
+            for body in bodies:
+                with self.subTest(path, body=str(body)[:99]):
+                    self.assertReply(self.server.post(path, body), 400)
+        self.assertEqual(self.server.get("/api/kernels").json, kernels)
+        self.assertEqual(processes(), before)
+
     def test_a_session_follows_its_notebook_to_a_new_path(self):
         model = self.post("before.ipynb")
         path = f"/api/sessions/{model['id']}"
@@ -7449,6 +7743,341 @@ class Sessions(ServerCase):
                     self.server.delete(f"/api/sessions/{reply.json['id']}")
                 if body != {"path": "x.ipynb"}:
                     self.assertReply(reply, 400)
+
+
+NOBODY = "00000000-0000-0000-0000-000000000000"   # the id of no kernel and of no session
+UNKNOWN = {**notebook("1"), "cells": [{**notebook("1")["cells"][0], "unknown": 1}]}
+TEXT_FILE = {"type": "file", "format": "text", "content": "x"}
+CRASH = "Jupyter Server fails (500)"
+REDIRECT = "we answer where Jupyter Server redirects to the path without the slash"
+NO_NAME = "a session without a name gets its file's, because @jupyterlab/services wants a string"
+HEAD = "RFC 9110 9.3.2: what can be asked for by GET can be asked for by HEAD"
+REQUESTS = [   # method, path, body, why our answer is another one; $K and $S: the latest ids
+    ("GET", "/api", None, ""),
+    ("GET", "/api/", None, REDIRECT),
+    ("HEAD", "/api/kernels", None, HEAD),
+    ("OPTIONS", "/api/kernels", None, "RFC 9110 15.3.5: without a body a success is a 204"),
+    ("GET", "/api/nothing", None, ""),
+    ("PUT", "/api/kernels", {}, ""),
+    ("GET", "//api/kernels", None, "a doubled slash at the start is one slash"),
+    ("GET", "/api//kernels", None, ""),
+    ("GET", "/api/status", None, ""),
+    ("GET", "/api/me", None, "our one person cannot be renamed: updatable_fields is empty"),
+    ("GET", "/api/me?permissions=x", None, ""),
+    ("GET", "/api/me?permissions=[]", None, ""),
+    ("GET", '/api/me?permissions={"a":"b"}', None, ""),
+    ("GET", '/api/me?permissions={"a":[1]}', None, ""),
+    ("PATCH", "/api/me", {}, ""),
+    ("PATCH", "/api/me", {"name": "x"}, "our one person cannot be renamed: 501, as the API allows"),
+    ("GET", "/api/resolvePath", None, ""),
+    ("GET", "/api/resolvePath?path=a.txt", None, ""),
+    ("GET", "/api/resolvePath?path=/dir/in.txt", None, ""),
+    ("GET", "/api/resolvePath?path=none", None, ""),
+    ("GET", "/api/resolvePath?path=../x", None, ""),
+    ("GET", f"/api/resolvePath?path=a.txt&kernel={NOBODY}", None, ""),
+    ("GET", "/api/notebooks/a.ipynb", None, ""),
+    ("GET", "/api/spec.yaml", None, ""),
+    ("HEAD", "/api/spec.yaml", None, CRASH),
+
+    ("GET", "/api/config/x", None, ""),
+    ("GET", "/api/config/a-b", None, ""),
+    ("GET", "/api/config/a.b", None, ""),
+    ("GET", "/api/config/a%2fb", None, ""),
+    ("PUT", "/api/config/x", {"a": {"b": 1, "c": {"d": 2}}, "e": [1, None]}, ""),
+    ("GET", "/api/config/x", None, ""),
+    ("PATCH", "/api/config/x", {"a": {"b": None}, "z": 1, "n": None, "q": {"r": None}, "w": {}},
+     ""),
+    ("PATCH", "/api/config/x", {"a": {"c": {"d": None}}}, ""),
+    ("PATCH", "/api/config/x", {"z": {"y": 1}}, CRASH),
+    ("PATCH", "/api/config/x", [], CRASH),
+    ("PUT", "/api/config/x", [1], CRASH),
+    ("PATCH", "/api/config/x", "{", ""),
+    ("PUT", "/api/config/x", {"a": 3}, ""),
+    ("GET", "/api/config/x", None, ""),
+
+    ("GET", "/api/contents", None, ""),
+    ("GET", "/api/contents/a.txt", None, ""),
+    ("GET", "/api/contents/a.txt/", None, REDIRECT),
+    ("GET", "/api/contents/b.bin", None, "base64 comes in one line, as RFC 4648 3.1 has it"),
+    ("GET", "/api/contents/dir", None, ""),
+    ("GET", "/api/contents/a.ipynb", None, "no cell is called untrusted: none is trusted"),
+    ("GET", "/api/contents/bad.ipynb", None, "the reason names what is wrong: bad notebook"),
+    ("GET", "/api/contents/odd.ipynb?content=0", None, ""),
+    ("GET", "/api/contents/none", None, ""),
+    ("GET", "/api/contents/none/none", None, ""),
+    ("GET", "/api/contents/.hidden", None, ""),
+    ("GET", "/api/contents/.hid/x.txt", None, ""),
+    ("GET", "/api/contents/a.txt?content=0", None, ""),
+    ("GET", "/api/contents/a.txt?content=2", None, ""),
+    ("GET", "/api/contents/a.txt?format=x", None, ""),
+    ("GET", "/api/contents/a.txt?format=json", None, "notebooks are asked for with format=json"),
+    ("GET", "/api/contents/b.bin?format=text", None, ""),
+    ("GET", "/api/contents/a.txt?type=directory", None, ""),
+    ("GET", "/api/contents/dir?type=file", None, ""),
+    ("GET", "/api/contents/a.ipynb?type=file", None, ""),
+    ("GET", "/api/contents/a.txt?type=x", None, ""),
+    ("GET", "/api/contents/a.txt?hash=1&content=0", None, ""),
+    ("GET", "/api/contents/a.txt?hash=2", None, ""),
+    ("GET", "/api/contents/dir?hash=1", None, CRASH),
+    ("GET", "/api/contents/a.txt?1700000000000", None, ""),
+    ("GET", "/api/contents/../x", None, ""),
+    ("GET", "/api/contents/a%00b", None, ""),
+
+    ("POST", "/api/contents", {}, ""),
+    ("POST", "/api/contents", "", ""),
+    ("POST", "/api/contents", {"type": "notebook"}, ""),
+    ("POST", "/api/contents", {"type": "directory"}, ""),
+    ("POST", "/api/contents", {"type": "directory"}, ""),
+    ("POST", "/api/contents", {"ext": ".py"}, ""),
+    ("POST", "/api/contents", {"ext": ".ipynb"}, ""),
+    ("POST", "/api/contents", {"type": "x"}, ""),
+    ("POST", "/api/contents", {"type": None}, ""),
+    ("POST", "/api/contents/dir", {"type": "file", "ext": ".txt"}, ""),
+    ("POST", "/api/contents/a.txt", {}, ""),
+    ("POST", "/api/contents/none", {}, ""),
+    ("POST", "/api/contents/.hid", {}, ""),
+    ("POST", "/api/contents", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents/dir", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents/as.txt", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents", {"copy_from": "dir"}, ""),
+    ("POST", "/api/contents/empty", {"copy_from": "dir"}, ""),
+    ("DELETE", "/api/contents/empty/dir/in.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir/a.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir/untitled.txt", None, ""),
+    ("DELETE", "/api/contents/empty/dir", None, ""),
+    ("POST", "/api/contents", {"copy_from": "none"}, ""),
+    ("POST", "/api/contents", {"copy_from": ".hidden"}, ""),
+    ("POST", "/api/contents/a.txt", {"copy_from": "a.ipynb"}, ""),
+    ("POST", "/api/contents/none/x.txt", {"copy_from": "a.txt"}, ""),
+    ("POST", "/api/contents", "{", ""),
+
+    ("PUT", "/api/contents/p.txt", TEXT_FILE, ""),
+    ("PUT", "/api/contents/p.txt", TEXT_FILE, ""),
+    ("PUT", "/api/contents/none.txt", {}, ""),
+    ("PUT", "/api/contents/dir", {}, ""),
+    ("PUT", "/api/contents/new.txt", {"type": "file"}, ""),
+    ("PUT", "/api/contents/new.txt", {"type": "file"}, ""),
+    ("PUT", "/api/contents/new.ipynb", {"type": "notebook"}, ""),
+    ("PUT", "/api/contents/typeless.txt", {"content": "x", "format": "text"}, ""),
+    ("PUT", "/api/contents/typeless.txt", {"content": "x", "format": "text"}, ""),
+    ("PUT", "/api/contents/typeless.ipynb", {"content": notebook("1"), "format": "json"}, ""),
+    ("PUT", "/api/contents/other.txt", {**TEXT_FILE, "type": "x"}, ""),
+    ("PUT", "/api/contents/formless.txt", {"type": "file", "content": "x"},
+     "content without a format is text"),
+    ("PUT", "/api/contents/bad.bin", {**TEXT_FILE, "format": "base64", "content": "!!"},
+     "what is no base64 is refused, not saved as nothing"),
+    ("PUT", "/api/contents/d", {"type": "directory"}, ""),
+    ("PUT", "/api/contents/d", {"type": "directory"}, "201 is for what was made: this was there"),
+    ("PUT", "/api/contents/a.txt", {"type": "directory"}, "409: something else is there"),
+    ("PUT", "/api/contents/dir", TEXT_FILE, CRASH),
+    ("PUT", "/api/contents/none/x.txt", TEXT_FILE, CRASH),
+    ("PUT", "/api/contents/.hidden", TEXT_FILE, ""),
+    ("PUT", "/api/contents/.new", {"type": "directory"}, ""),
+    ("PUT", "/api/contents/c.txt", {"copy_from": "a.txt"}, ""),
+    ("PUT", "/api/contents/odd2.ipynb", {"type": "notebook", "content": UNKNOWN}, ""),
+    ("PUT", "/api/contents/odd2.ipynb", {"type": "notebook", "content": UNKNOWN}, ""),
+    ("PUT", "/api/contents/bad2.ipynb", {"type": "notebook", "content": {}}, CRASH),
+    ("PUT", "/api/contents/up.txt", {**TEXT_FILE, "chunk": 1},
+     "an upload is created by its last chunk: until then the old file stays"),
+    ("PUT", "/api/contents/up.txt", {**TEXT_FILE, "chunk": -1},
+     "an upload is created by its last chunk: until then the old file stays"),
+    ("PUT", "/api/contents/up.ipynb", {"type": "notebook", "content": UNKNOWN, "chunk": 1}, ""),
+
+    ("PATCH", "/api/contents/p.txt", {"path": "pp.txt"}, ""),
+    ("PATCH", "/api/contents/none.txt", {"path": "x.txt"}, ""),
+    ("PATCH", "/api/contents/a.txt", {"path": "pp.txt"}, ""),
+    ("PATCH", "/api/contents/a.txt", {"path": "a.txt"}, ""),
+    ("PATCH", "/api/contents/a.txt", {"path": ".h"}, ""),
+    ("PATCH", "/api/contents/.hidden", {"path": "h"}, ""),
+    ("PATCH", "/api/contents/a.txt", {}, "a rename must say where to"),
+    ("PATCH", "/api/contents/a.txt", "", ""),
+    ("PATCH", "/api/contents/a.txt", {"path": ""}, "no path is no conflict: 400"),
+    ("PATCH", "/api/contents/a.txt", {"path": "none/x"}, ""),
+    ("PATCH", "/api/contents/a.txt", {"path": "../x"}, ""),
+    ("PATCH", "/api/contents/a.txt", {"path": 3}, CRASH),
+    ("PATCH", "/api/contents/dir", {"path": "dir2"}, ""),
+    ("PATCH", "/api/contents/dir2", {"path": "dir/"}, ""),
+    ("PATCH", "/api/contents/dir", {"path": "dir/dir"}, CRASH),
+
+    ("GET", "/api/contents/a.ipynb/checkpoints", None, ""),
+    ("POST", "/api/contents/a.ipynb/checkpoints", None, ""),
+    ("GET", "/api/contents/a.ipynb/checkpoints", None, ""),
+    ("POST", "/api/contents/a.ipynb/checkpoints/checkpoint", None, ""),
+    ("POST", "/api/contents/a.ipynb/checkpoints/none", None, CRASH),
+    ("DELETE", "/api/contents/a.ipynb/checkpoints/none", None, ""),
+    ("DELETE", "/api/contents/a.ipynb/checkpoints/checkpoint", None, ""),
+    ("POST", "/api/contents/a.ipynb/trust", None, "no notebook is trusted, whoever says so"),
+    ("POST", "/api/contents/none/checkpoints", None, CRASH),
+    ("POST", "/api/contents/dir/checkpoints", None, CRASH),
+    ("GET", "/api/contents/.hidden/checkpoints", None, "a hidden file is not there"),
+
+    ("DELETE", "/api/contents/pp.txt", None, ""),
+    ("DELETE", "/api/contents/pp.txt", None, ""),
+    ("DELETE", "/api/contents/empty", None, ""),
+    ("DELETE", "/api/contents/.hidden", None, ""),
+    ("DELETE", "/api/contents", None, ""),
+    ("DELETE", "/api/contents/../x", None, ""),
+    ("DELETE", "/api/contents/dir", None, "what is in a folder is deleted one by one: no trash"),
+    ("GET", "/files/x.html", None, ""),
+    ("GET", "/view/x.html", None, ""),
+    ("GET", "/view/dir", None, ""),
+    ("GET", "/view/none", None, ""),
+    ("GET", "/view/.hid/x.txt", None, "a hidden file is not there"),
+
+    ("GET", "/api/kernelspecs/shared", None, ""),
+    ("GET", "/api/kernelspecs/none", None, ""),
+    ("GET", "/api/kernelspecs/a%20b", None, ""),
+    ("GET", "/kernelspecs/shared/logo-64x64.png", None, ""),
+    ("HEAD", "/kernelspecs/shared/logo-64x64.png", None, ""),
+    ("GET", "/kernelspecs/SHARED/kernel.js", None, "RFC 9239 6: it is text/javascript"),
+    ("GET", "/kernelspecs/shared/none", None, ""),
+    ("GET", "/kernelspecs/none/x", None, ""),
+    ("GET", "/kernelspecs/shared/..%2f..%2fx", None, "what is outside is not there, not forbidden"),
+
+    ("GET", "/api/kernels", None, ""),
+    ("GET", f"/api/kernels/{NOBODY}", None, ""),
+    ("DELETE", f"/api/kernels/{NOBODY}", None, ""),
+    ("POST", f"/api/kernels/{NOBODY}/interrupt", None, ""),
+    ("POST", f"/api/kernels/{NOBODY}/restart", None, CRASH),
+    ("POST", f"/api/kernels/{NOBODY}/x", None, ""),
+    ("GET", f"/api/kernels/{NOBODY}/interrupt", None, ""),
+    ("GET", f"/api/kernels/{NOBODY}/channels", None, ""),
+    ("GET", "/api/kernels/abc", None, ""),
+    ("POST", "/api/kernels", {"name": "none"}, CRASH),
+    ("POST", "/api/kernels", [], CRASH),
+    ("POST", "/api/kernels", "{", ""),
+    ("POST", "/api/kernels", {"name": 3}, CRASH),
+    ("POST", "/api/kernels", {"name": "shared"}, ""),
+    ("GET", "/api/kernels", None, ""),
+    ("GET", "/api/kernels/$K", None, ""),
+    ("POST", "/api/kernels", {"kernel_id": "$K"}, ""),
+    ("POST", "/api/kernels/$K/interrupt", {}, ""),
+    ("POST", "/api/kernels/$K/restart", "", ""),
+    ("DELETE", "/api/kernels/$K", None, ""),
+    ("DELETE", "/api/kernels/$K", None, ""),
+
+    ("GET", "/api/sessions", None, ""),
+    ("GET", f"/api/sessions/{NOBODY}", None, ""),
+    ("PATCH", f"/api/sessions/{NOBODY}", {"path": "x"}, ""),
+    ("DELETE", f"/api/sessions/{NOBODY}", None, ""),
+    ("GET", "/api/sessions/abc", None, ""),
+    ("POST", "/api/sessions", {}, ""),
+    ("POST", "/api/sessions", "", ""),
+    ("POST", "/api/sessions", {"path": "x"}, ""),
+    ("POST", "/api/sessions", {"type": "x"}, ""),
+    ("POST", "/api/sessions", [], CRASH),
+    ("POST", "/api/sessions", {"path": 3, "type": "x"}, CRASH),
+    ("POST", "/api/sessions", {"path": "x", "type": "x", "kernel": {"name": "none"}}, ""),
+    ("POST", "/api/sessions", {"path": "x", "type": "x", "kernel": "x"}, CRASH),
+    ("POST", "/api/sessions", {"notebook": {}}, ""),
+    ("POST", "/api/sessions", {"notebook": {"path": "a.ipynb"}, "kernel": {"name": "shared"}},
+     NO_NAME),
+    ("POST", "/api/sessions", {"path": "a.ipynb", "type": "x", "kernel": {"name": "none"}},
+     NO_NAME),
+    ("PATCH", "/api/sessions/$S", {"name": "a.ipynb"}, ""),
+    ("GET", "/api/sessions", None, ""),
+    ("GET", "/api/sessions/$S", None, ""),
+    ("PATCH", "/api/sessions/$S", "", ""),
+    ("PATCH", "/api/sessions/$S", {}, ""),
+    ("PATCH", "/api/sessions/$S", {"path": "dir/b.ipynb"}, ""),
+    ("PATCH", "/api/sessions/$S", {"notebook": {"path": "c.ipynb"}}, ""),
+    ("PATCH", "/api/sessions/$S", {"name": "", "type": "console"}, ""),
+    ("PATCH", "/api/sessions/$S", {"kernel": {"id": NOBODY}}, ""),
+    ("PATCH", "/api/sessions/$S", {"kernel": {"id": "$K"}}, ""),
+    ("PATCH", "/api/sessions/$S", {"kernel": {}}, ""),
+    ("PATCH", "/api/sessions/$S", {"kernel": {"id": None, "name": None}}, ""),
+    ("PATCH", "/api/sessions/$S", {"kernel": {"name": "none"}},
+     "the short message is that of a new session"),
+    ("PATCH", "/api/sessions/$S", {"kernel": {"name": "shared"}}, ""),
+    ("PUT", "/api/sessions/$S", {}, ""),
+    ("DELETE", "/api/sessions/$S", None, ""),
+    ("GET", "/api/sessions/$S", None, ""),
+    ("GET", "/api/kernels", None, ""),
+]
+
+
+@needs("jupyter_server")
+class SameAsJupyterServer(Case):
+    """One server of ours and one Jupyter Server, both with the same files and the same kernel, get
+    the same requests. Where the answers differ, the table says why; it may say so only there."""
+
+    # What each server has of its own; of these the kind of value is compared, not the value.
+    OWN = {"created", "last_modified", "last_activity", "started", "version", "message", "size",
+           "id", "connections", "execution_state"}
+
+    def server(self, **options):
+        server = Server(env={"JUPYTER_PATH": str(self.specs)}, **options)
+        self.addCleanup(server.end)
+        root = server.root
+        for folder in ("dir", "empty", ".hid"):
+            (root / folder).mkdir()
+        for name, text in {"a.txt": "hello\n", "dir/in.txt": "in", "x.html": "<p>", ".hidden": "h",
+                           ".hid/x.txt": "x", "bad.ipynb": "{", "odd.ipynb": json.dumps(UNKNOWN),
+                           "a.ipynb": json.dumps(notebook("1"))}.items():
+            (root / name).write_text(text)
+        (root / "b.bin").write_bytes(b"\xff\x00\xfe")
+        wait_until(lambda: answers(server))
+        server.ids = {"$K": NOBODY, "$S": NOBODY}
+        return server
+
+    def ask(self, server, method, path, body):
+        """The digest of the answer; the ids in it are kept for the next requests."""
+        body = body if isinstance(body, str | None) else json.dumps(body)
+        for name, id in server.ids.items():
+            path, body = path.replace(name, id), body and body.replace(name, id)
+        reply = server.request(method, quote(path, safe="/?&=%"), body)
+        try:
+            value = reply.json
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and reply.status < 300:
+            if "kernel" in value:
+                server.ids.update({"$S": value["id"], "$K": value["kernel"]["id"]})
+            elif "execution_state" in value:
+                server.ids["$K"] = value["id"]
+        server.policy = {*reply.headers.get("Content-Security-Policy", "").split("; ")}
+        return self.digest(server, reply, value)
+
+    def digest(self, server, reply, value):
+        """(status, JSON, headers) without what each server has of its own."""
+        if reply.status >= 400:
+            value = value if isinstance(value, dict) else {}
+            return reply.status, value.get("reason"), value.get("short_message")
+        location = reply.headers.get("Location", "")
+        for name, id in server.ids.items():
+            location = location.replace(id, name)
+        kind = reply.headers.get("Content-Type", "").split(";")[0] if reply.body else ""
+        is_dated = "Last-Modified" in reply.headers and kind == "application/json"
+        is_yaml = kind == "text/x-yaml"
+        return reply.status, None if is_yaml else self.shape(value), location, kind, is_dated
+
+    def shape(self, value, key=None):
+        """A JSON value; of what is a server's own the type."""
+        if isinstance(value, dict):
+            return {key: self.shape(each, key) for key, each in value.items()}
+        if isinstance(value, list):
+            return sorted((self.shape(each) for each in value), key=repr)
+        return type(value).__name__ if key in self.OWN else value
+
+    def test_every_request_is_answered_alike_or_the_table_says_why_not(self):
+        self.specs = self.folder()
+        install_kernelspec(self.specs, "shared", OURS)
+        for name in ("logo-64x64.png", "kernel.js"):
+            (self.specs / "kernels" / "shared" / name).write_text(name)
+        ours, theirs = self.server(), self.server(program=jupyter_server)
+        for number, (method, path, body, why) in enumerate(REQUESTS):
+            with self.subTest(f"{number} {method} {path} {body}"):
+                mine, other = (self.ask(server, method, path, body) for server in (ours, theirs))
+                if why:
+                    self.assertNotEqual(mine, other, "the same again: take the reason away")
+                else:
+                    self.assertEqual(mine, other)
+                self.assertTrue(mine[0] < 500 or mine[0] == 501, mine)
+                # Nobody reads reports here; a page without a policy is one that redirects.
+                stricter = theirs.policy - ours.policy
+                self.assertLessEqual({part.split(" ")[0] for part in stricter}, {"report-uri", ""})
+                if why == CRASH:
+                    self.assertEqual(other[0], 500)
 
 
 class ServerLife(ServerCase):
@@ -8704,7 +9333,10 @@ class KernelSpecs(ServerCase):
         self.assertEqual(set(entry["resources"]), {"logo-64x64", "logo-svg", "kernel.js"})
         for url in entry["resources"].values():
             self.assertEqual(server.get(url).body.decode(), url.rpartition("/")[2])
-        for name in ("..%2f..%2fkernels%2flogos%2fkernel.json", "..", "none"):
+        (path / "more").mkdir()
+        (path / "more" / "deep.js").write_text("deep.js")
+        self.assertEqual(server.get("/kernelspecs/logos/more/deep.js").body, b"deep.js")
+        for name in ("..%2feverywhere%2fkernel.json", "..", "more", "none", "nul%00"):
             self.assertReply(server.get(f"/kernelspecs/logos/{name}"), 404)
         self.assertReply(server.get("/api/kernelspecs/none"), 404)
 
@@ -9040,6 +9672,317 @@ class JupyterLabServices(ServerCase):
         """)
 
 
+# What the scripts of the next class begin with: `say` prints a result, without ids and times;
+# `watched` notes which members of a manager are used, and `unused` names the others.
+SAYING = """
+const said = value => JSON.stringify(value, (key, each) => {
+  if (each instanceof Error) return `Error ${each.response?.status}`;
+  if (each === undefined) return null;
+  if (/^(created|last_modified|last_activity)$/.test(key)) return 'TIME';
+  if (/^(connections|execution_state|size)$/.test(key)) return typeof each;
+  if (key === 'reason' || key === 'resources') return undefined;
+  if (each && each.constructor === Object)
+    return Object.fromEntries(Object.entries(each).sort());
+  if (typeof each === 'string')
+    return each.replace(/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/g, 'ID')
+      .replaceAll(serverSettings.baseUrl, '/').replaceAll(serverSettings.token, 'TOKEN');
+  return each;
+});
+const say = (what, value) => console.log(`= ${what}: ${said(value)}`);
+const refused = async promise => promise.then(value => ['not refused', value], error => error);
+const used = new Set();
+const watched = object => new Proxy(object, {
+  get(target, name) {
+    used.add(name);
+    const member = target[name];
+    return typeof member === 'function' ? member.bind(target) : member;
+  },
+  set(target, name, value) { used.add(name); target[name] = value; return true; }
+});
+const unused = (...classes) => classes.flatMap(each => Object.getOwnPropertyNames(each.prototype))
+  .filter(name => !used.has(name) && !/^(_|constructor$|request(Running|Specs)$)/.test(name));
+"""
+
+
+@needs("jupyter_server")
+@needs_programs("node", str(NODE / "@jupyterlab" / "services"))
+class JupyterLabServicesSideBySide(Case):
+    """Every method of the managers of @jupyterlab/services, but for those of terminals, events,
+    settings, workspaces and users: what it gives here is what it gives with Jupyter Server."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.specs = tempfile.TemporaryDirectory(prefix="minijupyter-specs-")
+        cls.addClassCleanup(cls.specs.cleanup)
+        install_kernelspec(Path(cls.specs.name), "shared", OURS, interrupt_mode="signal")
+        cls.servers = []
+        for program in (None, jupyter_server):
+            cls.servers.append(Server(env={"JUPYTER_PATH": cls.specs.name}, program=program))
+            cls.addClassCleanup(cls.servers[-1].end)
+        wait_until(lambda: answers(cls.servers[1]))
+
+    def assertAlike(self, text):
+        """The script says the same with both servers; the lines with ours are returned."""
+        outputs = []
+        for server in self.servers:
+            process = Process(["node", "-e", SERVICES % (SAYING + text), "--",
+                               f"http://127.0.0.1:{server.port}/", server.token],
+                              env={**os.environ, "NODE_PATH": str(NODE)})
+            self.addCleanup(process.end)
+            self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
+            outputs.append([line for line in process.lines if line.startswith("= ")])
+        self.assertEqual(*outputs)
+        return outputs[0]
+
+    def test_every_method_of_the_contents_manager_gives_the_same(self):
+        lines = self.assertAlike("""
+          const contents = watched(new services.ContentsManager({serverSettings}));
+          const changes = [];
+          contents.fileChanged.connect((_, change) => changes.push(change));
+          say('names', [contents.localPath('a:b/c'), contents.normalize('a/../b'),
+                        contents.resolvePath('a/b', '../c'), contents.driveName('d:e'),
+                        contents.driveName('e'), contents.defaultDrive.name]);
+          const folder = await contents.newUntitled({type: 'directory'});
+          say('folder', folder);
+          let file = await contents.newUntitled({path: folder.path, type: 'file', ext: '.md'});
+          say('file', file);
+          say('notebook', await contents.newUntitled({path: folder.path, type: 'notebook'}));
+          say('by ending', await contents.newUntitled({path: folder.path, ext: '.ipynb'}));
+          say('saved', await contents.save(file.path,
+            {type: 'file', format: 'text', content: '# ☃'}));
+          say('read', await contents.get(file.path));
+          say('hashed', (await contents.get(file.path, {content: false, hash: true})).hash);
+          file = await contents.rename(file.path, folder.path + '/über 100%.md');
+          say('renamed', file);
+          say('copy', await contents.copy(file.path, folder.path));
+          say('copy elsewhere', await contents.copy(file.path, ''));
+          say('address', await contents.getDownloadUrl(file.path));
+          const listed = await contents.get(folder.path);
+          say('listed', listed.content.map(model => [model.name, model.type]).sort());
+          const checkpoint = await contents.createCheckpoint(file.path);
+          say('checkpoint', [checkpoint, await contents.listCheckpoints(file.path)]);
+          await contents.save(file.path, {type: 'file', format: 'text', content: 'later'});
+          say('restored', await contents.restoreCheckpoint(file.path, checkpoint.id));
+          say('as before', (await contents.get(file.path)).content);
+          say('forgotten', await contents.deleteCheckpoint(file.path, checkpoint.id));
+          say('none left', await contents.listCheckpoints(file.path));
+          await contents.save('target.md', {type: 'file', format: 'text', content: 'old'});
+          say('overwritten', await contents.overwrite(file.path, 'target.md'));
+          say('target', (await contents.get('target.md')).content);
+          const cells = [{id: 'a', cell_type: 'markdown', metadata: {}, source: ['☃\\n', 'x']}];
+          const content = {cells, metadata: {}, nbformat: 4, nbformat_minor: 5};
+          say('notebook saved', await contents.save('n.ipynb',
+            {type: 'notebook', format: 'json', content}));
+          say('notebook read', await contents.get('n.ipynb', {type: 'notebook', content: true}));
+          for (const [what, wish] of Object.entries({
+            missing: () => contents.get('none'), hidden: () => contents.get('.hidden'),
+            'no folder': () => contents.newUntitled({path: 'none'}),
+            'a file': () => contents.newUntitled({path: 'target.md'}),
+            'saved hidden': () => contents.save('.h', {type: 'file', format: 'text', content: ''}),
+            'moved on another': () => contents.rename('target.md', 'n.ipynb'),
+            'moved from nowhere': () => contents.rename('none', 'x'),
+            'moved hidden': () => contents.rename('target.md', '.x'),
+            'copied from nowhere': () => contents.copy('none', ''),
+            'deleted nothing': () => contents.delete('none'),
+            'deleted hidden': () => contents.delete('.x'),
+            'no file': () => contents.get('target.md', {type: 'directory'})}))
+            say(what, await refused(wish()));
+          for (const name of [...listed.content.map(model => model.path), 'target.md', 'n.ipynb',
+                              'über 100%.md', folder.path])
+            if (name !== file.path) await contents.delete(name);
+          say('changes', changes.map(change => [change.type, change.newValue?.path ?? null]));
+          contents.addDrive(new services.Drive({name: 'Other', serverSettings}));
+          say('other drive', await contents.newUntitled({path: 'Other:', type: 'file'}));
+          say('in it', (await contents.get('Other:untitled')).path);
+          await contents.delete('Other:untitled');
+          say('shared', contents.getSharedModelFactory('n.ipynb'));
+          contents.dispose();
+          say('disposed', contents.isDisposed);
+          say('unused', unused(services.ContentsManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_a_drive_gives_the_same(self):
+        lines = self.assertAlike("""
+          const drive = watched(new services.Drive({name: 'D', serverSettings}));
+          const changes = [];
+          drive.fileChanged.connect((_, change) => changes.push(change.type));
+          say('it', [drive.name, drive.isDisposed, drive.serverSettings.token,
+                     drive.sharedModelFactory, drive.contentProviderRegistry !== undefined]);
+          const made = await drive.newUntitled({type: 'file', ext: '.txt'});
+          say('made', made);
+          for (const chunk of [1, 2, -1])
+            say('chunk', (await drive.save('big.txt', {
+              type: 'file', format: 'text', content: 'x'.repeat(9), chunk})).name);
+          say('read', await drive.get('big.txt'));
+          say('renamed', await drive.rename(made.path, 'moved.txt'));
+          say('copied', await drive.copy('moved.txt', ''));
+          say('checkpoint', await drive.createCheckpoint('big.txt'));
+          say('listed', await drive.listCheckpoints('big.txt'));
+          say('restored', await drive.restoreCheckpoint('big.txt', 'checkpoint'));
+          say('forgotten', await drive.deleteCheckpoint('big.txt', 'checkpoint'));
+          say('address', await drive.getDownloadUrl('big.txt'));
+          for (const name of ['big.txt', 'moved.txt', 'moved-Copy1.txt']) await drive.delete(name);
+          say('changes', changes);
+          drive.dispose();
+          say('unused', unused(services.Drive));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_the_managers_of_kernels_and_specs_gives_the_same(self):
+        lines = self.assertAlike("""
+          const specs = watched(new services.KernelSpecManager({serverSettings}));
+          await specs.ready;
+          let news = 0;
+          specs.specsChanged.connect(() => { news += 1; });
+          specs.connectionFailure.connect(() => say('failed'));
+          await specs.refreshSpecs();
+          const {language, display_name, argv, env, metadata, interrupt_mode} =
+            specs.specs.kernelspecs.shared;
+          say('spec', [specs.specs.default, language, display_name, argv, env, metadata,
+                       interrupt_mode, specs.isReady, news]);
+          specs.dispose();
+          const kernels = watched(new services.KernelManager({serverSettings}));
+          await kernels.ready;
+          kernels.runningChanged.connect((_, models) => used.add('heard'));
+          kernels.connectionFailure.connect(() => say('failed'));
+          kernels.kernelInfoTimeout = kernels.kernelInfoTimeout;
+          kernels.commsOverSubshells = kernels.commsOverSubshells;
+          const kernel = await kernels.startNew({name: 'shared'});
+          say('started', [kernel.name, (await kernel.spec).display_name, kernels.isReady]);
+          const other = kernels.connectTo({model: kernel.model});
+          say('other', [(await run(other, '6 * 7')).result, other.id === kernel.id]);
+          await kernels.refreshRunning();
+          say('running', [[...kernels.running()].map(model => model.name), kernels.runningCount]);
+          say('found', (await kernels.findById(kernel.id)).name);
+          say('not found', await kernels.findById('00000000-0000-0000-0000-000000000000'));
+          say('refused', [await refused(kernels.startNew({name: 'cobol'})) instanceof Error]);
+          await kernels.shutdown(kernel.id);
+          say('gone', [...kernels.running()].length);
+          await kernels.startNew({name: 'shared'});
+          await kernels.startNew({name: 'shared'});
+          await kernels.refreshRunning();
+          say('two', kernels.runningCount);
+          await kernels.shutdownAll();
+          say('none', [kernels.runningCount, used.has('heard')]);
+          kernels.dispose();
+          say('unused', unused(services.KernelSpecManager, services.KernelManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_every_method_of_the_session_manager_gives_the_same(self):
+        lines = self.assertAlike("""
+          const kernelManager = new services.KernelManager({serverSettings});
+          const sessions = watched(new services.SessionManager({serverSettings, kernelManager}));
+          await sessions.ready;
+          sessions.runningChanged.connect(() => used.add('heard'));
+          sessions.connectionFailure.connect(() => say('failed'));
+          const wish = path => ({path, name: path, type: 'notebook', kernel: {name: 'shared'}});
+          const session = watched(await sessions.startNew(wish('one.ipynb')));
+          const changes = [];
+          session.propertyChanged.connect((_, name) => changes.push(name));
+          session.kernelChanged.connect(() => changes.push('kernel'));
+          say('model', [sessions.isReady, session.model]);
+          say('result', (await run(session.kernel, '6 * 7')).result);
+          say('again', (await sessions.startNew(wish('one.ipynb'))).id === session.id);
+          await session.setPath('two.ipynb');
+          await session.setName('two');
+          await session.setType('console');
+          say('changed', [session.path, session.name, session.type]);
+          say('by path', (await sessions.findByPath('two.ipynb')).name);
+          say('by id', (await sessions.findById(session.id)).path);
+          say('nowhere', [await sessions.findByPath('none'), await sessions.findById('none')]);
+          const before = session.kernel.id;
+          await session.changeKernel({name: 'shared'});
+          say('new kernel', [session.kernel.id !== before, session.kernel.name]);
+          say('refused', await refused(session.changeKernel({name: 'cobol'})));
+          say('still', (await run(session.kernel, '6 * 7')).result);
+          const third = await kernelManager.startNew({name: 'shared'});
+          await session.changeKernel({id: third.id});
+          say('given', session.kernel.id === third.id);
+          await kernelManager.refreshRunning();
+          say('kernels', kernelManager.runningCount);
+          const other = sessions.connectTo({model: session.model});
+          say('other', other.id === session.id);
+          await sessions.refreshRunning();
+          say('running', [...sessions.running()]);
+          await sessions.startNew(wish('three.ipynb'));
+          await sessions.stopIfNeeded('three.ipynb');
+          await sessions.refreshRunning();
+          say('stopped', [...sessions.running()].map(model => model.path));
+          await session.shutdown();
+          say('ended', [session.isDisposed, [...sessions.running()].length]);
+          const fourth = await sessions.startNew(wish('four.ipynb'));
+          await sessions.shutdown(fourth.id);
+          say('gone already', await refused(sessions.shutdown(fourth.id)));
+          await sessions.startNew(wish('five.ipynb'));
+          await sessions.shutdownAll();
+          await kernelManager.refreshRunning();
+          say('none', [[...sessions.running()].length, kernelManager.runningCount, changes]);
+          sessions.dispose();
+          say('unused', unused(services.SessionManager));
+        """)
+        self.assertEqual(lines[-1], "= unused: []\n")
+
+    def test_config_sections_are_read_and_merged_the_same(self):
+        self.assertAlike("""
+          const manager = new services.ConfigSectionManager({serverSettings});
+          const section = await manager.create({name: 'test'});
+          say('new', section.data);
+          say('updated', await section.update({a: {b: 1, c: 2}, d: [1, null]}));
+          say('merged', await section.update({a: {b: null}, e: {f: null}}));
+          say('again', (await manager.create({name: 'test'})).data);
+          services.ConfigSection._setConfigSectionManager(manager);
+          say('by name', (await services.ConfigSection.create({name: 'test'})).data);
+          const values = new services.ConfigWithDefaults(
+            {section, defaults: {x: 1, y: 2}, className: 'Part'});
+          say('default', [values.get('x'), await values.set('x', 7), values.get('x')]);
+          say('back', [await values.set('x', null), values.get('x')]);
+          await section.load();
+          say('loaded', section.data);
+          say('no section', await refused(manager.create({name: 'a/b'})));
+        """)
+
+    def test_a_kernel_connection_is_answered_the_same(self):
+        self.assertAlike("""
+          const kernels = new services.KernelManager({serverSettings});
+          const kernel = await kernels.startNew({name: 'shared'});
+          say('info', (await kernel.info).language_info.name);
+          say('again', (await kernel.requestKernelInfo()).content.status);
+          say('run', await run(kernel, "print('☃')\\ninput('?')", 'Ada'));
+          say('complete', (await kernel.requestComplete({code: 'impor', cursor_pos: 5})).content);
+          say('inspect', (await kernel.requestInspect(
+            {code: 'nothing', cursor_pos: 3, detail_level: 0})).content);
+          say('whole', (await kernel.requestIsComplete({code: 'if 1:'})).content);
+          say('history', (await kernel.requestHistory(
+            {hist_access_type: 'tail', n: 1, raw: true, output: false})).content.status);
+          say('comms', (await kernel.requestCommInfo({})).content);
+          await run(kernel, 'kept = 1');
+          const clone = kernel.clone();
+          say('clone', (await run(clone, 'kept')).result);
+          clone.dispose();
+          await kernel.reconnect();
+          say('reconnected', (await run(kernel, 'kept')).result);
+          if (kernel.supportsSubshells) {
+            const made = await kernel.requestCreateSubshell({}).done;
+            const listed = await kernel.requestListSubshell({}).done;
+            say('subshells', listed.content.subshell_id.length);
+            await kernel.requestDeleteSubshell({subshell_id: made.content.subshell_id}).done;
+          }
+          const future = kernel.requestExecute({code: "print('ready')\\nwhile True: pass"});
+          let isReady = false;
+          future.onIOPub = message => { isReady ||= message.header.msg_type === 'stream'; };
+          await until(() => isReady);
+          await kernel.interrupt();
+          say('interrupted', (await future.done).content.ename);
+          await kernel.restart();
+          say('restarted', (await run(kernel, 'kept')).reply.ename);
+          await kernel.shutdown();
+          say('ended', kernel.status);
+          say('gone', await refused(kernels.shutdown(kernel.id)));
+        """)
+
+
 class Gateway(ServerCase):
     """Jupyter Server, and clients that use ours as the gateway to its kernels."""
 
@@ -9352,11 +10295,11 @@ class FuzzedContents(ServerCase):
 class FuzzedKernels(ServerCase):
     """Whatever is asked of kernels and sessions, and whatever is said to a kernel."""
 
-    FIELDS = ["path", "name", "type", "kernel", "id", "kernel_id", "env"]
+    FIELDS = ["path", "name", "type", "kernel", "id", "kernel_id", "env", "notebook"]
 
     def bodies(st):
         """What may stand in a request; no kernel is called like this."""
-        names = st.sampled_from(["", "none", "x.ipynb", "notebook", "../x", "é", "\0"])
+        names = st.sampled_from(["", "none", "x.ipynb", "notebook", "../x", "é", "\0", "\ud800"])
         values = st.one_of(names, json_values(st), st.dictionaries(
             st.sampled_from(["id", "name", "x"]), names | json_values(st)))
         wishes = st.dictionaries(st.sampled_from(FuzzedKernels.FIELDS), values)
@@ -9386,6 +10329,20 @@ class FuzzedKernels(ServerCase):
         if reply.status >= 400:
             self.assertTrue(reply.json["message"], reply)
         self.assertEqual(self.server.get("/api/sessions").status, 200)
+
+    @fuzzed(lambda st: st.sampled_from(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]),
+            lambda st: st.sampled_from([
+                "/api/config/x", "/api/config/{}", "/api/me", "/api/me?permissions={}",
+                "/api/resolvePath?path={}", "/api/resolvePath?kernel={}&path=x", "/api/spec.yaml",
+                "/api/notebooks/{}", "/api/kernelspecs/{}", "/kernelspecs/python3/{}",
+                "/kernelspecs/{}/x", "/view/{}", "/api/kernels/{}", "/api/sessions/{}"]),
+            lambda st: st.text(max_size=8) | st.sampled_from(
+                ["..", "../..", "\0", "\ud800", "x" * 300, "~", "/", "{}", "[[", ".."]),
+            json_values, examples=300)
+    def test_any_request_for_what_is_asked_for_rarely_is_answered(self, method, path, text, body):
+        path = path.format(quote(text, errors="surrogatepass"))
+        reply = self.server.request(method, path, json.dumps(body))
+        self.assertTrue(reply.status < 500 or reply.status == 501, (path, reply))
 
     @fuzzed(lambda st: st.sampled_from(list(minijupyter.LAYOUTS)), lambda st: st.text(max_size=60)
             | st.binary(max_size=60) | json_values(st).map(json.dumps), examples=300)
