@@ -66,10 +66,10 @@ import stat
 import string
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
+import weakref
 import zlib
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,6 +79,11 @@ try:
     import zmq
 except ImportError:
     sys.exit("MiniJupyter needs pyzmq: run `pip install pyzmq`.")
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 import kernel as our_kernel
 from kernel import Session, to_json
@@ -664,9 +669,11 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
 
 
 CELLS_AT_ONCE = 50          # are encoded without a break: a millisecond or two
+WRITTEN_AT_ONCE = 1 << 20   # bytes
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
+NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
 
 
 class Answers:
@@ -700,6 +707,73 @@ class Answers:
             self.size += len(answer)
 
 
+class Upload:
+    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
+    that takes the file's place at the end."""
+
+    def __init__(self, target, data):
+        """`data`: of piece 1, which is still to be added."""
+        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.latest = time.monotonic()
+
+    def add(self, number, data):
+        """Problem 400 when the piece is not the next one; the upload goes on with that."""
+        if number not in (self.number + 1, -1):
+            raise Problem(400, f"Chunk {number} is out of place: the next one is "
+                               f"{self.number + 1}, or -1 for the last")
+        self.file.write(data)
+        self.number, self.latest = self.number + 1, time.monotonic()
+
+
+class Uploads:
+    """Those under way, one of each file. What gathers is never seen as the file."""
+
+    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
+    MOST_SECONDS = 3600    # then an upload goes, when another one begins
+
+    def __init__(self):
+        self.lock, self.under_way = threading.Lock(), {}   # target -> Upload
+
+    def add(self, target, number, data):
+        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
+        with self.lock:
+            if number == 1:
+                self.begin(target, data)
+            upload = self.under_way.get(target)
+            if upload is None:
+                raise Problem(400, "An upload begins with chunk 1")
+            try:
+                upload.add(number, data)
+            except OSError:
+                self.drop(target)
+                raise
+            if number != -1:
+                return upload.file.path
+            del self.under_way[target]
+        with upload.file:
+            return put_in_place(upload.file)
+
+    def begin(self, target, data):
+        """Problem 409 while another upload of the same file is under way: nothing tells whose a
+        later piece is. The same first piece begins anew, because then what follows fits,
+        whoever sends it."""
+        now = time.monotonic()
+        for other, upload in [*self.under_way.items()]:
+            if now - upload.latest > self.MOST_SECONDS:
+                self.drop(other)
+        old = self.under_way.get(target)
+        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
+            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
+                               f"{self.PAUSE_SECONDS} seconds after it was given up")
+        refuse_protected(target)
+        if old:
+            self.drop(target)
+        self.under_way[target] = Upload(target, data)
+
+    def drop(self, target):
+        self.under_way.pop(target).file.remove()
+
+
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
@@ -708,8 +782,11 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.recent, self.answers = Recent(), Answers()
-        self.lock = threading.Lock()   # between the look at a file and its replacement
+        self.recent, self.answers, self.uploads = Recent(), Answers(), Uploads()
+        self.lock = threading.Lock()   # while a name is chosen
+        self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
+        tidy(self.root)
+        finish_records()
 
     def look(self, path):
         """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
@@ -792,12 +869,13 @@ class Contents:
         return {"name": path.rpartition("/")[2], "path": path, "type": kind,
                 "created": iso(info.st_ctime), "last_modified": iso(info.st_mtime),
                 "size": None if kind == "directory" else info.st_size,
-                "writable": os.access(absolute, os.W_OK),
+                "writable": may_write(absolute, info),
                 "mimetype": (mimetypes.guess_type(path)[0] if kind == "file" else None),
                 "content": None, "format": None, "hash": None, "hash_algorithm": None}
 
     def listing(self, path, absolute):
         """Models of a folder's visible files and folders, in the order of their names."""
+        tidy(os.path.realpath(absolute))
         models = []
         for name in sorted(os.listdir(absolute), key=str.casefold):
             if name.endswith(LEFTOVERS) and not self.allow_hidden:
@@ -829,6 +907,15 @@ class Contents:
         with open(absolute, "rb") as file:
             return file.read()
 
+    def read_if_there(self, absolute):
+        return self.read(absolute) if os.path.exists(absolute) else None
+
+    def one_save(self, absolute):
+        """The lock of a file: what one save writes the next one reads, but two files are saved at
+        the same time."""
+        with self.lock:
+            return self.saved.setdefault(os.path.realpath(absolute), threading.Lock())
+
     def save(self, path, model, expected=None, with_hash=False):
         """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
         NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
@@ -837,18 +924,25 @@ class Contents:
             raise Problem(400, "type must be notebook, file or directory")
         if model.get("copy_from"):
             raise Problem(400, "A copy is made with POST")
-        with self.lock:
+        with self.one_save(absolute):
             is_new = not os.path.exists(absolute)
             if kind == "directory":
                 os.makedirs(absolute, exist_ok=True)
                 return self.model(path, absolute), is_new
             if os.path.isdir(absolute):
                 raise Problem(400, f"{path} is a folder")
-            old = None if is_new else self.read(absolute)
+            refuse_protected(absolute)
+            old = self.read_if_there(absolute)
             self.refuse_conflict(path, old, expected)
             data = self.encode(path, model, old)
+
+            def look(target):
+                """What was true when the save began must be true when the file is replaced."""
+                if expected not in (None, "*") and self.read_if_there(target) != old:
+                    raise Problem(412, f"{path} was changed on disk just now", "conflict")
+
             if data != old:
-                write_atomically(absolute, data)
+                write_atomically(absolute, data, look)
         new = {**self.model(path, absolute), "type": kind}
         if with_hash:
             new.update(hash=self.recent.hash(data), hash_algorithm="sha256")
@@ -889,26 +983,15 @@ class Contents:
                                f"{problem}") from None
 
     def save_chunk(self, path, model):
-        """Write one chunk of a large upload: number 1 begins the file anew, -1 is the last one.
-
-        The chunks gather in a hidden file beside it, which takes its place at the end.
-        """
-        absolute, number = self.resolve(path), model["chunk"]
+        """Write one piece of a large upload; returns (model, was a file created)."""
+        absolute = self.resolve(path)
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
-        folder, name = os.path.split(absolute)
-        part = os.path.join(folder, f".{short_hash(name)}.upload")
-        self.kept_inside(part, path)
-        data = self.encode(path, model, None)
-        with self.lock:
-            is_new = not os.path.exists(absolute)
-            if number != 1 and not os.path.exists(part):
-                raise Problem(400, "An upload begins with chunk 1")
-            with removed_on_error(part):
-                write_through(part, data, "wb" if number == 1 else "ab")
-                if number == -1:
-                    put_in_place(part, absolute)
-        return self.model(path, absolute if number == -1 else part), is_new and number == -1
+        data, was_there = self.encode(path, model, None), os.path.exists(absolute)
+        gathering = self.uploads.add(os.path.realpath(absolute), model["chunk"], data)
+        if gathering:
+            return self.model(path, gathering), False
+        return self.model(path, absolute), not was_there
 
     # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
 
@@ -935,8 +1018,9 @@ class Contents:
         return self.checkpoint_model(saved)
 
     def restore_checkpoint(self, path, id):
-        with self.lock:
-            write_atomically(self.resolve(path), self.read(self.checkpoint_of(path, id)))
+        absolute, saved = self.resolve(path), self.checkpoint_of(path, id)
+        with self.one_save(absolute):
+            write_atomically(absolute, self.read(saved))
 
     def delete_checkpoint(self, path, id):
         os.remove(self.checkpoint_of(path, id))
@@ -955,13 +1039,13 @@ class Contents:
         with self.lock:
             space = " " if kind == "directory" else ""
             path = self.free_name(folder, stem, extension or usual, space, 0)
+            absolute = self.resolve(path)
             if kind == "directory":
-                os.mkdir(self.resolve(path))
+                os.mkdir(absolute)
             else:
-                write_atomically(self.resolve(path),
-                                 write_notebook(new_notebook()).data if kind == "notebook"
-                                 else b"")
-        return self.model(path, self.resolve(path))
+                data = write_notebook(new_notebook()).data if kind == "notebook" else b""
+                write_atomically(absolute, data, refuse_existing)
+        return self.model(path, absolute)
 
     def free_name(self, folder, stem, extension, joint, number):
         while True:
@@ -972,41 +1056,79 @@ class Contents:
             number += 1
 
     def copy(self, source, folder):
-        """A copy of a file: of the same name in another folder, else `name-Copy1.ext`."""
-        absolute = self.existing(source)
-        if os.path.isdir(absolute):
-            raise Problem(400, f"{source} is a folder")
-        if not os.path.isdir(self.existing(folder)):
+        """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`."""
+        absolute, target = self.existing(source), self.existing(folder)
+        if not os.path.isdir(target):
             raise Problem(400, f"{folder} is not a folder")
-        # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
-        name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
-        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
+        is_folder = os.path.isdir(absolute)
+        if is_folder and is_within(os.path.realpath(target), os.path.realpath(absolute)) or (
+                not source.strip("/")):
+            raise Problem(400, f"{source} cannot be copied into itself")
+        stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
+        if is_folder:
+            return self.copy_folder(absolute, folder, stem)
         with self.lock:
-            path = self.free_name(folder, stem, dot + extension, "-Copy", 0)
-            write_atomically(self.resolve(path), self.read(absolute))
+            path = self.free_name(folder, stem, extension, "-Copy", 0)
+            write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
         return self.model(path, self.resolve(path))
+
+    def copy_name(self, name, is_folder):
+        """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
+        a.b.ipynb it is what follows the last dot."""
+        name = re.sub(r"-Copy\d*(?=\.|$)", "", name)
+        if is_folder:
+            return name, ""
+        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
+        return stem, dot + extension
+
+    def copy_folder(self, absolute, folder, stem):
+        """The copy grows in a hidden folder, and is there when it is whole."""
+        growing = leftover_name(self.existing(folder))
+        with removed_on_error(growing), contextlib.ExitStack() as in_use:
+            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
+                os.mkdir(growing)
+                in_use.enter_context(locked(growing))
+            shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
+                            dirs_exist_ok=True)
+            with self.lock, locked(os.path.dirname(growing)) as parent:
+                path = self.free_name(folder, stem, "", "-Copy", 0)
+                os.rename(growing, self.resolve(path))
+                sync(parent)
+        return self.model(path, self.resolve(path))
+
+    def not_copied(self, folder, names):
+        """Those of the names in a folder that are no file, folder or link, or not to be seen."""
+        paths = {name: os.path.join(folder, name) for name in names}
+        return [name for name, path in paths.items() if IS_LEFTOVER(name)
+                or not (os.path.islink(path) or os.path.isfile(path) or os.path.isdir(path))
+                or any(is_within(os.path.realpath(path), private) for private in self.private)]
 
     def rename(self, path, new_path):
         """Move a file or folder; never over another one."""
         old, new = self.existing(path), self.resolve(new_path)
         if not new_path.strip("/") or os.path.realpath(old) == self.root:
             raise Problem(400, "A new path is needed")
-        with self.lock:
+        self.refuse_private(path, old)
+        if not os.path.isdir(os.path.dirname(new)):
+            raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
+        with self.lock, locked(os.path.dirname(new)) as folder:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            if any(is_within(folder, os.path.realpath(old)) for folder in self.private):
-                raise Problem(403, f"{path} holds what this server needs")
-            if not os.path.isdir(os.path.dirname(new)):
-                raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
             saved = self.checkpoint_path(path)
-            os.rename(old, new)
+            move(old, new)
             if os.path.exists(saved):   # it goes along
                 os.makedirs(os.path.dirname(self.checkpoint_path(new_path)), exist_ok=True)
                 os.replace(saved, self.checkpoint_path(new_path))
+            sync(folder)
         return self.model(new_path, new)
 
-    def delete(self, path):
-        """Delete a file or an empty folder."""
+    def refuse_private(self, path, absolute):
+        if any(is_within(folder, os.path.realpath(absolute)) for folder in self.private):
+            raise Problem(403, f"{path} holds what this server needs")
+
+    def delete(self, path, with_content=True):
+        """Delete a file or a folder. A folder with files only `with_content`, which is what
+        Jupyter's clients expect: they have asked before."""
         absolute = self.existing(path)
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
@@ -1014,10 +1136,27 @@ class Contents:
             with contextlib.suppress(OSError):   # as a rule there is none
                 os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
-        if {*os.listdir(absolute)} - {".ipynb_checkpoints", "__pycache__", ".DS_Store"}:
+        self.refuse_private(path, absolute)
+        if not with_content and {*os.listdir(absolute)} - NO_CONTENT:
             raise Problem(400, f"{path} is not empty (it may hold hidden files): "
-                               "delete what is in it first")
+                               "delete what is in it first", "not empty")
         shutil.rmtree(absolute)
+
+
+def refuse_existing(target):
+    """What a new file must not find when it takes its place."""
+    if os.path.lexists(target):
+        raise Problem(409, f"{os.path.basename(target)} exists already")
+
+
+def move(old, new):
+    """Rename a file or folder. A relative link is made anew, if it would lead elsewhere."""
+    folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
+    leads = os.readlink(old) if os.path.islink(old) else os.sep
+    if os.path.isabs(leads) or folder == new_folder:
+        return os.rename(old, new)
+    os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
+    os.unlink(old)
 
 
 def model_json(model):
@@ -1040,45 +1179,331 @@ def is_within(real, root):
     return real == root or real.startswith(os.path.join(root, ""))
 
 
-def write_atomically(path, data):
-    """Replace a file's bytes or, if that fails, change nothing. Mode and symbolic link stay."""
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=".", suffix=".saving", dir=os.path.dirname(os.path.realpath(path)))
-    with removed_on_error(temporary):
-        write_through(descriptor, data)
-        put_in_place(temporary, path)
+# -- Saving: at every moment the file is its old self or its new one, whole --
+#
+# S1 A file that may not be written stays as it is, for root, too.
+# S2 A save is answered when the bytes, and the name that leads to them, are on the disk.
+# S3 Whenever the machine stops, the file is the old one or the new one. (A test replays every
+#    point at which a save can stop, and every order in which the disk may have done its work.)
+# S4 Of two saves that expect the same old file one is refused, whichever server gets them: one
+#    more look at the file and its replacement happen under a lock of its folder.
+# S5 Owner, rights and other names of the file stay.
+# S6 What a killed server left over goes as soon as somebody looks into that folder again.
+#
+#     the file is    when                              how
+#     replaced       as a rule                         a hidden file beside it, its fsync, rename,
+#                                                      fsync of the folder
+#     written over   it has other names (hard links)   old and new bytes into a record in the
+#                    or is a mount; its folder takes   runtime folder; then the bytes into the
+#                    no new file; its owner is not     file itself; then the record is removed.
+#                    ours to give                      A server that starts finishes such records.
+
+IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch
+IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
+CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
+LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
+SECTOR = 512             # bytes that a disk writes whole or not at all
+BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
+TIDIED = set()           # folders in which we have looked for leftovers
 
 
-def write_through(target, data, mode="wb"):
-    """Write to a path or descriptor; the bytes are then on the disk, not only on their way."""
-    with open(target, mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_atomically(path, data, look=None):
+    """Replace the bytes of the file at `path`, or of what that links to; or change nothing.
 
-
-def put_in_place(temporary, path):
-    """Let a file take the place of the one at `path`, or of what that links to."""
+    `look(target)` is called when no other server can come between it and the replacement; what
+    it raises stops the save.
+    """
     target = os.path.realpath(path)
-    os.chmod(temporary, mode_for(target))
-    os.replace(temporary, target)
+    refuse_protected(target)
+    try:
+        refuse_irreplaceable(target)
+        with Temporary(target) as temporary:
+            temporary.write(data)
+            temporary.replace(look)
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
+            raise
+        write_over(target, data, look)
+
+
+def put_in_place(temporary):
+    """The same for bytes that are in a temporary file already."""
+    refuse_protected(temporary.target)
+    try:
+        temporary.replace()
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(temporary.target):
+            raise
+        with open(temporary.path, "rb") as file:
+            write_over(temporary.target, file.read())
+
+
+def refuse_protected(target):
+    """Raise PermissionError for a file that may not be written. The disk lets root write anything;
+    so a file that nobody has the right to write is taken at its word."""
+    info = stat_of(target)
+    if info and not may_write(target, info):
+        raise PermissionError(errno.EACCES, "The file is write-protected", target)
+
+
+def may_write(path, info):
+    is_protected = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o222
+    return not is_protected and os.access(path, os.W_OK)
+
+
+def refuse_irreplaceable(target):
+    info = stat_of(target)
+    if info and info.st_nlink > 1:
+        raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
+
+
+def stat_of(path):
+    """The os.stat_result, or None when nothing is there."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+class Temporary:
+    """A hidden file beside `target` that is to take its place. It is locked as long as it is in
+    use, so that it is no leftover to anybody who tidies the folder."""
+
+    def __init__(self, target):
+        """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
+        self.target, self.folder = target, os.path.dirname(target)
+        tidy(self.folder)
+        self.path = leftover_name(self.folder)
+        with locked(self.folder):   # nobody tidies between these two lines
+            self.descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o600)
+            lock(self.descriptor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.remove()
+
+    def remove(self):
+        """End it; as a rule it has become the target, and there is nothing to remove."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def write(self, data):
+        write_all(self.descriptor, data)
+
+    def replace(self, look=None):
+        """Take the place of the target, now or never."""
+        refuse_irreplaceable(self.target)
+        self.dress()
+        os.fsync(self.descriptor)
+        with locked(self.folder) as folder:
+            if look:
+                look(self.target)
+            if os.name == "nt":   # where no open file is renamed
+                self.close()
+            os.replace(self.path, self.target)
+            sync(folder)
+
+    def dress(self):
+        """Take the owner and the rights of the file that is to be replaced. Raises PermissionError
+        when they are not ours to give."""
+        old, new = stat_of(self.target), os.fstat(self.descriptor)
+        if old is None:
+            return os.chmod(self.path, 0o666 & ~UMASK)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(self.path, old.st_uid, old.st_gid)
+        copy_attributes(self.target, self.path)
+        os.chmod(self.path, stat.S_IMODE(old.st_mode))
+
+
+def copy_attributes(source, target):
+    """Access control lists and the like, where there are any and we may give them."""
+    if hasattr(os, "listxattr"):
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(source):
+                os.setxattr(target, name, os.getxattr(source, name))
+
+
+def write_all(descriptor, data):
+    """Write all bytes at the place where the descriptor stands."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest[:WRITTEN_AT_ONCE]):]
+
+
+def leftover_name(folder):
+    return os.path.join(folder, f".{secrets.token_hex(8)}.saving")
+
+
+def write_over(target, data, look=None):
+    """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
+    with locked(os.path.dirname(target)):
+        if look:
+            look(target)
+        with open(target, "r+b", buffering=0) as file:
+            old = file.readall()
+            record = make_record(target, old, data)
+            try:
+                fill(file.fileno(), data)
+            except OSError:   # the disk is full: the room for the old bytes is still ours
+                fill(file.fileno(), old)
+                raise
+            finally:
+                remove_record(record)
+
+
+def fill(descriptor, data):
+    """Make these the bytes of a file, and have them on the disk."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    write_all(descriptor, data)
+    os.ftruncate(descriptor, len(data))
+    os.fsync(descriptor)
+
+
+def make_record(target, old, new):
+    """A file that says what is about to be written over: a line of JSON, old bytes, new bytes."""
+    os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
+    record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
+    head = {"path": target, "old": len(old), "new": len(new)}
+    with Temporary(record) as temporary:
+        temporary.write(json.dumps(head).encode() + b"\n")
+        temporary.write(old)
+        temporary.write(new)
+        temporary.replace()
+    os.chmod(record, 0o600)
+    return record
+
+
+def remove_record(record):
+    """It must not come back after a later save: its removal is on the disk, too."""
+    os.unlink(record)
+    with locked(os.path.dirname(record)) as folder:
+        sync(folder)
+
+
+def finish_records():
+    """Finish what a server was writing over when it was stopped."""
+    for name in filter(IS_RECORD, os.listdir(RUNTIME) if os.path.isdir(RUNTIME) else ()):
+        with contextlib.suppress(OSError, ValueError):
+            finish_record(os.path.join(RUNTIME, name))
+
+
+def finish_record(record):
+    """Write the new bytes once more, if the file is half old and half new. If it is neither, then
+    somebody else has written it since, and it stays."""
+    with open(record, "rb") as file:
+        head = json.loads(file.readline())
+        old, new = file.read(head["old"]), file.read(head["new"])
+    if os.path.isfile(head["path"]):
+        # Who still writes it holds this lock.
+        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
+            found = file.read()
+            if found not in (old, new) and is_between(found, old, new):
+                fill(file.fileno(), new)
+    remove_record(record)
+
+
+def is_between(found, old, new):
+    """True when each sector is that of one of the two, or was never written."""
+    size, longest = len(found), max(len(old), len(new))
+    states = [state.ljust(longest, b"\0") for state in (
+        old, new, new + old[len(new):], b"")]   # the third is not yet cut
+    return min(len(old), len(new)) <= size <= longest and all(
+        any(found[at:at + SECTOR] == state[at:min(at + SECTOR, size)] for state in states)
+        for at in range(0, size, SECTOR))
+
+
+def tidy(folder):
+    """Remove what killed servers left over in a folder; that of running ones is locked.
+
+    Done when a folder is first listed or saved into. (A walk through all folders at the start
+    could take minutes; a list of what is being written would cost each save an fsync more.)
+    """
+    if folder in TIDIED:
+        return
+    TIDIED.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
+            with contextlib.suppress(OSError), locked(folder):
+                remove_if_unlocked(path)
+
+
+def remove_if_unlocked(path):
+    """Remove a leftover, file or folder. Raises OSError when it is in use."""
+    # Network file systems lock only what may be written; a folder is never opened for that.
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        lock(descriptor, must=True)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 @contextlib.contextmanager
-def removed_on_error(path):
+def locked(folder):
+    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
+    folder itself: nothing is created, and nothing left over. Gives the folder's descriptor, or
+    None where a folder cannot be opened (Windows) or a file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        descriptor = None
+    try:
+        if descriptor is not None:
+            wait_for_lock(descriptor)
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def wait_for_lock(descriptor):
+    """A program that holds the lock and was stopped must not stop us for ever."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            return lock(descriptor, must=True)
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError:   # no locks here: the look right before the replacement must do
+            return None
+    return None
+
+
+def lock(descriptor, must=False):
+    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
+    process. Raises OSError when it cannot be had, if it `must`. On Windows there is none: there an
+    open file can be neither removed nor replaced."""
+    if fcntl:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+
+
+def sync(folder):
+    """Have the names in a folder on the disk; None: it cannot be opened."""
+    if folder is not None:
+        with contextlib.suppress(OSError):   # some file systems know no such thing
+            os.fsync(folder)
+
+
+@contextlib.contextmanager
+def removed_on_error(folder):
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def mode_for(path):
-    """The permissions of the file at `path`, or what a new file gets there."""
-    if os.path.exists(path):
-        return stat.S_IMODE(os.stat(path).st_mode)
-    return 0o666 & ~UMASK
 
 
 UMASK = os.umask(0o022)
@@ -3836,7 +4261,8 @@ class Handler(BaseHTTPRequestHandler):
         return model
 
     def delete_contents(self, path):
-        self.server.contents.delete(path)
+        """With ?recursive=0 a folder that is not empty stays: a page can ask once more."""
+        self.server.contents.delete(path, self.asked("recursive", "1", "01") == "1")
         return 204, None
 
     def list_checkpoints(self, path):
@@ -3943,13 +4369,16 @@ class Handler(BaseHTTPRequestHandler):
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", header or "")
     if not match or match[1] == match[2] == "":
         return 200, 0, size
-    if match[1] == "":
-        start = max(0, size - int(match[2]))
+    # Python reads no number of thousands of digits; what has 20 of them is beyond any file.
+    first, last = (int(digits.lstrip("0")[:20] or 0) if digits else None
+                   for digits in match.groups())
+    if first is None:
+        start = max(0, size - last)
         return (206, start, size) if start < size else (416, 0, 0)
-    start, end = int(match[1]), min(int(match[2] or size - 1) + 1, size)
+    start, end = first, size if last is None else min(last + 1, size)
     return (206, start, end) if start < end else (416, 0, 0)
 
 

@@ -5712,14 +5712,15 @@ class Documents(ServerCase):
         import nbformat
         for name in ("nbformat-test2.ipynb", "nbformat-test3.ipynb"):
             with self.subTest(name):
-                (self.root / name).write_bytes((NOTEBOOKS / name).read_bytes())
+                shutil.copyfile(NOTEBOOKS / name, self.root / f"own-{name}")
+                name = f"own-{name}"
                 content = self.server.get(f"/api/contents/{name}").json["content"]
                 content["cells"][0]["source"] += " edited"
                 self.assertReply(self.server.put(f"/api/contents/{name}", {
                     "type": "notebook", "format": "json", "content": content}), 200)
                 saved = nbformat.read(self.root / name, as_version=nbformat.NO_CONVERT)
                 nbformat.validate(saved)
-                theirs = nbformat.read(NOTEBOOKS / name, as_version=4)
+                theirs = nbformat.read(NOTEBOOKS / name[4:], as_version=4)
                 theirs.cells[0].source += " edited"
                 self.assertEqual((saved.nbformat, saved.nbformat_minor), (4, 5))
                 self.assertEqual([(cell.cell_type, cell.source) for cell in saved.cells],
@@ -5886,6 +5887,211 @@ class ConflictsAndFullDisks(ServerCase):
         self.assertEqual((server.root / "work.ipynb").read_bytes(),
                          jupyter_bytes(notebook("old")))
         self.assertEqual([p.name for p in server.root.rglob("*") if p.is_file()], ["work.ipynb"])
+
+
+class Saving(ServerCase):
+    """A file is its old self or its new one, whole, and keeps what it is besides its bytes."""
+
+    def write(self, name, text="old", mode=0o644):
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    def save(self, name, content="new", server=None, headers=None, **model):
+        return (server or self.server).put(f"/api/contents/{name}", {
+            "type": "file", "format": "text", "content": content, **model}, **(headers or {}))
+
+    def leftovers(self, *folders):
+        return [path.name for folder in folders or [self.root] for path in folder.rglob("*")
+                if path.name.endswith((".saving", ".record"))]
+
+    def records(self):
+        return self.leftovers(Path(self.server.folder.name))
+
+    def test_a_write_protected_file_stays_as_it_is_for_root_too(self):
+        path = self.write("protected.txt", mode=0o444)
+        before = path.stat()
+        self.assertFalse(self.server.get("/api/contents/protected.txt").json["writable"])
+        for content in ("new", "old"):
+            reply = self.assertReply(self.save("protected.txt", content), 403)
+            self.assertIn("write-protected", reply.json["message"])
+        self.assertReply(self.save("protected.txt", chunk=1), 403)
+        self.assertEqual((path.read_text(), path.stat()), ("old", before))
+
+    def test_a_checkpoint_is_not_restored_into_a_write_protected_file(self):
+        path = self.write("restored.txt")
+        self.assertReply(self.server.post("/api/contents/restored.txt/checkpoints"), 201)
+        self.write("restored.txt", "newer", 0o444)
+        address = "/api/contents/restored.txt/checkpoints/checkpoint"
+        self.assertReply(self.server.post(address), 403)
+        self.assertEqual(path.read_text(), "newer")
+
+    def test_a_write_protected_file_is_renamed_and_deleted_as_the_system_allows(self):
+        self.write("protected 1.txt", mode=0o444)
+        reply = self.server.patch("/api/contents/protected%201.txt", {"path": "protected 2.txt"})
+        self.assertReply(reply, 200)
+        self.assertReply(self.server.delete("/api/contents/protected%202.txt"), 204)
+
+    @unittest.skipUnless(hasattr(os, "getuid") and os.getuid() == 0, "root alone gives files away")
+    def test_a_saved_file_keeps_its_owner(self):
+        path = self.write("owned.txt", mode=0o640)
+        os.chown(path, 1234, 2345)
+        self.assertReply(self.save("owned.txt"), 200)
+        info = path.stat()
+        self.assertEqual((path.read_text(), info.st_uid, info.st_gid, info.st_mode & 0o777),
+                         ("new", 1234, 2345, 0o640))
+
+    def test_a_saved_file_keeps_its_other_names(self):
+        path = self.write("one.txt")
+        os.link(path, self.root / "two.txt")
+        for content in ("longer than before", "short"):
+            self.assertReply(self.save("one.txt", content), 200)
+            self.assertEqual((self.root / "two.txt").read_text(), content)
+        self.assertReply(self.save("one.txt", "uploaded", chunk=1), 200)
+        self.assertReply(self.save("one.txt", " whole", chunk=-1), 200)
+        self.assertEqual((self.root / "two.txt").read_text(), "uploaded whole")
+        self.assertEqual((path.stat().st_nlink, self.records()), (2, []))
+
+    @unittest.skipUnless(sys.platform == "linux", "to lose root's rights takes Linux")
+    def test_a_file_is_saved_in_a_folder_that_takes_no_new_ones(self):
+        server = self.own_server(preexec_fn=without_roots_rights)
+        (server.root / "closed").mkdir()
+        (server.root / "closed" / "open.txt").write_text("old")
+        (server.root / "closed").chmod(0o555)
+        self.addCleanup((server.root / "closed").chmod, 0o755)
+        self.assertReply(self.save("closed/open.txt", server=server), 200)
+        self.assertEqual((server.root / "closed" / "open.txt").read_text(), "new")
+        self.assertReply(self.save("closed/other.txt", server=server), 403)
+
+    @unittest.skipUnless(sys.platform == "linux" and os.getuid() == 0, "to mount takes root")
+    def test_a_file_that_is_a_mount_is_saved(self):
+        path, source = self.write("mount.txt"), self.write("source.txt")
+        mounted = subprocess.run(["mount", "--bind", source, path], capture_output=True)
+        if mounted.returncode:
+            self.skipTest(mounted.stderr.decode())
+        self.addCleanup(subprocess.run, ["umount", path], check=True)
+        self.assertReply(self.save("mount.txt"), 200)
+        self.assertEqual((source.read_text(), self.leftovers()), ("new", []))
+
+    def test_on_a_full_disk_a_file_with_two_names_stays_whole(self):
+        import resource
+        limit = (500_000, 500_000)
+        server = self.own_server(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        (server.root / "one.txt").write_text("old")
+        os.link(server.root / "one.txt", server.root / "two.txt")
+        self.assertReply(self.save("one.txt", "x" * 1_000_000, server=server), [500, 507])
+        self.assertEqual((server.root / "two.txt").read_text(), "old")
+        self.assertEqual(self.leftovers(Path(server.folder.name)), [])
+
+    def test_what_was_written_over_when_the_server_was_killed_is_finished(self):
+        old, new = b"a" * 5000, b"b" * 3000
+        for found, expected in ((old, old), (new, new), (new + old[3000:], new),
+                                (new[:1024] + old[1024:], new), (new[:512] + bytes(4488), new),
+                                (b"somebody else's", b"somebody else's")):
+            with self.subTest(found[:20]), \
+                    unittest.mock.patch.object(minijupyter, "RUNTIME", str(self.folder())):
+                path = self.folder() / "file"
+                path.write_bytes(found)
+                minijupyter.make_record(str(path), old, new)
+                minijupyter.Contents(path.parent)
+                self.assertEqual(path.read_bytes(), expected)
+                self.assertEqual(os.listdir(minijupyter.RUNTIME), [])
+
+    @unittest.skipUnless(minijupyter.fcntl, "this platform has no locks of folders")
+    def test_two_servers_on_one_folder_accept_one_save_for_one_version(self):
+        other = self.own_server(self.server.folder.name)
+        path = self.write("shared.txt", "0")
+        with ThreadPoolExecutor() as pool:
+            for number in range(50):
+                expected = hashlib.sha256(path.read_bytes()).hexdigest()
+                replies = [*pool.map(lambda server, n=number, e=expected: self.save(
+                    "shared.txt", f"{n} {server.port}", server, {"If-Match": e}),
+                    (self.server, other))]
+                self.assertEqual(sorted(reply.status for reply in replies), [200, 412])
+                won = self.server if replies[0].status == 200 else other
+                self.assertEqual(path.read_text(), f"{number} {won.port}")
+
+    def test_what_another_program_writes_during_a_save_is_not_overwritten(self):
+        root = self.folder()
+        contents, encode = minijupyter.Contents(root), minijupyter.Contents.encode
+        (root / "a.txt").write_text("old")
+
+        def encode_while_another_writes(*arguments):
+            (root / "a.txt").write_text("new")
+            return encode(contents, *arguments)
+
+        contents.encode = encode_while_another_writes
+        with self.assertRaises(minijupyter.Problem) as caught:
+            contents.save("a.txt", {"type": "file", "format": "text", "content": "mine"},
+                          hashlib.sha256(b"old").hexdigest())
+        self.assertEqual((caught.exception.status, (root / "a.txt").read_text()), (412, "new"))
+
+    def test_a_program_that_holds_a_folder_does_not_hold_the_save_for_ever(self):
+        folder = self.folder()
+        with minijupyter.locked(folder), \
+                unittest.mock.patch.object(minijupyter, "LOCK_SECONDS", 0.1):
+            minijupyter.write_atomically(folder / "a.txt", b"saved")
+        self.assertEqual((folder / "a.txt").read_bytes(), b"saved")
+
+    def test_two_uploads_of_one_file_do_not_mix(self):
+        self.assertReply(self.save("up.txt", "a1 ", chunk=1), 200)
+        self.assertReply(self.save("up.txt", "b1 ", chunk=1), 409)
+        self.assertReply(self.save("up.txt", "a2 ", chunk=2), 200)
+        self.assertFalse((self.root / "up.txt").exists())
+        self.assertReply(self.save("up.txt", "a3", chunk=-1), 201)
+        self.assertEqual((self.root / "up.txt").read_text(), "a1 a2 a3")
+
+    def test_an_upload_that_was_given_up_begins_anew(self):
+        self.assertReply(self.save("again.txt", "1 ", chunk=1), 200)
+        self.assertReply(self.save("again.txt", "2 ", chunk=2), 200)
+        self.assertReply(self.save("again.txt", "1 ", chunk=1), 200)
+        self.assertReply(self.save("again.txt", "3", chunk=-1), 201)
+        self.assertEqual((self.root / "again.txt").read_text(), "1 3")
+        with unittest.mock.patch.object(minijupyter.Uploads, "PAUSE_SECONDS", 0):
+            uploads, target = minijupyter.Uploads(), str(self.folder() / "x")
+            for number, data in ((1, b"left"), (1, b"other "), (-1, b"one")):
+                uploads.add(target, number, data)
+        self.assertEqual(Path(target).read_bytes(), b"other one")
+
+    def test_a_piece_out_of_order_is_refused_in_words_and_the_next_one_is_taken(self):
+        self.assertReply(self.save("order.txt", "1", chunk=1), 200)
+        for number in (3, 1 << 70, 0, -2):
+            reply = self.assertReply(self.save("order.txt", "x", chunk=number), 400)
+            self.assertIn("the next one is 2", reply.json["message"])
+        self.assertReply(self.save("order.txt", "2", chunk=-1), 201)
+        self.assertEqual((self.root / "order.txt").read_text(), "12")
+
+    def test_what_a_killed_server_left_over_goes_and_what_a_running_one_writes_stays(self):
+        folder = self.root / "tidied"
+        folder.mkdir()
+        self.assertReply(self.save("tidied/running.txt", "1", chunk=1), 200)
+        running = self.leftovers(folder)
+        (folder / ".0123456789abcdef.saving").write_text("half")
+        (folder / ".fedcba9876543210.saving").mkdir()
+        (folder / ".mine.saving").write_text("somebody's")
+        self.own_server(self.server.folder.name).get("/api/contents/tidied")
+        self.assertEqual(sorted(self.leftovers(folder)), sorted([*running, ".mine.saving"]))
+
+    def test_a_save_that_is_killed_leaves_nothing_over(self):
+        killed = self.own_server()
+        (killed.root / "kept.txt").write_text("old")
+        body = {"type": "file", "format": "text", "content": "new", "chunk": 1}
+        self.assertReply(killed.put("/api/contents/kept.txt", body), 200)
+        os.kill(killed.process.pid, signal.SIGKILL)
+        self.assertEqual(len(self.leftovers(killed.root)), 1)
+        self.own_server(killed.folder.name)
+        self.assertEqual(self.leftovers(killed.root), [])
+        self.assertEqual((killed.root / "kept.txt").read_text(), "old")
+
+
+def without_roots_rights():
+    """For a child before it runs: to root a mode means as much as to others."""
+    import ctypes
+    for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)   # PR_CAPBSET_DROP
 
 
 class PathsOutsideTheRoot(Case):
@@ -6240,11 +6446,6 @@ class Files(ServerCase):
 
     @unittest.skipUnless(sys.platform == "linux", "to lose root's rights takes Linux")
     def test_what_the_disk_does_not_permit_is_forbidden(self):
-        def without_roots_rights():
-            import ctypes
-            for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-                ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)   # PR_CAPBSET_DROP
-
         server = self.own_server(preexec_fn=without_roots_rights)
         for name in ("file.txt", "folder/file.txt", "closed/file.txt"):
             (server.root / name).parent.mkdir(exist_ok=True)
@@ -6258,7 +6459,6 @@ class Files(ServerCase):
         self.assertReply(server.get("/files/file.txt"), 403)
         self.assertReply(server.get("/api/contents/closed"), 403)
         self.assertFalse(server.get("/api/contents/folder?content=0").json["writable"])
-        self.assertReply(self.save("folder/file.txt", server=server), 403)
         self.assertReply(self.save("folder/new.txt", server=server), 403)
         self.assertReply(server.delete("/api/contents/folder/file.txt"), 403)
         self.assertReply(server.post("/api/contents/folder", {"type": "notebook"}), 403)
@@ -6289,7 +6489,8 @@ class Files(ServerCase):
     def test_what_cannot_be_copied_is_refused(self):
         (self.root / "file to copy").write_text("")
         (self.root / "folder to copy").mkdir()
-        for source, folder, status in (("folder to copy", "", 400), ("missing", "", 404),
+        for source, folder, status in (("folder to copy", "folder to copy", 400),
+                                       ("missing", "", 404), ("/", "folder to copy", 400),
                                        ("file to copy", "missing", 404),
                                        ("file to copy", "file to copy", 400)):
             with self.subTest(source, folder=folder):
