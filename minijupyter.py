@@ -104,7 +104,8 @@ def iso(seconds):
     """A time as Jupyter writes it: 2026-11-22T16:56:22.077384Z, always with microseconds. What no
     calendar has (a file may claim any time) is the beginning of 1970."""
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        moment = datetime.fromtimestamp(seconds, timezone.utc)
+        return moment.isoformat(timespec="microseconds")[:-len("+00:00")] + "Z"
     except (ValueError, OverflowError, OSError):
         return iso(0)
 
@@ -174,7 +175,11 @@ ANY_CELL_FIELDS = {"cell_type": str, "metadata": dict}
 CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
+DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
+    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
+    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 BOM = codecs.BOM_UTF8
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
 to_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -274,6 +279,7 @@ class NotebookFile:
     """What a notebook file says, and where it says it. Raises NotANotebook.
 
     notebook = the JSON object, of version 4 and of a sound structure
+    mended = numbers of the cells that are not whole in the file
     places = {key: slice of `data`}; for "cells" a list of them, one for each cell
     tail = what comes after the object: one newline, as a rule
     """
@@ -292,6 +298,7 @@ class NotebookFile:
             raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
         if self.version < 4:
             self.notebook = upgrade(self.notebook)
+        self.notebook, self.mended = mend(self.notebook)
         validate(self.notebook)
 
     @classmethod
@@ -299,7 +306,7 @@ class NotebookFile:
         """The same for bytes that were just made; they need not be read."""
         file = cls.__new__(cls)
         file.notebook, file.served, file.version = notebook, as_served(notebook, served), 4
-        file.data, file.places, file.tail = data, places, tail
+        file.data, file.places, file.tail, file.mended = data, places, tail, ()
         return file
 
     @functools.cached_property
@@ -337,6 +344,25 @@ def read_entries(text, at, end_mark, read_entry):
             break
         at = skip(",", text, at)
     return at + 1
+
+
+def mend(notebook):
+    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
+    outputs or sources, or write null; with a default for each such cell the file is good."""
+    cells = notebook.get("cells")
+    if not isinstance(cells, list):
+        return notebook, set()
+    whole = [*map(whole_cell, cells)]
+    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
+    return ({**notebook, "cells": whole} if mended else notebook), mended
+
+
+def whole_cell(cell):
+    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
+        return cell   # nothing that we could mend
+    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
+               if cell.get(key) is None and not (key in cell and kind is type(None))}
+    return {**cell, **missing} if missing else cell
 
 
 def validate(notebook):
@@ -433,14 +459,18 @@ def as_served(notebook, cells):
 
 
 def with_ids(cells):
-    """The cells, each with a unique id; a missing one is made from place and source, so the same
-    file gives the same ids every time."""
+    """The cells, each with a unique id; a missing one, or one that nbformat forbids, is made from
+    place and source, so the same file gives the same ids every time."""
     seen, result = set(), []
     for number, cell in enumerate(cells):
-        if not isinstance(cell.get("id"), str) or cell["id"] in seen:
-            text = f"{number} {join(cell.get('source', ''))}"
-            cell = {**cell, "id": short_hash(text)}
-        seen.add(cell["id"])
+        id, text = cell.get("id"), f"{number} "
+        while not isinstance(id, str) or not is_id(id) or id in seen:
+            text += str(join(cell.get("source", "")))
+            id = short_hash(text)
+            text += " "
+        if id != cell.get("id"):
+            cell = {**cell, "id": id}
+        seen.add(id)
         result.append(cell)
     return result
 
@@ -459,6 +489,7 @@ class Layout:
 
     def __init__(self, file=None):
         self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, b"", "\n"
+        self.is_lossy = False   # did we write null for what JSON has not?
         if file:
             match = re.match(rb"(?:\xef\xbb\xbf)?\s*\{(\r?\n|)([ \t]*)", file.data)
             self.newline, self.step = (part.decode() for part in match.groups())
@@ -473,6 +504,8 @@ class Layout:
                 for key, part in self.in_order(value)])
         if isinstance(value, list):
             return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+        if isinstance(value, float) and not math.isfinite(value):
+            self.is_lossy, value = True, None   # JSON has no NaN; a browser would have sent null
         return to_text(value)
 
     def in_order(self, members):
@@ -504,11 +537,13 @@ class Pieces:
 def write_notebook(notebook, old=None):
     """The NotebookFile that says what `notebook` says. What `old`, which is on disk now, says
     already is left as it stands there. Raises NotANotebook."""
+    notebook, _ = mend(notebook) if isinstance(notebook, dict) else (notebook, ())
     validate(notebook)
     if notebook.get("nbformat") != 4:
         raise NotANotebook("/nbformat must be 4")
+    notebook = as_served(notebook, notebook["cells"])
     try:
-        if old and same(old.served, notebook):
+        if old and not old.mended and same(old.served, notebook):
             return old
         return rewritten(notebook, old if old and old.version == 4 else None)
     except RecursionError:
@@ -533,9 +568,10 @@ def rewritten(notebook, file):
         else:
             places[key] = made.add(layout.write(notebook[key], 1))
     made.add(f"{layout.newline}}}{layout.end}")
-    served = [served for _, served, _ in cells]
-    return NotebookFile.put_together(
-        members, served, b"".join(made.pieces), places, layout.end)
+    served, data = [served for _, served, _ in cells], b"".join(made.pieces)
+    if layout.is_lossy:
+        return NotebookFile(data)
+    return NotebookFile.put_together(members, served, data, places, layout.end)
 
 
 def matched_cells(cells, file):
@@ -544,7 +580,8 @@ def matched_cells(cells, file):
     known = {}   # (id, source) -> numbers of the cells in the file that look alike, the last first
     on_disk = [*zip(file.served["cells"], file.notebook["cells"], strict=True)] if file else []
     for number, (served, cell) in reversed([*enumerate(on_disk)]):
-        if served.get("id") == cell.get("id"):   # an id that was made up is to be written
+        # An id that was made up, and what the cell did not have, is to be written.
+        if served.get("id") == cell.get("id") and number not in file.mended:
             known.setdefault(looks(cell), []).append(number)
     for cell in cells:
         alike = known.get(looks(cell))
@@ -668,8 +705,16 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
 
 
-CELLS_AT_ONCE = 50          # are encoded without a break: a millisecond or two
+ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
+AT_ONCE = 1 << 18           # bytes of a long text
+LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
+STEPS = 3                   # levels of JSON that are read one by one: model, notebook, cells
+FEW = 20                    # strings of a file's model, names and values
 WRITTEN_AT_ONCE = 1 << 20   # bytes
+REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
+# What can be read of a JSON string by itself: no half of an escape or of a surrogate pair.
+STRING = re.compile(rb'''(?:[^"\\]+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..
+    |\\u(?![dD][89abAB])....|\\[^u])*''', re.S | re.X)
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
@@ -826,10 +871,9 @@ class Contents:
             return os.path.realpath(absolute), None
 
     def is_visible(self, name):
-        """False for hidden files and for what is no file name: with NUL, "\\", half a surrogate."""
+        """False for hidden files and for what is no file name."""
         is_hidden = name.startswith(".") or name == "__pycache__"
-        is_plain = name.encode("utf-8", "replace").decode() == name and name not in (".", "..")
-        return is_plain and not {"\0", "\\"} & {*name} and (self.allow_hidden or not is_hidden)
+        return (self.allow_hidden or not is_hidden) and name not in (".", "..") and is_plain(name)
 
     def existing(self, path):
         absolute, info = self.look(path)
@@ -851,7 +895,10 @@ class Contents:
                 raise Problem(400, f"{path} is a {model['type']}, not a {kind}", "bad type")
             model["type"] = kind
         if content and model["type"] == "directory":
-            model.update(format="json", content=self.listing(path, absolute))
+            content, message = self.listing(path, absolute)
+            model.update(format="json", content=content)
+            if message:
+                model["message"] = message
         elif model["type"] != "directory" and (content or with_hash):
             data = self.read(absolute)
             if with_hash:
@@ -860,9 +907,9 @@ class Contents:
                 model.update(self.content(path, model["type"], form, data))
         return model
 
-    def model(self, path, absolute):
+    def model(self, path, absolute, info=None):
         """The contents model of something that exists, without its content."""
-        info = os.stat(absolute)
+        info = info or os.stat(absolute)
         path = "/".join(name for name in path.split("/") if name)
         kind = ("directory" if stat.S_ISDIR(info.st_mode) else
                 "notebook" if path.endswith(".ipynb") else "file")
@@ -874,15 +921,29 @@ class Contents:
                 "content": None, "format": None, "hash": None, "hash_algorithm": None}
 
     def listing(self, path, absolute):
-        """Models of a folder's visible files and folders, in the order of their names."""
-        tidy(os.path.realpath(absolute))
-        models = []
-        for name in sorted(os.listdir(absolute), key=str.casefold):
+        """(models of a folder's visible files and folders in the order of their names, what to say
+        of those whose names no client could send back, or None)."""
+        real, models, unlisted = os.path.realpath(absolute), [], 0
+        tidy(real)
+        for name in sorted(os.listdir(real), key=str.casefold):
             if name.endswith(LEFTOVERS) and not self.allow_hidden:
                 continue
+            unlisted += not is_plain(name)
             with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
-                models.append(self.model(f"{path}/{name}", self.existing(f"{path}/{name}")))
-        return models
+                models.append(self.entry(path, real, name))
+        if not unlisted:
+            return models, None
+        return models, (f"Not listed because of their names, which are not UTF-8 or hold a "
+                        f"backslash: {unlisted} (rename them in a terminal)")
+
+    def entry(self, folder, real, name):
+        """The model of what is in a folder; of a plain file one question to the disk is enough."""
+        absolute, path = os.path.join(real, name), f"{folder}/{name}"
+        if self.is_visible(name):
+            info = os.lstat(absolute)
+            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
+                return self.model(path, absolute, info)
+        return self.model(path, self.existing(path))
 
     def content(self, path, kind, form, data):
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
@@ -895,12 +956,12 @@ class Contents:
         guessed = mimetypes.guess_type(path)[0]
         if form != "base64":
             try:
-                return {"content": data.decode(), "format": "text",
+                return {"content": decode_text(data), "format": "text",
                         "mimetype": guessed or "text/plain"}
             except UnicodeDecodeError:
                 if form == "text":
                     raise Problem(400, f"{path} is not UTF-8 text", "bad format") from None
-        return {"content": base64.b64encode(data).decode(), "format": "base64",
+        return {"content": encode_base64(data), "format": "base64",
                 "mimetype": guessed or "application/octet-stream"}
 
     def read(self, absolute):
@@ -973,9 +1034,10 @@ class Contents:
                 is_new = content is None and not old   # without content only a new file may be
                 notebook = new_notebook() if is_new else content
                 return self.recent.keep(write_notebook(notebook, self.file_or_none(old))).data
+            texts = content if isinstance(content, tuple) else (content or "",)
             if form == "base64":
-                return base64.b64decode("".join((content or "").split()), validate=True)
-            return (content or "").encode()
+                return decode_base64(texts)
+            return b"".join(text.encode() for text in texts)
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
         except (ValueError, TypeError, AttributeError) as problem:
@@ -1159,19 +1221,146 @@ def move(old, new):
     os.unlink(old)
 
 
+def is_plain(name):
+    """False for a name that is not UTF-8 (half a surrogate stands for such a byte), or that leads
+    elsewhere on some system."""
+    return "\0" not in name and "\\" not in name and (
+        name.isascii() or name.encode("utf-8", "replace").decode() == name)
+
+
+# -- Large things, a little at a time: while Python's json is at work all other threads wait --
+
 def model_json(model):
-    """A contents model as JSON. A notebook is written a few cells at a time: in between other
-    threads get their turn, which would have to wait for a large one to be done."""
-    if model["type"] != "notebook" or model["content"] is None:
-        return to_json(model)
-    notebook = {**model["content"]}
-    all_cells = notebook.pop("cells")
-    some_cells = (all_cells[at:at + CELLS_AT_ONCE] for at in range(
-        0, len(all_cells), CELLS_AT_ONCE))
-    cells = [piece for cells in some_cells for piece in (b",", to_json(cells)[1:-1])]
+    """A contents model as JSON."""
     start = to_json({key: value for key, value in model.items() if key != "content"})
-    return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
-                     b"]}}"])
+    return b"".join([start[:-1], b',"content":', *content_json(model["content"]), b"}"])
+
+
+def content_json(content):
+    """The pieces of a folder's, a notebook's or a file's content as JSON."""
+    if isinstance(content, list):
+        return list_json(content)
+    if isinstance(content, dict):
+        notebook = {**content}
+        cells = notebook.pop("cells")
+        return [to_json(notebook)[:-1], b',"cells":', *list_json(cells), b"}"]
+    if isinstance(content, tuple):
+        return [b'"', *(to_json(text)[1:-1] for text in content), b'"']
+    return [to_json(content)]
+
+
+def list_json(items):
+    parts = (items[at:at + ITEMS_AT_ONCE] for at in range(0, len(items), ITEMS_AT_ONCE))
+    pieces = [piece for part in parts for piece in (b",", to_json(part)[1:-1])]
+    return [b"[", *pieces[1:], b"]"]
+
+
+def decode_text(data):
+    """Bytes as text: a string, or a tuple of strings when it is long. Raises UnicodeDecodeError."""
+    if len(data) <= LONG_TEXT:
+        return data.decode()
+    decode, view = codecs.getincrementaldecoder("utf-8")().decode, memoryview(data)
+    return (*(decode(view[at:at + AT_ONCE]) for at in range(0, len(data), AT_ONCE)),
+            decode(b"", final=True))
+
+
+def encode_base64(data):
+    """Bytes in base64: a string, or a tuple of strings when it is long."""
+    if len(data) <= LONG_TEXT:
+        return base64.b64encode(data).decode()
+    view, step = memoryview(data), AT_ONCE // 3 * 3   # three bytes are four letters
+    return (*(base64.b64encode(view[at:at + step]).decode() for at in range(0, len(data), step)),)
+
+
+def decode_base64(texts):
+    """The bytes that strings in base64 say together. Raises ValueError."""
+    pieces, rest = [], ""
+    for text in texts:
+        if "=" in rest or pieces and len(pieces[-1]) % 3:
+            raise ValueError("there is more after the end")
+        rest += "".join(text.split())
+        whole = len(rest) // 4 * 4
+        pieces.append(base64.b64decode(rest[:whole], validate=True))
+        rest = rest[whole:]
+    return b"".join([*pieces, base64.b64decode(rest, validate=True)])
+
+
+def read_model(data):
+    """The JSON object of a contents model. A long text in it comes as a tuple of strings. NaN,
+    which JSON has not, is null, as from a browser. Raises ValueError."""
+    if len(data) <= LONG_TEXT:
+        return REQUEST.decode(data.decode("utf-8-sig"))
+    mark = secrets.token_hex()
+    short, long_text = take_long_text(data, mark.encode())
+    text = short.decode("utf-8-sig")
+    model, end = read_in_steps(text, skip_space(text, 0), STEPS)
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    if not long_text:
+        return model
+    if isinstance(model, dict) and model.get("content") == mark:
+        return {**model, "content": long_text}
+    return REQUEST.decode(data.decode("utf-8-sig"))   # it was no text of a file
+
+
+def read_in_steps(text, at, steps):
+    """(the JSON value at `at`, its end). What it consists of is read one by one, so many levels
+    deep: the members of a model, those of a notebook, its cells."""
+    if not steps or not text.startswith(("{", "["), at):
+        return REQUEST.raw_decode(text, at)
+    found = {} if text[at] == "{" else []
+
+    def read_member(at):
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting a name", text, at)
+        key, at = REQUEST.raw_decode(text, at)
+        at = skip(":", text, skip_space(text, at))
+        found[key], end = read_in_steps(text, at, steps - 1)
+        return end
+
+    def read_item(at):
+        item, end = read_in_steps(text, at, steps - 1)
+        found.append(item)
+        return end
+
+    is_object = isinstance(found, dict)
+    return found, read_entries(text, at, "}" if is_object else "]",
+                               read_member if is_object else read_item)
+
+
+def take_long_text(data, mark):
+    """(JSON with `mark` in the place of its long string, that string as a tuple of strings). In a
+    file's model it is one of the first few; otherwise (data, None)."""
+    at = 0
+    for _ in range(FEW):
+        start = data.find(b'"', at)
+        if start < 0:
+            break
+        texts, at = read_string(data, start + 1)
+        if texts is None:
+            break
+        if at - start > LONG_TEXT:
+            return data[:start + 1] + mark + data[at:], texts
+        at += 1
+    return data, None
+
+
+def read_string(data, at):
+    """(the JSON string whose first byte is at `at` as a tuple of strings, where its end mark is);
+    None for what is no good string."""
+    texts = []
+    while at < len(data) and data[at] != ord('"'):
+        end = STRING.match(data, at, at + AT_ONCE).end()
+        while end < len(data) and data[end] & 0xc0 == 0x80:   # in the middle of a character
+            end -= 1
+        try:
+            texts.append(REQUEST.decode(f'"{data[at:end].decode()}"'))
+        except ValueError:
+            return None, at
+        if end <= at:
+            return None, at
+        at = end
+    return (*texts,), at
 
 
 def is_within(real, root):
@@ -1203,7 +1392,7 @@ IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
 CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
 SECTOR = 512             # bytes that a disk writes whole or not at all
-BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
+O_BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
 TIDIED = set()           # folders in which we have looked for leftovers
 
 
@@ -1276,7 +1465,7 @@ class Temporary:
         self.path = leftover_name(self.folder)
         with locked(self.folder):   # nobody tidies between these two lines
             self.descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o600)
+                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
             lock(self.descriptor)
 
     def __enter__(self):
@@ -3969,10 +4158,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.close_connection = True
 
-    def json_body(self):
+    def json_body(self, load=json.loads):
         """The JSON object in the body; an empty body is an empty object."""
         try:
-            value = json.loads(self.body or b"{}")
+            value = load(self.body or b"{}")
         except (ValueError, RecursionError) as problem:
             raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
         if not isinstance(value, dict) or not isinstance(value.get("kernel") or {}, dict):
@@ -4238,7 +4427,7 @@ class Handler(BaseHTTPRequestHandler):
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
                     self.headers.get("If-Match", "").strip('"') or None)
-        body = self.json_body()
+        body = self.json_body(read_model)
         if not body:
             return self.create_contents(path)
         if isinstance(body.get("chunk"), int):
