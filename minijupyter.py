@@ -732,14 +732,15 @@ class Answers:
         self.lock, self.kept, self.size = threading.Lock(), {}, 0
 
     def get(self, question, info, make):
-        """The bytes that `make` gives for a question about the file of this os.stat_result."""
+        """What `make` gives for a question about the file of this os.stat_result: bytes, or a list
+        of them, which is too large to be kept."""
         stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
                           info.st_ctime_ns)
         known, answer = self.kept.get(question, (None, None))
         if stamp and known == stamp:
             return answer
         answer = make()
-        if (info and stat.S_ISREG(info.st_mode) and len(answer) <= self.SMALL
+        if (info and stat.S_ISREG(info.st_mode) and isinstance(answer, bytes)
                 and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
             self.keep(question, stamp, answer)
         return answer
@@ -882,7 +883,8 @@ class Contents:
         return absolute
 
     def get_json(self, path, *asked):
-        """What `get` gives, as JSON; of a small file it is kept while the file is the same."""
+        """What `get` gives, as JSON: bytes, or a list of them when they are many. That of a small
+        file is kept while the file is the same."""
         return self.answers.get((path, *asked), self.look(path)[1],
                                 lambda: model_json(self.get(path, *asked)))
 
@@ -1231,9 +1233,11 @@ def is_plain(name):
 # -- Large things, a little at a time: while Python's json is at work all other threads wait --
 
 def model_json(model):
-    """A contents model as JSON."""
+    """A contents model as JSON: bytes, or a list of them when they are many. (To join half a
+    gigabyte is a moment in which nothing else happens.)"""
     start = to_json({key: value for key, value in model.items() if key != "content"})
-    return b"".join([start[:-1], b',"content":', *content_json(model["content"]), b"}"])
+    pieces = [start[:-1], b',"content":', *content_json(model["content"]), b"}"]
+    return b"".join(pieces) if sum(map(len, pieces)) <= Answers.SMALL else pieces
 
 
 def content_json(content):
@@ -4411,10 +4415,16 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def get_contents(self, path):
-        self.send(200, self.server.contents.get_json(
+        answer = self.server.contents.get_json(
             path, self.asked("type", choices=("notebook", "file", "directory")),
             self.asked("format", choices=("text", "base64", "json")),
-            self.asked("content", "1", "01") == "1", self.asked("hash") == "1"), "application/json")
+            self.asked("content", "1", "01") == "1", self.asked("hash") == "1")
+        if isinstance(answer, bytes):
+            return self.send(200, answer, "application/json")
+        length = sum(map(len, answer))
+        self.send(200, b"", "application/json", {"Content-Length": str(length)})
+        if self.command != "HEAD":
+            self.wfile.writelines(answer)
 
     def create_contents(self, path):
         body = self.json_body()

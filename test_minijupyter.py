@@ -6676,6 +6676,20 @@ class Files(ServerCase):
                 got = json.loads(contents.get_json("a.txt", None, "base64"))["content"]
                 self.assertEqual(base64.b64decode(got), text.encode())
 
+    def test_large_things_are_read_and_written_in_small_pieces(self):
+        """A piece is what holds up all other threads."""
+        contents, most = minijupyter.Contents(self.folder()), 8 * minijupyter.AT_ONCE
+        for form, letter in (("text", "\n"), ("base64", "A")):
+            text = letter * 8_000_000
+            body = json.dumps({"type": "file", "format": form, "content": text}).encode()
+            model = minijupyter.read_model(body)
+            self.assertLess(max(map(len, model["content"])), most)
+            contents.save("large", model)
+            self.assertLess(max(map(len, contents.get_json("large", None, form))), most)
+        for number in range(3000):
+            Path(contents.root, f"{number}.txt").write_text("")
+        self.assertLess(max(map(len, contents.get_json(""))), most)
+
     def test_a_long_request_is_read_as_json_reads_it(self):
         nb = notebook("x" * 30, "[1, {\"a\": 2}]")
         good = [{"type": "notebook", "content": nb}, {"content": ["x" * 99]}, {"x" * 99: "y" * 99},
