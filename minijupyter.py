@@ -1206,6 +1206,7 @@ class Contents:
             return self.copy_folder(absolute, target, choose)
         with self.lock:
             path = choose()
+            refuse_existing(self.resolve(path))   # also a link to nowhere
             write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
         return self.model(path, self.resolve(path))
 
