@@ -1934,15 +1934,42 @@ def kernel_environment(spec):
     return env
 
 
-# ---- 4. Kernels: processes, journals, and who watches them ------------------------------------
+# ---- 4. Kernels: one owner each ---------------------------------------------------------------
 #
-# A kernel is started with a connection file that names five ports and a key. From then on one
-# thread watches that process: it hears iopub (once, for all pages), what the process writes on its
-# own stderr, its heartbeat, and its end. What it hears is filed in the kernel's *journal* and put
-# into the mailbox of each page's bridge (section 7), under one lock: so a page that comes back can
-# be given what it missed and then all that is new, with nothing twice and nothing missing.
+# A kernel process has five sockets, and a ZeroMQ socket may be used by one thread only. So one
+# thread, the *watcher*, owns all sockets to a process, under one identity: to its kernel this
+# server is one client, with many pages behind it. A page's WebSocket has a thread of its own, the
+# *bridge* (section 7). Between them there is a mailbox each way:
 #
-# A kernel that crashes is started again; one that never spoke is not.
+#     bridge of a page  -- Request -> KernelProcess.requests ->  watcher  -- shell, control, stdin
+#                       <- PageMailbox <- Entry ----------------          <- iopub, replies
+#
+# What can be relied on, with the moment for which each was made:
+#
+#     P1 heard     A kernel publishes to those who have subscribed *by then*. A page that asks while
+#                  its kernel starts must see the output: no request is sent before something was
+#                  heard on iopub, also after a restart.
+#     P2 whose     Two pages run cells of one kernel. A reply or a question goes to the page whose
+#                  request it names as its parent, what is on iopub goes to all.
+#     P3 the rest  A laptop sleeps in mid-run. The mailbox stays; who comes back under the same
+#                  session finds in it what came meanwhile, in order, once.
+#     P4 pace      A tab in the background reads nothing while 600 MB are printed. The fastest page
+#                  sets the pace and misses nothing; while none has room, iopub is not read and the
+#                  kernel holds whoever prints; a page that is far behind is cut off, alone.
+#     P5 one life  Somebody presses Run as the kernel crashes. A request reaches the process that
+#                  its sender could know of, or none: the next one has none of its variables.
+#     P6 an end    A cell calls a library that crashes. What it printed before is shown, then every
+#                  page is told why, as `status: restarting` or `dead`. A restart that was asked
+#                  for is no crash, and other clients would take that status for one.
+#
+#     state        the process            what leads on
+#     starting     runs, not heard yet    heard on iopub and shell -> idle; its end -> dead, or,
+#                                         when others have its ports, starting with new ones
+#     idle, busy   runs                   a cell begins, the last one ends; its end -> restarting,
+#                                         or dead after MOST_RESTARTS in a row
+#     restarting   is about to end, or    the next one is launched -> starting
+#                  has ended
+#     dead         has ended              a restart that somebody asks for -> starting
 
 CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
     "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
@@ -3556,16 +3583,11 @@ def buffered(handler):
         return b""   # where TCP has nothing yet and says so by an empty string, TLS raises
 
 
-# ---- 7. The bridge: WebSocket <-> ZeroMQ ------------------------------------------------------
+# ---- 7. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
 #
-# One thread, one poller over the TCP socket, the page's ends of shell, control and stdin, and a
-# mailbox for what the kernel's watcher has heard on iopub; what arrives on one side leaves on the
-# other. A kernel's message is four JSON parts, a page's is a JSON object with four such members:
-# both ways they go on as they came, and only headers are read.
-#
-# A kernel publishes to those who have subscribed *by then*. So no request passes before the
-# watcher has heard something on iopub, also after a restart.
-
+# One thread for each page waits for two things: what the page says, and its mailbox. A kernel's
+# message is four JSON parts, a page's is a JSON object with four such members: both ways they go on
+# as they came, and only headers are read.
 
 
 def splice(entry):

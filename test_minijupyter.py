@@ -69,6 +69,7 @@ import asyncio
 import atexit
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -8054,6 +8055,34 @@ class Kernels(ServerCase):
         path = f"/api/kernels/{reply.json['id']}"
         wait_until(lambda: server.get(path).json["execution_state"] == "dead")
         return server.get(path).json["reason"]
+
+
+class ManyKernels(ServerCase):
+    """A class of students: thirty kernels that start at once, on one machine."""
+
+    COUNT = 30
+
+    def results(self, server):
+        """What the first cell of each gives, sent as soon as its kernel is asked for."""
+        def run(number):
+            kernel_id = server.post("/api/kernels", {}).json["id"]
+            wire = WebSocketWire(server, kernel_id)
+            try:
+                frontend = Frontend(wire)
+                return frontend.finish(frontend.start(f"{number} + 1"), seconds=60).result
+            finally:
+                wire.close()
+
+        with concurrent.futures.ThreadPoolExecutor(self.COUNT) as pool:
+            return [*pool.map(run, range(self.COUNT))]
+
+    def test_none_of_them_dies_and_no_first_cell_is_lost(self):
+        server = self.own_server()
+        self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
+
+    def test_the_same_over_ports(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
+        self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
 
 
 @unittest.skipUnless(os.name == "posix", "socket files are POSIX's")
