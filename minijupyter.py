@@ -3257,6 +3257,7 @@ class Watch:
 
 LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
 LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
 
 
@@ -3425,6 +3426,7 @@ MOST_STRANGERS = 128                  # connections without a token; a browser m
 SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
@@ -3464,10 +3466,16 @@ addEventListener('message', event => {
 });
 </script>"""
 
-@functools.lru_cache(100)
+def remembered(function):
+    """A function of a text, with its last hundred results at hand: clients ask the same again and
+    again. Long texts are not kept, or a stranger could fill the memory with them."""
+    known = functools.lru_cache(100)(function)
+    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
+
+
+@remembered
 def routes_at(path):
-    """{method: (endpoint, groups of its pattern)} of a path. Clients ask for the same ones again
-    and again, and to try all patterns is a good part of a small answer's work."""
+    """{method: (endpoint, groups of its pattern)} of a path."""
     matches = [(method, endpoint, re.fullmatch(pattern, path, re.S))
                for method, pattern, endpoint in reversed(ROUTES)]
     return {method: (endpoint, [group or "" for group in match.groups()])
@@ -3555,19 +3563,18 @@ class Head:
         return None
 
 
-# Clients send the same heads again and again; to read one is a good part of a small answer's work.
-parse_head = functools.lru_cache(100)(Head)
+parse_head = remembered(Head)
 
 
-@functools.lru_cache(100)
+@remembered
 def split_target(target):
     """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
     "//host/" is a path here, never a host. Problem 400."""
     try:
         url = urlsplit(re.sub("^/{2,}", "/", target.encode("latin-1").decode()))
+        return unquote(url.path), parse_qs(url.query, max_num_fields=MOST_FIELDS), url.netloc
     except ValueError:
-        raise Problem(400, "This is no path") from None
-    return unquote(url.path), parse_qs(url.query), url.netloc
+        raise Problem(400, "This is no path, or its query is too long") from None
 
 
 class Incoming(io.RawIOBase):
@@ -3810,6 +3817,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def find_route(self):
         """(endpoint, groups of its pattern); Problem 404, or 405 with the methods there are."""
+        if self.command not in METHODS:
+            raise Problem(501, f"This server knows no {self.command}")   # RFC 9110 9.1
         method = "GET" if self.command == "HEAD" else self.command
         routes = routes_at(self.route.rstrip("/") or "/")
         if method in routes:
