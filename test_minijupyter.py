@@ -7213,6 +7213,21 @@ class Sessions(ServerCase):
         ids = {kernel["id"] for kernel in self.server.get("/api/kernels").json}
         self.assertEqual(len(ids), len(self.server.get("/api/sessions").json))
 
+    def test_sessions_made_changed_and_ended_at_once_leave_no_kernel_behind(self):
+        server = self.own_server()
+
+        def use(number):
+            path = f"{number % 3}.ipynb"
+            model = server.post("/api/sessions", {"path": path, "type": "notebook"}).json
+            address = f"/api/sessions/{model['id']}"
+            wish = {"kernel": {"name": "python3"}} if number % 2 else {"path": f"{number}.ipynb"}
+            return [server.patch(address, wish).status, server.delete(address).status]
+        with ThreadPoolExecutor(6) as pool:
+            statuses = {status for two in pool.map(use, range(18)) for status in two}
+        self.assertLessEqual(statuses, {200, 204, 404})   # 404: somebody else has ended it
+        self.assertEqual(server.get("/api/sessions").json, [])
+        self.assertEqual(server.get("/api/kernels").json, [])
+
     def test_a_change_that_is_refused_changes_nothing(self):
         model = self.post("same.ipynb", name="same.ipynb")
         path = f"/api/sessions/{model['id']}"
@@ -9254,7 +9269,9 @@ class JupyterLabServicesSideBySide(Case):
           session.propertyChanged.connect((_, name) => changes.push(name));
           session.kernelChanged.connect(() => changes.push('kernel'));
           say('model', [sessions.isReady, session.model]);
-          say('result', (await run(session.kernel, '6 * 7')).result);
+          say('told', (await run(session.kernel, `import os
+        name = os.environ['JPY_SESSION_NAME']
+        os.path.isabs(name), os.path.relpath(name)`.replaceAll('\\n        ', '\\n'))).result);
           say('again', (await sessions.startNew(wish('one.ipynb'))).id === session.id);
           await session.setPath('two.ipynb');
           await session.setName('two');
