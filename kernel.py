@@ -1811,7 +1811,9 @@ def kernel_spec(display_name):
     """The content of a kernel.json that starts this file."""
     return {"argv": command(), "display_name": display_name, "language": "python",
             "interrupt_mode": "signal" if POSIX else "message", "env": {},
-            "metadata": {"debugger": False, "supported_encryption": ["curve"]},
+            # The last two are for our server: who prints waits for subscribers that read slowly.
+            "metadata": {"debugger": False, "supported_encryption": ["curve"],
+                         "supported_transports": ["tcp", "ipc"], "waits_for_subscribers": True},
             "kernel_protocol_version": f"{PROTOCOL_VERSION}.0"}
 
 

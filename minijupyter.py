@@ -46,6 +46,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import email.utils
 import errno
 import functools
 import gc
@@ -66,13 +67,12 @@ import stat
 import string
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
+import weakref
 import zlib
 from datetime import datetime, timezone
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -80,6 +80,11 @@ try:
     import zmq
 except ImportError:
     sys.exit("MiniJupyter needs pyzmq: run `pip install pyzmq`.")
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
 
 import kernel as our_kernel
 from kernel import Session, to_json
@@ -102,38 +107,47 @@ def iso(seconds):
     calendar has (a file may claim any time) is the beginning of 1970."""
     try:
         moment = datetime.fromtimestamp(seconds, timezone.utc)
-        return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        return moment.isoformat(timespec="microseconds")[:-len("+00:00")] + "Z"
     except (ValueError, OverflowError, OSError):
         return iso(0)
 
 
-def http_date(written):
-    """A time as headers write it (RFC 9110 5.6.7), from one as `iso` writes it."""
+@functools.lru_cache(1)
+def http_date(second):
+    """A time as HTTP writes it (RFC 9110 5.6.7): Sun, 06 Nov 1994 08:49:37 GMT."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def written_date(written):
+    """The same of a time as `iso` writes it."""
     moment = datetime.fromisoformat(written.removesuffix("Z")).replace(tzinfo=timezone.utc)
-    return format_datetime(moment, usegmt=True)
+    return email.utils.format_datetime(moment, usegmt=True)
 
 
 LEVELS = ("debug", "info", "warning", "error")
 
 
 def log(text, level="warning"):
-    """A line for the terminal, if there still is one and the level is asked for."""
+    """A line for the terminal, if there still is one and the level is asked for. Clients choose
+    part of many texts: what would command the terminal is shown by its escape."""
     if LEVELS.index(level) >= LEVELS.index(log.level):
+        shown = "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1]
+                        for each in text)
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(shown, file=sys.stderr, flush=True)
 
 
 log.level = "warning"
 
-WATCHES = []              # those who look under the hood (section 8): hardly ever is there one
+SPECTATORS = []              # those who look under the hood (section 8): hardly ever is there one
 MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
 MOST_LINES = 6            # of the call stack
 
 
 def report(kind, way, about, parts, depth=2):
-    """Tell who watches of bytes that have just come "in" or gone "out" at the server's edge: a
-    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if WATCHES`, so that it costs
-    nothing while nobody does. `depth`: of the caller that sent or received them, as for
+    """Tell spectators of bytes that have just come "in" or gone "out" at the server's edge: a
+    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if SPECTATORS`, so that it
+    costs nothing while there are none. `depth`: of the caller that sent or received them, as for
     sys._getframe."""
     lines, frame = [], sys._getframe(depth)
     while frame and frame.f_code.co_filename == __file__ and len(lines) < MOST_LINES:
@@ -143,7 +157,7 @@ def report(kind, way, about, parts, depth=2):
              "sizes": [*map(len, parts)], "parts": parts, **about}
     if sum(event["sizes"]) > MOST_TRACED:
         event["parts"] = cut(parts)
-    for watch in tuple(WATCHES):
+    for watch in tuple(SPECTATORS):
         watch.note(event)
 
 
@@ -178,7 +192,11 @@ ANY_CELL_FIELDS = {"cell_type": str, "metadata": dict}
 CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
+DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
+    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
+    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 BOM = codecs.BOM_UTF8
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
 to_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -278,6 +296,7 @@ class NotebookFile:
     """What a notebook file says, and where it says it. Raises NotANotebook.
 
     notebook = the JSON object, of version 4 and of a sound structure
+    mended = numbers of the cells that are not whole in the file
     places = {key: slice of `data`}; for "cells" a list of them, one for each cell
     tail = what comes after the object: one newline, as a rule
     """
@@ -296,6 +315,7 @@ class NotebookFile:
             raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
         if self.version < 4:
             self.notebook = upgrade(self.notebook)
+        self.notebook, self.mended = mend(self.notebook)
         validate(self.notebook)
 
     @classmethod
@@ -303,7 +323,7 @@ class NotebookFile:
         """The same for bytes that were just made; they need not be read."""
         file = cls.__new__(cls)
         file.notebook, file.served, file.version = notebook, as_served(notebook, served), 4
-        file.data, file.places, file.tail = data, places, tail
+        file.data, file.places, file.tail, file.mended = data, places, tail, ()
         return file
 
     @functools.cached_property
@@ -341,6 +361,25 @@ def read_entries(text, at, end_mark, read_entry):
             break
         at = skip(",", text, at)
     return at + 1
+
+
+def mend(notebook):
+    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
+    outputs or sources, or write null; with a default for each such cell the file is good."""
+    cells = notebook.get("cells")
+    if not isinstance(cells, list):
+        return notebook, set()
+    whole = [*map(whole_cell, cells)]
+    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
+    return ({**notebook, "cells": whole} if mended else notebook), mended
+
+
+def whole_cell(cell):
+    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
+        return cell   # nothing that we could mend
+    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
+               if cell.get(key) is None and not (key in cell and kind is type(None))}
+    return {**cell, **missing} if missing else cell
 
 
 def validate(notebook):
@@ -437,14 +476,18 @@ def as_served(notebook, cells):
 
 
 def with_ids(cells):
-    """The cells, each with a unique id; a missing one is made from place and source, so the same
-    file gives the same ids every time."""
+    """The cells, each with a unique id; a missing one, or one that nbformat forbids, is made from
+    place and source, so the same file gives the same ids every time."""
     seen, result = set(), []
     for number, cell in enumerate(cells):
-        if not isinstance(cell.get("id"), str) or cell["id"] in seen:
-            text = f"{number} {join(cell.get('source', ''))}"
-            cell = {**cell, "id": short_hash(text)}
-        seen.add(cell["id"])
+        id, text = cell.get("id"), f"{number} "
+        while not isinstance(id, str) or not is_id(id) or id in seen:
+            text += str(join(cell.get("source", "")))
+            id = short_hash(text)
+            text += " "
+        if id != cell.get("id"):
+            cell = {**cell, "id": id}
+        seen.add(id)
         result.append(cell)
     return result
 
@@ -463,6 +506,7 @@ class Layout:
 
     def __init__(self, file=None):
         self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, b"", "\n"
+        self.is_lossy = False   # did we write null for what JSON has not?
         if file:
             match = re.match(rb"(?:\xef\xbb\xbf)?\s*\{(\r?\n|)([ \t]*)", file.data)
             self.newline, self.step = (part.decode() for part in match.groups())
@@ -477,6 +521,8 @@ class Layout:
                 for key, part in self.in_order(value)])
         if isinstance(value, list):
             return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+        if isinstance(value, float) and not math.isfinite(value):
+            self.is_lossy, value = True, None   # JSON has no NaN; a browser would have sent null
         return to_text(value)
 
     def in_order(self, members):
@@ -508,11 +554,13 @@ class Pieces:
 def write_notebook(notebook, old=None):
     """The NotebookFile that says what `notebook` says. What `old`, which is on disk now, says
     already is left as it stands there. Raises NotANotebook."""
+    notebook, _ = mend(notebook) if isinstance(notebook, dict) else (notebook, ())
     validate(notebook)
     if notebook.get("nbformat") != 4:
         raise NotANotebook("/nbformat must be 4")
+    notebook = as_served(notebook, notebook["cells"])
     try:
-        if old and same(old.served, notebook):
+        if old and not old.mended and same(old.served, notebook):
             return old
         return rewritten(notebook, old if old and old.version == 4 else None)
     except RecursionError:
@@ -537,9 +585,10 @@ def rewritten(notebook, file):
         else:
             places[key] = made.add(layout.write(notebook[key], 1))
     made.add(f"{layout.newline}}}{layout.end}")
-    served = [served for _, served, _ in cells]
-    return NotebookFile.put_together(
-        members, served, b"".join(made.pieces), places, layout.end)
+    served, data = [served for _, served, _ in cells], b"".join(made.pieces)
+    if layout.is_lossy:
+        return NotebookFile(data)
+    return NotebookFile.put_together(members, served, data, places, layout.end)
 
 
 def matched_cells(cells, file):
@@ -548,7 +597,8 @@ def matched_cells(cells, file):
     known = {}   # (id, source) -> numbers of the cells in the file that look alike, the last first
     on_disk = [*zip(file.served["cells"], file.notebook["cells"], strict=True)] if file else []
     for number, (served, cell) in reversed([*enumerate(on_disk)]):
-        if served.get("id") == cell.get("id"):   # an id that was made up is to be written
+        # An id that was made up, and what the cell did not have, is to be written.
+        if served.get("id") == cell.get("id") and number not in file.mended:
             known.setdefault(looks(cell), []).append(number)
     for cell in cells:
         alike = known.get(looks(cell))
@@ -723,10 +773,20 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
 
 
-CELLS_AT_ONCE = 50          # are encoded without a break: a millisecond or two
+ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
+AT_ONCE = 1 << 18           # bytes of a long text
+LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
+STEPS = 3                   # levels of JSON that are read one by one: model, notebook, cells
+FEW = 20                    # strings of a file's model, names and values
+WRITTEN_AT_ONCE = 1 << 20   # bytes
+REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
+# What can be read of a JSON string by itself: no half of an escape or of a surrogate pair.
+STRING = re.compile(rb'''(?:[^"\\]+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..
+    |\\u(?![dD][89abAB])....|\\[^u])*''', re.S | re.X)
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
+NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
 
 
 class Answers:
@@ -740,14 +800,15 @@ class Answers:
         self.lock, self.kept, self.size = threading.Lock(), {}, 0
 
     def get(self, question, info, make):
-        """The bytes that `make` gives for a question about the file of this os.stat_result."""
+        """What `make` gives for a question about the file of this os.stat_result: bytes, or a list
+        of them, which is too large to be kept."""
         stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
                           info.st_ctime_ns)
         known, answer = self.kept.get(question, (None, None))
         if stamp and known == stamp:
             return answer
         answer = make()
-        if (info and stat.S_ISREG(info.st_mode) and len(answer) <= self.SMALL
+        if (info and stat.S_ISREG(info.st_mode) and isinstance(answer, bytes)
                 and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
             self.keep(question, stamp, answer)
         return answer
@@ -760,6 +821,73 @@ class Answers:
             self.size += len(answer)
 
 
+class Upload:
+    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
+    that takes the file's place at the end."""
+
+    def __init__(self, target, data):
+        """`data`: of piece 1, which is still to be added."""
+        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.latest = time.monotonic()
+
+    def add(self, number, data):
+        """Problem 400 when the piece is not the next one; the upload goes on with that."""
+        if number not in (self.number + 1, -1):
+            raise Problem(400, f"Chunk {number} is out of place: the next one is "
+                               f"{self.number + 1}, or -1 for the last")
+        self.file.write(data)
+        self.number, self.latest = self.number + 1, time.monotonic()
+
+
+class Uploads:
+    """Those under way, one of each file. What gathers is never seen as the file."""
+
+    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
+    MOST_SECONDS = 3600    # then an upload goes, when another one begins
+
+    def __init__(self):
+        self.lock, self.under_way = threading.Lock(), {}   # target -> Upload
+
+    def add(self, target, number, data):
+        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
+        with self.lock:
+            if number == 1:
+                self.begin(target, data)
+            upload = self.under_way.get(target)
+            if upload is None:
+                raise Problem(400, "An upload begins with chunk 1")
+            try:
+                upload.add(number, data)
+            except OSError:
+                self.drop(target)
+                raise
+            if number != -1:
+                return upload.file.path
+            del self.under_way[target]
+        with upload.file:
+            return put_in_place(upload.file)
+
+    def begin(self, target, data):
+        """Problem 409 while another upload of the same file is under way: nothing tells whose a
+        later piece is. The same first piece begins anew, because then what follows fits,
+        whoever sends it."""
+        now = time.monotonic()
+        for other, upload in [*self.under_way.items()]:
+            if now - upload.latest > self.MOST_SECONDS:
+                self.drop(other)
+        old = self.under_way.get(target)
+        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
+            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
+                               f"{self.PAUSE_SECONDS} seconds after it was given up")
+        refuse_protected(target)
+        if old:
+            self.drop(target)
+        self.under_way[target] = Upload(target, data)
+
+    def drop(self, target):
+        self.under_way.pop(target).file.remove()
+
+
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
@@ -768,8 +896,11 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.recent, self.answers = Recent(), Answers()
-        self.lock = threading.Lock()   # between the look at a file and its replacement
+        self.recent, self.answers, self.uploads = Recent(), Answers(), Uploads()
+        self.lock = threading.Lock()   # while a name is chosen
+        self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
+        tidy(self.root)
+        finish_records()
 
     def look(self, path):
         """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
@@ -809,10 +940,9 @@ class Contents:
             return os.path.realpath(absolute), None
 
     def is_visible(self, name):
-        """False for hidden files and for what is no file name: with NUL, "\\", half a surrogate."""
+        """False for hidden files and for what is no file name."""
         is_hidden = name.startswith(".") or name == "__pycache__"
-        is_plain = name.encode("utf-8", "replace").decode() == name and name not in (".", "..")
-        return is_plain and not {"\0", "\\"} & {*name} and (self.allow_hidden or not is_hidden)
+        return (self.allow_hidden or not is_hidden) and name not in (".", "..") and is_plain(name)
 
     def existing(self, path):
         absolute, info = self.look(path)
@@ -821,7 +951,8 @@ class Contents:
         return absolute
 
     def get_json(self, path, *asked):
-        """What `get` gives, as JSON; of a small file it is kept while the file is the same."""
+        """What `get` gives, as JSON: bytes, or a list of them when they are many. That of a small
+        file is kept while the file is the same."""
         return self.answers.get((path, *asked), self.look(path)[1],
                                 lambda: model_json(self.get(path, *asked)))
 
@@ -834,7 +965,10 @@ class Contents:
                 raise Problem(400, f"{path} is a {model['type']}, not a {kind}", "bad type")
             model["type"] = kind
         if content and model["type"] == "directory":
-            model.update(format="json", content=self.listing(path, absolute))
+            content, message = self.listing(path, absolute)
+            model.update(format="json", content=content)
+            if message:
+                model["message"] = message
         elif model["type"] != "directory" and (content or with_hash):
             data = self.read(absolute)
             if with_hash:
@@ -843,28 +977,43 @@ class Contents:
                 model.update(self.content(path, model["type"], form, data))
         return model
 
-    def model(self, path, absolute):
+    def model(self, path, absolute, info=None):
         """The contents model of something that exists, without its content."""
-        info = os.stat(absolute)
+        info = info or os.stat(absolute)
         path = "/".join(name for name in path.split("/") if name)
         kind = ("directory" if stat.S_ISDIR(info.st_mode) else
                 "notebook" if path.endswith(".ipynb") else "file")
         return {"name": path.rpartition("/")[2], "path": path, "type": kind,
                 "created": iso(info.st_ctime), "last_modified": iso(info.st_mtime),
                 "size": None if kind == "directory" else info.st_size,
-                "writable": os.access(absolute, os.W_OK),
+                "writable": may_write(absolute, info),
                 "mimetype": (mimetypes.guess_type(path)[0] if kind == "file" else None),
                 "content": None, "format": None, "hash": None, "hash_algorithm": None}
 
     def listing(self, path, absolute):
-        """Models of a folder's visible files and folders, in the order of their names."""
-        models = []
-        for name in sorted(os.listdir(absolute), key=str.casefold):
+        """(models of a folder's visible files and folders in the order of their names, what to say
+        of those whose names no client could send back, or None)."""
+        real, models, unlisted = os.path.realpath(absolute), [], 0
+        tidy(real)
+        for name in sorted(os.listdir(real), key=str.casefold):
             if name.endswith(LEFTOVERS) and not self.allow_hidden:
                 continue
+            unlisted += not is_plain(name)
             with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
-                models.append(self.model(f"{path}/{name}", self.existing(f"{path}/{name}")))
-        return models
+                models.append(self.entry(path, real, name))
+        if not unlisted:
+            return models, None
+        return models, (f"Not listed because of their names, which are not UTF-8 or hold a "
+                        f"backslash: {unlisted} (rename them in a terminal)")
+
+    def entry(self, folder, real, name):
+        """The model of what is in a folder; of a plain file one question to the disk is enough."""
+        absolute, path = os.path.join(real, name), f"{folder}/{name}"
+        if self.is_visible(name):
+            info = os.lstat(absolute)
+            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
+                return self.model(path, absolute, info)
+        return self.model(path, self.existing(path))
 
     def content(self, path, kind, form, data):
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
@@ -878,17 +1027,26 @@ class Contents:
         guessed = mimetypes.guess_type(path)[0]
         if form != "base64":
             try:
-                return {"content": data.decode(), "format": "text",
+                return {"content": decode_text(data), "format": "text",
                         "mimetype": guessed or "text/plain"}
             except UnicodeDecodeError:
                 if form == "text":
                     raise Problem(400, f"{path} is not UTF-8 text", "bad format") from None
-        return {"content": base64.b64encode(data).decode(), "format": "base64",
+        return {"content": encode_base64(data), "format": "base64",
                 "mimetype": guessed or "application/octet-stream"}
 
     def read(self, absolute):
         with open(absolute, "rb") as file:
             return file.read()
+
+    def read_if_there(self, absolute):
+        return self.read(absolute) if os.path.exists(absolute) else None
+
+    def one_save(self, absolute):
+        """The lock of a file: what one save writes the next one reads, but two files are saved at
+        the same time."""
+        with self.lock:
+            return self.saved.setdefault(os.path.realpath(absolute), threading.Lock())
 
     def save(self, path, model, expected=None, with_hash=False):
         """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
@@ -898,18 +1056,25 @@ class Contents:
             raise Problem(400, "type must be notebook, file or directory")
         if model.get("copy_from"):
             raise Problem(400, "A copy is made with POST")
-        with self.lock:
+        with self.one_save(absolute):
             is_new = not os.path.exists(absolute)
             if kind == "directory":
                 os.makedirs(absolute, exist_ok=True)
                 return self.model(path, absolute), is_new
             if os.path.isdir(absolute):
                 raise Problem(400, f"{path} is a folder")
-            old = None if is_new else self.read(absolute)
+            refuse_protected(absolute)
+            old = self.read_if_there(absolute)
             self.refuse_conflict(path, old, expected)
             data = self.encode(path, model, old)
+
+            def look(target):
+                """What was true when the save began must be true when the file is replaced."""
+                if expected not in (None, "*") and self.read_if_there(target) != old:
+                    raise Problem(412, f"{path} was changed on disk just now", "conflict")
+
             if data != old:
-                write_atomically(absolute, data)
+                write_atomically(absolute, data, look)
         new = {**self.model(path, absolute), "type": kind}
         if with_hash:
             new.update(hash=self.recent.hash(data), hash_algorithm="sha256")
@@ -940,9 +1105,10 @@ class Contents:
                 is_new = content is None and not old   # without content only a new file may be
                 notebook = new_notebook() if is_new else content
                 return self.recent.keep(write_notebook(notebook, self.file_or_none(old))).data
+            texts = content if isinstance(content, tuple) else (content or "",)
             if form == "base64":
-                return base64.b64decode("".join((content or "").split()), validate=True)
-            return (content or "").encode()
+                return decode_base64(texts)
+            return b"".join(text.encode() for text in texts)
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
         except (ValueError, TypeError, AttributeError) as problem:
@@ -950,26 +1116,15 @@ class Contents:
                                f"{problem}") from None
 
     def save_chunk(self, path, model):
-        """Write one chunk of a large upload: number 1 begins the file anew, -1 is the last one.
-
-        The chunks gather in a hidden file beside it, which takes its place at the end.
-        """
-        absolute, number = self.resolve(path), model["chunk"]
+        """Write one piece of a large upload; returns (model, was a file created)."""
+        absolute = self.resolve(path)
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
-        folder, name = os.path.split(absolute)
-        part = os.path.join(folder, f".{short_hash(name)}.upload")
-        self.kept_inside(part, path)
-        data = self.encode(path, model, None)
-        with self.lock:
-            is_new = not os.path.exists(absolute)
-            if number != 1 and not os.path.exists(part):
-                raise Problem(400, "An upload begins with chunk 1")
-            with removed_on_error(part):
-                write_through(part, data, "wb" if number == 1 else "ab")
-                if number == -1:
-                    put_in_place(part, absolute)
-        return self.model(path, absolute if number == -1 else part), is_new and number == -1
+        data, was_there = self.encode(path, model, None), os.path.exists(absolute)
+        gathering = self.uploads.add(os.path.realpath(absolute), model["chunk"], data)
+        if gathering:
+            return self.model(path, gathering), False
+        return self.model(path, absolute), not was_there
 
     # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
 
@@ -996,8 +1151,9 @@ class Contents:
         return self.checkpoint_model(saved)
 
     def restore_checkpoint(self, path, id):
-        with self.lock:
-            write_atomically(self.resolve(path), self.read(self.checkpoint_of(path, id)))
+        absolute, saved = self.resolve(path), self.checkpoint_of(path, id)
+        with self.one_save(absolute):
+            write_atomically(absolute, self.read(saved))
 
     def delete_checkpoint(self, path, id):
         os.remove(self.checkpoint_of(path, id))
@@ -1016,13 +1172,13 @@ class Contents:
         with self.lock:
             space = " " if kind == "directory" else ""
             path = self.free_name(folder, stem, extension or usual, space, 0)
+            absolute = self.resolve(path)
             if kind == "directory":
-                os.mkdir(self.resolve(path))
+                os.mkdir(absolute)
             else:
-                write_atomically(self.resolve(path),
-                                 write_notebook(new_notebook()).data if kind == "notebook"
-                                 else b"")
-        return self.model(path, self.resolve(path))
+                data = write_notebook(new_notebook()).data if kind == "notebook" else b""
+                write_atomically(absolute, data, refuse_existing)
+        return self.model(path, absolute)
 
     def free_name(self, folder, stem, extension, joint, number):
         while True:
@@ -1035,68 +1191,86 @@ class Contents:
     def copy(self, source, folder):
         """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
         `folder` that does not exist in one that does is the name of the copy."""
-        absolute = self.existing(source)
         is_name = self.look(folder)[1] is None
         into = folder.strip("/").rpartition("/")[0] if is_name else folder
-        if not os.path.isdir(self.existing(into)):
+        absolute, target = self.existing(source), self.existing(into)
+        if not os.path.isdir(target):
             raise Problem(400, f"{into} is not a folder")
-        # All of .tar.gz is an extension, but in a.b.ipynb it is what follows the last dot.
-        name = re.sub(r"-Copy\d*(?=\.|$)", "", os.path.basename(source.rstrip("/")))
-        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
-        with self.copied_folder(source, self.existing(into)) as copied, self.lock:
-            path = folder if is_name else self.free_name(folder, stem, dot + extension, "-Copy", 0)
-            target = self.resolve(path)
-            if os.path.lexists(target):   # since we looked, or a link to nowhere
-                raise Problem(409, f"{path} exists already")
-            if copied:
-                os.rename(copied, target)
-            else:
-                write_atomically(target, self.read(absolute))
-        return self.model(path, target)
-
-    @contextlib.contextmanager
-    def copied_folder(self, source, into):
-        """The path of a hidden copy of a folder in another one, until it gets its name; None for a
-        file. Links stay links: what they lead to is not read."""
-        absolute = self.existing(source)
-        if not os.path.isdir(absolute):
-            yield None
-            return
-        real = os.path.realpath(absolute)
-        if is_within(os.path.realpath(into), real):
+        is_folder = os.path.isdir(absolute)
+        if is_folder and is_within(os.path.realpath(target), os.path.realpath(absolute)) or (
+                not source.strip("/")):
             raise Problem(400, f"{source} cannot be copied into itself")
-        if any(is_within(folder, real) for folder in self.private):
-            raise Problem(403, f"{source} holds what this server needs")
-        copied = tempfile.mkdtemp(prefix=".", suffix=".copying", dir=into)
-        try:
-            shutil.copytree(real, copied, symlinks=True, ignore=odd_files, dirs_exist_ok=True)
-            yield copied
-        except shutil.Error:
-            raise Problem(403, f"Not all of {source} could be copied") from None
-        finally:
-            shutil.rmtree(copied, ignore_errors=True)   # after a success it is there no more
+        stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
+
+        def choose():
+            return folder if is_name else self.free_name(folder, stem, extension, "-Copy", 0)
+
+        if is_folder:
+            return self.copy_folder(absolute, target, choose)
+        with self.lock:
+            path = choose()
+            write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
+        return self.model(path, self.resolve(path))
+
+    def copy_name(self, name, is_folder):
+        """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
+        a.b.ipynb it is what follows the last dot."""
+        name = re.sub(r"-Copy\d*(?=\.|$)", "", name)
+        if is_folder:
+            return name, ""
+        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
+        return stem, dot + extension
+
+    def copy_folder(self, absolute, into, choose):
+        """The copy grows in a hidden folder, and is there, under the path that `choose` returns,
+        when it is whole."""
+        growing = leftover_name(into)
+        with removed_on_error(growing), contextlib.ExitStack() as in_use:
+            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
+                os.mkdir(growing)
+                in_use.enter_context(locked(growing))
+            shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
+                            dirs_exist_ok=True)
+            with self.lock, locked(os.path.dirname(growing)) as parent:
+                path = choose()
+                refuse_existing(self.resolve(path))
+                os.rename(growing, self.resolve(path))
+                sync(parent)
+        return self.model(path, self.resolve(path))
+
+    def not_copied(self, folder, names):
+        """Those of the names in a folder that are no file, folder or link, or not to be seen."""
+        paths = {name: os.path.join(folder, name) for name in names}
+        return [name for name, path in paths.items() if IS_LEFTOVER(name)
+                or not (os.path.islink(path) or os.path.isfile(path) or os.path.isdir(path))
+                or any(is_within(os.path.realpath(path), private) for private in self.private)]
 
     def rename(self, path, new_path):
         """Move a file or folder; never over another one."""
         old, new = self.existing(path), self.resolve(new_path)
         if not new_path.strip("/") or os.path.realpath(old) == self.root:
             raise Problem(400, "A new path is needed")
-        with self.lock:
+        self.refuse_private(path, old)
+        if not os.path.isdir(os.path.dirname(new)):
+            raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
+        with self.lock, locked(os.path.dirname(new)) as folder:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            if any(is_within(folder, os.path.realpath(old)) for folder in self.private):
-                raise Problem(403, f"{path} holds what this server needs")
-            if not os.path.isdir(os.path.dirname(new)):
-                raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
             saved = self.checkpoint_path(path)
-            os.rename(old, new)
+            move(old, new)
             if os.path.exists(saved):   # it goes along
                 os.makedirs(os.path.dirname(self.checkpoint_path(new_path)), exist_ok=True)
                 os.replace(saved, self.checkpoint_path(new_path))
+            sync(folder)
         return self.model(new_path, new)
 
-    def delete(self, path):
-        """Delete a file or an empty folder."""
+    def refuse_private(self, path, absolute):
+        if any(is_within(folder, os.path.realpath(absolute)) for folder in self.private):
+            raise Problem(403, f"{path} holds what this server needs")
+
+    def delete(self, path, with_content=True):
+        """Delete a file or a folder. A folder with files only `with_content`, which is what
+        Jupyter's clients expect: they have asked before."""
         absolute = self.existing(path)
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
@@ -1104,25 +1278,171 @@ class Contents:
             with contextlib.suppress(OSError):   # as a rule there is none
                 os.remove(self.checkpoint_path(path))
             return os.remove(absolute)
-        if {*os.listdir(absolute)} - {".ipynb_checkpoints", "__pycache__", ".DS_Store"}:
+        self.refuse_private(path, absolute)
+        if not with_content and {*os.listdir(absolute)} - NO_CONTENT:
             raise Problem(400, f"{path} is not empty (it may hold hidden files): "
-                               "delete what is in it first")
+                               "delete what is in it first", "not empty")
         shutil.rmtree(absolute)
 
 
+def refuse_existing(target):
+    """What a new file must not find when it takes its place."""
+    if os.path.lexists(target):
+        raise Problem(409, f"{os.path.basename(target)} exists already")
+
+
+def move(old, new):
+    """Rename a file or folder. A relative link is made anew, if it would lead elsewhere."""
+    folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
+    leads = os.readlink(old) if os.path.islink(old) else os.sep
+    if os.path.isabs(leads) or folder == new_folder:
+        return os.rename(old, new)
+    os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
+    os.unlink(old)
+
+
+def is_plain(name):
+    """False for a name that is not UTF-8 (half a surrogate stands for such a byte), or that leads
+    elsewhere on some system."""
+    return "\0" not in name and "\\" not in name and (
+        name.isascii() or name.encode("utf-8", "replace").decode() == name)
+
+
+# -- Large things, a little at a time: while Python's json is at work all other threads wait --
+
 def model_json(model):
-    """A contents model as JSON. A notebook is written a few cells at a time: in between other
-    threads get their turn, which would have to wait for a large one to be done."""
-    if model["type"] != "notebook" or model["content"] is None:
-        return to_json(model)
-    notebook = {**model["content"]}
-    all_cells = notebook.pop("cells")
-    some_cells = (all_cells[at:at + CELLS_AT_ONCE] for at in range(
-        0, len(all_cells), CELLS_AT_ONCE))
-    cells = [piece for cells in some_cells for piece in (b",", to_json(cells)[1:-1])]
+    """A contents model as JSON: bytes, or a list of them when they are many. (To join half a
+    gigabyte is a moment in which nothing else happens.)"""
     start = to_json({key: value for key, value in model.items() if key != "content"})
-    return b"".join([start[:-1], b',"content":', to_json(notebook)[:-1], b',"cells":[', *cells[1:],
-                     b"]}}"])
+    pieces = [start[:-1], b',"content":', *content_json(model["content"]), b"}"]
+    return b"".join(pieces) if sum(map(len, pieces)) <= Answers.SMALL else pieces
+
+
+def content_json(content):
+    """The pieces of a folder's, a notebook's or a file's content as JSON."""
+    if isinstance(content, list):
+        return list_json(content)
+    if isinstance(content, dict):
+        notebook = {**content}
+        cells = notebook.pop("cells")
+        return [to_json(notebook)[:-1], b',"cells":', *list_json(cells), b"}"]
+    if isinstance(content, tuple):
+        return [b'"', *(to_json(text)[1:-1] for text in content), b'"']
+    return [to_json(content)]
+
+
+def list_json(items):
+    parts = (items[at:at + ITEMS_AT_ONCE] for at in range(0, len(items), ITEMS_AT_ONCE))
+    pieces = [piece for part in parts for piece in (b",", to_json(part)[1:-1])]
+    return [b"[", *pieces[1:], b"]"]
+
+
+def decode_text(data):
+    """Bytes as text: a string, or a tuple of strings when it is long. Raises UnicodeDecodeError."""
+    if len(data) <= LONG_TEXT:
+        return data.decode()
+    decode, view = codecs.getincrementaldecoder("utf-8")().decode, memoryview(data)
+    return (*(decode(view[at:at + AT_ONCE]) for at in range(0, len(data), AT_ONCE)),
+            decode(b"", final=True))
+
+
+def encode_base64(data):
+    """Bytes in base64: a string, or a tuple of strings when it is long."""
+    if len(data) <= LONG_TEXT:
+        return base64.b64encode(data).decode()
+    view, step = memoryview(data), AT_ONCE // 3 * 3   # three bytes are four letters
+    return (*(base64.b64encode(view[at:at + step]).decode() for at in range(0, len(data), step)),)
+
+
+def decode_base64(texts):
+    """The bytes that strings in base64 say together. Raises ValueError."""
+    pieces, rest = [], ""
+    for text in texts:
+        if "=" in rest or pieces and len(pieces[-1]) % 3:
+            raise ValueError("there is more after the end")
+        rest += "".join(text.split())
+        whole = len(rest) // 4 * 4
+        pieces.append(base64.b64decode(rest[:whole], validate=True))
+        rest = rest[whole:]
+    return b"".join([*pieces, base64.b64decode(rest, validate=True)])
+
+
+def read_model(data):
+    """The JSON object of a contents model. A long text in it comes as a tuple of strings. NaN,
+    which JSON has not, is null, as from a browser. Raises ValueError."""
+    if len(data) <= LONG_TEXT:
+        return REQUEST.decode(data.decode("utf-8-sig"))
+    mark = secrets.token_hex()
+    short, long_text = take_long_text(data, mark.encode())
+    text = short.decode("utf-8-sig")
+    model, end = read_in_steps(text, skip_space(text, 0), STEPS)
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    if not long_text:
+        return model
+    if isinstance(model, dict) and model.get("content") == mark:
+        return {**model, "content": long_text}
+    return REQUEST.decode(data.decode("utf-8-sig"))   # it was no text of a file
+
+
+def read_in_steps(text, at, steps):
+    """(the JSON value at `at`, its end). What it consists of is read one by one, so many levels
+    deep: the members of a model, those of a notebook, its cells."""
+    if not steps or not text.startswith(("{", "["), at):
+        return REQUEST.raw_decode(text, at)
+    found = {} if text[at] == "{" else []
+
+    def read_member(at):
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting a name", text, at)
+        key, at = REQUEST.raw_decode(text, at)
+        at = skip(":", text, skip_space(text, at))
+        found[key], end = read_in_steps(text, at, steps - 1)
+        return end
+
+    def read_item(at):
+        item, end = read_in_steps(text, at, steps - 1)
+        found.append(item)
+        return end
+
+    is_object = isinstance(found, dict)
+    return found, read_entries(text, at, "}" if is_object else "]",
+                               read_member if is_object else read_item)
+
+
+def take_long_text(data, mark):
+    """(JSON with `mark` in the place of its long string, that string as a tuple of strings). In a
+    file's model it is one of the first few; otherwise (data, None)."""
+    at = 0
+    for _ in range(FEW):
+        start = data.find(b'"', at)
+        if start < 0:
+            break
+        texts, at = read_string(data, start + 1)
+        if texts is None:
+            break
+        if at - start > LONG_TEXT:
+            return data[:start + 1] + mark + data[at:], texts
+        at += 1
+    return data, None
+
+
+def read_string(data, at):
+    """(the JSON string whose first byte is at `at` as a tuple of strings, where its end mark is);
+    None for what is no good string."""
+    texts = []
+    while at < len(data) and data[at] != ord('"'):
+        end = STRING.match(data, at, at + AT_ONCE).end()
+        while end < len(data) and data[end] & 0xc0 == 0x80:   # in the middle of a character
+            end -= 1
+        try:
+            texts.append(REQUEST.decode(f'"{data[at:end].decode()}"'))
+        except ValueError:
+            return None, at
+        if end <= at:
+            return None, at
+        at = end
+    return (*texts,), at
 
 
 def odd_files(folder, names):
@@ -1137,45 +1457,331 @@ def is_within(real, root):
     return real == root or real.startswith(os.path.join(root, ""))
 
 
-def write_atomically(path, data):
-    """Replace a file's bytes or, if that fails, change nothing. Mode and symbolic link stay."""
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=".", suffix=".saving", dir=os.path.dirname(os.path.realpath(path)))
-    with removed_on_error(temporary):
-        write_through(descriptor, data)
-        put_in_place(temporary, path)
+# -- Saving: at every moment the file is its old self or its new one, whole --
+#
+# S1 A file that may not be written stays as it is, for root, too.
+# S2 A save is answered when the bytes, and the name that leads to them, are on the disk.
+# S3 Whenever the machine stops, the file is the old one or the new one. (A test replays every
+#    point at which a save can stop, and every order in which the disk may have done its work.)
+# S4 Of two saves that expect the same old file one is refused, whichever server gets them: one
+#    more look at the file and its replacement happen under a lock of its folder.
+# S5 Owner, rights and other names of the file stay.
+# S6 What a killed server left over goes as soon as somebody looks into that folder again.
+#
+#     the file is    when                              how
+#     replaced       as a rule                         a hidden file beside it, its fsync, rename,
+#                                                      fsync of the folder
+#     written over   it has other names (hard links)   old and new bytes into a record in the
+#                    or is a mount; its folder takes   runtime folder; then the bytes into the
+#                    no new file; its owner is not     file itself; then the record is removed.
+#                    ours to give                      A server that starts finishes such records.
+
+IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch
+IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
+CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
+LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
+SECTOR = 512             # bytes that a disk writes whole or not at all
+O_BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
+TIDIED = set()           # folders in which we have looked for leftovers
 
 
-def write_through(target, data, mode="wb"):
-    """Write to a path or descriptor; the bytes are then on the disk, not only on their way."""
-    with open(target, mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_atomically(path, data, look=None):
+    """Replace the bytes of the file at `path`, or of what that links to; or change nothing.
 
-
-def put_in_place(temporary, path):
-    """Let a file take the place of the one at `path`, or of what that links to."""
+    `look(target)` is called when no other server can come between it and the replacement; what
+    it raises stops the save.
+    """
     target = os.path.realpath(path)
-    os.chmod(temporary, mode_for(target))
-    os.replace(temporary, target)
+    refuse_protected(target)
+    try:
+        refuse_irreplaceable(target)
+        with Temporary(target) as temporary:
+            temporary.write(data)
+            temporary.replace(look)
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
+            raise
+        write_over(target, data, look)
+
+
+def put_in_place(temporary):
+    """The same for bytes that are in a temporary file already."""
+    refuse_protected(temporary.target)
+    try:
+        temporary.replace()
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(temporary.target):
+            raise
+        with open(temporary.path, "rb") as file:
+            write_over(temporary.target, file.read())
+
+
+def refuse_protected(target):
+    """Raise PermissionError for a file that may not be written. The disk lets root write anything;
+    so a file that nobody has the right to write is taken at its word."""
+    info = stat_of(target)
+    if info and not may_write(target, info):
+        raise PermissionError(errno.EACCES, "The file is write-protected", target)
+
+
+def may_write(path, info):
+    is_protected = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o222
+    return not is_protected and os.access(path, os.W_OK)
+
+
+def refuse_irreplaceable(target):
+    info = stat_of(target)
+    if info and info.st_nlink > 1:
+        raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
+
+
+def stat_of(path):
+    """The os.stat_result, or None when nothing is there."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+class Temporary:
+    """A hidden file beside `target` that is to take its place. It is locked as long as it is in
+    use, so that it is no leftover to anybody who tidies the folder."""
+
+    def __init__(self, target):
+        """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
+        self.target, self.folder = target, os.path.dirname(target)
+        tidy(self.folder)
+        self.path = leftover_name(self.folder)
+        with locked(self.folder):   # nobody tidies between these two lines
+            self.descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
+            lock(self.descriptor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.remove()
+
+    def remove(self):
+        """End it; as a rule it has become the target, and there is nothing to remove."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def write(self, data):
+        write_all(self.descriptor, data)
+
+    def replace(self, look=None):
+        """Take the place of the target, now or never."""
+        refuse_irreplaceable(self.target)
+        self.dress()
+        os.fsync(self.descriptor)
+        with locked(self.folder) as folder:
+            if look:
+                look(self.target)
+            if os.name == "nt":   # where no open file is renamed
+                self.close()
+            os.replace(self.path, self.target)
+            sync(folder)
+
+    def dress(self):
+        """Take the owner and the rights of the file that is to be replaced. Raises PermissionError
+        when they are not ours to give."""
+        old, new = stat_of(self.target), os.fstat(self.descriptor)
+        if old is None:
+            return os.chmod(self.path, 0o666 & ~UMASK)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(self.path, old.st_uid, old.st_gid)
+        copy_attributes(self.target, self.path)
+        os.chmod(self.path, stat.S_IMODE(old.st_mode))
+
+
+def copy_attributes(source, target):
+    """Access control lists and the like, where there are any and we may give them."""
+    if hasattr(os, "listxattr"):
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(source):
+                os.setxattr(target, name, os.getxattr(source, name))
+
+
+def write_all(descriptor, data):
+    """Write all bytes at the place where the descriptor stands."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest[:WRITTEN_AT_ONCE]):]
+
+
+def leftover_name(folder):
+    return os.path.join(folder, f".{secrets.token_hex(8)}.saving")
+
+
+def write_over(target, data, look=None):
+    """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
+    with locked(os.path.dirname(target)):
+        if look:
+            look(target)
+        with open(target, "r+b", buffering=0) as file:
+            old = file.readall()
+            record = make_record(target, old, data)
+            try:
+                fill(file.fileno(), data)
+            except OSError:   # the disk is full: the room for the old bytes is still ours
+                fill(file.fileno(), old)
+                raise
+            finally:
+                remove_record(record)
+
+
+def fill(descriptor, data):
+    """Make these the bytes of a file, and have them on the disk."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    write_all(descriptor, data)
+    os.ftruncate(descriptor, len(data))
+    os.fsync(descriptor)
+
+
+def make_record(target, old, new):
+    """A file that says what is about to be written over: a line of JSON, old bytes, new bytes."""
+    os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
+    record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
+    head = {"path": target, "old": len(old), "new": len(new)}
+    with Temporary(record) as temporary:
+        temporary.write(json.dumps(head).encode() + b"\n")
+        temporary.write(old)
+        temporary.write(new)
+        temporary.replace()
+    os.chmod(record, 0o600)
+    return record
+
+
+def remove_record(record):
+    """It must not come back after a later save: its removal is on the disk, too."""
+    os.unlink(record)
+    with locked(os.path.dirname(record)) as folder:
+        sync(folder)
+
+
+def finish_records():
+    """Finish what a server was writing over when it was stopped."""
+    for name in filter(IS_RECORD, os.listdir(RUNTIME) if os.path.isdir(RUNTIME) else ()):
+        with contextlib.suppress(OSError, ValueError):
+            finish_record(os.path.join(RUNTIME, name))
+
+
+def finish_record(record):
+    """Write the new bytes once more, if the file is half old and half new. If it is neither, then
+    somebody else has written it since, and it stays."""
+    with open(record, "rb") as file:
+        head = json.loads(file.readline())
+        old, new = file.read(head["old"]), file.read(head["new"])
+    if os.path.isfile(head["path"]):
+        # Who still writes it holds this lock.
+        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
+            found = file.read()
+            if found not in (old, new) and is_between(found, old, new):
+                fill(file.fileno(), new)
+    remove_record(record)
+
+
+def is_between(found, old, new):
+    """True when each sector is that of one of the two, or was never written."""
+    size, longest = len(found), max(len(old), len(new))
+    states = [state.ljust(longest, b"\0") for state in (
+        old, new, new + old[len(new):], b"")]   # the third is not yet cut
+    return min(len(old), len(new)) <= size <= longest and all(
+        any(found[at:at + SECTOR] == state[at:min(at + SECTOR, size)] for state in states)
+        for at in range(0, size, SECTOR))
+
+
+def tidy(folder):
+    """Remove what killed servers left over in a folder; that of running ones is locked.
+
+    Done when a folder is first listed or saved into. (A walk through all folders at the start
+    could take minutes; a list of what is being written would cost each save an fsync more.)
+    """
+    if folder in TIDIED:
+        return
+    TIDIED.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
+            with contextlib.suppress(OSError), locked(folder):
+                remove_if_unlocked(path)
+
+
+def remove_if_unlocked(path):
+    """Remove a leftover, file or folder. Raises OSError when it is in use."""
+    # Network file systems lock only what may be written; a folder is never opened for that.
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        lock(descriptor, must=True)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 @contextlib.contextmanager
-def removed_on_error(path):
+def locked(folder):
+    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
+    folder itself: nothing is created, and nothing left over. Gives the folder's descriptor, or
+    None where a folder cannot be opened (Windows) or a file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        descriptor = None
+    try:
+        if descriptor is not None:
+            wait_for_lock(descriptor)
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def wait_for_lock(descriptor):
+    """A program that holds the lock and was stopped must not stop us for ever."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            return lock(descriptor, must=True)
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError:   # no locks here: the look right before the replacement must do
+            return None
+    return None
+
+
+def lock(descriptor, must=False):
+    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
+    process. Raises OSError when it cannot be had, if it `must`. On Windows there is none: there an
+    open file can be neither removed nor replaced."""
+    if fcntl:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+
+
+def sync(folder):
+    """Have the names in a folder on the disk; None: it cannot be opened."""
+    if folder is not None:
+        with contextlib.suppress(OSError):   # some file systems know no such thing
+            os.fsync(folder)
+
+
+@contextlib.contextmanager
+def removed_on_error(folder):
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def mode_for(path):
-    """The permissions of the file at `path`, or what a new file gets there."""
-    if os.path.exists(path):
-        return stat.S_IMODE(os.stat(path).st_mode)
-    return 0o666 & ~UMASK
 
 
 UMASK = os.umask(0o022)
@@ -1189,6 +1795,8 @@ os.umask(UMASK)
 
 JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
+SOCKETS = os.path.join(RUNTIME, "sockets")
+MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
@@ -1341,6 +1949,7 @@ def kernel_environment(spec):
 CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
     "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
     "hb": zmq.DEALER}
+HEARD = ("iopub", "shell", "control", "stdin")   # in this order, for output comes before its reply
 ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
@@ -1351,12 +1960,17 @@ SILENT_BEATS = 3            # without an echo are reported
 STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
 MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
 MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when all are full, who prints has to wait
-STALLED_SECONDS = 10        # and no longer; then these pages are cut off, and can come back
+STALLED_SECONDS = 8         # and no longer, or our kernel would give us up (STALL_SECONDS there)
 MOST_BEHIND = 64 << 20      # bytes in the mailbox of one page while others have room; it is cut off
 LATE_SECONDS = 1            # when it has taken nothing for so long
+MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that waits for subscribers
+MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
+MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
+MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
+MOST_STARTS = 5             # of a kernel whose ports others take
 MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
+MOST_OUTLINES = 4 << 20     # bytes of requests and replies whose output is saved
 MOST_REQUESTS = 1_000       # of a kernel that are remembered
-MOST_PARKED = 16            # clients that left with a request open, per kernel
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
 TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
@@ -1366,18 +1980,25 @@ QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_reque
                   "shutdown_request", "abort_request"}
 STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
          "status"}   # what a full journal keeps; all else is output
+OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
+FOLLOWERS = {}       # value of ?journal= -> class of the page's mailbox
+KERNEL_EXTRAS = []   # classes; each kernel makes one of each, which puts itself into its lists
+SAID_BY_PAGES = {"execute_request", "input_reply"}   # of the story; the rest comes from the kernel
+UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
 
 
 class Entry:
     """One message on its way through the server: its JSON as it came; the headers are read."""
 
-    __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "number", "size")
+    __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "client", "number",
+                 "size")
 
     def __init__(self, channel, json_parts, buffers=()):
         """Raises ValueError when the headers are not JSON objects with the fields they need."""
         self.channel, self.json_parts, self.buffers = channel, json_parts, buffers
         self.header, self.parent_id = read_header(json_parts[0]), parent_id(json_parts[1])
-        self.number = 0   # its place in the journal
+        self.client = None   # session_id of the page that has said it, or that it is for
+        self.number = 0      # its place in the journal
         self.size = 1_000 + len(json_parts[3]) + sum(map(len, buffers))   # bytes, about
 
     @property
@@ -1387,7 +2008,7 @@ class Entry:
     @property
     def content(self):
         """What it says; {} when that is no JSON object."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(self.json_parts[3])
             return content if isinstance(content, dict) else {}
         return {}
@@ -1397,8 +2018,10 @@ class Entry:
         return self.msg_type == "status" and b'"idle"' in self.json_parts[3]
 
     @property
-    def is_restarting(self):
-        return self.msg_type == "status" and b'"restarting"' in self.json_parts[3]
+    def ends_process(self):
+        """True for the server's news that a process has ended."""
+        return self.msg_type == "status" and any(
+            state in self.json_parts[3] for state in (b'"restarting"', b'"dead"'))
 
 
 def read_header(part):
@@ -1414,6 +2037,625 @@ def parent_id(part):
     parent = json.loads(part)
     id = parent.get("msg_id") if isinstance(parent, dict) else None
     return id if isinstance(id, str) else None
+
+
+def said(session, channel, msg_type, content, request=None):
+    """What the server itself has to say in a kernel's stead, as an Entry."""
+    message = session.message(msg_type, content, request and request.header)
+    entry = Entry(channel, session.pack(message)[2:6])
+    entry.client = request and request.client
+    return entry
+
+
+class Mailbox:
+    """What other threads have for one thread, with a descriptor that its poller can wait for."""
+
+    def __init__(self):
+        self.items, self.size = [], 0   # size: of all items, bytes
+        self.lock = threading.Lock()
+        self.taken_at = time.monotonic()
+        self.ear, self.mouth = socket.socketpair()
+        self.is_signalled = self.is_closed = False   # a byte is on its way from mouth to ear
+
+    def fileno(self):
+        return self.ear.fileno()
+
+    def put(self, items=()):
+        """Append items and wake the owner; without items just wake it."""
+        with self.lock:
+            self.items.extend(items)
+            self.size += sum(item.size for item in items)
+            if not self.is_signalled and not self.is_closed:
+                self.is_signalled = True
+                self.mouth.send(b"\0")
+
+    def take(self):
+        """All items, oldest first."""
+        with self.lock:
+            if self.is_signalled and not self.is_closed:
+                self.ear.recv(1)
+            self.is_signalled = False
+            items, self.items, self.size = self.items, [], 0
+            self.taken_at = time.monotonic()
+        return items
+
+    def close(self):
+        """Nobody waits for anything any more; what is put stays."""
+        with self.lock:
+            self.is_closed = True
+        self.ear.close()
+        self.mouth.close()
+
+
+class Request:
+    """What a page, or the server itself, has for a kernel: signed parts, as they will be sent.
+
+    `entry` is the same as an Entry, None for what no page has asked. `life` says for which process
+    it is meant: the newest that its sender could know of (P5); None: for whichever there is.
+    """
+
+    __slots__ = ("channel", "parts", "entry", "life", "came_at", "size")
+
+    def __init__(self, channel, parts, entry=None, life=None):
+        self.channel, self.parts, self.entry, self.life = channel, parts, entry, life
+        self.came_at = time.monotonic()
+        self.size = sum(map(len, parts))
+
+
+class KernelSocket(zmq.Socket):
+    """A client's end of a channel. What passes is reported as it is: ZeroMQ's parts."""
+
+    about = None   # for `report`
+
+    def send_multipart(self, parts, *args, **options):
+        if SPECTATORS:
+            report("zmq", "out", self.about, parts)
+        return super().send_multipart(parts, *args, **options)
+
+    def recv_multipart(self, *args, **options):
+        parts = super().recv_multipart(*args, **options)
+        if SPECTATORS:
+            report("zmq", "in", self.about, parts)
+        return parts
+
+
+class PageMailbox(Mailbox):
+    """What a kernel has for one page: its bridge takes it out. It outlives the connection for a
+    while, so that a page that comes back under its session simply gets the rest (P3)."""
+
+    def __init__(self, session_id, websocket):
+        """Without a session_id nobody can come back."""
+        super().__init__()
+        self.is_kept = bool(session_id)
+        self.session_id = session_id or secrets.token_hex()
+        self.websocket = websocket   # None while the page is away
+        self.life = 0                # of the newest process that the page can know of (P5)
+
+    def wants(self, entry):
+        """All of iopub; of the rest, what answers this page (P2)."""
+        return entry.channel == "iopub" or entry.client == self.session_id
+
+    def cut_off(self):
+        """End the page's connection; its bridge sees that."""
+        if websocket := self.websocket:
+            websocket.abort()
+
+
+class KernelProcess:
+    """One kernel: its process, its connection, its state, and the mailboxes of its pages.
+
+    Any thread may call it; the sockets belong to the watcher of the process alone.
+    """
+
+    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None, transport=None):
+        self.id = id or str(uuid.uuid4())
+        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
+        self.env = env or {}      # variables that the client asks for
+        self.state, self.reason = "starting", None
+        self.last_activity = time.time()
+        self.intent = None        # why the process is about to end: "restart", "shutdown" or None
+        self.is_gone = False      # it will not be started again
+        self.is_heard = False     # iopub of this process is connected: no answer can be missed
+        self.life = 0             # counts the processes that have ended
+        self.crashes = 0          # in a row
+        self.starts = 0           # in vain, because others had taken a port
+        self.lock = threading.Lock()           # one start or stop at a time
+        self.connection = new_connection(name, path, is_local=transport != "tcp"
+                                         and knows_local(spec))
+        self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
+        self.session = Session(self.connection["key"], username="server")
+        self.process, self.ended = None, threading.Event()
+        self.ended.set()
+        self.requests = Mailbox()              # for the watcher
+        self.waiting = []                      # those that it has taken and may not send yet
+        self.asked = {}           # msg_id of a request -> session_id of its page; the watcher's
+        self.awaited = {}         # msg_id of a request of the server's own -> Event
+        self.pages_lock = threading.Lock()     # guards the next, and what extras know of pages
+        self.mailboxes = {}       # session_id -> PageMailbox, also of some that are away
+        # What extras plug in: functions of an Entry, of Entries, of a PageMailbox, of nothing.
+        self.on_request, self.on_publish, self.on_join, self.on_end = [], [], [], []
+        self.gates = []           # see Gate
+        for extra in KERNEL_EXTRAS:
+            extra(self)
+
+    def model(self):
+        model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
+                 "execution_state": self.state, "connections": self.connections}
+        return {**model, "reason": self.reason} if self.reason else model
+
+    # -- the process --
+
+    def launch(self):
+        """Write the connection file and start the process. Raises Problem 500."""
+        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
+        argv = fill_in(self.spec["argv"], {
+            "connection_file": os.path.realpath(self.connection_file),
+            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
+        try:
+            self.process = subprocess.Popen(
+                argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as problem:
+            self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
+            self.publish([self.status("dead")])
+            raise Problem(500, self.reason) from None
+        REAPER.note("+", self.process.pid)
+        for file in self.files():
+            REAPER.note("file", file)
+        self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
+        self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
+        self.ended = threading.Event()
+        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
+
+    def report(self, way, text):
+        """Tell spectators what was done to the process, or what it said itself."""
+        if SPECTATORS:
+            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
+
+    def environment(self):
+        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
+                "JPY_SESSION_NAME": self.path, **self.env}
+
+    def connect(self, channel, identity):
+        """A client's socket, connected to a channel; it belongs to the calling thread."""
+        new = KernelSocket(ZMQ, CHANNELS[channel])
+        new.about = {"kernel": self.id, "channel": channel}
+        new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
+        new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
+        if channel == "iopub":
+            new.subscribe(b"")
+            if self.spec["metadata"].get("waits_for_subscribers"):   # others would drop messages
+                new.rcvhwm = MOST_AHEAD                              # (P4)
+        else:
+            new.identity = identity
+        new.connect(endpoint(self.connection, channel))
+        return new
+
+    def interrupt(self):
+        """Interrupt the running cell, by signal or by message as the spec says."""
+        if self.spec["interrupt_mode"] == "message":
+            self.ask("interrupt_request", {}, 1)
+        else:
+            self.send_signal(signal.SIGINT)
+
+    def send_signal(self, number):
+        """Signal the kernel and its children; they are a process group of their own."""
+        if self.ended.is_set():
+            return   # by now the number may be another process's
+        self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
+        with contextlib.suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, number)
+            else:
+                self.process.send_signal(number)
+
+    def stop(self, intent):
+        """End the process in the specification's order: request, SIGTERM, SIGKILL."""
+        self.intent = intent
+        if not self.ended.is_set():
+            self.ask("shutdown_request", {"restart": intent == "restart"}, 1)
+        for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+            if self.ended.wait(SHUTDOWN_SECONDS):
+                break
+            self.send_signal(number)
+        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
+
+    def restart(self):
+        """A new process on the same ports: the clients stay connected."""
+        with self.lock:
+            if self.is_gone:
+                raise Problem(404, f"Kernel does not exist: {self.id}")
+            self.state, self.is_heard, self.crashes = "restarting", False, 0
+            self.stop("restart")
+            self.launch()
+
+    def start_again(self, process):
+        """Start what ended by itself, unless somebody else has done it meanwhile."""
+        with self.lock:
+            if self.process is process and self.intent is None and not self.is_gone:
+                with contextlib.suppress(Problem):   # its reason is in the model
+                    self.launch()
+
+    def shutdown(self):
+        with self.lock:
+            self.is_gone = True
+            self.stop("shutdown")
+            self.wake_pages()   # they see that the kernel is gone, and close
+            for file in self.files():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file)
+
+    def files(self):
+        """The connection file, and the socket files, which most kernels leave behind."""
+        is_local = self.connection["transport"] == "ipc"
+        return [self.connection_file, *(endpoint(self.connection, channel).removeprefix("ipc://")
+                                        for channel in (CHANNELS if is_local else ()))]
+
+    # -- requests: from any thread to the watcher --
+
+    def send(self, request):
+        """Put a Request to the watcher; to a dead kernel there is nothing to say."""
+        if self.state != "dead":
+            self.requests.put([request])
+
+    def ask(self, msg_type, content, seconds):
+        """Send a request of the server's own on control, and wait so long for its reply."""
+        message = self.session.message(msg_type, content)
+        msg_id = message["header"]["msg_id"]
+        answered = self.awaited[msg_id] = threading.Event()
+        self.requests.put([Request("control", self.session.pack(message))])
+        answered.wait(seconds)
+        self.awaited.pop(msg_id, None)
+
+    @property
+    def has_room(self):
+        """False while so many requests wait that no page is read."""
+        return len(self.requests.items) + len(self.waiting) < MOST_UNSENT
+
+    # -- pages --
+
+    @property
+    def pages(self):
+        """The mailboxes of the pages that are connected."""
+        return [box for box in list(self.mailboxes.values()) if box.websocket]
+
+    @property
+    def connections(self):
+        return len(self.pages)
+
+    def publish(self, entries):
+        """Put Entries into the mailboxes of those whom they are for."""
+        with self.pages_lock:
+            for function in self.on_publish:
+                function(entries)
+            for box in list(self.mailboxes.values()):
+                if wanted := [entry for entry in entries if box.wants(entry)]:
+                    box.put(wanted)
+                if box.websocket is None and box.size > MOST_WAITING:
+                    del self.mailboxes[box.session_id]   # too much for who may never come back
+
+    def wake_pages(self):
+        """Let the bridges look again at what state the kernel is in."""
+        for box in self.pages:
+            box.put()
+
+    def join(self, box):
+        """A page connects: from now on `box` gets what is for it. First it gets what waited for its
+        session, whose old connection ends (P3)."""
+        with self.pages_lock:
+            old = self.mailboxes.pop(box.session_id, None)
+            box.life = self.life
+            if old:
+                old.cut_off()
+            if old and box.is_kept:
+                box.put(old.take())
+                box.life = old.life
+            for function in self.on_join:
+                function(box)
+            if self.state == "dead":
+                box.put([self.status("dead")])
+            self.mailboxes[box.session_id] = box
+
+    def leave(self, box):
+        """A page's connection has ended. Its mailbox is kept, of so many pages."""
+        with self.pages_lock:
+            box.websocket = None
+            box.close()
+            if self.mailboxes.get(box.session_id) is box:
+                del self.mailboxes[box.session_id]
+                if box.is_kept:
+                    self.mailboxes[box.session_id] = box
+            away = [each for each in self.mailboxes.values() if not each.websocket]
+            for each in away[:-MOST_AWAY]:
+                del self.mailboxes[each.session_id]
+        self.requests.put()   # the watcher may wait for room in it
+
+    def begin_life(self, is_known):
+        """A process has ended. `is_known`: the pages can know, for one has asked for it."""
+        with self.pages_lock:
+            self.life += 1
+            for box in self.mailboxes.values() if is_known else ():
+                box.life = self.life
+
+    def status(self, state):
+        """A status message that the kernel itself cannot send any more, as an Entry."""
+        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else (
+            {"reason": self.reason} if self.reason else {})
+        return said(self.session, "iopub", "status", {"execution_state": state, **reason})
+
+
+class Watcher:
+    """The thread that follows one process of a kernel from its start to its end, and owns all
+    sockets to it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.process, self.life = kernel, kernel.process, kernel.life
+        self.tail = ""   # the last that the process wrote on its own stdout or stderr
+        self.started = self.last_echo = time.monotonic()
+        self.next_nudge = self.next_beat = 0.0
+        self.has_answered, self.running = False, set()   # msg_ids of requests that are worked on
+        self.full_since = None   # since when no page has room, and iopub is not heard; monotonic
+
+    def run(self):
+        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
+        identity = secrets.token_bytes(16)
+        self.sockets = {channel: self.kernel.connect(channel, identity) for channel in CHANNELS}
+        self.output, self.poller = self.process.stdout, zmq.Poller()
+        os.set_blocking(self.output.fileno(), False)
+        for source in (*self.sockets.values(), self.output.fileno(), self.kernel.requests.fileno()):
+            self.poller.register(source, zmq.POLLIN)
+        with watched_process(self.process, self.poller) as is_watched:
+            while self.process.poll() is None:
+                # Without a pidfd the end is looked for twice a second.
+                self.step(min(self.patience(), 60 if is_watched else 0.5))
+        self.end()
+
+    def step(self, seconds):
+        """Wait for either side and carry what has come."""
+        ready = dict(self.poller.poll(seconds * 1000))
+        entries = [entry for channel in HEARD if self.sockets[channel] in ready
+                   for entry in self.hear(channel)]
+        if self.sockets["hb"] in ready and self.sockets["hb"].recv_multipart():
+            self.last_echo = time.monotonic()
+        if self.output.fileno() in ready and not self.read():
+            self.poller.unregister(self.output.fileno())
+        had_room = self.kernel.has_room
+        requests = self.kernel.requests.take() if self.kernel.requests.fileno() in ready else []
+        for gate in self.kernel.gates:
+            entries, requests = gate.let_pass(entries, requests)
+        if entries:
+            self.kernel.publish(entries)
+        self.send_all(requests)
+        if self.kernel.has_room > had_room:
+            self.kernel.wake_pages()
+        self.keep_pace()
+        self.nudge()
+        self.beat()
+
+    def patience(self):
+        """Seconds until there is something to do without being told."""
+        is_known = self.has_answered and self.kernel.is_heard
+        due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
+        seconds = [due - time.monotonic(), *(gate.patience() for gate in self.kernel.gates)]
+        return max(0.0, min(seconds)) if self.full_since is None else min(LATE_SECONDS, *seconds)
+
+    # -- what the kernel says --
+
+    def hear(self, channel):
+        """What has arrived on a channel, in one go, as Entries."""
+        kernel, entries = self.kernel, []
+        for parts in waiting_messages(self.sockets[channel]):
+            try:
+                entry = Entry(channel, *kernel.session.verify(parts)[1:])
+                self.note(entry)
+                entries.append(entry)
+            except (ValueError, TypeError, AttributeError, RecursionError) as problem:
+                log(f"kernel {kernel.id}: dropped a message on {channel}: {problem!r}")
+        self.last_echo = time.monotonic()   # what is heard is alive
+        return entries
+
+    def note(self, entry):
+        """Learn from an Entry: who is alive, who runs, whom it is for."""
+        kernel = self.kernel
+        if entry.channel == "iopub":
+            if entry.msg_type == "status":
+                self.note_state(entry)
+            is_ending = kernel.intent is not None or self.process.returncode is not None
+            kernel.is_heard = kernel.is_heard or not is_ending
+            return
+        self.has_answered = True
+        # P2: a reply or a question belongs to the page whose request it names as its parent.
+        entry.client = kernel.asked.get(entry.parent_id)
+        if answered := kernel.awaited.get(entry.parent_id):
+            answered.set()
+
+    def note_state(self, entry):
+        """Learn the kernel's state from the `status` messages that running code causes. A cell that
+        is dropped ends while another one runs."""
+        state = entry.content.get("execution_state")
+        parent = json.loads(entry.json_parts[1])
+        if parent.get("msg_type") in QUIET_REQUESTS or state not in ("busy", "idle"):
+            return
+        (self.running.add if state == "busy" else self.running.discard)(parent.get("msg_id"))
+        self.kernel.state = "busy" if self.running else "idle"
+        self.kernel.last_activity = time.time()
+
+    def keep_pace(self):
+        """Poll iopub only while one page has room: else the kernel holds whoever prints, and all
+        other channels are heard as before. The fastest page sets the pace (P4); who falls far
+        behind it is cut off, like those that all stall."""
+        pages, now = self.kernel.pages, time.monotonic()
+        is_full = bool(pages) and self.kernel.intent is None and all(
+            box.size > MOST_WAITING for box in pages)
+        if is_full != (self.full_since is not None):
+            self.full_since = now if is_full else None
+            self.poller.register(self.sockets["iopub"], 0 if is_full else zmq.POLLIN)
+        is_stalled = is_full and now - self.full_since > STALLED_SECONDS
+        for box in pages:
+            most = 0 if is_stalled else MOST_BEHIND
+            if box.size > most and now - box.taken_at > LATE_SECONDS:
+                box.cut_off()
+
+    # -- what is said to the kernel --
+
+    def send_all(self, requests):
+        """Send Requests, and those that waited. What is meant for an earlier process is dropped
+        (P5), what a page asks waits until the answer can be heard (P1)."""
+        kernel = self.kernel
+        waiting, kernel.waiting = [*kernel.waiting, *requests], []
+        for request in waiting:
+            if request.life is None or request.life == self.life and kernel.is_heard:
+                self.send(request)
+            elif request.life == self.life:
+                kernel.waiting.append(request)
+
+    def send(self, request):
+        if entry := request.entry:
+            self.kernel.asked[entry.header["msg_id"]] = entry.client
+            if len(self.kernel.asked) > MOST_ASKED:
+                del self.kernel.asked[next(iter(self.kernel.asked))]
+            for function in self.kernel.on_request:
+                function(entry)
+        # Journey 3: the signed request leaves on the ZeroMQ socket of its channel.
+        self.sockets[request.channel].send_multipart(request.parts)
+
+    def nudge(self):
+        """Ask a new kernel for its info until it has answered and iopub was heard: a kernel
+        publishes only to those who have subscribed by then (P1)."""
+        kernel, now = self.kernel, time.monotonic()
+        if self.has_answered and kernel.is_heard:
+            if kernel.state == "starting":
+                kernel.state = "idle"
+            return
+        if now >= self.next_nudge:
+            self.has_answered = False
+            self.next_nudge = now + NUDGE_SECONDS
+            message = kernel.session.message("kernel_info_request", {})
+            self.sockets["shell"].send_multipart(kernel.session.pack(message))
+
+    def beat(self):
+        """Send a heartbeat; say so when a kernel that once spoke has stopped to echo it."""
+        now, kernel = time.monotonic(), self.kernel
+        is_silent = now - self.last_echo > SILENT_BEATS * HEARTBEAT_SECONDS
+        if is_silent and kernel.is_heard and not kernel.reason:
+            kernel.reason = "The kernel process is there, but does not answer its heartbeat."
+            log(f"kernel {kernel.id}: {kernel.reason}")
+        elif not is_silent and self.process.poll() is None:
+            kernel.reason = None
+        if now >= self.next_beat:
+            self.next_beat = now + HEARTBEAT_SECONDS
+            self.sockets["hb"].send_multipart([b"", b"ping"])
+
+    # -- its end --
+
+    def read(self):
+        """Pass on what the process says itself; False at the end of the file."""
+        try:
+            data = os.read(self.output.fileno(), 65_536)
+        except BlockingIOError:
+            return True
+        text = data.decode("utf-8", "replace")
+        self.tail = (self.tail + text)[-TAIL:]
+        if text.strip():
+            log(text.rstrip())
+            self.kernel.report("in", text)
+        return bool(data)
+
+    def end(self):
+        """The process is gone: hear its last words, tell every page, and start it anew or not."""
+        kernel, spoke = self.kernel, self.kernel.is_heard
+        kernel.is_heard = False
+        REAPER.note("-", self.process.pid)
+        try:
+            self.hear_last_words()
+            kernel.report("in", f"ended with exit code {self.process.returncode}")
+            self.output.close()
+            for sock in self.sockets.values():
+                sock.close()
+            starts_again = self.tell_end(spoke)
+        finally:
+            for answered in list(kernel.awaited.values()):
+                answered.set()
+            kernel.ended.set()   # whoever stops the kernel waits for this
+        if starts_again:
+            kernel.start_again(self.process)
+
+    def hear_last_words(self):
+        """Publish what the process has said before its end, and what is held at gates."""
+        last = zmq.Poller()
+        for channel in HEARD:
+            last.register(self.sockets[channel], zmq.POLLIN)
+        for gate in self.kernel.gates:
+            self.kernel.publish(gate.release())
+        while ready := dict(last.poll(LAST_WORDS_MS)):
+            self.kernel.publish([entry for channel in HEARD if self.sockets[channel] in ready
+                                 for entry in self.hear(channel)])
+        self.read()
+
+    def tell_end(self, spoke):
+        """Publish that the process has ended, and why; True when it is to be started again. An end
+        that a client has asked for is no crash, and no status tells it."""
+        kernel, is_crash = self.kernel, self.kernel.intent is None
+        if is_crash and not spoke and self.lost_a_port():
+            return True
+        if is_crash:
+            kernel.reason = self.explain()
+            log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
+            was_short = time.monotonic() - self.started < STABLE_SECONDS
+            kernel.crashes = kernel.crashes + 1 if was_short else 1
+        will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
+        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
+        for function in kernel.on_end:
+            function()
+        kernel.begin_life(is_known=not is_crash)
+        if kernel.intent != "restart":
+            kernel.publish([kernel.status(kernel.state)])
+        return will_restart
+
+    def lost_a_port(self):
+        """True when the process could not begin because others have taken one of its ports since
+        they were chosen: it gets new ones, and nobody needs to know."""
+        kernel = self.kernel
+        if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
+            return False
+        kernel.starts += 1
+        kernel.connection = {**new_connection(kernel.name, kernel.path),
+                             "key": kernel.connection["key"]}
+        log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
+        return True
+
+    def explain(self):
+        code, said = self.process.returncode, self.tail.strip()
+        how = (f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0
+               else f"ended with exit code {code}")
+        return f"The kernel process {how}" + (f":\n{said}" if said else ".")
+
+
+def waiting_messages(sock):
+    """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
+    size = 0
+    while size < BATCH:
+        try:
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        size += sum(map(len, parts))
+        yield parts
+
+
+@contextlib.contextmanager
+def watched_process(process, poller):
+    """Lets `poller` wake when the process ends, where the system can; gives True if so."""
+    try:
+        descriptor = os.pidfd_open(process.pid)   # Linux
+    except (AttributeError, OSError):
+        yield False
+        return
+    poller.register(descriptor, zmq.POLLIN)
+    try:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 class Record:
@@ -1460,40 +2702,82 @@ class Record:
         return freed - note.size
 
 
-def said(session, channel, msg_type, content, request=None):
-    """What the server itself has to say in a kernel's stead, as an Entry."""
-    message = session.message(msg_type, content, request and request.header)
-    return Entry(channel, session.pack(message)[2:6])
-
-
 class Journal:
     """What came of the requests whose outputs no file holds yet: execute_requests, replies, iopub,
     questions for input and their answers, in the order in which they passed.
 
-    Its owner locks: filing an entry and handing it to those who listen must be one step.
+    The pages' lock is held while an entry is filed and handed to those who follow: so nothing is
+    told twice and nothing is missed.
     """
 
-    def __init__(self, session):
-        self.session = session
+    def __init__(self, kernel):
+        self.kernel, self.session = kernel, kernel.session
         self.records = {}     # msg_id of an execute_request -> Record, oldest first
         # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
         self.outlines = {}
-        # msg_id of an open input_request -> (its request's msg_id, is it secret, Ends it came to)
+        self.outline_size = 0   # bytes of those whose record is forgotten
+        # msg_id of an open input_request -> (its request's msg_id, is it secret)
         self.questions = {}
         self.number = self.size = 0
+        kernel.journal = self
+        kernel.on_request.append(self.note)
+        kernel.on_publish.append(self.publish)
+        kernel.on_join.append(self.welcome)
+        kernel.on_end.append(self.tell_end)
 
-    def add(self, entry, is_followed=False, ends=None):
-        """File an entry, if it is an execute_request or came of one; a question came to `ends`.
-        Returns the entries that tell of its request, when that was forgotten: without them a page
-        could not place it."""
+    # -- what the kernel's owner calls --
+
+    def note(self, request):
+        """A page asks or answers: tell the followers. What was typed in secret is not kept."""
+        if request.msg_type not in SAID_BY_PAGES:
+            return
+        shown = request
+        if request.msg_type == "input_reply":
+            with self.kernel.pages_lock:
+                _, is_secret = self.questions.get(request.parent_id, (None, True))
+            content = {**request.content, "value": ""} if is_secret else request.content
+            shown = Entry("stdin", [*request.json_parts[:3], to_json(content)])
+            shown.client = request.client
+        self.kernel.publish([shown])
+
+    def publish(self, entries):
+        """File Entries and put them to the followers, in one step; the pages' lock is held."""
+        story = []
+        for entry in entries:
+            story += [*self.add(entry), entry]
+        for box in self.kernel.mailboxes.values():
+            if isinstance(box, Follower):
+                box.put([entry for entry in story if box.follows(entry)])
+
+    def welcome(self, box):
+        """A follower begins with all that no file holds yet; the lock is held."""
+        if isinstance(box, Follower):
+            box.put(self.replay())
+
+    def tell_end(self):
+        """The process has ended: say what it cannot say any more. Of an end that was asked for the
+        followers are told; other clients know it from who asked."""
+        with self.kernel.pages_lock:
+            endings = self.endings()
+        self.kernel.publish(endings)
+        if self.kernel.intent == "restart":
+            with self.kernel.pages_lock:
+                for box in self.kernel.mailboxes.values():
+                    if isinstance(box, Follower):
+                        box.put([self.kernel.status("restarting")])
+
+    # -- filing --
+
+    def add(self, entry):
+        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
+        of its request, when that was forgotten: without them a page could not place it."""
         self.number += 1
         entry.number = self.number
         request_id = entry.parent_id
         if entry.msg_type == "execute_request":
-            request_id = self.begin(entry, is_followed)
-        elif entry.msg_type == "input_request" and ends:
-            is_secret = bool(entry.content.get("password"))
-            self.questions[entry.header["msg_id"]] = request_id, is_secret, ends
+            request_id = self.begin(entry)
+        elif entry.msg_type == "input_request":
+            self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
         elif entry.msg_type == "input_reply":
             request_id, *_ = self.questions.pop(entry.parent_id, (None,))
         was_forgotten = request_id not in self.records
@@ -1503,16 +2787,23 @@ class Journal:
             self.file(record, entry)
         return outline
 
-    def begin(self, request, is_followed):
+    def begin(self, request):
         id = request.header["msg_id"]
+        is_followed = isinstance(self.kernel.mailboxes.get(request.client), Follower)
         self.forget([id])   # a client should not, but may use one twice
+        self.drop_outline(id)
         self.outlines[id] = [], is_followed
         self.records[id] = Record(request, is_followed)
         if len(self.outlines) > MOST_REQUESTS:
             oldest = next(iter(self.outlines))
-            del self.outlines[oldest]
             self.forget([oldest])
+            self.drop_outline(oldest)
         return id
+
+    def drop_outline(self, id):
+        """Nothing that comes of this request can be placed any more."""
+        entries, _ = self.outlines.pop(id, ((), None))
+        self.outline_size -= sum(entry.size for entry in entries)
 
     def record_for(self, request_id, entry):
         """The record of a request, or None. Its outline outlives it: what a thread prints after its
@@ -1525,6 +2816,7 @@ class Journal:
         for each in entries:
             record.add(each)
         self.size += record.size
+        self.outline_size -= record.size
         return record
 
     def file(self, record, entry):
@@ -1551,16 +2843,19 @@ class Journal:
         for id in ids:
             if record := self.records.pop(id, None):
                 self.size -= record.size
+                self.outline_size += sum(entry.size for entry in self.outlines[id][0])
+        while self.outline_size > MOST_OUTLINES:
+            self.drop_outline(next(id for id in self.outlines if id not in self.records))
 
     def forget_unfollowed(self):
         """The same for all that are over, of clients that do not tell what they have saved."""
-        self.forget([id for id, record in self.records.items()
-                     if record.is_over and not record.is_followed])
+        with self.kernel.pages_lock:
+            self.forget([id for id, record in self.records.items()
+                         if record.is_over and not record.is_followed])
 
-    def replay(self, after=0):
-        """All entries that came after number `after`, in their order."""
-        entries = [entry for record in self.records.values() for entry in record.entries
-                   if entry.number > after]
+    def replay(self):
+        """All entries, in the order in which they came."""
+        entries = [entry for record in self.records.values() for entry in record.entries]
         return sorted(entries, key=lambda entry: entry.number)
 
     def endings(self):
@@ -1573,566 +2868,52 @@ class Journal:
                 for record in self.records.values() for due in sorted(record.due)]
 
 
-class Mailbox:
-    """What other threads have for one thread, with a descriptor that its poller can wait for.
+class Follower(PageMailbox):
+    """Of a page that follows the kernel's whole conversation (`?journal=1`). On connecting it gets
+    what no file holds yet, afterwards also the requests, replies, questions and answers of other
+    pages; it says what it has saved by `{"channel": "journal", "content": {"forget": [msg_ids of
+    execute_requests]}}`."""
 
-    `has_room`, a Condition that all mailboxes of a kernel share, is told when one is emptied.
-    """
+    def __init__(self, session_id, websocket):
+        super().__init__(session_id, websocket)
+        self.is_kept = False   # the journal has it all
 
-    def __init__(self, has_room):
-        self.items, self.size = [], 0   # size: of the entries among them, bytes
-        self.taken_at = time.monotonic()
-        self.has_room = has_room
-        self.ear, self.mouth = socket.socketpair()
-        self.is_signalled = False       # a byte is on its way from mouth to ear
+    def wants(self, entry):
+        return False   # it gets everything from the journal, which files it first
 
-    def fileno(self):
-        return self.ear.fileno()
+    def follows(self, entry):
+        is_own = entry.client == self.session_id
+        if entry.msg_type in SAID_BY_PAGES:
+            return not is_own
+        return is_own or entry.channel == "iopub" or entry.msg_type in STORY
 
-    def put(self, items=()):
-        """Append items and wake the owner; without items just wake it."""
-        with self.has_room:
-            self.items.extend(items)
-            self.size += sum(item.size for item in items if isinstance(item, Entry))
-            if not self.is_signalled:
-                self.is_signalled = True
-                self.mouth.send(b"\0")
 
-    def take(self):
-        """All items, oldest first."""
-        with self.has_room:
-            if self.is_signalled:
-                self.ear.recv(1)
-            self.is_signalled = False
-            items, self.items, self.size = self.items, [], 0
-            self.taken_at = time.monotonic()
-            self.has_room.notify_all()
-        return items
+def forget(kernel, entry):
+    """A follower has saved these outputs."""
+    with kernel.pages_lock:
+        kernel.journal.forget(entry.content["forget"])
 
-    def close(self):
-        with self.has_room:   # whoever waits for room need not any more
-            self.size = 0
-            self.is_signalled = True
-            self.has_room.notify_all()
-        self.ear.close()
-        self.mouth.close()
 
-
-class KernelSocket(zmq.Socket):
-    """A client's end of a channel. What passes is reported as it is: ZeroMQ's parts."""
-
-    about = None   # for `report`
-
-    def send_multipart(self, parts, *args, **options):
-        if WATCHES:
-            report("zmq", "out", self.about, parts)
-        return super().send_multipart(parts, *args, **options)
-
-    def recv_multipart(self, *args, **options):
-        parts = super().recv_multipart(*args, **options)
-        if WATCHES:
-            report("zmq", "in", self.about, parts)
-        return parts
-
-
-class Ends:
-    """One client's ends of shell, control and stdin, by which a kernel knows it. When the client
-    leaves with a request open, another one inherits them: replies and questions still come."""
-
-    def __init__(self, kernel, session_id):
-        self.session_id = session_id
-        # One identity on all channels: the kernel asks on stdin whom it heard on shell.
-        identity = secrets.token_bytes(16)
-        self.sockets = {channel: kernel.connect(channel, identity)
-                        for channel in ("shell", "control", "stdin")}
-        self.open = set()        # msg_ids of execute_requests without a reply
-        self.answers = []        # input_replies, from whatever client, to questions that came here
-
-    def close(self):
-        for sock in self.sockets.values():
-            sock.close()
-
-
-class Gate:
-    """Between a kernel and its pages: it is open, but who looks under the hood can hold messages
-    back, channel by channel, to see what happens then.
-
-    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
-    much later) or ("every", seconds) (a page gets and sends one at a time)}
-    """
-
-    def __init__(self):
-        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
-
-    def let_pass(self, channel, came_at, passed_at):
-        """True when the oldest waiting message of a channel may go on now. Times are those of the
-        monotonic clock: when it came, when the last one of its page passed."""
-        rule, seconds = self.rules.get(channel, ("delay", 0))
-        if rule == "pause":
-            with self.lock:
-                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
-            return may_pass
-        return time.monotonic() >= seconds + (came_at if rule == "delay" else passed_at)
-
-
-class Kernel:
-    """One kernel: its process, its connection, its state, and who listens to it."""
-
-    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None):
-        self.id = id or str(uuid.uuid4())
-        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
-        self.env = env or {}      # variables that the client asks for
-        self.state, self.reason = "starting", None
-        self.last_activity = time.time()
-        self.intent = None        # why the process is about to end: "restart", "shutdown" or None
-        self.is_gone = False      # it will not be started again
-        self.is_heard = False     # iopub of this process is connected: no answer can be missed
-        self.crashes = 0          # in a row
-        self.lock = threading.Lock()           # one start or stop at a time
-        self.connection = new_connection(name, path)
-        self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
-        self.session = Session(self.connection["key"], username="server")
-        self.journal = Journal(self.session)
-        self.journal_lock = threading.Lock()   # guards the journal and the next three
-        self.listeners = []                    # bridges
-        self.parked = []                       # Ends of clients that left
-        self.left_at = {}                      # session_id -> journal number when it left
-        self.has_room = threading.Condition()  # in the mailbox of a listener
-        self.process, self.ended, self.ended_at = None, threading.Event(), 0.0
-        self.ended.set()
-        self.gate = Gate()                     # for who looks under the hood
-
-    @property
-    def connections(self):
-        return len(self.listeners)
-
-    def model(self):
-        model = {"id": self.id, "name": self.name, "last_activity": iso(self.last_activity),
-                 "execution_state": self.state, "connections": self.connections}
-        return {**model, "reason": self.reason} if self.reason else model
-
-    # -- the process --
-
-    def launch(self):
-        """Write the connection file and start the process. Raises Problem 500."""
-        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
-        argv = fill_in(self.spec["argv"], {
-            "connection_file": os.path.realpath(self.connection_file),
-            "resource_dir": self.folder or HERE, "prefix": sys.prefix})
-        try:
-            self.process = subprocess.Popen(
-                argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as problem:
-            self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
-            self.publish([self.status("dead")])
-            raise Problem(500, self.reason) from None
-        REAPER.note("+", self.process.pid)
-        self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
-        self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
-        self.ended = threading.Event()
-        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
-
-    def report(self, way, text):
-        """Tell who watches what was done to the process, or what it said itself."""
-        if WATCHES:
-            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
-
-    def environment(self):
-        return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
-                "JPY_SESSION_NAME": self.path, **self.env}
-
-    def connect(self, channel, identity=b""):
-        """A client's socket, connected to a channel; it belongs to the calling thread."""
-        new = KernelSocket(ZMQ, CHANNELS[channel])
-        new.about = {"kernel": self.id, "channel": channel}
-        new.linger, new.rcvhwm, new.sndhwm = 0, 0, 0
-        new.reconnect_ivl = 20    # milliseconds: a kernel that is just starting is found at once
-        if channel == "iopub":
-            new.subscribe(b"")
-        elif identity:
-            new.identity = identity
-        port = self.connection[f"{channel}_port"]
-        new.connect(f"{self.connection['transport']}://{self.connection['ip']}:{port}")
-        return new
-
-    def request_on_control(self, msg_type, content, seconds):
-        """Send a request on control and wait for its reply; True when one came in time."""
-        with contextlib.closing(self.connect("control")) as control:
-            message = self.session.message(msg_type, content)
-            control.send_multipart(self.session.pack(message))
-            return bool(control.poll(int(seconds * 1000)) and control.recv_multipart())
-
-    def interrupt(self):
-        """Interrupt the running cell, by signal or by message as the spec says."""
-        if self.spec["interrupt_mode"] == "message":
-            self.request_on_control("interrupt_request", {}, 1)
-        else:
-            self.send_signal(signal.SIGINT)
-
-    def send_signal(self, number):
-        """Signal the kernel and its children; they are a process group of their own."""
-        if self.ended.is_set():
-            return   # by now the number may be another process's
-        self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
-        with contextlib.suppress(ProcessLookupError):
-            if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, number)
-            else:
-                self.process.send_signal(number)
-
-    def stop(self, intent):
-        """End the process in the specification's order: request, SIGTERM, SIGKILL."""
-        self.intent = intent
-        with self.has_room:
-            self.has_room.notify_all()   # from now on nobody waits for a page
-        if not self.ended.is_set():
-            self.request_on_control("shutdown_request", {"restart": intent == "restart"}, 1)
-        for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-            if self.ended.wait(SHUTDOWN_SECONDS):
-                break
-            self.send_signal(number)
-        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
-
-    def restart(self):
-        """A new process on the same ports: the clients stay connected."""
-        with self.lock:
-            if self.is_gone:
-                raise Problem(404, f"Kernel does not exist: {self.id}")
-            self.state, self.is_heard, self.crashes = "restarting", False, 0
-            self.stop("restart")
-            self.launch()
-
-    def restart_after_crash(self, process):
-        """Start again what ended by itself, unless somebody else has done it meanwhile."""
-        with self.lock:
-            if self.process is process and self.intent is None and not self.is_gone:
-                with contextlib.suppress(Problem):   # its reason is in the model
-                    self.launch()
-
-    def shutdown(self):
-        with self.lock:
-            self.is_gone = True
-            self.stop("shutdown")
-            self.wake_listeners()   # they see that the kernel is gone, and close
-            with self.journal_lock:
-                self.close_parked()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.connection_file)
-
-    def close_parked(self, most=0):
-        while len(self.parked) > most:
-            self.parked.pop(0).close()
-
-    # -- who listens --
-
-    def publish(self, entries, client=None, ends=None):
-        """File entries, and hand them to whoever listens: all of iopub to everybody, the rest to
-        those who follow the whole conversation; `client`, who has them (from `ends`), is left out.
-        """
-        with self.journal_lock:
-            story = []   # for followers
-            for entry in entries:
-                outline = self.journal.add(entry, client is not None and client.is_follower, ends)
-                story += [*outline, entry]
-            for bridge in self.listeners:
-                wanted = story if bridge.is_follower else [*filter(bridge.wants, entries)]
-                if wanted and bridge is not client:
-                    bridge.inbox.put(wanted)
-
-    def wake_listeners(self):
-        """Let the bridges look again at what state the kernel is in."""
-        with self.journal_lock:
-            for bridge in self.listeners:
-                bridge.inbox.put()
-
-    def join(self, bridge):
-        """From now on `bridge` hears everything; what it missed is in its mailbox before it: for a
-        follower the journal, for a client that returns what came since it left or what its old
-        connection has not sent yet, for another one nothing."""
-        with self.journal_lock:
-            after = 0 if bridge.is_follower else self.left_at.get(bridge.session_id)
-            missed = []
-            for other in [each for each in self.listeners if each.session_id == bridge.session_id]:
-                self.listeners.remove(other)   # the same page, which comes by a new connection
-                other.websocket.abort()
-                missed = [*other.held_for_page(), *other.inbox.take()]
-                after = 0 if bridge.is_follower else None
-            if after is not None:
-                missed = [*(item for item in missed if not isinstance(item, Entry)),
-                          *self.journal.replay(after)]
-            bridge.inbox.put([item for item in missed if bridge.wants(item)])
-            inherited = [ends for ends in self.parked if bridge.is_heir(ends)]
-            self.parked = [ends for ends in self.parked if ends not in inherited]
-            bridge.inbox.put(inherited)
-            if self.state == "dead":
-                bridge.inbox.put([self.status("dead")])
-            self.listeners.append(bridge)
-
-    def forget(self, ids=None):
-        """The journal need not keep these requests any longer; without ids: those that are over, of
-        clients that do not follow."""
-        with self.journal_lock:
-            if ids is None:
-                self.journal.forget_unfollowed()
-            else:
-                self.journal.forget(ids)
-
-    def leave(self, bridge):
-        """`bridge` goes. Its ends on which a reply is due go to an heir, or wait for one."""
-        with self.journal_lock:
-            items = [*bridge.ends, *bridge.inbox.take()]
-            if bridge in self.listeners:
-                self.listeners.remove(bridge)
-                unsent = [item.number - 1 for item in items if getattr(item, "number", 0)]
-                self.left_at[bridge.session_id] = min(unsent, default=self.journal.number)
-            if len(self.left_at) > MOST_REQUESTS:
-                del self.left_at[next(iter(self.left_at))]
-            for item in items:
-                if isinstance(item, Ends):
-                    self.pass_on(item)
-            self.close_parked(MOST_PARKED)
-
-    def pass_on(self, ends):
-        """Ends without an owner go to another bridge, or wait for one, if a reply is due."""
-        heir = next((bridge for bridge in self.listeners if bridge.is_heir(ends)), None)
-        if self.is_gone or not ends.open:
-            ends.close()
-        elif heir:
-            heir.inbox.put([ends])
-        else:
-            self.parked.append(ends)
-
-    def status(self, state):
-        """A status message that the kernel itself cannot send any more, as an Entry."""
-        reason = {"reason": self.reason or "It was shut down."} if state == "dead" else (
-            {"reason": self.reason} if self.reason else {})
-        return said(self.session, "iopub", "status", {"execution_state": state, **reason})
-
-
-class Watcher:
-    """The thread that follows one process of a kernel from its start to its end."""
-
-    def __init__(self, kernel):
-        self.kernel, self.process = kernel, kernel.process
-        self.tail = ""   # the last that the process wrote on its own stdout or stderr
-        self.started = self.last_echo = time.monotonic()
-        self.next_nudge = self.next_beat = 0.0
-        self.has_answered, self.running = False, set()   # msg_ids of requests that are worked on
-
-    def run(self):
-        self.iopub, self.shell, self.heart = map(self.kernel.connect, ("iopub", "shell", "hb"))
-        output = self.process.stdout
-        os.set_blocking(output.fileno(), False)
-        poller = zmq.Poller()
-        for source in (self.iopub, self.shell, self.heart, output.fileno()):
-            poller.register(source, zmq.POLLIN)
-        with watched_process(self.process, poller) as is_watched:
-            while self.process.poll() is None:
-                # Without a pidfd the end is looked for twice a second.
-                self.step(poller, output, min(self.patience(), 60 if is_watched else 0.5))
-        self.end(output)
-
-    def step(self, poller, output, seconds):
-        ready = dict(poller.poll(seconds * 1000))
-        if self.iopub in ready:
-            self.hear()
-        if self.shell in ready and self.shell.recv_multipart():
-            self.has_answered = True
-        if self.heart in ready and self.heart.recv_multipart():
-            self.last_echo = time.monotonic()
-        if output.fileno() in ready and not self.read(output):
-            poller.unregister(output.fileno())
-        self.nudge()
-        self.beat()
-
-    def patience(self):
-        """Seconds until there is something to say to the kernel."""
-        is_known = self.has_answered and self.kernel.is_heard
-        due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
-        return max(0.0, due - time.monotonic())
-
-    def nudge(self):
-        """Ask a new kernel for its info until it has answered and iopub was heard: a kernel
-        publishes only to those who have subscribed by then."""
-        kernel, now = self.kernel, time.monotonic()
-        if self.has_answered and kernel.is_heard:
-            if kernel.state == "starting":
-                kernel.state = "idle"
-            return
-        if now >= self.next_nudge:
-            self.has_answered = False
-            self.next_nudge = now + NUDGE_SECONDS
-            message = kernel.session.message("kernel_info_request", {})
-            self.shell.send_multipart(kernel.session.pack(message))
-
-    def beat(self):
-        """Send a heartbeat; say so when a kernel that once spoke has stopped to echo it."""
-        now, kernel = time.monotonic(), self.kernel
-        is_silent = now - self.last_echo > SILENT_BEATS * HEARTBEAT_SECONDS
-        if is_silent and kernel.is_heard and not kernel.reason:
-            kernel.reason = "The kernel process is there, but does not answer its heartbeat."
-            log(f"kernel {kernel.id}: {kernel.reason}")
-        elif not is_silent and self.process.poll() is None:
-            kernel.reason = None
-        if now >= self.next_beat:
-            self.next_beat = now + HEARTBEAT_SECONDS
-            self.heart.send_multipart([b"", b"ping"])
-
-    def hear(self):
-        """Take what iopub has, in one go: for the kernel's state, the journal and the pages."""
-        kernel, entries = self.kernel, []
-        for parts in waiting_messages(self.iopub):
-            try:
-                entry = Entry("iopub", *kernel.session.verify(parts)[1:])
-                if entry.msg_type == "status":
-                    self.note_state(entry)
-                entries.append(entry)
-            except (ValueError, TypeError, AttributeError) as problem:
-                log(f"kernel {kernel.id}: dropped a message on iopub: {problem!r}")
-        kernel.publish(entries)
-        is_ending = kernel.intent is not None or self.process.returncode is not None
-        if entries and not kernel.is_heard and not is_ending:
-            kernel.is_heard = True
-            kernel.wake_listeners()   # they may let requests through now
-        self.keep_pace()
-        self.last_echo = time.monotonic()   # what is heard is alive
-
-    def note_state(self, entry):
-        """Learn the kernel's state from the `status` messages that running code causes. A cell that
-        is dropped ends while another one runs."""
-        state = entry.content.get("execution_state")
-        parent = json.loads(entry.json_parts[1])
-        if parent.get("msg_type") in QUIET_REQUESTS or state not in ("busy", "idle"):
-            return
-        (self.running.add if state == "busy" else self.running.discard)(parent.get("msg_id"))
-        self.kernel.state = "busy" if self.running else "idle"
-        self.kernel.last_activity = time.time()
-
-    def keep_pace(self):
-        """Hear no more before one page has room for it: then the kernel holds whoever prints. The
-        fastest page sets the pace; who falls far behind it is cut off, like those that all stall.
-        """
-        def has_room():
-            return kernel.intent or not kernel.listeners or any(
-                bridge.inbox.size <= MOST_WAITING for bridge in kernel.listeners)
-
-        kernel = self.kernel
-        with kernel.has_room:
-            most = MOST_BEHIND if kernel.has_room.wait_for(has_room, STALLED_SECONDS) else 0
-        for bridge in list(kernel.listeners):
-            inbox = bridge.inbox
-            if inbox.size > most and time.monotonic() - inbox.taken_at > LATE_SECONDS:
-                bridge.websocket.abort()
-
-    def read(self, output):
-        """Pass on what the process says itself; False at the end of the file."""
-        try:
-            data = os.read(output.fileno(), 65_536)
-        except BlockingIOError:
-            return True
-        text = data.decode("utf-8", "replace")
-        self.tail = (self.tail + text)[-TAIL:]
-        if text.strip():
-            log(text.rstrip())
-            self.kernel.report("in", text)
-        return bool(data)
-
-    def end(self, output):
-        """The process is gone: hear its last words, tell every page, and start it anew or not."""
-        kernel, spoke = self.kernel, self.kernel.is_heard
-        kernel.is_heard = False
-        REAPER.note("-", self.process.pid)
-        try:
-            while self.iopub.poll(LAST_WORDS_MS):
-                self.hear()
-            self.read(output)
-            kernel.report("in", f"ended with exit code {self.process.returncode}")
-            output.close()
-            for sock in (self.iopub, self.shell, self.heart):
-                sock.close()
-            will_restart = self.tell_end(spoke)
-        finally:
-            kernel.ended.set()   # whoever stops the kernel waits for this
-        if will_restart:
-            kernel.restart_after_crash(self.process)
-
-    def tell_end(self, spoke):
-        """Publish that the process has ended, and why; True when it is to be started again."""
-        kernel, is_crash = self.kernel, self.kernel.intent is None
-        if is_crash:
-            kernel.reason = self.explain()
-            log(f"kernel {kernel.id} ({kernel.name}): {kernel.reason}")
-            was_short = time.monotonic() - self.started < STABLE_SECONDS
-            kernel.crashes = kernel.crashes + 1 if was_short else 1
-        will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
-        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
-        kernel.publish(self.last_replies())
-        with kernel.journal_lock:
-            endings = kernel.journal.endings()
-        kernel.ended_at = time.monotonic()   # what pages said until now was meant for it
-        kernel.publish([*endings, kernel.status(kernel.state)])
-        return will_restart
-
-    def last_replies(self):
-        """The replies to clients that have left, as Entries; their ends are of no use any more."""
-        entries = []
-        with self.kernel.journal_lock:
-            for ends in self.kernel.parked:
-                for parts in waiting_messages(ends.sockets["shell"]):
-                    with contextlib.suppress(ValueError):   # nobody waits for a bad one
-                        entries.append(Entry("shell", *self.kernel.session.verify(parts)[1:]))
-            self.kernel.close_parked()
-        return entries
-
-    def explain(self):
-        code, said = self.process.returncode, self.tail.strip()
-        how = (f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0
-               else f"ended with exit code {code}")
-        return f"The kernel process {how}" + (f":\n{said}" if said else ".")
-
-
-def waiting_messages(sock):
-    """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
-    size = 0
-    while size < BATCH:
-        try:
-            parts = sock.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        size += sum(map(len, parts))
-        yield parts
-
-
-@contextlib.contextmanager
-def watched_process(process, poller):
-    """Lets `poller` wake when the process ends, where the system can; gives True if so."""
-    try:
-        descriptor = os.pidfd_open(process.pid)   # Linux
-    except (AttributeError, OSError):
-        yield False
-        return
-    poller.register(descriptor, zmq.POLLIN)
-    try:
-        yield True
-    finally:
-        os.close(descriptor)
+KERNEL_EXTRAS.append(Journal)
+FOLLOWERS["1"] = Follower
 
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
 
-    The server tells it of every kernel's process group; when the pipe between them breaks, it ends
-    those that are left.
+    The server tells it of every kernel's process group and files; when the pipe between them
+    breaks, it ends and removes those that are left.
     """
 
     SCRIPT = """
-        while read -r sign group; do
+        while read -r sign word; do
             case $sign in
-                +) groups="$groups $group " ;;
-                -) groups="${groups%% $group *} ${groups#* $group }" ;;
+                +) groups="$groups $word " ;;
+                -) groups="${groups%% $word *} ${groups#* $word }" ;;
+                file) files="$files$word\n" ;;
             esac
         done
+        printf %s "$files" | while read -r file; do rm -f -- "$file"; done
         set -- $groups
         for signal in TERM KILL; do
             for group; do kill -$signal -- -$group; done 2>/dev/null
@@ -2142,31 +2923,67 @@ class Reaper:
     def __init__(self):
         self.lock, self.shell = threading.Lock(), None
 
-    def note(self, sign, pid):
-        """A process group began ("+") or ended ("-")."""
+    def note(self, sign, word):
+        """A process group began ("+") or ended ("-"), or there is a "file"."""
         with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
             if self.shell is None and os.name == "posix":
                 self.shell = subprocess.Popen(
                     ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
             if self.shell:
-                self.shell.stdin.write(f"{sign} {pid}\n")
+                self.shell.stdin.write(f"{sign} {word}\n")
 
 
 REAPER = Reaper()
 
 
-def new_connection(name, path):
-    """The fields of a connection file, with five free ports."""
-    ports = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-    with contextlib.ExitStack() as open_sockets:
-        taken = [open_sockets.enter_context(socket.socket()) for _ in ports]
-        for sock in taken:   # all open at once, so that no two get the same port
-            sock.bind(("127.0.0.1", 0))
-        numbers = [sock.getsockname()[1] for sock in taken]
-    return {**dict(zip(ports, numbers, strict=True)), "ip": "127.0.0.1", "transport": "tcp",
+def new_connection(name, path, is_local=False):
+    """The fields of a connection file: of five socket files, where they can be, or five free ports.
+
+    Nobody else on this machine can reach a file in a folder of ours; a port anybody can.
+    """
+    # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
+    prefix = os.path.join(SOCKETS, secrets.token_hex(4))
+    if is_local and len(os.fsencode(f"{prefix}-5")) <= MOST_SOCKET_PATH:
+        os.makedirs(SOCKETS, mode=0o700, exist_ok=True)
+        ports, where = range(1, 6), {"ip": prefix, "transport": "ipc"}
+    else:
+        ports, where = free_ports(), {"ip": "127.0.0.1", "transport": "tcp"}
+    return {**dict(zip((f"{channel}_port" for channel in CHANNELS), ports, strict=True)), **where,
             "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256", "kernel_name": name,
             "jupyter_session": path}
+
+
+def free_ports():
+    with contextlib.ExitStack() as open_sockets:
+        taken = [open_sockets.enter_context(socket.socket()) for _ in CHANNELS]
+        for sock in taken:   # all open at once, so that no two get the same port
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in taken]
+
+
+def knows_local(spec):
+    """True when a kernel is known to bind socket files; xeus-python, for one, cannot."""
+    return zmq.has("ipc") and os.name == "posix" and (
+        "ipc" in spec["metadata"].get("supported_transports", ())
+        or any("ipykernel" in word for word in spec["argv"]))
+
+
+def endpoint(connection, channel):
+    joint = ":" if connection["transport"] == "tcp" else "-"
+    return f"{connection['transport']}://{connection['ip']}{joint}{connection[f'{channel}_port']}"
+
+
+def any_is_taken(connection):
+    """True when another process listens on a port of a connection."""
+    for channel in CHANNELS if connection["transport"] == "tcp" else ():
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ours has just ended
+            try:
+                sock.bind((connection["ip"], connection[f"{channel}_port"]))
+            except OSError:
+                return True
+    return False
 
 
 def write_secret(path, text):
@@ -2180,9 +2997,9 @@ def write_secret(path, text):
 class Kernels:
     """All kernels, by id. Used from every connection's thread."""
 
-    def __init__(self, contents):
-        self.contents = contents
-        self.all = {}   # id -> Kernel
+    def __init__(self, contents, transport=None):
+        self.contents, self.transport = contents, transport   # "tcp", or None: local where it can
+        self.all = {}   # id -> KernelProcess
 
     def start(self, name=None, path="", id=None, env=None, session_name=""):
         """Start the kernel called `name` in the folder of `path`. `session_name` is what the kernel
@@ -2194,7 +3011,8 @@ class Kernels:
         # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
-        new = Kernel(name, *found, cwd=self.folder_of(path), path=session_name, id=id, env=env)
+        new = KernelProcess(name, *found, cwd=self.folder_of(path), path=session_name, id=id,
+                            env=env, transport=self.transport)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
@@ -2252,7 +3070,7 @@ class Kernels:
 # kernel.
 
 class Sessions:
-    """The ties, by id: {"id", "path", "name", "type", "kernel": a Kernel}."""
+    """The ties, by id: {"id", "path", "name", "type", "kernel": a KernelProcess}."""
 
     def __init__(self, kernels):
         self.kernels = kernels
@@ -2340,7 +3158,7 @@ class Sessions:
         """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
         for session in self.alive():
             if session["path"] == path.strip("/"):
-                session["kernel"].forget()
+                session["kernel"].journal.forget_unfollowed()
 
     def delete(self, id):
         """End a session and its kernel."""
@@ -2375,7 +3193,7 @@ FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 
 LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
 PING_SECONDS = 30         # between pings; a peer silent for three of them is gone
-HANG_UP_SECONDS = 2       # that a peer which broke a rule gets to take its close frame
+HANG_UP_SECONDS = 2       # that a peer gets to take the last that we said
 DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
     "server_no_context_takeover": "", "client_no_context_takeover": "",
     "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
@@ -2509,7 +3327,7 @@ class FrameParser:
         if have < end:
             return None
         # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
-        if WATCHES and self.about:
+        if SPECTATORS and self.about:
             report("websocket", "in", self.about, [self.bytes[self.at:end]], depth=1)
         self.at = end
         return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)
@@ -2695,7 +3513,7 @@ class WebSocket:
         except OSError:
             self.is_closed = True
             return
-        for frame in frames if WATCHES and self.parser.about else ():
+        for frame in frames if SPECTATORS and self.parser.about else ():
             report("websocket", "out", self.parser.about, [frame])
 
     def ping_or_give_up(self):
@@ -2714,16 +3532,21 @@ class WebSocket:
         self.close_sent = True
 
     def hang_up(self):
-        """End our half of the connection and throw away what the peer still sends, or its system
-        might throw away our close frame (RFC 6455 7.1.1)."""
+        """End the connection so that the peer learns why (RFC 6455 7.1.1)."""
         self.is_closed = True
-        deadline = time.monotonic() + HANG_UP_SECONDS
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self.socket.settimeout(left)
-                if not self.socket.recv(1 << 18):
-                    break
+        hang_up(self.socket)
+
+
+def hang_up(sock):
+    """End our half of a connection and throw away what the peer still sends, or its system might
+    throw away what we sent last (RFC 9112 9.6)."""
+    deadline = time.monotonic() + HANG_UP_SECONDS
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not sock.recv(1 << 18):
+                break
 
 
 def buffered(handler):
@@ -2745,9 +3568,6 @@ def buffered(handler):
 # A kernel publishes to those who have subscribed *by then*. So no request passes before the
 # watcher has heard something on iopub, also after a restart.
 
-MOST_UNSENT = 100    # messages that a page may send ahead of a kernel that is not ready
-UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
-GATE_MS = 20         # between two looks at a gate before which messages wait
 
 
 def splice(entry):
@@ -2862,227 +3682,76 @@ LAYOUTS = {None: (unsplice, splice), V1: (unsplice_v1, splice_v1)}   # subprotoc
 
 
 class Bridge:
-    """Carries messages between one WebSocket and one kernel until either is gone.
+    """Carries messages between one WebSocket and one kernel until either is gone."""
 
-    `is_follower`: the page follows the kernel's whole conversation (`?journal=1`). On connecting it
-    gets what no file holds yet, afterwards also the requests, replies, questions and answers of
-    other pages; it says what it has saved by `{"channel": "journal", "content": {"forget":
-    [msg_ids of execute_requests]}}`.
-    """
-
-    def __init__(self, websocket, kernel, session_id, is_follower=False):
-        self.websocket, self.kernel = websocket, kernel
-        self.session_id, self.is_follower = session_id, is_follower
-        self.session = Session(kernel.connection["key"], username="page")
+    def __init__(self, websocket, kernel, inbox):
+        self.websocket, self.kernel, self.inbox = websocket, kernel, inbox
         self.unsplice, self.splice = LAYOUTS[websocket.protocol]
-        # Of Entry (for the page) and Ends (inherited).
-        self.inbox = Mailbox(kernel.has_room)
-        websocket.parser.about = {"kernel": kernel.id, "client": session_id}
-        self.unsent = []           # (message, since when) that wait for the kernel to be ready
-        self.held = []             # (is it for the page, Entry, since when) that wait at the gate
-        self.passed_at = 0.0       # when one of them passed last
-        self.ends = []             # its own first
-        self.process = kernel.process
+        websocket.parser.about = {"kernel": kernel.id, "client": inbox.session_id}
 
     def run(self):
         self.poller = zmq.Poller()
         self.poller.register(self.inbox.fileno(), zmq.POLLIN)
-        self.inherit(Ends(self.kernel, self.session_id))
-        self.kernel.join(self)
+        self.kernel.join(self.inbox)
         self.inbox.put()   # look at once: the kernel may be gone by now
         try:
             while not self.websocket.is_closed:
                 self.step()
         finally:
-            self.inbox.put(self.held_for_page())
-            self.kernel.leave(self)
-            self.inbox.close()
-
-    def wants(self, item):
-        """iopub is for everybody; what else passes between pages and kernel, for followers."""
-        return self.is_follower or not isinstance(item, Entry) or item.channel == "iopub"
-
-    def is_heir(self, item):
-        """True when this bridge takes over what belonged to one that has left."""
-        return self.is_follower or getattr(item, "session_id", None) == self.session_id
-
-    def inherit(self, ends):
-        self.ends.append(ends)
-        for sock in ends.sockets.values():
-            self.poller.register(sock, zmq.POLLIN)
+            self.kernel.leave(self.inbox)
 
     def step(self):
         """Wait for either side and carry what has come."""
         page = self.websocket.fileno()
-        self.poller.register(page, zmq.POLLIN if len(self.unsent) < MOST_UNSENT else 0)
-        ready = dict(self.poller.poll(self.patience()))
-        entries = []
+        self.poller.register(page, zmq.POLLIN if self.kernel.has_room else 0)
+        ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
         if self.inbox.fileno() in ready:
-            entries += self.from_others()
-            self.answer()
-        for ends in self.ends:
-            for channel, sock in ends.sockets.items():
-                if sock in ready:
-                    entries += self.from_kernel(channel, sock, ends)
-        if self.held or self.kernel.gate.rules:
-            entries = self.through_the_gate(entries)
-        self.carry_down(entries)
+            self.carry_down(self.inbox.take())
         if page in ready or self.websocket.has_bytes:
-            self.take_in()
-        if self.kernel.process is not self.process:
-            self.begin_anew()
-        self.carry_up()
+            for message in self.websocket.arrived():
+                self.carry_up(message)
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
         self.websocket.ping_or_give_up()
 
-    def patience(self):
-        """Milliseconds until there is something to do without being told."""
-        return 0 if self.websocket.has_bytes else GATE_MS if self.held else PING_SECONDS * 1000
-
-    def begin_anew(self):
-        """The kernel has a new process: no reply of the old one is due any more, and what waits for
-        the old one, in ZeroMQ's queues or at the gate, must not reach the new one."""
-        self.process = self.kernel.process
-        self.drop_waiting(until=self.kernel.ended_at)
-        for ends in self.ends:
-            for sock in ends.sockets.values():
-                self.poller.unregister(sock)
-            ends.close()
-        self.ends = []
-        self.inherit(Ends(self.kernel, self.session_id))
-
-    def from_others(self):
-        """Entries for the page, from the watcher and other bridges."""
-        entries = []
-        for item in self.inbox.take():
-            if isinstance(item, Ends):
-                self.inherit(item)
-            else:
-                entries.append(item)
-                if item.is_restarting:
-                    # What waits was meant for the process that is gone, and its sender learns
-                    # now that no answer will come; of a crash nobody could know before.
-                    is_crash = "reason" in item.content
-                    if is_crash:
-                        self.take_in()
-                    self.drop_waiting(math.inf if is_crash else self.kernel.ended_at)
-        return entries
-
-    def from_kernel(self, channel, sock, ends):
-        """Entries of replies and questions, as long as there are more."""
-        entries = []
-        for parts in waiting_messages(sock):
-            try:
-                entry = Entry(channel, *self.session.verify(parts)[1:])
-                if entry.msg_type in STORY:
-                    self.kernel.publish([entry], self, ends)
-            except (ValueError, AttributeError) as problem:
-                log(f"kernel {self.kernel.id}: dropped a message on {channel}: {problem!r}")
-                continue
-            if channel == "shell":
-                ends.open.discard(entry.parent_id)
-            entries.append(entry)
-        return entries
-
     def carry_down(self, entries):
         """Send Entries to the page."""
+        if any(entry.ends_process for entry in entries) and self.inbox.life < self.kernel.life:
+            self.learn_of_crash()
         if entries:
             # Journey 11: verified, marked with its channel, and on its way to the page.
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
 
-    def take_in(self):
-        """Read what has arrived from the page; what was taken in before is not waited for."""
+    def learn_of_crash(self):
+        """The page is told now. What it has said until this moment was meant for the process that
+        is gone, and must not reach the next one (P5)."""
         arrived = zmq.Poller()
         arrived.register(self.websocket.fileno(), zmq.POLLIN)
         if self.websocket.has_bytes or arrived.poll(0):
-            self.unsent += ((message, time.monotonic()) for message in self.websocket.arrived())
+            for message in self.websocket.arrived():
+                self.carry_up(message)   # under the old life
+        self.inbox.life += 1
 
-    def held_for_page(self):
-        return [entry for is_for_page, entry, _ in self.held if is_for_page]
+    def carry_up(self, message):
+        """Sign what the page has said, and put it to the kernel's watcher. Large messages are
+        signed in this thread, so that they hold up no other page."""
+        try:
+            entry = self.unsplice(message)
+            entry.client = self.inbox.session_id
+            if entry.channel in OWN_CHANNELS:
+                return OWN_CHANNELS[entry.channel](self.kernel, entry)
+            if entry.channel not in UPWARD:
+                raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
+            signature = self.kernel.session.sign(entry.json_parts)
+            self.kernel.send(Request(
+                entry.channel, [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers],
+                entry, self.inbox.life))
+        except Exception as problem:   # whatever a page may send: the bridge goes on
+            log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
-    def drop_waiting(self, until=math.inf):
-        """What the page has said until then, by default all of it, goes to no kernel any more."""
-        self.unsent = [item for item in self.unsent if item[1] > until]
-        self.held = [item for item in self.held if item[0] or item[2] > until]
 
-    def through_the_gate(self, entries):
-        """Those of the Entries for the page, and of what waited here, that may go on now; what goes
-        to the kernel is sent. On each channel and way the order stays. What would be too much to
-        keep passes."""
-        waiting = [*self.held, *((True, entry, time.monotonic()) for entry in entries)]
-        room = MOST_WAITING - sum(entry.size for _, entry, _ in waiting)
-        held, stuck, passed = [], set(), []
-        for item in waiting:
-            is_for_page, entry, came_at = item
-            way = is_for_page, entry.channel
-            is_free = way not in stuck and (
-                room < 0 or self.kernel.gate.let_pass(entry.channel, came_at, self.passed_at))
-            if not is_free:
-                stuck.add(way)
-                held.append(item)
-                continue
-            room += entry.size
-            self.passed_at = time.monotonic()
-            passed.append(entry) if is_for_page else self.to_kernel(entry)
-        self.held = held
-        return passed
-
-    def carry_up(self):
-        """Send on what the page has said, as soon as the kernel can be heard."""
-        if self.kernel.state == "dead":
-            self.drop_waiting()
-        if self.unsent and self.kernel.is_heard:
-            messages, self.unsent = self.unsent, []
-            for message, _ in messages:
-                try:
-                    entry = self.unsplice(message)
-                    if entry.channel in UPWARD and (
-                            self.held or entry.channel in self.kernel.gate.rules):
-                        self.held.append((False, entry, time.monotonic()))
-                    else:
-                        self.to_kernel(entry)
-                except Exception as problem:   # whatever a page may send: the bridge goes on
-                    log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
-
-    def to_kernel(self, entry):
-        """Send a page's message down its channel; raises ValueError for anything else."""
-        if entry.channel == "journal":
-            return self.kernel.forget(entry.content["forget"])
-        if entry.channel not in UPWARD:
-            raise ValueError(f"there is no channel {entry.channel!r} to a kernel")
-        if entry.channel == "stdin" and self.hand_over(entry):
-            return
-        if entry.msg_type == "execute_request":
-            self.kernel.publish([entry], self)
-            self.ends[0].open.add(entry.header["msg_id"])
-        self.send(entry, self.ends[0])
-
-    def send(self, entry, ends):
-        # Journey 3: the request is signed and leaves on the ZeroMQ socket of its channel.
-        signature = self.session.sign(entry.json_parts)
-        ends.sockets[entry.channel].send_multipart(
-            [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers])
-
-    def hand_over(self, reply):
-        """Put an input_reply to the ends that its question came to; who has them sends it: this
-        bridge, another one, or one that is yet to inherit them. False when no question is known."""
-        with self.kernel.journal_lock:
-            if reply.parent_id not in self.kernel.journal.questions:
-                return False
-            _, is_secret, ends = self.kernel.journal.questions[reply.parent_id]
-        shown = {**reply.content, "value": ""} if is_secret else reply.content
-        self.kernel.publish([Entry("stdin", [*reply.json_parts[:3], to_json(shown)])], self)
-        ends.answers.append(reply)
-        self.kernel.wake_listeners()
-        return True
-
-    def answer(self):
-        """Send what was put to the ends that this bridge has."""
-        for ends in self.ends:
-            while ends.answers:
-                self.send(ends.answers.pop(0), ends)
+OWN_CHANNELS["journal"] = forget
 
 
 # ---- 8. Trace: what "Under the hood" shows ----------------------------------------------------
@@ -3099,6 +3768,7 @@ MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dr
 MOST_WATCHED = 32 << 20      # bytes of them
 TELL_SECONDS = 0.1           # between two looks: a person sees no difference
 MOST_SECONDS_HELD = 60       # of a delay
+GATE_SECONDS = 0.02          # between two looks at what waits at a gate
 MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
 WISHES = ("hold", "step", "drop", "kill", "send", "key")
 SOURCES = ("index.html", "minijupyter.py", "kernel.py")
@@ -3130,15 +3800,17 @@ class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
     def __init__(self, server):
-        self.server, self.known = server, set()
+        self.server, self.known = server, {}   # text -> pattern
         self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
 
     def learn(self):
         """Which texts are secret now, too: kernels come and go."""
         access, kernels = self.server.access, list(self.server.kernels.all.values())
-        known = [access.token, quote(access.token), access.cookie_value,
+        known = [access.token, access.cookie_value,
                  *(kernel.connection["key"] for kernel in kernels)]
-        self.known |= {each.encode() for each in known if len(each) >= SHORTEST_SECRET}
+        for each in known:
+            if len(each) >= SHORTEST_SECRET and each not in self.known:
+                self.known[each] = spellings(each)
 
     def seen(self, event):
         """The parts of an event as they may be seen, each as long as it was. Of one that was cut
@@ -3154,16 +3826,15 @@ class Secrets:
             parts = self.in_answer(parts)
         whole = b"".join(parts)
         if sum(event["sizes"]) == len(whole):
-            is_clean = not any(secret in whole for secret in self.known)
+            is_clean = not any(pattern.search(whole) for pattern in self.known.values())
             return parts if is_clean else [*map(self.in_text, parts)]
-        end = max(map(len, self.known), default=0)
+        end = max(map(longest_spelling, self.known), default=0)
         return [self.in_text(part)[:None if len(part) == size else -end]
                 for part, size in zip(parts, event["sizes"], strict=True)]
 
     def in_text(self, data):
-        for secret in self.known:
-            if secret in data:
-                data = data.replace(secret, stars(secret))
+        for pattern in self.known.values():
+            data = pattern.sub(lambda match: stars(match[0]), data)
         return data
 
     def in_frame(self, frame):
@@ -3228,9 +3899,7 @@ class Exchange:
         handler.wfile = self.file
         if name in ("trace", "source"):
             return
-        fields = "".join(f"{name}: {value}\r\n" for name, value in handler.headers.items())
-        asked = handler.raw_requestline + fields.encode("latin-1", "replace") + b"\r\n"
-        body = handler.body or b""
+        asked, body = handler.head_bytes, handler.body or b""
         head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
         kept = body[:MOST_TRACED // 2]
         parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
@@ -3240,7 +3909,72 @@ class Exchange:
                parts)
 
 
-class Watch:
+class Gate:
+    """Between a kernel and its pages: it is open, but a spectator can hold messages back, channel
+    by channel, to see what happens then. The watcher asks it.
+
+    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
+    much later) or ("every", seconds) (one at a time)}
+    """
+
+    def __init__(self, kernel):
+        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
+        self.held = []         # (when it came, Entry or Request) that wait, oldest first
+        self.passed_at = 0.0   # when one of them passed last; monotonic, like the others
+        kernel.gate = self
+        kernel.gates.append(self)
+
+    def patience(self):
+        """Seconds until the next look."""
+        return GATE_SECONDS if self.held else math.inf
+
+    def let_pass(self, entries, requests):
+        """Those of the Entries, Requests, and of what waited here, that may go on now. On each
+        channel and way the order stays. What would be too much to keep passes."""
+        if not (self.held or self.rules):
+            return entries, requests
+        now = time.monotonic()
+        waiting = [*self.held, *((now, each) for each in (*entries, *requests))]
+        room = MOST_WAITING - sum(each.size for _, each in waiting)
+        held, stuck, passed = [], set(), []
+        for came_at, each in waiting:
+            way = type(each), each.channel
+            if way not in stuck and (room < 0 or self.is_free(each, came_at)):
+                room += each.size
+                passed.append(each)
+            else:
+                stuck.add(way)
+                held.append((came_at, each))
+        self.held = held
+        return ([each for each in passed if isinstance(each, Entry)],
+                [each for each in passed if isinstance(each, Request)])
+
+    def is_free(self, each, came_at):
+        """True when the oldest that waits on its way may go on now."""
+        rule, seconds = self.rules.get(each.channel, ("delay", 0))
+        if isinstance(each, Request) and each.life is None:
+            return True   # the server's own
+        if rule == "pause":
+            with self.lock:
+                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
+        else:
+            since = came_at if rule == "delay" else self.passed_at
+            may_pass = time.monotonic() >= seconds + since
+        if may_pass:
+            self.passed_at = time.monotonic()
+        return may_pass
+
+    def release(self):
+        """The Entries that wait: their process has ended, and its end is told behind them."""
+        entries = [each for _, each in self.held if isinstance(each, Entry)]
+        self.held = []
+        return entries
+
+
+KERNEL_EXTRAS.append(Gate)
+
+
+class Spectator:
     """One who looks under the hood, by a WebSocket of its own.
 
     It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
@@ -3278,7 +4012,7 @@ class Watch:
         """Tell and obey until the connection ends; then nothing is held back any more."""
         poller = zmq.Poller()
         poller.register(self.websocket.fileno(), zmq.POLLIN)
-        WATCHES.append(self)
+        SPECTATORS.append(self)
         try:
             self.say(now=time.time())
             while not self.websocket.is_closed:
@@ -3288,7 +4022,7 @@ class Watch:
                 self.tell()
                 self.websocket.ping_or_give_up()
         finally:
-            WATCHES.remove(self)
+            SPECTATORS.remove(self)
             for kernel, rules in self.rules.items():
                 if kernel.gate.rules is rules:   # nobody else has set it since
                     kernel.gate.rules = {}
@@ -3327,10 +4061,10 @@ class Watch:
     def held_at(self, kernel):
         """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
         held = {}
-        for bridge in list(kernel.listeners):
-            for _, entry, _ in bridge.held:
-                count, first = held.get(entry.channel, (0, entry.msg_type))
-                held[entry.channel] = count + 1, first
+        for _, each in kernel.gate.held:
+            entry = each if isinstance(each, Entry) else each.entry
+            count, first = held.get(entry.channel, (0, entry.msg_type))
+            held[entry.channel] = count + 1, first
         return held
 
     # -- what it is asked to do --
@@ -3358,7 +4092,7 @@ class Watch:
                 raise ValueError(f"{channel}: {rule} {seconds}")
         self.rules[kernel] = kernel.gate.rules = rules
         kernel.gate.steps = 0
-        kernel.wake_listeners()
+        kernel.requests.put()   # the watcher looks
 
     def step(self, kernel, wish):
         """Let one more message pass, if one waits for that."""
@@ -3370,9 +4104,9 @@ class Watch:
 
     def drop(self, kernel, wish):
         """Cut a page's connection, or all, as a bad network would."""
-        for bridge in list(kernel.listeners):
-            if wish.get("client") in (None, bridge.session_id):
-                bridge.websocket.abort()
+        for box in kernel.pages:
+            if wish.get("client") in (None, box.session_id):
+                box.cut_off()
 
     def kill(self, kernel, wish):
         kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -3381,9 +4115,7 @@ class Watch:
         """Send these very parts, in base64, down a channel, as one could who knows no key."""
         if wish["channel"] not in UPWARD:
             raise ValueError(f"nobody sends on {wish['channel']}")
-        with contextlib.closing(kernel.connect(wish["channel"])) as sock:
-            sock.linger = 1000   # milliseconds: what it sends may still be on its way
-            sock.send_multipart([*map(base64.b64decode, wish["parts"])])
+        kernel.requests.put([Request(wish["channel"], [*map(base64.b64decode, wish["parts"])])])
 
     def key(self, kernel, wish):
         """Tell the key of a kernel, with which the page checks signatures. Who may run code there
@@ -3399,7 +4131,9 @@ class Watch:
 # does the request come from our own page?
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
+LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
 
 
 def hash_password(password, salt=None):
@@ -3411,7 +4145,43 @@ def hash_password(password, salt=None):
 
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+    return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def as_utf8(value):
+    """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def spellings(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
+    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
+    return re.compile(b"".join(map(spellings_of_character, secret)))
+
+
+def longest_spelling(secret):
+    """How many bytes no spelling is longer than."""
+    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
+
+
+@functools.lru_cache(1000)
+def spellings_of_character(each):
+    number, data = ord(each), each.encode("utf-8", "surrogatepass")
+    if each.isascii() and each.isalnum():
+        return data
+    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
+    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
+    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
+    # The longer one first, where one begins like another.
+    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
+            b"&#x?0*(?:%d|%x);" % (number, number),
+            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
+    ways += [rb"\+"] if each == " " else []
+    ways += [re.escape(bytes([number]))] if number < 256 else []
+    return b"(?i:%b)" % b"|".join(ways)
 
 
 class Access:
@@ -3436,11 +4206,15 @@ class Access:
         with self.guessing:
             return same_secret(hash_password(given, salt), self.password_hash)
 
+    def without_token(self, data):
+        """Bytes as a text in which the token, however it is spelled, cannot be read."""
+        return spellings(self.token).sub(b"...", data).decode("utf-8", "replace")
+
     def given_token(self, headers, query):
         """The token of the Authorization header or of the query; None when there is none."""
         scheme, _, value = headers.get("Authorization", "").partition(" ")
         if scheme.lower() in ("token", "bearer"):
-            return value.strip()
+            return as_utf8(value.strip(" "))
         return query["token"][0] if "token" in query else None
 
     def cookie(self, headers, name):
@@ -3458,13 +4232,8 @@ class Access:
 
     def is_our_host(self, host):
         """Bound to loopback, the server answers only to names that mean loopback."""
-        if not self.ip.startswith(LOOPBACK) and self.ip != "localhost":
-            return True
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return name in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
+        is_local = self.ip.startswith(LOOPBACK) or self.ip == "localhost"
+        return not is_local or LOCAL_HOST.fullmatch(host) is not None
 
     def is_our_page(self, method, headers, query):
         """True when a request with our cookie may come from our own page, or from a program that
@@ -3500,7 +4269,8 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("GET", r"/frame", "frame"),
     ("GET", r"/login", "login_page"),
     ("POST", r"/login", "login"),
-    ("GET", r"/logout", "logout"),
+    ("GET", r"/logout", "logout_page"),
+    ("POST", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/view/(.+)", "view"),
     ("GET", r"/api", "version"),
@@ -3541,13 +4311,27 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 )]
-OPEN_TO_ALL = {"version", "frame", "login_page", "login", "logout", "options"}   # need no token
+OPEN_TO_ALL = {   # need no token
+    "version", "frame", "login_page", "login", "logout_page", "logout", "options"}
 PAGES = {"home", "page", "view"}      # handlers whose refusal leads to the login, not to JSON
-# They are asked by programs that look whether anybody is here: nobody is, for all they do.
-NO_ACTIVITY = {"status", "resolve_path"}
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
+MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
+SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
+MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
+MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
+HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
+SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
+# They are asked by programs that look whether anybody is here: nobody is, for all they do.
+NO_ACTIVITY = {"status", "resolve_path"}
 MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
 MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
@@ -3586,16 +4370,17 @@ VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name
 <iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
 LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
                 "frame-ancestors 'none'")
-LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>MiniJupyter: log in</title>
+FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>MiniJupyter: {button}</title>
 <meta name="viewport" content="width=device-width">
 <style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
 padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
 button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
-<form method="post" action="{action}"><label for="password">{why}</label>
+<form method="post" action="{action}">{fields}<input type="hidden" name="_xsrf" value="{xsrf}">
+<button>{button}</button></form></main></html>"""
+LOGIN_FIELDS = """<label for="password">{why}</label>
 <input id="password" name="password" type="password" autocomplete="current-password" autofocus>
-<input type="hidden" name="_xsrf" value="{xsrf}"><input type="hidden" name="next" value="{next}">
-<button>Log in</button></form></main></html>"""
+<input type="hidden" name="next" value="{next}">"""
 
 
 @functools.lru_cache(100)
@@ -3607,20 +4392,175 @@ def routes_at(path):
             for method, name, match in matches if match}
 
 
+class Headers:
+    """The fields of a header section; their names have no case (RFC 9110 5.1)."""
+
+    def __init__(self, fields=()):
+        self.fields = fields    # [(name, value)] in the order in which they came
+        self.values = {}        # name in lower case -> [value]
+        for name, value in fields:
+            self.values.setdefault(name.lower(), []).append(value)
+
+    def get(self, name, default=None):
+        """The first value; RFC 9110 5.3 has lists in several fields, for those see get_all."""
+        return self.values.get(name.lower(), (default,))[0]
+
+    def get_all(self, name, default=None):
+        return self.values.get(name.lower(), default)
+
+    def items(self):
+        return self.fields
+
+    def __contains__(self, name):
+        return name.lower() in self.values
+
+
+NO_HEADERS = Headers()
+
+
+class Head:
+    """A request's head: its bytes up to and with the empty line, understood.
+
+    Strict, because a head that two programs read in two ways hides a second request from one of
+    them. Raises Problem 400 for what RFC 9112 has no place for: a line that ends in LF or CR alone,
+    NUL and other controls, a space before the colon, a folded field (2.2, 3, 5.1, 5.2), a Host that
+    is missing or there twice (3.2); 505 for a version that is not HTTP/1 (RFC 9110 15.6.6).
+    """
+
+    def __init__(self, data):
+        first, *lines = data.decode("latin-1").split("\r\n")
+        line, fields = REQUEST_LINE.fullmatch(first), [*map(FIELD.fullmatch, lines[:-2])]
+        if not line or lines[-2:] != ["", ""]:
+            raise Problem(400, "This is no request line, or a line does not end in CRLF")
+        self.method, self.target, major, minor = line.groups()
+        self.is_old = minor == "0"
+        if major != "1":
+            raise Problem(505, "This server speaks HTTP/1.1")
+        if not all(fields):
+            raise Problem(400, "The headers of the request are malformed")
+        self.headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
+        hosts = len(self.headers.get_all("Host", ()))
+        if hosts > 1 or not hosts and not self.is_old:
+            raise Problem(400, "A request names one Host")
+        self.length = self.body_length()
+        options = [word.lower() for word in words(self.headers, "Connection")]
+        self.is_last = "keep-alive" not in options if self.is_old else "close" in options
+        # RFC 9110 10.1.1: the client asks whether it shall send its body.
+        self.asks_first = (self.headers.get("Expect", "").lower() == "100-continue"
+                           and not self.is_old and self.length != 0)
+
+    def body_length(self):
+        """How many bytes the body has; None when it comes in chunks (RFC 9112 6.3). Problem 400
+        where one cannot be sure, 501 for a coding that we do not know (6.1)."""
+        lengths, codings = (self.headers.get_all(name) for name in (
+            "Content-Length", "Transfer-Encoding"))
+        if not lengths and not codings:
+            return 0
+        if not codings:
+            if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+                raise Problem(400, "Content-Length must be one number")
+            return int(lengths[0])
+        if lengths or self.is_old:
+            raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and with no Content-Length")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+        return None
+
+
+# Clients send the same heads again and again; to read one is a good part of a small answer's work.
+parse_head = functools.lru_cache(100)(Head)
+
+
+@functools.lru_cache(100)
+def split_target(target):
+    """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
+    "//host/" is a path here, never a host. Problem 400."""
+    try:
+        url = urlsplit(re.sub("^/{2,}", "/", target.encode("latin-1").decode()))
+    except ValueError:
+        raise Problem(400, "This is no path") from None
+    return unquote(url.path), parse_qs(url.query), url.netloc
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
+
+    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
+    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
+    deadline, so that a slow upload of any size passes.
+    """
+
+    def __init__(self, sock, silence):
+        self.socket, self.silence = sock, silence
+        self.deadline = None    # by time.monotonic(); None between two requests
+
+    def readable(self):
+        return True
+
+    def allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+
+    def rest(self):
+        """No more is awaited; what is sent has the whole `silence` again."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.socket.settimeout(self.silence)
+
+    def readinto(self, buffer):
+        if self.deadline is None:
+            return self.socket.recv_into(buffer)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.socket.settimeout(min(left, self.silence))
+        count = self.socket.recv_into(buffer)
+        self.deadline += count / SLOWEST
+        return count
+
+
 class Handler(BaseHTTPRequestHandler):
-    """One HTTP connection; the requests on it come one after the other."""
+    """One HTTP connection; the requests on it come one after the other.
+
+    Of the standard library's handler it takes the connection's life. It reads heads by itself:
+    that one takes a header for what it may be, and most of its time to do so.
+    """
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"MiniJupyter/{__version__}", ""
     disable_nagle_algorithm = True   # otherwise small answers wait 40 ms for an acknowledgement
     timeout = 75                     # seconds of silence before a kept-alive connection is closed
     wbufsize = 1 << 16               # headers and body leave together
+    request_version = protocol_version   # for send_response, which knows HTTP/0.9 as well
+
+    def setup(self):
+        super().setup()
+        self.hangs_up = False    # True when the last we said is that the connection ends
+        self.is_stranger = True  # until a request shows a token or the cookie
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
+
+    def handle(self):
+        """Serve a connection to its end; a client that vanishes is no error."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def handle_one_request(self):
+        """Answer a request; `close_connection` says that there will be no other."""
+        self.close_connection, self.is_answered, self.exchange = True, False, None
+        self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
+        self.route_name, self.query, self.body = "answer", {}, b""
+        self.is_wanted = True       # False while a client waits for us to ask for the body
+        self.head_bytes = self.read_head()
+        if self.head_bytes:
+            self.answer()
+            self.wfile.flush()
+            if self.is_stranger:
+                self.server.strangers.add(self.connection)
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
-        self.is_answered, self.body, self.route_name = False, None, "answer"
-        self.exchange = Exchange(self) if WATCHES else None
+        self.exchange = Exchange(self) if SPECTATORS else None
         try:
-            self.check_headers()
+            self.take_head()
             self.split_path()
             self.route_name, groups = self.find_route()
             if self.admit(self.route_name):
@@ -3639,7 +4579,7 @@ class Handler(BaseHTTPRequestHandler):
                                       problem.strerror or type(problem).__name__))
         except Exception as problem:
             import traceback
-            log(traceback.format_exc())
+            log(self.server.access.without_token(traceback.format_exc().encode()))
             self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
         finally:
             self.report_exchange()
@@ -3648,63 +4588,123 @@ class Handler(BaseHTTPRequestHandler):
         if self.exchange:
             self.exchange.end()
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = answer
-
-    def handle(self):
-        """Serve a connection to its end; a client that vanishes is no error."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            super().handle()
-
     def finish(self):
+        """Leave; a client that still sends a body which nobody reads gets its refusal first."""
         with contextlib.suppress(OSError):
             super().finish()
+            if self.hangs_up:
+                hang_up(self.connection)
 
     # -- the request --
 
-    def check_headers(self):
-        """Problem 400, and the end of the connection, where one cannot be sure how long the body
-        is: another request could hide in it (RFC 9112 5.1, 6.3)."""
-        if self.headers.defects or len(self.headers.get_all("Content-Length", ())) > 1:
-            self.body, self.close_connection = b"", True
-            raise Problem(400, "The headers of the request are malformed")
+    def read_head(self):
+        """The next request line and header section, as far as their limit; what ends them is their
+        empty line, or a line that no head can have. Empty when the client has no more to ask."""
+        ahead = self.rfile.peek(1)
+        end = ahead.find(b"\r\n\r\n") + 4
+        if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
+            return self.rfile.read(end)
+        incoming = self.rfile.raw
+        incoming.allow(HEAD_SECONDS)
+        head = line = self.rfile.readline(MOST_HEAD)
+        if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
+            head = line = self.rfile.readline(MOST_HEAD)
+        while line[-2:] == b"\r\n" and len(line) > 2 and len(head) < MOST_HEAD:
+            line = self.rfile.readline(MOST_HEAD - len(head))
+            head += line
+        incoming.rest()
+        return head
+
+    def take_head(self):
+        """`command`, `path` and `headers` of the head. Problem 414 and 431 when it is too large
+        (RFC 6585 5); after a head that we do not understand the connection ends."""
+        data = self.head_bytes
+        if len(data) >= MOST_HEAD or data.count(b"\n") > MOST_FIELDS + 2:
+            is_line = b"\n" not in data
+            raise Problem(414 if is_line else 431, "The head of the request is too large")
+        head = self.head = parse_head(data)
+        self.command, self.path, self.headers = head.method, head.target, head.headers
+        self.close_connection, self.is_wanted = head.is_last, not head.asks_first
+        self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
-        """`route` and `query` of the request line; "//host/" is a path here, never a host."""
-        try:
-            url = urlsplit(re.sub("^/{2,}", "/", self.path))
-        except ValueError:
-            self.route, self.query = "", {}
-            raise Problem(400, "This is no path") from None
-        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        """`route` and `query` of the request line."""
+        path, query, self.named_host = split_target(self.path)
+        self.query = dict(query)
         base = self.server.base_url
-        if not f"{self.route}/".startswith(base):
-            raise Problem(404, f"There is nothing at {self.route}; this server is at {base}")
-        self.route = "/" + self.route[len(base):]
+        if not f"{path}/".startswith(base):
+            self.route = ""
+            raise Problem(404, f"There is nothing at {path}; this server is at {base}")
+        self.route = "/" + path[len(base):]
 
     def read_body(self, most):
-        """The body's bytes, at most so many."""
-        length = self.headers.get("Content-Length", "0")
-        is_number = re.fullmatch(r"[0-9]{1,10}", length)
-        if "Transfer-Encoding" in self.headers or not is_number or int(length) > most:
+        """The body's bytes; Problem 413, and the end of the connection, when they are more."""
+        length, self.body = self.head.length, b""    # whatever comes of it, it is read once
+        if length is not None and length > most:
             self.close_connection = True
-            raise Problem(411 if "Transfer-Encoding" in self.headers else 413,
-                          "A body needs a Content-Length, and not too large a one")
-        return self.rfile.read(int(length))
+            raise Problem(413, f"A body may have {most} bytes here")
+        if not self.is_wanted:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.is_wanted = True
+        if length == 0:
+            return b""
+        self.rfile.raw.allow(BODY_SECONDS)
+        body = self.read_chunks(most) if length is None else self.read_exactly(length)
+        self.rfile.raw.rest()
+        return body
+
+    def read_exactly(self, size):
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError("the client ended the connection in the middle of a body")
+        return data
+
+    def read_chunks(self, most):
+        """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
+        trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
+        keeps, self.close_connection = self.close_connection, True
+        body = io.BytesIO()
+        while size := self.chunk_size():
+            if body.tell() + size > most:
+                raise Problem(413, f"A body may have {most} bytes here")
+            body.write(self.read_exactly(size))
+            if self.read_exactly(2) != b"\r\n":
+                raise Problem(400, "A chunk is not as long as it says")
+        for _ in range(MOST_FIELDS):
+            if (line := self.chunk_line()) == "":
+                self.close_connection = keeps
+                return body.getvalue()
+            if not FIELD.fullmatch(line):
+                raise Problem(400, "A trailer of the body is malformed")
+        raise Problem(431, "The body has too many trailers")
+
+    def chunk_size(self):
+        match = CHUNK.fullmatch(self.chunk_line())
+        if not match:
+            raise Problem(400, "This is no size of a chunk")
+        return int(match[1], 16)
+
+    def chunk_line(self):
+        """A line between chunks, without its CRLF."""
+        line = self.rfile.readline(MOST_CHUNK_LINE)
+        if line[-2:] != b"\r\n":
+            raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
+        return line[:-2].decode("latin-1")
 
     def discard_body(self):
         """Read a body that nobody wants, or the next request on this connection would begin in its
-        middle; a large one is not worth it."""
+        middle. A large one, and one that the client has not begun to send, is not worth it."""
         self.body = b""
-        length = self.headers.get("Content-Length", "0")
-        if re.fullmatch(r"[0-9]{1,6}", length) and "Transfer-Encoding" not in self.headers:
-            self.rfile.read(int(length))
-        else:
+        if not self.is_wanted:
             self.close_connection = True
+            return
+        with contextlib.suppress(Problem):
+            self.read_body(MOST_DISCARDED)
 
-    def json_body(self):
+    def json_body(self, load=json.loads):
         """The JSON object in the body; an empty body is an empty object."""
         try:
-            value = json.loads(self.body or b"{}")
+            value = load(self.body or b"{}")
         except (ValueError, RecursionError) as problem:
             raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
         if not isinstance(value, dict) or not isinstance(value.get("kernel") or {}, dict):
@@ -3736,7 +4736,7 @@ class Handler(BaseHTTPRequestHandler):
     def admit(self, name):
         """True when the request may pass; raises Problem 403 or leads to the login page."""
         access = self.server.access
-        if not access.is_our_host(self.headers.get("Host", "")):
+        if not access.is_our_host(self.named_host or self.headers.get("Host", "")):
             raise Problem(403, "This server does not answer to that Host name")
         if name in OPEN_TO_ALL:
             return True
@@ -3757,6 +4757,9 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def note_activity(self):
+        if self.is_stranger:
+            self.is_stranger = False
+            self.server.strangers.remove(self.connection)
         if "no_track_activity" not in self.query and self.route_name not in NO_ACTIVITY:
             self.server.last_activity = time.time()
 
@@ -3776,22 +4779,31 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, b"", "text/plain",
                   {"Location": address, **({"Set-Cookie": cookie} if cookie else {})})
 
-    def login_page(self, why="Token or password. The terminal that started the server shows its "
-                             "address with the token.", status=200):
+    def form_page(self, status, path, fields, button):
+        """A page with a form of our own. The cookie _xsrf and the field of its name show that the
+        form comes from here: another site can send one as well, with our cookies, but cannot read
+        them. `fields` is HTML."""
         access = self.server.access
         xsrf = access.cookie(self.headers, "_xsrf") or secrets.token_hex(16)
-        page = LOGIN_PAGE.format(
-            action=f"{self.server.base_url}login", why=why, xsrf=html.escape(xsrf),
-            next=html.escape(self.asked("next", "")))
+        page = FORM_PAGE.format(action=f"{self.server.base_url}{path}", fields=fields,
+                                xsrf=html.escape(xsrf), button=button)
         self.send(status, page.encode(), "text/html; charset=utf-8", {
             "Content-Security-Policy": LOGIN_POLICY,
             "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
 
+    def form(self):
+        """The fields of the form in the body: name -> its first value."""
+        return {name: values[0] for name, values in parse_qs(
+            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+
+    def login_page(self, why="Token or password. The terminal that started the server shows its "
+                             "address with the token.", status=200):
+        fields = LOGIN_FIELDS.format(why=why, next=html.escape(self.asked("next", "")))
+        self.form_page(status, "login", fields, "Log in")
+
     def login(self):
         """Exchange the password, or the token, for the cookie."""
-        access = self.server.access
-        form = {name: values[0] for name, values in parse_qs(
-            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+        access, form = self.server.access, self.form()
         self.query.setdefault("next", [form.get("next", "")])
         # Else another site could log its visitor in, to a server that it knows.
         if not access.repeats_xsrf(self.headers, form.get("_xsrf", "")):
@@ -3801,7 +4813,23 @@ class Handler(BaseHTTPRequestHandler):
         self.redirect(access.safe_next(self.asked("next", "")),
                       access.set_cookie(access.cookie_name, access.cookie_value))
 
+    def logout_page(self):
+        """Log out who comes to this page by our own link, or types its address. All others are
+        asked first: a notebook's picture, or a browser that does not say what it loads it for, may
+        name any address of ours, so that a GET must have no effects (RFC 9110 9.2.1)."""
+        purpose = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Dest", "Mode", "Site")]
+        if purpose in (["document", "navigate", "same-origin"], ["document", "navigate", "none"]):
+            return self.end_login()
+        self.form_page(200, "logout", "<p>Log out from this server?</p>", "Log out")
+
     def logout(self):
+        access, form = self.server.access, self.form()
+        if not (access.is_our_page("POST", self.headers, {}) or access.repeats_xsrf(
+                self.headers, form.get("_xsrf", ""))):
+            raise Problem(403, "The request comes from another site")
+        self.end_login()
+
+    def end_login(self):
         access = self.server.access
         self.redirect(f"{self.server.base_url}login", access.set_cookie(access.cookie_name, ""))
 
@@ -3812,16 +4840,20 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answered = True
         if self.body is None:
             self.discard_body()
-        self.send_response(status)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in {"Content-Type": content_type, "Content-Length": str(len(data)),
-                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-                            "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
-                            **dict(headers)}.items():
-            if status != 204 or name != "Content-Length":
-                self.send_header(name, value)
-        self.end_headers()
+        fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
+                  "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                  "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
+                  **dict(headers)}
+        if status == 204:
+            del fields["Content-Length"]       # RFC 9110 8.6
+        self.hangs_up = self.close_connection
+        if self.close_connection or self.head.is_old:
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        self.log_request(status)
+        lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
+                 f"Date: {http_date(int(time.time()))}",
+                 *[f"{name}: {value}" for name, value in fields.items()], "\r\n"]
+        self.wfile.write("\r\n".join(lines).encode("latin-1"))
         if self.command != "HEAD" and status != 204:
             self.wfile.write(data)
 
@@ -3848,7 +4880,7 @@ class Handler(BaseHTTPRequestHandler):
         """The answer to what changed a file: its model without content, where it is now, and when
         it was written."""
         self.send_json(status, model, {**self.location("contents", model["path"]),
-                                       "Last-Modified": http_date(model["last_modified"])})
+                                       "Last-Modified": written_date(model["last_modified"])})
 
     def options(self, allowed):
         """What a browser asks before a request from elsewhere; no origin but ours is allowed."""
@@ -3859,8 +4891,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
-        path = getattr(self, "path", "what was no request").partition("?")[0]
-        log(f"{int(code)} {self.command} {path}", "info")
+        if log.level in ("debug", "info"):
+            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
+            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
 
     def log_message(self, format, *values):
         """What the standard library would say of bad requests is answered to them."""
@@ -3976,7 +5009,13 @@ class Handler(BaseHTTPRequestHandler):
             self.asked("format", choices=("text", "base64", "json")),
             self.asked("content", "1", "01") == "1", self.asked("hash", "0", "01") == "1")
         written = iso(info.st_mtime if info else 0)
-        self.send(200, answer, "application/json", {"Last-Modified": http_date(written)})
+        headers = {"Last-Modified": written_date(written)}
+        if isinstance(answer, bytes):
+            return self.send(200, answer, "application/json", headers)
+        length = sum(map(len, answer))
+        self.send(200, b"", "application/json", {**headers, "Content-Length": str(length)})
+        if self.command != "HEAD":
+            self.wfile.writelines(answer)
 
     def create_contents(self, path):
         body = self.json_body()
@@ -4011,7 +5050,7 @@ class Handler(BaseHTTPRequestHandler):
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
                     self.headers.get("If-Match", "").strip('"') or None)
-        body = self.json_body()
+        body = self.json_body(read_model)
         if not body:
             return self.create_contents(path)
         self.refuse_hidden("create", path)
@@ -4036,8 +5075,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_contents(200, model)
 
     def delete_contents(self, path):
+        """With ?recursive=0 a folder that is not empty stays: a page can ask once more."""
         self.refuse_hidden("delete", path)
-        self.server.contents.delete(path)
+        self.server.contents.delete(path, self.asked("recursive", "1", "01") == "1")
         return 204, None
 
     def list_checkpoints(self, path):
@@ -4139,14 +5179,14 @@ class Handler(BaseHTTPRequestHandler):
         websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
         self.report_exchange()
-        session_id = self.asked("session_id") or secrets.token_hex()
-        Bridge(websocket, kernel, session_id, self.asked("journal") == "1").run()
+        mailbox = FOLLOWERS.get(self.asked("journal"), PageMailbox)
+        Bridge(websocket, kernel, mailbox(self.asked("session_id"), websocket)).run()
 
     def trace(self):
         """From here on this thread tells what passes the server (see Watch)."""
         websocket = WebSocket.accept(self)
         self.is_answered = True
-        Watch(websocket, self.server).run()
+        Spectator(websocket, self.server).run()
 
     def source(self, name):
         """A file of this program, for who wants to read the line that has just run."""
@@ -4256,13 +5296,16 @@ def path_template(pattern, names):
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", header or "")
     if not match or match[1] == match[2] == "":
         return 200, 0, size
-    if match[1] == "":
-        start = max(0, size - int(match[2]))
+    # Python reads no number of thousands of digits; what has 20 of them is beyond any file.
+    first, last = (int(digits.lstrip("0")[:20] or 0) if digits else None
+                   for digits in match.groups())
+    if first is None:
+        start = max(0, size - last)
         return (206, start, size) if start < size else (416, 0, 0)
-    start, end = int(match[1]), min(int(match[2] or size - 1) + 1, size)
+    start, end = first, size if last is None else min(last + 1, size)
     return (206, start, end) if start < end else (416, 0, 0)
 
 
@@ -4329,6 +5372,48 @@ def merge(old, new):
     return merged
 
 
+class Strangers:
+    """Connections on which nobody has shown a token yet; the first has been silent longest.
+
+    Their number has a limit: who only connects must not take the descriptors that pages, files and
+    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
+    come again.
+    """
+
+    def __init__(self, most):
+        self.most, self.sockets, self.lock = most, {}, threading.Lock()
+
+    def add(self, sock):
+        """From the connection's thread: it has come, or has got an answer, just now."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+            self.sockets[sock] = True
+        if len(self.sockets) > self.most:
+            self.cut_off()
+
+    def remove(self, sock):
+        """It has shown a token, or it ends."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+
+    def cut_off(self):
+        """End the first: its thread sees the end, and closes it."""
+        with self.lock, contextlib.suppress(OSError, StopIteration):
+            sock = next(iter(self.sockets))
+            del self.sockets[sock]
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def most_strangers():
+    """How many there may be: of the descriptors that this process may open a quarter at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:    # not on Windows, which has no such limit
+        return MOST_STRANGERS
+    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+
+
 class Server(ThreadingHTTPServer):
     """The listening socket and what all connections share."""
 
@@ -4336,33 +5421,53 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128    # connections that may wait to be accepted
 
     def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None,
-                 allow_hidden=False):
+                 allow_hidden=False, transport=None):
         """`tls` is an ssl.SSLContext or None. Raises OSError when it cannot listen there."""
         super().__init__((ip, port), Handler)
         self.ip, self.base_url, self.tls = ip, base_url, tls
         self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
+        self.strangers = Strangers(most_strangers())
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
-        self.kernels = Kernels(self.contents)
+        self.kernels = Kernels(self.contents, transport)
         self.sessions = Sessions(self.kernels)
         self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows SO_REUSEADDR would let another program take the port that we listen on, and
+        # with it our users' tokens; elsewhere it only shortens the wait after a server's end.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
+    def get_request(self):
+        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
+        waiting would wake us again and again."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.strangers.cut_off()
+                time.sleep(SHORTAGE_SECONDS)
+            raise    # socketserver waits for the next
+
     def finish_request(self, request, client_address):
         """Serve a connection, in its own thread; the TLS handshake belongs there, too."""
-        if self.tls is None:
-            return super().finish_request(request, client_address)
-        with self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as safe:
-            safe.settimeout(Handler.timeout)
-            safe.do_handshake()
-            super().finish_request(safe, client_address)
+        connection = request if self.tls is None else self.tls.wrap_socket(
+            request, server_side=True, do_handshake_on_connect=False)
+        self.strangers.add(connection)
+        try:
+            if self.tls:
+                connection.settimeout(Handler.timeout)
+                connection.do_handshake()
+            super().finish_request(connection, client_address)
+        finally:
+            self.strangers.remove(connection)
+            connection.close()
 
     @property
     def url(self):
@@ -4386,6 +5491,8 @@ class Server(ThreadingHTTPServer):
 
 FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
 STOP_SECONDS = 15                    # that a server may take to end its kernels
+MOST_ANSWER = 1 << 20                # bytes of an answer; what answers may be anything
+SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that we need of a file
 
 
 def parse_arguments():
@@ -4409,14 +5516,17 @@ def parse_arguments():
     add("--allow-hidden", action="store_true", help="show and serve hidden files")
     add("--cull-idle", type=float, metavar="SECONDS",
         help="shut down kernels that nobody uses, after so long (default: never)")
+    add("--transport", choices=("tcp",), help="how kernels are reached (default: by files that "
+        "only you can open, for kernels that can; tcp: by ports, so that you can listen)")
     add("--log-level", choices=LEVELS, default="warning", metavar="LEVEL",
         help=f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open a browser")
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
         parser.error(f"there is no folder {arguments.folder}")
-    if not arguments.token:
-        parser.error("the token must not be empty")
+    arguments.token = arguments.token.strip()
+    if not arguments.token or not arguments.token.isprintable():
+        parser.error("the token must not be empty, and its characters must be printable")
     if arguments.keyfile and not arguments.certfile:
         parser.error("--keyfile needs --certfile")
     if arguments.password and not re.fullmatch("scrypt:[0-9a-f]+:[0-9a-f]+", arguments.password):
@@ -4463,15 +5573,16 @@ def open_server(arguments):
     if password_hash == "":
         password_hash = hash_password(ask_password(twice=True))
     tls, wish = tls_context(arguments.certfile, arguments.keyfile), arguments.port
-    for port in [wish] if wish is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+    ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
+    for port in ports if wish is None else [wish]:
         try:
             return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
-                          arguments.base_url, tls, arguments.allow_hidden)
+                          arguments.base_url, tls, arguments.allow_hidden, arguments.transport)
         except (OSError, OverflowError) as problem:
-            if wish is not None or getattr(problem, "errno", None) != errno.EADDRINUSE:
+            is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+            if wish is not None or not is_taken or port == 0:
                 reason = getattr(problem, "strerror", None) or problem
                 sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
-    sys.exit(f"No free port from {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1}")
 
 
 @contextlib.contextmanager
@@ -4492,28 +5603,43 @@ def announced(server):
 
 
 def call(info, method, path):
-    """The answer of a running server to a request, as JSON; None when there is no answer."""
+    """The answer of a running server to a request, as a JSON object; None when there is none."""
+    import http.client
     import ssl
     import urllib.request
-    request = urllib.request.Request(
-        info["url"] + path, method=method, headers={"Authorization": f"token {info['token']}"})
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE   # it is this machine
     try:
+        request = urllib.request.Request(info["url"] + path, method=method, headers={
+            "Authorization": f"token {info['token']}".encode()})
         with urllib.request.urlopen(request, timeout=5, context=context) as response:
-            return json.load(response)
-    except (OSError, ValueError):
+            answer = json.loads(response.read(MOST_ANSWER))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return None
+    return answer if isinstance(answer, dict) else None
+
+
+def read_server_info(path):
+    """What a server's file says; None when it is no such file: other programs leave theirs here,
+    half of one may be left by a crash, or it belongs to somebody else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            info = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(info, dict) or not all(
+            isinstance(info.get(name), kind) for name, kind in SERVER_INFO.items()):
+        return None
+    return info if re.match("https?://", info["url"]) else None
 
 
 def running_servers():
     """What the files in the runtime folder say, of those servers that answer."""
-    names = sorted(os.listdir(RUNTIME)) if os.path.isdir(RUNTIME) else ()
-    for name in names:
-        if re.fullmatch(r"jpserver-\d+\.json", name):
-            with open(os.path.join(RUNTIME, name), encoding="utf-8") as file:
-                info = json.load(file)
-            if call(info, "GET", "api"):
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(RUNTIME)):
+            is_ours = re.fullmatch(r"jpserver-\d+\.json", name)
+            info = read_server_info(os.path.join(RUNTIME, name)) if is_ours else None
+            if info and call(info, "GET", "api"):
                 yield info
 
 

@@ -100,9 +100,10 @@ import unittest
 import unittest.mock
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus, urlencode
 
 import zmq
 
@@ -187,6 +188,12 @@ def is_alive(pid):
         return False
     except FileNotFoundError:
         return not Path("/proc/self").exists()
+
+
+def cpu_seconds(pid):
+    """Processor time that a process has taken until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def clean_environment(folder, **variables):
@@ -816,6 +823,27 @@ class ServerCase(Case):
     def own_server(self, *args, **options):
         server = Server(*args, **options)
         self.addCleanup(server.end)
+        return server
+
+    def ask(self, data):
+        """All that the server answers to these bytes, until it closes."""
+        with socket.create_connection(("127.0.0.1", self.server.port), SECONDS) as raw:
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(data)
+                with contextlib.suppress(OSError):   # the server may have hung up by now
+                    raw.shutdown(socket.SHUT_WR)
+                while piece := raw.recv(65536):
+                    answer += piece
+        return answer
+
+    def here(self, **options):
+        """A server in this process, so that a test can change its constants."""
+        server = minijupyter.Server(self.folder(), "127.0.0.1", 0, "secret", **options)
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        for end in (thread.join, server.server_close, server.shutdown):
+            self.addCleanup(end)
         return server
 
     def assertReply(self, reply, status):
@@ -5712,14 +5740,15 @@ class Documents(ServerCase):
         import nbformat
         for name in ("nbformat-test2.ipynb", "nbformat-test3.ipynb"):
             with self.subTest(name):
-                (self.root / name).write_bytes((NOTEBOOKS / name).read_bytes())
+                shutil.copyfile(NOTEBOOKS / name, self.root / f"own-{name}")
+                name = f"own-{name}"
                 content = self.server.get(f"/api/contents/{name}").json["content"]
                 content["cells"][0]["source"] += " edited"
                 self.assertReply(self.server.put(f"/api/contents/{name}", {
                     "type": "notebook", "format": "json", "content": content}), 200)
                 saved = nbformat.read(self.root / name, as_version=nbformat.NO_CONVERT)
                 nbformat.validate(saved)
-                theirs = nbformat.read(NOTEBOOKS / name, as_version=4)
+                theirs = nbformat.read(NOTEBOOKS / name[4:], as_version=4)
                 theirs.cells[0].source += " edited"
                 self.assertEqual((saved.nbformat, saved.nbformat_minor), (4, 5))
                 self.assertEqual([(cell.cell_type, cell.source) for cell in saved.cells],
@@ -5973,6 +6002,397 @@ class ConflictsAndFullDisks(ServerCase):
         self.assertEqual([p.name for p in server.root.rglob("*") if p.is_file()], ["work.ipynb"])
 
 
+class Saving(ServerCase):
+    """A file is its old self or its new one, whole, and keeps what it is besides its bytes."""
+
+    def write(self, name, text="old", mode=0o644):
+        path = self.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    def save(self, name, content="new", server=None, headers=None, **model):
+        return (server or self.server).put(f"/api/contents/{name}", {
+            "type": "file", "format": "text", "content": content, **model}, **(headers or {}))
+
+    def leftovers(self, *folders):
+        return [path.name for folder in folders or [self.root] for path in folder.rglob("*")
+                if path.name.endswith((".saving", ".record"))]
+
+    def records(self):
+        return self.leftovers(Path(self.server.folder.name))
+
+    def test_a_write_protected_file_stays_as_it_is_for_root_too(self):
+        path = self.write("protected.txt", mode=0o444)
+        before = path.stat()
+        self.assertFalse(self.server.get("/api/contents/protected.txt").json["writable"])
+        for content in ("new", "old"):
+            reply = self.assertReply(self.save("protected.txt", content), 403)
+            self.assertIn("write-protected", reply.json["message"])
+        self.assertReply(self.save("protected.txt", chunk=1), 403)
+        self.assertEqual((path.read_text(), path.stat()), ("old", before))
+
+    def test_a_checkpoint_is_not_restored_into_a_write_protected_file(self):
+        path = self.write("restored.txt")
+        self.assertReply(self.server.post("/api/contents/restored.txt/checkpoints"), 201)
+        self.write("restored.txt", "newer", 0o444)
+        address = "/api/contents/restored.txt/checkpoints/checkpoint"
+        self.assertReply(self.server.post(address), 403)
+        self.assertEqual(path.read_text(), "newer")
+
+    def test_a_write_protected_file_is_renamed_and_deleted_as_the_system_allows(self):
+        self.write("protected 1.txt", mode=0o444)
+        reply = self.server.patch("/api/contents/protected%201.txt", {"path": "protected 2.txt"})
+        self.assertReply(reply, 200)
+        self.assertReply(self.server.delete("/api/contents/protected%202.txt"), 204)
+
+    @unittest.skipUnless(hasattr(os, "getuid") and os.getuid() == 0, "root alone gives files away")
+    def test_a_saved_file_keeps_its_owner(self):
+        path = self.write("owned.txt", mode=0o640)
+        os.chown(path, 1234, 2345)
+        self.assertReply(self.save("owned.txt"), 200)
+        info = path.stat()
+        self.assertEqual((path.read_text(), info.st_uid, info.st_gid, info.st_mode & 0o777),
+                         ("new", 1234, 2345, 0o640))
+
+    def test_a_saved_file_keeps_its_other_names(self):
+        path = self.write("one.txt")
+        os.link(path, self.root / "two.txt")
+        for content in ("longer than before", "short"):
+            self.assertReply(self.save("one.txt", content), 200)
+            self.assertEqual((self.root / "two.txt").read_text(), content)
+        self.assertReply(self.save("one.txt", "uploaded", chunk=1), 200)
+        self.assertReply(self.save("one.txt", " whole", chunk=-1), 200)
+        self.assertEqual((self.root / "two.txt").read_text(), "uploaded whole")
+        self.assertEqual((path.stat().st_nlink, self.records()), (2, []))
+
+    @unittest.skipUnless(sys.platform == "linux", "to lose root's rights takes Linux")
+    def test_a_file_is_saved_in_a_folder_that_takes_no_new_ones(self):
+        server = self.own_server(preexec_fn=without_roots_rights)
+        (server.root / "closed").mkdir()
+        (server.root / "closed" / "open.txt").write_text("old")
+        (server.root / "closed").chmod(0o555)
+        self.addCleanup((server.root / "closed").chmod, 0o755)
+        self.assertReply(self.save("closed/open.txt", server=server), 200)
+        self.assertEqual((server.root / "closed" / "open.txt").read_text(), "new")
+        self.assertReply(self.save("closed/other.txt", server=server), 403)
+
+    @unittest.skipUnless(sys.platform == "linux" and os.getuid() == 0, "to mount takes root")
+    def test_a_file_that_is_a_mount_is_saved(self):
+        path, source = self.write("mount.txt"), self.write("source.txt")
+        mounted = subprocess.run(["mount", "--bind", source, path], capture_output=True)
+        if mounted.returncode:
+            self.skipTest(mounted.stderr.decode())
+        self.addCleanup(subprocess.run, ["umount", path], check=True)
+        self.assertReply(self.save("mount.txt"), 200)
+        self.assertEqual((source.read_text(), self.leftovers()), ("new", []))
+
+    def test_on_a_full_disk_a_file_with_two_names_stays_whole(self):
+        import resource
+        limit = (500_000, 500_000)
+        server = self.own_server(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        (server.root / "one.txt").write_text("old")
+        os.link(server.root / "one.txt", server.root / "two.txt")
+        self.assertReply(self.save("one.txt", "x" * 1_000_000, server=server), [500, 507])
+        self.assertEqual((server.root / "two.txt").read_text(), "old")
+        self.assertEqual(self.leftovers(Path(server.folder.name)), [])
+
+    def test_what_was_written_over_when_the_server_was_killed_is_finished(self):
+        old, new = b"a" * 5000, b"b" * 3000
+        for found, expected in ((old, old), (new, new), (new + old[3000:], new),
+                                (new[:1024] + old[1024:], new), (new[:512] + bytes(4488), new),
+                                (b"somebody else's", b"somebody else's")):
+            with self.subTest(found[:20]), \
+                    unittest.mock.patch.object(minijupyter, "RUNTIME", str(self.folder())):
+                path = self.folder() / "file"
+                path.write_bytes(found)
+                minijupyter.make_record(str(path), old, new)
+                minijupyter.Contents(path.parent)
+                self.assertEqual(path.read_bytes(), expected)
+                self.assertEqual(os.listdir(minijupyter.RUNTIME), [])
+
+    @unittest.skipUnless(minijupyter.fcntl, "this platform has no locks of folders")
+    def test_two_servers_on_one_folder_accept_one_save_for_one_version(self):
+        other = self.own_server(self.server.folder.name)
+        path = self.write("shared.txt", "0")
+        with ThreadPoolExecutor() as pool:
+            for number in range(50):
+                expected = hashlib.sha256(path.read_bytes()).hexdigest()
+                replies = [*pool.map(lambda server, n=number, e=expected: self.save(
+                    "shared.txt", f"{n} {server.port}", server, {"If-Match": e}),
+                    (self.server, other))]
+                self.assertEqual(sorted(reply.status for reply in replies), [200, 412])
+                won = self.server if replies[0].status == 200 else other
+                self.assertEqual(path.read_text(), f"{number} {won.port}")
+
+    def test_what_another_program_writes_during_a_save_is_not_overwritten(self):
+        root = self.folder()
+        contents, encode = minijupyter.Contents(root), minijupyter.Contents.encode
+        (root / "a.txt").write_text("old")
+
+        def encode_while_another_writes(*arguments):
+            (root / "a.txt").write_text("new")
+            return encode(contents, *arguments)
+
+        contents.encode = encode_while_another_writes
+        with self.assertRaises(minijupyter.Problem) as caught:
+            contents.save("a.txt", {"type": "file", "format": "text", "content": "mine"},
+                          hashlib.sha256(b"old").hexdigest())
+        self.assertEqual((caught.exception.status, (root / "a.txt").read_text()), (412, "new"))
+
+    def test_a_program_that_holds_a_folder_does_not_hold_the_save_for_ever(self):
+        folder = self.folder()
+        with minijupyter.locked(folder), \
+                unittest.mock.patch.object(minijupyter, "LOCK_SECONDS", 0.1):
+            minijupyter.write_atomically(folder / "a.txt", b"saved")
+        self.assertEqual((folder / "a.txt").read_bytes(), b"saved")
+
+    def test_two_uploads_of_one_file_do_not_mix(self):
+        self.assertReply(self.save("up.txt", "a1 ", chunk=1), 200)
+        self.assertReply(self.save("up.txt", "b1 ", chunk=1), 409)
+        self.assertReply(self.save("up.txt", "a2 ", chunk=2), 200)
+        self.assertFalse((self.root / "up.txt").exists())
+        self.assertReply(self.save("up.txt", "a3", chunk=-1), 201)
+        self.assertEqual((self.root / "up.txt").read_text(), "a1 a2 a3")
+
+    def test_an_upload_that_was_given_up_begins_anew(self):
+        self.assertReply(self.save("again.txt", "1 ", chunk=1), 200)
+        self.assertReply(self.save("again.txt", "2 ", chunk=2), 200)
+        self.assertReply(self.save("again.txt", "1 ", chunk=1), 200)
+        self.assertReply(self.save("again.txt", "3", chunk=-1), 201)
+        self.assertEqual((self.root / "again.txt").read_text(), "1 3")
+        with unittest.mock.patch.object(minijupyter.Uploads, "PAUSE_SECONDS", 0):
+            uploads, target = minijupyter.Uploads(), str(self.folder() / "x")
+            for number, data in ((1, b"left"), (1, b"other "), (-1, b"one")):
+                uploads.add(target, number, data)
+        self.assertEqual(Path(target).read_bytes(), b"other one")
+
+    def test_a_piece_out_of_order_is_refused_in_words_and_the_next_one_is_taken(self):
+        self.assertReply(self.save("order.txt", "1", chunk=1), 200)
+        for number in (3, 1 << 70, 0, -2):
+            reply = self.assertReply(self.save("order.txt", "x", chunk=number), 400)
+            self.assertIn("the next one is 2", reply.json["message"])
+        self.assertReply(self.save("order.txt", "2", chunk=-1), 201)
+        self.assertEqual((self.root / "order.txt").read_text(), "12")
+
+    def test_what_a_killed_server_left_over_goes_and_what_a_running_one_writes_stays(self):
+        folder = self.root / "tidied"
+        folder.mkdir()
+        self.assertReply(self.save("tidied/running.txt", "1", chunk=1), 200)
+        running = self.leftovers(folder)
+        (folder / ".0123456789abcdef.saving").write_text("half")
+        (folder / ".fedcba9876543210.saving").mkdir()
+        (folder / ".mine.saving").write_text("somebody's")
+        self.own_server(self.server.folder.name).get("/api/contents/tidied")
+        self.assertEqual(sorted(self.leftovers(folder)), sorted([*running, ".mine.saving"]))
+
+    def test_a_save_that_is_killed_leaves_nothing_over(self):
+        killed = self.own_server()
+        (killed.root / "kept.txt").write_text("old")
+        body = {"type": "file", "format": "text", "content": "new", "chunk": 1}
+        self.assertReply(killed.put("/api/contents/kept.txt", body), 200)
+        os.kill(killed.process.pid, signal.SIGKILL)
+        self.assertEqual(len(self.leftovers(killed.root)), 1)
+        self.own_server(killed.folder.name)
+        self.assertEqual(self.leftovers(killed.root), [])
+        self.assertEqual((killed.root / "kept.txt").read_text(), "old")
+
+
+def without_roots_rights():
+    """For a child before it runs: to root a mode means as much as to others."""
+    import ctypes
+    for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)   # PR_CAPBSET_DROP
+
+
+class Disk:
+    """What a disk may hold when a machine stops: it stands for `os` while a file is saved and
+    records each call; `crashes` gives every state that no fsync forbids.
+
+    A file is its number; its bytes are what the last fsync left, or anything between that and
+    what was written since. Names lead to files; a folder's names that were made, changed or
+    removed after its last fsync may have been or not, each for itself.
+    """
+
+    def __init__(self, files):
+        self.durable = {path: number for number, path in enumerate(files)}   # path -> file
+        self.pending = []         # [{path: file or None}]: changes of names, not yet synced
+        self.safe = dict(enumerate(files.values()))   # file -> bytes on the disk
+        self.now = dict(self.safe)                    # file -> bytes that a reader sees
+        self.versions = {}        # file -> the bytes that it has had since its last fsync
+        self.open_files, self.places, self.states = {}, {}, []
+        self.remember()
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def names(self):
+        """path -> file as a reader sees it."""
+        names = dict(self.durable)
+        for change in self.pending:
+            names.update(change)
+        return {path: file for path, file in names.items() if file is not None}
+
+    def remember(self):
+        """The states in which the machine can stop here."""
+        for done in itertools.product((True, False), repeat=len(self.pending)):
+            names = dict(self.durable)
+            for change in itertools.compress(self.pending, done):
+                names.update(change)
+            names = {path: file for path, file in names.items() if file is not None}
+            files = sorted(set(names.values()))
+            for contents in itertools.product(*map(self.possible, files)):
+                bytes_of = dict(zip(files, contents, strict=True))
+                state = {path: bytes_of[file] for path, file in names.items()}
+                if state not in self.states:
+                    self.states.append(state)
+
+    def possible(self, file):
+        """What the disk may hold of a file: its sectors, old or new or never written."""
+        old = self.safe[file]
+        if file not in self.versions:
+            return [self.now[file]]
+        found = {old}
+        for new in (self.now[file], *self.versions[file]):
+            found |= {new, bytes(len(new))}
+            for at in range(0, max(len(new), len(old)), 512):
+                for first, then in ((new, old), (old, new)):
+                    found.add(first[:at].ljust(at if len(then) > at else 0, b"\0") + then[at:])
+                found.add(new[:at] if len(old) < at else new)
+        return found
+
+    def open(self, path, flags, mode=0o777):
+        descriptor = os.open(path, flags, mode)
+        path = str(path)
+        if flags & os.O_CREAT:
+            number = len(self.now)
+            self.now[number] = self.safe[number] = b""
+            self.change({path: number})
+        self.open_files[descriptor] = path
+        return descriptor
+
+    def change(self, names):
+        self.pending.append(names)
+        self.remember()
+
+    def file_of(self, descriptor):
+        """The file that a descriptor is open on, or None for a folder."""
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        return self.names().get(path)
+
+    def write(self, descriptor, data):
+        at = os.lseek(descriptor, 0, os.SEEK_CUR)
+        size, file = os.write(descriptor, data), self.file_of(descriptor)
+        old = self.now[file]
+        self.set(file, old[:at] + bytes(data[:size]) + old[at + size:])
+        return size
+
+    def ftruncate(self, descriptor, size):
+        os.ftruncate(descriptor, size)
+        file = self.file_of(descriptor)
+        self.set(file, self.now[file][:size])
+
+    def set(self, file, data):
+        self.versions.setdefault(file, []).append(self.now[file])
+        self.now[file] = data
+        self.remember()
+
+    def fsync(self, descriptor):
+        file = self.file_of(descriptor)
+        if file is None:
+            folder = os.readlink(f"/proc/self/fd/{descriptor}")
+            kept = [change for change in self.pending if os.path.dirname([*change][0]) != folder]
+            for change in self.pending:
+                self.durable.update(change if change not in kept else {})
+            self.pending = kept
+        else:
+            self.safe[file] = self.now[file]
+            self.versions.pop(file, None)
+        self.remember()
+
+    def replace(self, old, new):
+        os.replace(old, new)
+        self.change({str(new): self.names()[str(old)], str(old): None})
+
+    def unlink(self, path):
+        existed = os.path.lexists(path)
+        os.unlink(path)
+        if existed:
+            self.change({str(path): None})
+
+
+@unittest.skipUnless(Path("/proc/self/fd").exists(), "the recorder asks Linux for names")
+class Crashes(Case):
+    """The machine stops at any point of a save, and the disk has done its work in any order."""
+
+    def states_of_a_save(self, old, new, names=1):
+        """Every state in which a machine can stop during a save: {path: bytes} with the paths
+        below the folder; also what comes after it, which is the new file for good."""
+        folder = Path(os.path.realpath(self.folder()))
+        (folder / "root").mkdir()
+        (folder / "runtime").mkdir()
+        paths = [folder / "root" / f"{number}.ipynb" for number in range(names)]
+        paths[0].write_bytes(old)
+        for path in paths[1:]:
+            os.link(paths[0], path)
+        disk = Disk({str(paths[0]): old})
+        with unittest.mock.patch.multiple(
+                minijupyter, os=disk, RUNTIME=str(folder / "runtime"), WRITTEN_AT_ONCE=1024):
+            minijupyter.write_atomically(paths[0], new)
+        self.assertEqual((disk.pending, disk.versions), ([], {}))   # all of it is on the disk
+        self.assertEqual(paths[0].read_bytes(), new)
+        return [{os.path.relpath(path, folder): data for path, data in state.items()}
+                for state in disk.states]
+
+    def opened(self, state, names):
+        """What the notebook says to a server that starts on this disk."""
+        folder = Path(os.path.realpath(self.folder()))
+        for path, data in state.items():
+            target = folder / path
+            target.parent.mkdir(exist_ok=True)
+            if b"/root/" in data:   # the record of another folder
+                data = re.sub(rb'"[^"]*(/root/[^"]*)"',
+                              lambda match: json.dumps(str(folder)).encode()[:-1] + match[1] + b'"',
+                              data)
+            target.write_bytes(data)
+        for number in range(1, names):
+            os.link(folder / "root" / "0.ipynb", folder / "root" / f"{number}.ipynb")
+        with unittest.mock.patch.object(minijupyter, "RUNTIME", str(folder / "runtime")):
+            contents = minijupyter.Contents(folder / "root")
+        self.assertEqual([path.name for path in folder.rglob("*") if path.suffix in (
+            ".saving", ".record") and path.parent.name == "root"], [])
+        return contents.read(folder / "root" / "0.ipynb")
+
+    def assertOldOrNew(self, names):
+        for old, new in ((3000, 2000), (2000, 3000), (1500, 1500)):
+            old, new = (jupyter_bytes(notebook(mark * size))
+                        for mark, size in (("a", old), ("b", new)))
+            states = self.states_of_a_save(old, new, names)
+            self.assertGreater(len(states), 10)
+            for number, state in enumerate(states):
+                with self.subTest(names=names, state=number, of=len(states)):
+                    found = self.opened(state, names)
+                    self.assertTrue(found in (old, new), f"{len(found)} bytes, a mixture")
+
+    def test_no_crash_loses_a_notebook_that_is_replaced(self):
+        self.assertOldOrNew(names=1)
+
+    def test_no_crash_loses_a_notebook_that_is_written_over(self):
+        self.assertOldOrNew(names=2)
+
+    def test_the_recorder_finds_what_a_careless_save_loses(self):
+        def careless(target, data, look=None):
+            with minijupyter.Temporary(str(target)) as temporary:
+                temporary.write(data)
+                minijupyter.os.replace(temporary.path, target)
+
+        with unittest.mock.patch.object(minijupyter, "write_atomically", careless), \
+                self.assertRaises(AssertionError):
+            self.states_of_a_save(b"old", b"new")
+
+
 class PathsOutsideTheRoot(Case):
     """The root's neighbours are out of reach, however the path is written."""
 
@@ -6161,6 +6581,51 @@ class NotebookFiles(ServerCase):
         saved = json.loads(self.save(content))
         self.assertEqual([cell["id"] for cell in saved["cells"]], ids)
 
+    @needs("nbformat")
+    def test_what_other_programs_leave_out_of_a_cell_is_there_when_it_is_opened_and_saved(self):
+        import nbformat
+        code, prose = {"cell_type": "code"}, {"cell_type": "markdown"}
+        for cell in (code, prose, {**code, "outputs": None, "source": None, "metadata": None},
+                     {**code, "source": "x", "outputs": [], "metadata": {}},
+                     {**prose, "source": None}, {"cell_type": "raw", "metadata": {}}):
+            nb = notebook("other", "second")
+            nb["cells"][0] = {"id": "a", **cell}
+            for is_changed in (False, True):
+                with self.subTest(cell=cell, is_changed=is_changed):
+                    content = self.open(jupyter_bytes(nb))
+                    nbformat.validate(nbformat.from_dict(content))
+                    if is_changed:
+                        content["cells"][1]["source"] = "changed"
+                    nbformat.validate(nbformat.reads(self.save(content), nbformat.NO_CONVERT))
+
+    @needs("nbformat")
+    def test_ids_that_nbformat_forbids_are_mended_when_saving(self):
+        import nbformat
+        ids = ["two words", "", "x" * 65, "é", "same", "same", 7, None, "good-1_"]
+        nb = notebook(*map(str, ids))
+        nb["cells"] = [{**cell, "id": id} for cell, id in zip(nb["cells"], ids, strict=True)]
+        for name, content in (("sent.ipynb", nb), ("styled.ipynb", self.open(jupyter_bytes(nb)))):
+            content["cells"][0]["source"] = "changed"
+            self.assertReply(self.server.put(f"/api/contents/{name}", {
+                "type": "notebook", "format": "json", "content": content}), [200, 201])
+            saved = nbformat.read(self.root / name, nbformat.NO_CONVERT)
+            nbformat.validate(saved)
+            kept = [cell["id"] for cell in saved["cells"]]
+            self.assertEqual((len(set(kept)), kept[4], kept[8]), (9, "same", "good-1_"))
+
+    def test_what_json_has_not_comes_into_no_file(self):
+        nb = notebook("1")
+        nb["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {
+            "application/json": [float("nan"), float("inf"), 1e308, "NaN"]}}]
+        for text in (json.dumps(nb), json.dumps(nb).replace("Infinity", "1e999")):
+            body = f'{{"type": "notebook", "format": "json", "content": {text}}}'
+            self.assertReply(self.server.put("/api/contents/nan.ipynb", body), [200, 201])
+            saved = json.loads((self.root / "nan.ipynb").read_bytes(), parse_constant=self.fail)
+            self.assertEqual(saved["cells"][0]["outputs"][0]["data"]["application/json"],
+                             [None, None, 1e308, "NaN"])
+            opened = self.server.get("/api/contents/nan.ipynb").json["content"]
+            self.assertEqual(opened["cells"][0]["outputs"], saved["cells"][0]["outputs"])
+
     def test_an_empty_file_is_a_new_notebook(self):
         for data in (b"", b"\n"):
             content = self.open(data)
@@ -6175,7 +6640,7 @@ class NotebookFiles(ServerCase):
     def test_a_damaged_notebook_is_refused_with_the_place_of_the_fault(self):
         cases = {   # what stands in the place of the first cell -> what the message says
             "7": "/cells/0", '{"metadata": {}, "outputs": []}': "/cells/0/cell_type",
-            '{"cell_type": "code", "metadata": {}, "outputs": []}': "/cells/0/source",
+            '{"cell_type": "code", "metadata": {}, "outputs": [], "source": 7}': "/cells/0/source",
             '{"cell_type": "code", "metadata": {}, "source": "", "outputs": [{}]}':
                 "/cells/0/outputs/0/output_type",
             '{"cell_type": "raw", "metadata": 1, "source": ""}': "/cells/0/metadata",
@@ -6251,6 +6716,110 @@ class Files(ServerCase):
         os.utime(folder / "shown.py", (1 << 33, 1 << 33))
         self.assertEqual(self.names("listing"), ["good link.py", "shown.py"])
 
+    def test_names_that_no_client_could_send_are_counted(self):
+        folder = self.root / "odd names"
+        folder.mkdir()
+        (folder / "good.txt").write_text("")
+        self.assertNotIn("message", self.server.get("/api/contents/odd%20names").json)
+        for name in (b"not utf-8 \xff", b"back\\slash"):
+            (folder / os.fsdecode(name)).write_text("")
+        listing = self.assertReply(self.server.get("/api/contents/odd%20names"), 200).json
+        self.assertEqual([model["name"] for model in listing["content"]], ["good.txt"])
+        self.assertIn("backslash: 2", listing["message"])
+
+    def test_a_folder_is_copied_whole(self):
+        folder = self.root / "work"
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "data.bin").write_bytes(b"\xff")
+        (folder / "link").symlink_to("deep")
+        os.mkfifo(folder / "pipe")
+        for target, path in (("", "work-Copy1"), ("", "work-Copy2"), ("inbox", "inbox/work")):
+            (self.root / "inbox").mkdir(exist_ok=True)
+            reply = self.server.post(f"/api/contents/{target}", {"copy_from": "work"})
+            model = self.assertReply(reply, 201).json
+            self.assertEqual((model["path"], model["type"]), (path, "directory"))
+            copy = self.root / path
+            self.assertEqual((copy / "link" / "er" / "data.bin").read_bytes(), b"\xff")
+            self.assertEqual(sorted(os.listdir(copy)), ["deep", "link"])
+
+    def test_a_folder_with_files_is_deleted_unless_the_client_wants_to_ask_first(self):
+        folder = self.root / "full"
+        (folder / ".hidden").mkdir(parents=True)
+        (folder / "outside").symlink_to(self.root.parent)
+        reply = self.assertReply(self.server.delete("/api/contents/full?recursive=0"), 400)
+        self.assertEqual(reply.json["reason"], "not empty")
+        self.assertReply(self.server.delete("/api/contents/full"), 204)
+        self.assertEqual((folder.exists(), self.root.exists()), (False, True))
+
+    def test_a_relative_link_leads_to_the_same_file_after_a_move(self):
+        (self.root / "here").mkdir()
+        (self.root / "here" / "below").mkdir()
+        (self.root / "aim.txt").write_text("aim")
+        (self.root / "here" / "link.txt").symlink_to("../aim.txt")
+        for old, new in (("here/link.txt", "here/below/link.txt"),
+                         ("here/below/link.txt", "link.txt"), ("link.txt", "renamed.txt")):
+            self.assertReply(self.server.patch(f"/api/contents/{old}", {"path": new}), 200)
+            self.assertFalse(os.path.lexists(self.root / old))
+            self.assertFalse(os.path.isabs(os.readlink(self.root / new)))
+            self.assertEqual(self.server.get(f"/api/contents/{new}").json["content"], "aim")
+
+    def test_a_range_may_have_any_number_of_digits(self):
+        (self.root / "ranged.txt").write_text("0123456789")
+        huge, zeros = "9" * 5000, "0" * 5000
+        for given, status, body in ((f"2-{huge}", 206, b"23456789"), (f"{huge}-", 416, b""),
+                                    (f"-{huge}", 206, b"0123456789"), (f"{huge}-{huge}", 416, b""),
+                                    (f"{zeros}2-{zeros}3", 206, b"23"), ("1-1", 206, b"1"),
+                                    ("0-0", 206, b"0"), ("-0", 416, b""), ("-1", 206, b"9")):
+            with self.subTest(given[:9]):
+                reply = self.server.get("/files/ranged.txt", Range=f"bytes={given}")
+                self.assertEqual((reply.status, reply.body), (status, body))
+
+    def test_long_texts_are_read_and_saved_as_short_ones_are(self):
+        texts = ["é☃𝄞\n\"\\" * 40, "x", "\\\\ud83d", "\u2028", "😀"]
+        with unittest.mock.patch.multiple(minijupyter, LONG_TEXT=10, AT_ONCE=33):
+            contents = minijupyter.Contents(self.folder())
+            for text, is_ascii in itertools.product([*texts, "".join(texts)], (True, False)):
+                sent = {"type": "file", "format": "text", "content": text}
+                data = json.dumps(sent, ensure_ascii=is_ascii).encode()
+                contents.save("a.txt", minijupyter.read_model(data))
+                self.assertEqual(json.loads(contents.get_json("a.txt"))["content"], text)
+                sent["content"] = base64.encodebytes(text.encode()).decode()
+                sent["format"] = "base64"
+                contents.save("a.txt", minijupyter.read_model(json.dumps(sent).encode()))
+                got = json.loads(contents.get_json("a.txt", None, "base64"))["content"]
+                self.assertEqual(base64.b64decode(got), text.encode())
+
+    def test_large_things_are_read_and_written_in_small_pieces(self):
+        """A piece is what holds up all other threads."""
+        contents, most = minijupyter.Contents(self.folder()), 8 * minijupyter.AT_ONCE
+        for form, letter in (("text", "\n"), ("base64", "A")):
+            text = letter * 8_000_000
+            body = json.dumps({"type": "file", "format": form, "content": text}).encode()
+            model = minijupyter.read_model(body)
+            self.assertLess(max(map(len, model["content"])), most)
+            contents.save("large", model)
+            self.assertLess(max(map(len, contents.get_json("large", None, form))), most)
+        for number in range(3000):
+            Path(contents.root, f"{number}.txt").write_text("")
+        self.assertLess(max(map(len, contents.get_json(""))), most)
+
+    def test_a_long_request_is_read_as_json_reads_it(self):
+        nb = notebook("x" * 30, "[1, {\"a\": 2}]")
+        good = [{"type": "notebook", "content": nb}, {"content": ["x" * 99]}, {"x" * 99: "y" * 99},
+                {"type": "x" * 99, "content": "y" * 99}, [["z" * 99]], "z" * 99, {}]
+        bad = ["", "{", '{"content": "' + "x" * 99, '{"content": "%s\n"}' % ("x" * 99), "{} {}",
+               '{"content": "%s\\q"}' % ("x" * 99), '{"content": "%s" "x"}' % ("x" * 99),
+               '{"content": "%s\\ud8"}' % ("x" * 99), "{7: 1}"]
+        with unittest.mock.patch.multiple(minijupyter, LONG_TEXT=1, AT_ONCE=33):
+            for value in good:
+                read = minijupyter.read_model(json.dumps(value).encode())
+                if isinstance(read, dict) and isinstance(read.get("content"), tuple):
+                    read["content"] = "".join(read["content"])
+                self.assertEqual(read, value)
+            for text in bad:
+                with self.subTest(text), self.assertRaises(ValueError):
+                    minijupyter.read_model(text.encode())
+
     def test_a_hidden_file_is_neither_read_nor_written_nor_moved_to(self):
         (self.root / ".secret").write_text("SECRET")
         (self.root / ".folder").mkdir()
@@ -6324,11 +6893,6 @@ class Files(ServerCase):
 
     @unittest.skipUnless(sys.platform == "linux", "to lose root's rights takes Linux")
     def test_what_the_disk_does_not_permit_is_forbidden(self):
-        def without_roots_rights():
-            import ctypes
-            for capability in (1, 2):   # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-                ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)   # PR_CAPBSET_DROP
-
         server = self.own_server(preexec_fn=without_roots_rights)
         for name in ("file.txt", "folder/file.txt", "closed/file.txt"):
             (server.root / name).parent.mkdir(exist_ok=True)
@@ -6342,7 +6906,6 @@ class Files(ServerCase):
         self.assertReply(server.get("/files/file.txt"), 403)
         self.assertReply(server.get("/api/contents/closed"), 403)
         self.assertFalse(server.get("/api/contents/folder?content=0").json["writable"])
-        self.assertReply(self.save("folder/file.txt", server=server), 403)
         self.assertReply(self.save("folder/new.txt", server=server), 403)
         self.assertReply(server.delete("/api/contents/folder/file.txt"), 403)
         self.assertReply(server.post("/api/contents/folder", {"type": "notebook"}), 403)
@@ -6625,6 +7188,209 @@ class Http(ServerCase):
         self.assertNotIn("Traceback", self.server.process.output)
 
 
+class HttpRequests(ServerCase):
+    """Requests byte by byte, as RFC 9112 has them and as it has not; among them the 33 cases of
+    h1spec (uNetworking)."""
+
+    def request(self, line="GET /api HTTP/1.1", *fields, body=b"", host="127.0.0.1"):
+        lines = [line, *([f"Host: {host}"] if host else []),
+                 f"Authorization: token {self.server.token}", *fields, "", ""]
+        return "\r\n".join(lines).encode() + body
+
+    def connect(self, data):
+        raw = self.enterContext(socket.create_connection(("127.0.0.1", self.server.port), SECONDS))
+        raw.sendall(data)
+        return raw
+
+    def assertStatuses(self, data, *statuses):
+        """The answers to these bytes, in order, until the server closes; returns all it said."""
+        answer = self.ask(data)
+        found = re.findall(rb"HTTP/1\.1 (\d+) [A-Z]", answer)
+        self.assertEqual([int(status) for status in found], [*statuses], answer)
+        return answer
+
+    def put(self, *fields, body=b"", name="x.txt"):
+        return self.request(f"PUT /api/contents/{name} HTTP/1.1", *fields, body=body)
+
+    MODEL = json.dumps({"type": "file", "format": "text", "content": "HellO world1"}).encode()
+
+    def chunks(self, *sizes, extension=b""):
+        """MODEL in chunks of these sizes, the last of what is left, and the end mark."""
+        cuts, pieces = [0, *itertools.accumulate(sizes), len(self.MODEL)], []
+        for start, end in itertools.pairwise(cuts):
+            pieces.append(b"%x%b\r\n%b\r\n" % (end - start, extension, self.MODEL[start:end]))
+        return b"".join(pieces) + b"0\r\n"
+
+    def test_valid_requests_are_answered_however_odd(self):
+        host = b"Host: 127.0.0.1"
+        for data in (b"GET /api HTTP/1.1\r\nhoSt:\t127.0.0.1 \r\nempty:\r\n\r\n",
+                     b"\r\nGET /api HTTP/1.1\r\n" + host + b"\r\n\r\n",
+                     b"GET http://localhost/api HTTP/1.1\r\n" + host + b"\r\n\r\n",
+                     b"GET /api HTTP/1.0\r\nHost: localhost\r\n\r\n",
+                     b"GET /api HTTP/1.9\r\nHost: localhost\r\n\r\n",
+                     self.request("GET /api HTTP/1.1", "X: \t!\x80\xff ~", "X:"),
+                     self.request("GET /api?" + "x" * 60_000 + " HTTP/1.1"),
+                     self.request("GET /api HTTP/1.1", *(f"X{n}: y" for n in range(90)))):
+            with self.subTest(data=data[:70]):
+                self.assertStatuses(data, 200)
+
+    def test_what_is_no_request_is_refused_and_ends_the_connection(self):
+        """The request behind it would be served by whoever reads the first one in another way."""
+        for status, data in (
+                (400, b"GET / \r\n\r\n"), (400, b"GET /\r\n\r\n"), (400, b"GET\r\n\r\n"),
+                (400, self.request("GET  /api HTTP/1.1")), (400, self.request("GET /a b HTTP/1.1")),
+                (400, self.request(" GET /api HTTP/1.1")), (400, self.request("G,T /api HTTP/1.1")),
+                (400, self.request("Extra lineGET /api HTTP/1.1")),
+                (400, self.request("GET /api HTTP/x")), (400, self.request("GET /api http/1.1")),
+                (400, self.request("GET /api HTTP/1.1 ")), (400, self.request("GET /\0 HTTP/1.1")),
+                (400, self.request("GET /api HTTP/1.10")), (505, self.request("GET / HTTP/9.9")),
+                (505, self.request("GET /api HTTP/2.0")), (505, self.request("GET / HTTP/0.9")),
+                (400, self.request(host=None)), (400, self.request("Host: 127.0.0.1")),
+                *((400, self.request("GET /api HTTP/1.1", fields)) for fields in (
+                    "Host: localhost", "X-Invalid[]: y", "X : y", " X: y", "X: y\r\n folded",
+                    "X: y\rZ: y", "X: y\nZ: y", "X: \0", "X: \x07", "X: \x7f", "no colon", ": y",
+                    "\rX: y", "X\xe9: y", "Content-Length: -123456789123456789123456789",
+                    "Content-Length: -1234", "Content-Length: abc", "Content-Length:",
+                    "Content-Length: 5, 5", "Content-Length: " + "9" * 5000)),
+                (400, self.request().replace(b"\r\n", b"\n")),
+                (400, self.request().replace(b"\r\n\r\n", b"\r\n\n")),
+                (400, self.request().replace(b"\r\n\r\n", b"\r\n\rX: y\r\n\r\n")),
+                (414, b"GET /" + b"x" * 70_000), (431, self.request("GET /api HTTP/1.1",
+                                                                   "X: " + "y" * 70_000)),
+                (431, self.request("GET /api HTTP/1.1", *["X: y"] * 200))):
+            with self.subTest(data=data[:80]):
+                answer = self.assertStatuses(data + self.request(), status)
+                self.assertIn(b"\r\nConnection: close\r\n", answer)
+
+    def test_a_request_is_waited_for_wherever_it_is_cut(self):
+        whole = self.request("GET /api HTTP/1.1", "Connection: close")
+        for at in range(1, len(whole)):
+            raw = self.connect(whole[:at])
+            raw.sendall(whole[at:])
+            self.assertTrue(raw.recv(1000).startswith(b"HTTP/1.1 200 OK"), whole[:at])
+            raw.close()
+
+    def test_requests_may_come_before_the_answers(self):
+        three = self.request() + self.put(f"Content-Length: {len(self.MODEL)}", body=self.MODEL)
+        self.assertRegex(self.ask(three + self.request("HEAD /api HTTP/1.1") + self.request()),
+                         rb"(?s)\AHTTP/1.1 200 .*}HTTP/1.1 20[01] .*}HTTP/1.1 200 .*\r\n\r\n"
+                         rb"HTTP/1.1 200 .*}\Z")
+
+    def test_an_old_client_says_whether_it_stays(self):
+        asked = b"GET /api HTTP/1.0\r\nHost: localhost\r\n"
+        self.assertStatuses(asked + b"\r\n" + self.request(), 200)
+        answer = self.assertStatuses(asked + b"Connection: Keep-Alive\r\n\r\n" + self.request(),
+                                     200, 200)
+        self.assertIn(b"\r\nConnection: keep-alive\r\n", answer)
+
+    def test_a_body_may_come_in_chunks_with_extensions_and_trailers(self):   # RFC 9112 7.1
+        fields = "TransFer-Encoding: Chunked"
+        for body in (self.chunks() + b"\r\n", self.chunks(1, 2, 30) + b"\r\n",
+                     self.chunks(*[1] * 20) + b"Trailer: x\r\nAnother:\r\n\r\n",
+                     self.chunks(9, extension=b';a=1; b="c;d"') + b"\r\n",
+                     self.chunks(9, extension=b" ;x").replace(b"9", b"009") + b"\r\n"):
+            with self.subTest(body=body):
+                self.assertRegex(self.ask(self.put(fields, body=body) + self.request()),
+                                 rb"(?s)\AHTTP/1.1 20[01] .*}HTTP/1.1 200 ")
+                self.assertEqual((self.root / "x.txt").read_text(), "HellO world1")
+        empty = self.request("POST /api/contents HTTP/1.1", fields, body=b"0\r\n\r\n")
+        self.assertStatuses(empty + self.request(), 201, 200)   # as tornado sends no body
+        refused = self.put(fields, body=self.chunks(1) + b"\r\n").replace(b"token ", b"x ")
+        self.assertStatuses(refused + self.request(), 403, 200)
+
+    def test_chunks_that_could_be_read_in_two_ways_are_refused(self):
+        model = self.chunks(5)
+        for status, body in (
+                (400, b"\r\n\r\n"), (400, b"x\r\n"), (400, b"-1\r\n"), (400, b"0x5\r\nabcde\r\n"),
+                (400, b"5\nabcde\r\n"), (400, b"5\r\nabcdefg\r\n0\r\n\r\n"), (400, b" 5\r\nabcde"),
+                (400, b"5\r\nabcde\n0\r\n\r\n"), (400, b"5;a=\0\r\n"), (400, b"5 5\r\n"),
+                (400, b"1" * 5000), (400, b"5;" + b"x" * 5000), (400, model + b"X : y\r\n\r\n"),
+                (400, model + b" folded\r\n\r\n"), (400, model + b"X: y\n\r\n"),
+                (413, b"fffffffff\r\n"), (431, model + b"X: y\r\n" * 101)):
+            with self.subTest(body=body[:60]):
+                asked = self.put("Transfer-Encoding: chunked", body=body)
+                self.assertStatuses(asked + self.request(), status)
+        for status, fields in ((400, ["Content-Length: 5"]), (501, ["Transfer-Encoding: gzip"]),
+                               (501, ["Transfer-Encoding: chunked"])):
+            asked = self.put("transfer-encoding: chunked", *fields, body=model + b"\r\n")
+            self.assertStatuses(asked + self.request(), status)
+        self.assertStatuses(self.put("Transfer-Encoding: chunked", body=model).replace(
+            b"HTTP/1.1", b"HTTP/1.0"), 400)
+
+    def test_a_stranger_has_no_larger_body_in_chunks_than_in_one(self):
+        form = self.request("POST /login HTTP/1.1", "Transfer-Encoding: chunked",
+                            body=b"8000\r\n%b\r\n" % (b"x" * 0x8000) * 4 + b"0\r\n\r\n")
+        self.assertStatuses(form, 413)
+
+    def test_a_client_that_asks_before_it_sends_its_body_is_told_to_at_once(self):
+        fields = (f"Content-Length: {len(self.MODEL)}", "Expect: 100-continue")
+        raw = self.connect(self.put(*fields, name="asked.txt"))
+        self.assertEqual(raw.recv(1000), b"HTTP/1.1 100 Continue\r\n\r\n")
+        raw.sendall(self.MODEL)
+        self.assertRegex(raw.recv(1000), rb"^HTTP/1.1 201 ")
+        self.assertStatuses(self.request("GET /api HTTP/1.1", "Expect: 100-continue"), 200)
+
+    def test_a_client_that_asks_first_gets_its_refusal_and_sends_no_body(self):
+        length, expect = f"Content-Length: {len(self.MODEL)}", "Expect: 100-Continue"
+        for status, asked in (
+                (403, self.put(length, expect).replace(b"token ", b"x ")),
+                (404, self.request("PUT /api/nothing HTTP/1.1", length, expect)),
+                (413, self.put(f"Content-Length: {2 << 30}", expect))):
+            answer = self.assertStatuses(asked, status)
+            self.assertIn(b"\r\nConnection: close\r\n", answer)
+
+    @needs_programs("curl")
+    def test_curl_uploads_without_waiting(self):
+        large = json.dumps({"type": "file", "format": "text", "content": "x" * 2_000_000}).encode()
+        for fields in ([], ["-H", "Transfer-Encoding: chunked"]):
+            seconds = subprocess.run(
+                ["curl", "-sS", "-X", "PUT", "--data-binary", "@-", "-H", "Expect: 100-continue",
+                 "-H", f"Authorization: token {self.server.token}", *fields, "-o", os.devnull,
+                 "-w", "%{time_total} %{http_code}", "--expect100-timeout", "15",
+                 f"http://127.0.0.1:{self.server.port}/api/contents/curl.txt"],
+                input=large, capture_output=True, check=True).stdout.split()
+            self.assertLess(float(seconds[0]), 10)
+            self.assertIn(seconds[1], (b"200", b"201"))
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self):
+        asked = self.put(f"Content-Length: {2 << 30}", body=b"x" * 4_000_000)
+        self.assertStatuses(asked, 413)
+
+    def drip(self, raw, data, size=1):
+        """Send piece by piece; True when all has been sent, False when the server has hung up."""
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(data), size):
+                if select.select([raw], [], [], 0.01)[0]:
+                    return False
+                raw.sendall(data[at:at + size])
+            return True
+
+    def test_a_request_that_drips_is_given_up_and_a_slow_one_is_not(self):
+        head = b"PUT /api/contents/x.txt HTTP/1.1\r\nHost: localhost\r\nAuthorization: token " \
+               b"secret\r\nContent-Length: %d\r\n\r\n"
+        model = json.dumps({"type": "file", "format": "text", "content": "x" * 20_000}).encode()
+        limits = {"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "SLOWEST": 5_000}
+        with unittest.mock.patch.multiple(minijupyter, **limits):
+            server = self.here()
+            for first, slow in ((b"", head * 5), (b"GET /api HTTP/1.1\r\n", b"X: y\r\n" * 90),
+                                (head % len(model), model)):
+                with socket.create_connection(server.server_address, SECONDS) as raw:
+                    raw.sendall(first)
+                    self.assertFalse(self.drip(raw, slow))
+            with socket.create_connection(server.server_address, SECONDS) as raw:
+                raw.sendall(head % len(model))
+                self.assertTrue(self.drip(raw, model, 200))   # takes longer than BODY_SECONDS
+                self.assertRegex(raw.recv(1000), rb"^HTTP/1.1 201 ")
+
+    def test_the_log_commands_no_terminal(self):
+        loud = self.own_server(options=["--port", free_ports(1)[0], "--log-level", "info"])
+        for path in ("/\x9b31m", "/\u2028\u202e", "/\x85"):
+            with socket.create_connection(("127.0.0.1", loud.port), SECONDS) as raw:
+                raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                self.assertRegex(raw.recv(1000), rb"^HTTP/1.1 404 ")
+        loud.process.wait_for(r"404 GET /\\x9b31m\n404 GET /\\u2028\\u202e\n404 GET /\\x85\n")
+
+
 class Access(ServerCase):
     ENDPOINTS = [("GET", "/api/contents"), ("PUT", "/api/contents/x"), ("POST", "/api/contents"),
                  ("PATCH", "/api/contents/x"), ("DELETE", "/api/contents/x"),
@@ -6711,6 +7477,79 @@ class Access(ServerCase):
         self.assertEqual(self.server.process.output.count(self.server.token), first_screen)
 
 
+ODD_TOKENS = ("a b", "100% &more=#?/x", "a+b", "é", "Ünï \u20ac \U0001f511 ключ", "\"'<>\\",
+              "%41%2B", "x" * 200, "token;, =")
+
+
+class OddTokens(ServerCase):
+    """A token may have any printable characters, and opens the server by every way in."""
+
+    def with_token(self, token, *options):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--token", token, *options])
+        server.token = token
+        return server
+
+    def test_it_is_taken_from_address_header_form_and_cookie(self):
+        for token in ODD_TOKENS:
+            with self.subTest(token):
+                self.check_ways_in(self.with_token(token), token)
+
+    def check_ways_in(self, server, token):
+        headers = [f"token {token}".encode()]
+        with contextlib.suppress(UnicodeEncodeError):
+            headers.append(f"Bearer {token}".encode("latin-1"))
+        for header in headers:
+            self.assertEqual(server.get("/api/kernels", Authorization=header).status, 200)
+        printed = server.process.wait_for(r"http://[^/]+(/\S*)")[1]
+        for address in (printed, f"/tree?token={quote(token, safe='')}",
+                        f"/tree?token={quote_plus(token)}"):
+            reply = server.get(address, Authorization=None)
+            self.assertEqual((reply.status, reply.headers["Location"]), (302, "/tree"))
+        form = urlencode({"password": token, "_xsrf": "x"})
+        login = server.request("POST", "/login", form, {
+            "Authorization": None, "Cookie": "_xsrf=x",
+            "Content-Type": "application/x-www-form-urlencoded"})
+        for opened in (reply, login):
+            cookie = opened.headers["Set-Cookie"].partition(";")[0]
+            reply = server.get("/api/kernels", Authorization=None, Cookie=cookie)
+            self.assertEqual(reply.status, 200)
+        self.assertEqual(server.get("/api/kernels", Authorization="token x").status, 403)
+
+    def test_it_is_found_by_list_and_stop(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--token", ODD_TOKENS[4]])
+        env = clean_environment(server.folder.name)
+        command = [sys.executable, HERE / "minijupyter.py"]
+        shown = subprocess.run([*command, "list"], env=env, capture_output=True, text=True).stdout
+        self.assertIn(f"?token={quote(ODD_TOKENS[4])} ::", shown)
+        stopped = subprocess.run([*command, "stop"], env=env, capture_output=True)
+        self.assertEqual(stopped.returncode, 0)
+
+    def test_it_is_known_however_it_is_spelled(self):
+        for token in ODD_TOKENS:
+            pattern = minijupyter.spellings(token)
+            spelled = [token.encode(), quote(token).encode(), quote(token, safe="").encode(),
+                       quote_plus(token).encode(), quote(quote(token)).encode(),
+                       re.sub("%..", lambda match: match[0].lower(), quote(token)).encode(),
+                       json.dumps(token)[1:-1].encode(),
+                       json.dumps(token, ensure_ascii=False)[1:-1].encode(),
+                       escape(token).encode(), token.encode("latin-1", "ignore")]
+            for text in spelled[:9 + token.isascii()]:
+                with self.subTest(token, text=text):
+                    self.assertEqual(pattern.sub(b"*", b"(" + text + b")"), b"(*)")
+            self.assertIsNone(pattern.search(b"What is no secret stays: 50% <b>, a  b"))
+
+    def test_it_is_in_no_line_of_the_log(self):
+        for token in ODD_TOKENS:
+            loud, once = self.with_token(token, "--log-level", "debug"), quote(token, safe="")
+            for path in (f"/api?token={once}", f"/tree/{once}", f"/tree%3Ftoken={quote(once)}"):
+                loud.get(path, Authorization=None)
+            lines = loud.process.wait_for(r"(?s)\n200 GET .*\n404 GET \S+\n")[0]
+            for text in (token, quote(token), once, quote(once)):
+                with self.subTest(token, text=text):
+                    self.assertNotIn(text, lines)
+
+
+
 class Login(ServerCase):
     """A password, or the token, is exchanged for a cookie at /login."""
 
@@ -6720,10 +7559,14 @@ class Login(ServerCase):
         cls.options = {"options": ["--port", free_ports(1)[0], "--password", cls.hash]}
         super().setUpClass()
 
-    def form(self, password, next="", xsrf="x" * 32, cookie=None, **headers):
+    @property
+    def origin(self):
+        return f"http://127.0.0.1:{self.server.port}"
+
+    def form(self, password, next="", xsrf="x" * 32, cookie=None, path="/login", **headers):
         body = f"password={quote(password)}&next={quote(next, safe='')}&_xsrf={xsrf}"
         cookie = f"_xsrf={xsrf}" if cookie is None else cookie
-        return self.server.request("POST", "/login", body, {
+        return self.server.request("POST", path, body, {
             "Authorization": None, "Cookie": cookie,
             "Content-Type": "application/x-www-form-urlencoded", **headers})
 
@@ -6754,8 +7597,39 @@ class Login(ServerCase):
         for path in ("/tree", "/api/kernels"):
             reply = self.server.get(path, Authorization=None, Cookie=cookie)
             self.assertEqual(reply.status, 200)
-        reply = self.server.get("/logout", Authorization=None, Cookie=cookie)
+        reply = self.form("", cookie=cookie, path="/logout", Origin=self.origin)
+        self.assertEqual((reply.status, reply.headers["Location"]), (302, "/login"))
         self.assertIn("Max-Age=0", reply.headers["Set-Cookie"])
+
+    def test_no_picture_and_no_other_site_logs_a_reader_out(self):
+        cookie, xsrf = self.login(), "x" * 32
+
+        def is_out(method, **headers):
+            reply = self.server.request(method, "/logout", headers={
+                "Authorization": None, "Cookie": f"{cookie}; _xsrf={xsrf}", **headers})
+            return reply.status == 302 and "minijupyter-" in reply.headers["Set-Cookie"]
+
+        def purpose(dest, mode, site):
+            return {"Sec-Fetch-Dest": dest, "Sec-Fetch-Mode": mode, "Sec-Fetch-Site": site}
+
+        for headers in ({}, purpose("image", "no-cors", "same-origin"),
+                        purpose("iframe", "navigate", "same-origin"),
+                        purpose("document", "navigate", "cross-site"),
+                        purpose("empty", "cors", "same-origin")):
+            self.assertFalse(is_out("GET", **headers), headers)
+        for headers in ({}, {"Origin": "null"}, {"Origin": "http://evil.example"},
+                        {"Sec-Fetch-Site": "cross-site"}):
+            self.assertFalse(is_out("POST", **headers), headers)
+        self.assertTrue(is_out("GET", **purpose("document", "navigate", "same-origin")))
+        self.assertTrue(is_out("GET", **purpose("document", "navigate", "none")))
+        self.assertTrue(is_out("POST", **{"X-XSRFToken": xsrf}))
+
+    def test_who_is_asked_before_the_logout_confirms_it_by_a_button(self):
+        page = self.server.get("/logout", Authorization=None, Cookie=self.login())
+        self.assertIn('<form method="post" action="/logout">', page.body.decode())
+        xsrf = re.search("_xsrf=([^;]+)", page.headers["Set-Cookie"])[1]
+        reply = self.form("", xsrf=xsrf, path="/logout")
+        self.assertEqual((reply.status, reply.headers["Location"]), (302, "/login"))
 
     def test_a_login_that_another_site_sends_is_refused(self):
         self.assertEqual(self.form("correct horse", cookie="").status, 403)
@@ -7020,6 +7894,41 @@ class Kernels(ServerCase):
                 return
         self.fail("the new process has run it")
 
+    def test_a_restart_that_was_asked_for_is_no_crash_to_other_clients(self):
+        """JupyterLab and VS Code tell their users of each `restarting` that the kernel died."""
+        kernel_id, frontend, _ = self.start_kernel()
+        page = Page(WebSocketWire(self.server, kernel_id, journal=1))
+        self.addCleanup(page.wire.close)
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        self.assertNotIn("restarting", frontend.log)
+        self.assertNotIn("dead", frontend.log)
+        self.assertTrue(cell.is_idle)
+        page.until(lambda: "restarting" in page.log)   # our own page is told, without a reason
+
+    def test_a_kernel_whose_port_was_taken_gets_another_and_nothing_is_lost(self):
+        """Of many kernels that start at once, one may take a port between another's choice and its
+        use. Here its wrapper takes it, once."""
+        folder = self.folder()
+        thief = (f"import json, subprocess, sys, time; OURS = {OURS!r}; file = sys.argv[1]\n"
+                 "taken = open(file + '.count', 'a'); taken.write('x'); taken.close()\n"
+                 "if len(open(file + '.count').read()) == 1:\n"
+                 "    port = json.load(open(file))['shell_port']\n"
+                 "    holder = subprocess.Popen([sys.executable, '-c', f'import socket, time; s = "
+                 "socket.socket(); s.bind((\"127.0.0.1\", {port})); s.listen(); time.sleep(8)'])\n"
+                 "    time.sleep(0.5)\n"
+                 "import os; os.execv(OURS[0], [*OURS[:-1], file])")
+        install_kernelspec(folder, "late", [sys.executable, "-c", thief, "{connection_file}"])
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        reply = self.assertReply(server.post("/api/kernels", {"name": "late"}), 201)
+        frontend = Frontend(WebSocketWire(server, reply.json["id"]))
+        self.addCleanup(frontend.wire.close)
+        cell = frontend.finish(frontend.start("6 * 7"), seconds=60)
+        self.assertEqual(cell.result, "42")
+        self.assertNotIn("dead", frontend.log)
+
     def test_restart_works_while_a_cell_runs(self):
         kernel_id, frontend, _ = self.start_kernel()
         cell = frontend.start("print('ready')\nwhile True: pass")
@@ -7059,7 +7968,7 @@ class Kernels(ServerCase):
             was_sent_before_the_news = late.request["header"]["date"] < news["header"]["date"]
             pid = int(frontend.finish(frontend.start("import os; os.getpid()")).result)
         self.assertFails(frontend.finish(frontend.start("lost")), "NameError")
-        self.assertIsNone(late.reply)
+        self.assertIn(late.reply and late.status, (None, "aborted"))
 
     def test_a_kernel_that_keeps_crashing_is_given_up(self):
         kernel_id, frontend, _ = self.start_kernel()
@@ -7145,6 +8054,100 @@ class Kernels(ServerCase):
         path = f"/api/kernels/{reply.json['id']}"
         wait_until(lambda: server.get(path).json["execution_state"] == "dead")
         return server.get(path).json["reason"]
+
+
+@unittest.skipUnless(os.name == "posix", "socket files are POSIX's")
+class LocalSockets(ServerCase):
+    """Between server and kernel there are files that only their owner can open, where it can be."""
+
+    def connection(self, kernel_id, server=None):
+        """The fields of a kernel's connection file."""
+        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
+        return json.loads(file.read_text())
+
+    def socket_files(self, server=None):
+        return [*Path((server or self.server).folder.name).rglob("sockets/*")]
+
+    def test_a_kernel_that_can_is_reached_by_files_in_a_private_folder(self):
+        kernel_id, _, _ = self.start_kernel()
+        connection = self.connection(kernel_id)
+        self.assertEqual(connection["transport"], "ipc")
+        self.assertNotIn(kernel_id, connection["ip"])   # `--existing ID` takes any such file
+        files = [f for f in self.socket_files() if str(f).startswith(connection["ip"])]
+        self.assertEqual(len(files), 5)
+        self.assertEqual(files[0].parent.stat().st_mode & 0o777, 0o700)
+
+    def test_its_restart_uses_the_same_files(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        before = self.connection(kernel_id)
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        cell = frontend.finish(frontend.start("import os; os.getpid()"))
+        self.assertNotEqual(int(cell.result), pid)
+        os.kill(int(cell.result), signal.SIGKILL)   # it leaves its files where they are
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        self.assertEqual(self.connection(kernel_id), before)
+
+    @needs("jupyter_client")
+    def test_another_client_attaches_by_the_connection_file(self):
+        from jupyter_client import BlockingKernelClient
+        kernel_id, _, _ = self.start_kernel()
+        client = BlockingKernelClient()
+        client.load_connection_info(self.connection(kernel_id))
+        client.start_channels()
+        self.addCleanup(client.stop_channels)
+        client.wait_for_ready(timeout=SECONDS)
+        reply = client.execute_interactive("6 * 7", timeout=SECONDS, output_hook=lambda m: None)
+        self.assertEqual(reply["content"]["status"], "ok")
+        self.assertTrue(client.is_alive())   # the heartbeat, too
+
+    @needs("jupyter_console")
+    def test_jupyter_console_attaches_by_the_kernels_id(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        frontend.finish(frontend.start("seen = 'from the page'"))
+        done = subprocess.run(
+            [sys.executable, "-m", "jupyter_console", "--existing", kernel_id, "--simple-prompt"],
+            env=clean_environment(self.server.folder.name, TERM="dumb"), text=True,
+            input="seen\nexit(keep_kernel=True)\n", capture_output=True, timeout=MOST_SECONDS)
+        self.assertIn("from the page", done.stdout, done.stderr)
+        self.assertEqual(frontend.finish(frontend.start("seen")).result, "'from the page'")
+
+    @needs("ipykernel")
+    def test_ipykernel_is_reached_by_files_too(self):
+        folder = self.folder()
+        install_kernelspec(folder, "theirs", IPYKERNEL)
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        kernel_id, frontend, _ = self.start_kernel(server, name="theirs")
+        self.assertEqual(self.connection(kernel_id, server)["transport"], "ipc")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_kernel_that_is_shut_down_leaves_no_file(self):
+        server = self.own_server()
+        kernel_id, _, _ = self.start_kernel(server)
+        self.assertReply(server.delete(f"/api/kernels/{kernel_id}"), 204)
+        self.assertEqual(self.socket_files(server), [])
+
+    def test_a_killed_server_leaves_no_file(self):
+        server = self.own_server()
+        _, _, pid = self.start_kernel(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+        wait_until(lambda: not self.socket_files(server))
+        wait_until(lambda: not [*Path(server.folder.name).rglob("kernel-*.json")])
+        self._cleanups = [c for c in self._cleanups if c[0] != server.delete]
+
+    def test_where_the_path_is_too_long_there_are_ports(self):
+        long = self.folder() / ("x" * 100)
+        server = self.own_server(env={"JUPYTER_RUNTIME_DIR": str(long)})
+        kernel_id, frontend, _ = self.start_kernel(server)
+        (file,) = long.glob(f"kernel-{kernel_id}.json")
+        self.assertEqual(json.loads(file.read_text())["transport"], "tcp")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_ports_can_be_asked_for(self):
+        server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
+        kernel_id, _, _ = self.start_kernel(server)
+        self.assertEqual(self.connection(kernel_id, server)["transport"], "tcp")
 
 
 class Sessions(ServerCase):
@@ -7669,6 +8672,26 @@ class ServerLife(ServerCase):
             self.assertGreater(server.port, 8888)
             self.assertEqual(server.get("/api/kernels").status, 200)
 
+    def test_when_all_its_ports_are_taken_the_system_chooses_one(self):
+        tried = range(minijupyter.FIRST_PORT, minijupyter.FIRST_PORT + minijupyter.PORTS_TRIED)
+        for port in tried:
+            taken = self.enterContext(socket.socket())
+            with contextlib.suppress(OSError):  # someone else has it: as good
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        server = self.own_server(options=[])
+        self.assertNotIn(server.port, tried)
+        self.assertEqual(server.get("/api/kernels").status, 200)
+
+    def test_on_windows_nobody_else_can_take_the_port(self):
+        with unittest.mock.patch.object(socket, "SO_EXCLUSIVEADDRUSE", 77, create=True), \
+                unittest.mock.patch.object(socket.socket, "setsockopt") as setsockopt:
+            server = minijupyter.Server(self.folder(), "127.0.0.1", 0, "secret")
+            server.server_close()
+        options = [call.args for call in setsockopt.call_args_list]
+        self.assertIn((socket.SOL_SOCKET, 77, 1), options)
+        self.assertNotIn((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), options)
+
     def test_a_taken_port_that_was_asked_for_is_an_error(self):
         again = Process([sys.executable, HERE / "minijupyter.py", self.server.root, "--port",
                          self.server.port, "--no-browser"])
@@ -7705,6 +8728,43 @@ class ServerLife(ServerCase):
         self.assertEqual(list(Path(self.server.folder.name).rglob("jpserver-*")), [])
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
 
+    def test_list_and_stop_bear_whatever_lies_in_the_runtime_folder(self):
+        runtime = Path(self.server.folder.name, "jupyter_runtime_dir")
+        info = json.loads(next(runtime.glob("jpserver-*.json")).read_text())
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        silent = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+        def speak_another_protocol():
+            with listener, listener.accept()[0] as connection:
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        threading.Thread(target=speak_another_protocol, daemon=True).start()
+        for number, text in enumerate((
+                "", "{", "[]", "null", "1", '"x"', "{}", "[" * 100_000, "\xff\xfe", '{"url": 1}',
+                *(json.dumps({**info, **changed}) for changed in (
+                    {"url": "http://[::1"}, {"url": "file:///etc/passwd"}, {"url": "x y"},
+                    {"url": f"http://127.0.0.1:{free_ports(1)[0]}/"}, {"url": silent},
+                    {"url": "http://\n/"}, {"url": "http://é..x/"}, {"token": None},
+                    {"port": "8888"}, {"url": "http+unix://%2Fx/"})))):
+            (runtime / f"jpserver-{number}.json").write_text(text, "latin-1")
+        (runtime / "jpserver-100.json").mkdir()
+        (runtime / "jpserver-101.json").symlink_to("nowhere")
+        shown = self.command("list")
+        self.assertEqual((shown.stdout.count("::"), shown.stderr), (1, ""))
+        self.assertEqual(self.command("stop").stderr, "")
+        self.assertEqual(self.server.process.exit_code(), 0)
+
+    @needs("jupyter_server")
+    def test_list_and_stop_know_servers_of_jupyter_server_too(self):
+        theirs = self.own_server(program=jupyter_server)
+        wait_until(lambda: answers(theirs), 60)
+        self.server.end()
+        env = clean_environment(theirs.folder.name)
+        for word, said in (("list", f":{theirs.port}/?token={theirs.token}"), ("stop", "ended")):
+            done = subprocess.run([sys.executable, HERE / "minijupyter.py", word], env=env,
+                                  capture_output=True, text=True)
+            self.assertIn(said, done.stdout)
+
     @needs("jupyter_server")
     def test_jupyters_own_list_shows_our_server(self):
         shown = subprocess.run(
@@ -7713,6 +8773,59 @@ class ServerLife(ServerCase):
         info = json.loads(shown)
         self.assertEqual((info["port"], info["token"], info["pid"]),
                          (self.server.port, self.server.token, self.server.process.pid))
+
+    def with_descriptors(self, count):
+        """A server that may open so many files and connections."""
+        import resource
+        return self.own_server(preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, (count, count)))
+
+    def test_strangers_take_no_descriptor_from_those_who_have_the_token(self):
+        server = self.with_descriptors(64)
+        kept = server.connect()
+        self.addCleanup(kept.close)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=kept).status, 200)
+        first = kept.sock
+        _, frontend, _ = self.start_kernel(server)
+        for _ in range(80):
+            self.enterContext(socket.create_connection(("127.0.0.1", server.port), SECONDS))
+        for _ in range(5):
+            self.assertEqual(server.get("/api/kernels").status, 200)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=kept).status, 200)
+        self.assertIs(kept.sock, first)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_the_stranger_who_was_silent_longest_is_cut_off_first(self):
+        strangers = minijupyter.Strangers(2)
+        pairs = [socket.socketpair() for _ in range(4)]
+        for each in itertools.chain(*pairs):
+            self.addCleanup(each.close)
+        strangers.add(pairs[0][0])
+        strangers.add(pairs[1][0])
+        strangers.add(pairs[0][0])    # has got an answer
+        strangers.add(pairs[2][0])
+        self.assertEqual(pairs[1][1].recv(1), b"")
+        strangers.remove(pairs[0][0])
+        strangers.add(pairs[3][0])
+        self.assertEqual(list(strangers.sockets), [pairs[2][0], pairs[3][0]])
+
+    def test_a_shortage_of_descriptors_costs_no_time_and_passes(self):
+        server = self.with_descriptors(40)
+        kept = [server.connect() for _ in range(50)]
+        for each in kept:
+            self.addCleanup(each.close)
+            each.timeout = 1
+        with contextlib.suppress(TimeoutError):
+            for each in kept:
+                server.request("GET", "/api/kernels", connection=each)
+        self.assertGreater(sum(each.sock is not None for each in kept), 10)
+        before = cpu_seconds(server.process.pid)
+        with self.assertRaises(TimeoutError):     # the next has to wait, too
+            server.request("GET", "/api/kernels", connection=kept[-1])
+        self.assertLess(cpu_seconds(server.process.pid) - before, 0.3)
+        for each in kept:
+            each.close()
+        self.assertEqual(server.get("/api/kernels").status, 200)
 
     def test_a_killed_server_leaves_no_kernel_behind(self):
         pids = [self.start_kernel(self.server)[2] for _ in range(2)]
@@ -8043,6 +9156,19 @@ class Bridge(ServerCase):
         self.assertEqual(self.run_cell("6 * 7").result, "42")
         self.assertReply(self.server.delete(f"/api/kernels/{self.kernel_id}"), 204)
 
+    def test_json_as_deep_as_a_well_from_a_kernel_ends_nobodys_thread(self):
+        cell = self.run_cell(
+            "import sys; write = sys.stdout.write\n"
+            "outbox = write.__closure__[write.__code__.co_freevars.index('outbox')].cell_contents\n"
+            "deep = b'[' * 100_000 + b']' * 100_000\n"
+            "for place in (0, 1):   # what the server reads\n"
+            "    parts = outbox.session.pack(outbox.session.message('status', {}))[2:]\n"
+            "    parts[place] = deep\n"
+            "    outbox.queue.extend(('iopub', [b'kernel.', b'<IDS|MSG>', "
+            "outbox.session.sign(parts), *parts]))")
+        self.assertEqual(cell.status, "ok", cell)
+        self.assertEqual(self.run_cell("6 * 7").result, "42")
+
     def test_wrong_frames_close_with_their_code(self):
         for data, code in ((frame(TEXT, b"{}", mask=None), 1002), (frame(TEXT, b"\xff"), 1007),
                            (frame(BINARY, b"", length=1 << 62), 1009)):
@@ -8244,6 +9370,21 @@ class Journal(ServerCase):
         self.assertEqual((cell.text(), cell.result), ("one\ntwo\n", "3"))
         self.assertMessages(cell, "busy execute_input stream execute_result idle")
 
+    def test_a_client_that_returns_gets_its_reply_while_a_page_looks_on(self):
+        self.follow()
+        client = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        client.greet()
+        cell = client.start("import time; print('one'); time.sleep(0.5); print('two')\n3")
+        client.until(lambda: cell.text())
+        client.wire.close()
+        self.plain.request("is_complete_request", code="1")
+        wait_until(lambda: self.server.get(f"/api/kernels/{self.kernel_id}").json[
+            "execution_state"] == "idle")
+        client.wire = WebSocketWire(self.server, self.kernel_id, "same")
+        self.addCleanup(client.wire.close)
+        client.finish(cell)
+        self.assertEqual((cell.text(), cell.result, cell.status), ("one\ntwo\n", "3", "ok"))
+
     def test_an_answer_may_come_before_the_connection_that_was_asked_has_ended(self):
         client = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
         client.greet()
@@ -8286,6 +9427,29 @@ class Journal(ServerCase):
         again = self.follow(stuck.session.session)
         again.until(lambda: "a" in again.cells and again.cells["a"].is_done)
         self.assertEqual((again.cells["a"].result, own.is_done), ("42", False))
+
+    @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
+    def test_cells_with_much_code_count_like_output(self):
+        page = self.follow()
+        before, = memory(self.server.process.pid)
+        for number in range(40):
+            cell = page.start(f"{number} #" + "x" * 3_000_000, cell=str(number))
+            page.until(lambda cell=cell: cell.is_done)
+            page.forget(cell)
+        self.assertLess(next(memory(self.server.process.pid)) - before, 90)
+
+    @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
+    def test_what_no_page_reads_waits_in_the_kernel_and_not_in_the_server(self):
+        """The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
+        self.plain.wire.close()
+        stuck = self.follow()
+        before, = memory(self.server.process.pid)
+        stuck.start("for i in range(600): print(i, 'x' * 1_000_000)\n"
+                    "open('printed', 'w')", cell="a")
+        time.sleep(3)
+        self.assertFalse((self.root / "printed").exists())
+        self.assertLess(next(memory(self.server.process.pid)) - before, 200)
+        self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/interrupt"), 204)
 
     def test_a_restart_need_not_wait_for_a_page_that_reads_nothing(self):
         self.follow().start("import time\nfor _ in range(50): print('x' * 1_000_000)\n"
@@ -9589,11 +10753,12 @@ class FuzzedDocuments(Case):
             return self.assertTrue(str(problem))
         self.assertEqual(notebook_["nbformat"], 4)
         json.loads(kernel.to_json(notebook_), parse_constant=self.fail)
-        again = minijupyter.write_notebook(notebook_, minijupyter.NotebookFile(data)).data
-        if json.loads(data)["nbformat"] == 4:
+        file = minijupyter.NotebookFile(data)
+        again = minijupyter.write_notebook(notebook_, file).data
+        if json.loads(data)["nbformat"] == 4 and not file.mended:
             self.assertEqual(again, data)
-        self.assertEqual(kernel.to_json(minijupyter.read_notebook(again)),
-                         kernel.to_json(notebook_))
+        self.assertEqual(json.dumps(minijupyter.read_notebook(again), sort_keys=True),
+                         json.dumps(notebook_, sort_keys=True))
 
     @fuzzed(json_values, examples=300)
     def test_any_json_is_refused_or_a_notebook(self, value):
@@ -9768,18 +10933,6 @@ class FuzzedKernels(ServerCase):
 class FuzzedHttp(ServerCase):
     """Whatever comes in at the door: an answer or a closed door, and the others are served."""
 
-    def ask(self, data):
-        """All that the server answers to these bytes, until it closes."""
-        with socket.create_connection(("127.0.0.1", self.server.port), SECONDS) as raw:
-            answer = b""
-            with contextlib.suppress(ConnectionError):
-                raw.sendall(data)
-                with contextlib.suppress(OSError):   # the server may have hung up by now
-                    raw.shutdown(socket.SHUT_WR)
-                while piece := raw.recv(65536):
-                    answer += piece
-        return answer
-
     def assertAnswered(self, data):
         """Nothing, or responses none of which says that the server failed."""
         answer = self.ask(data)
@@ -9832,7 +10985,7 @@ class FuzzedHttp(ServerCase):
                        "Transfer-Encoding: identity\r\n"):
             with self.subTest(fields):
                 answer = self.ask(f"{head}{fields}\r\n".encode() + hidden)
-                self.assertRegex(answer[:20], rb"HTTP/1.1 4(00|04|11|13)")
+                self.assertRegex(answer[:20], rb"HTTP/1.1 (400|501)")
                 self.assertEqual(answer.count(b"HTTP/1.1 "), 1, answer)
 
     def test_too_many_or_too_large_headers_are_refused(self):
@@ -10188,7 +11341,7 @@ class UnderTheHood(ServerCase):
 
     def test_secrets_in_frames_are_hidden_at_equal_length(self):
         secrets_ = minijupyter.Secrets(None)
-        secrets_.known = [b"t0ken"]
+        secrets_.known = {"t0ken": minijupyter.spellings("t0ken")}
         reply = b'{"msg_type": "input_reply", "content": {"value": "a\\"b"}}'
         for name, data, seen in [
                 ("masked", frame(TEXT, b"my t0ken"), frame(TEXT, b"my *****")),
@@ -10219,7 +11372,7 @@ class UnderTheHood(ServerCase):
     def test_what_cannot_be_read_is_hidden_whole_and_the_next_is_told(self):
         event = {"kind": "websocket", "way": "in", "sizes": [9], "parts": [
             minijupyter.encode_frame(TEXT | minijupyter.COMPRESSED, b"\xff" * 3, MASK)]}
-        told = minijupyter.Watch(None, None).frame(event)
+        told = minijupyter.Spectator(None, None).frame(event)
         self.assertTrue(told.endswith(b"*" * 9))
         self.assertEqual(len(event["parts"][0]), 9)   # another who watches gets it, too
 
@@ -10231,7 +11384,7 @@ class UnderTheHood(ServerCase):
         self.assertEqual(event["sizes"][1], len(json.dumps(model)))
 
     def test_events_that_come_too_fast_are_counted_not_kept(self):
-        watch = minijupyter.Watch(None, None)
+        watch = minijupyter.Spectator(None, None)
         for _ in range(minijupyter.MOST_EVENTS + 7):
             watch.note({"parts": [b"1234"]})
         self.assertEqual((len(watch.events), watch.missed), (minijupyter.MOST_EVENTS, 7))
@@ -10337,8 +11490,8 @@ class UnderTheHood(ServerCase):
         self.page.until(lambda: answer.reply)
         self.waiting(4, "iopub")
         self.page.wire.close()
-        self.watch.until(lambda: not self.watch.news["held"][self.kernel_id])
         self.hold()
+        self.watch.until(lambda: self.kernel_id not in self.watch.news["held"])
         self.page.wire = WebSocketWire(self.server, self.kernel_id, self.page.wire.session_id)
         self.addCleanup(self.page.wire.close)
         self.page.finish(answer)
@@ -10420,6 +11573,30 @@ class PastFlaws(ServerCase):
                     self.assertReply(reply, 403)
         self.assertEqual(sorted(self.root.iterdir()), before)
         self.assertEqual(self.server.get("/api/kernels").json, [])
+
+    def test_no_address_that_a_notebook_may_name_has_an_effect(self):
+        """A picture is loaded with our cookie. Whatever GET it names: who it is shown to stays
+        logged in, no file, kernel or session comes or goes, and a token in the address of one
+        does not replace the reader's cookie."""
+        (self.root / "kept.txt").write_text("kept")
+        before = sorted(self.root.rglob("*"))
+        picture = {"Sec-Fetch-Dest": "image", "Sec-Fetch-Mode": "no-cors",
+                   "Sec-Fetch-Site": "same-origin"}
+        samples = {r"(?:/.*)?": "/kept.txt", r"(?:/(.*))?": "/kept.txt", r"(.+)": "kept.txt",
+                   r"(?:tree|notebooks|edit)": "tree", r"([\w.-]+)": "x", r"([^/]+)": "x",
+                   minijupyter.ID: "00000000-0000-0000-0000-000000000000"}
+        for method, pattern, _ in minijupyter.ROUTES:
+            path = pattern.pattern.removesuffix(r"\Z")
+            for part, sample in samples.items():
+                path = path.replace(part, sample)
+            for query in ("", "?token=wrong", "?next=/api"):
+                if method == "GET" and not re.search(r"[()\\]", path):
+                    with self.subTest(path + query):
+                        reply = self.with_cookie("GET", path + query, **picture)
+                        self.assertNotIn("minijupyter-", reply.headers["Set-Cookie"] or "")
+        self.assertEqual(sorted(self.root.rglob("*")), before)
+        self.assertEqual([self.server.get(f"/api/{kind}").json for kind in (
+            "kernels", "sessions")], [[], []])
 
     def test_a_file_of_the_user_is_no_page_of_ours(self):
         """CVE-2015-7337, CVE-2018-21030: a file that a browser would run is shut in a sandbox."""
