@@ -704,14 +704,17 @@ class Recent:
 
 # -- what nbformat's schema forbids: such a notebook can be drawn, and its readers are told --
 
-MEMBERS = {   # of a notebook, cell or output, by type -> those it must have, those it may have
-    "notebook": ("metadata nbformat nbformat_minor cells", ""),
-    "code": ("cell_type metadata source outputs execution_count", "id"),
-    "markdown": ("cell_type metadata source", "id attachments"),
-    "raw": ("cell_type metadata source", "id attachments"),
-    "stream": ("output_type name text", ""), "display_data": ("output_type data metadata", ""),
-    "execute_result": ("output_type data metadata execution_count", ""),
-    "error": ("output_type ename evalue traceback", "")}
+MEMBERS = {   # of a notebook, cell or output, by type: (those it must have, those it may have)
+    kind: ({*required.split()}, {*required.split(), *optional.split()})
+    for kind, required, optional in (
+        ("notebook", "metadata nbformat nbformat_minor cells", ""),
+        ("code", "cell_type metadata source outputs execution_count", "id"),
+        ("markdown", "cell_type metadata source", "id attachments"),
+        ("raw", "cell_type metadata source", "id attachments"),
+        ("stream", "output_type name text", ""),
+        ("display_data", "output_type data metadata", ""),
+        ("execute_result", "output_type data metadata execution_count", ""),
+        ("error", "output_type ename evalue traceback", ""))}
 
 
 def validation_message(notebook):
@@ -743,10 +746,10 @@ def strangers(where, part, kind):
     if kind not in MEMBERS:
         yield f"{where} is of an unknown type, {kind!r}"
         return
-    required, optional = (set(names.split()) for names in MEMBERS[kind])
+    required, allowed = MEMBERS[kind]
     for name in sorted(required - part.keys()):
         yield f"{where}/{name} is missing"
-    for name in sorted(part.keys() - required - optional):
+    for name in sorted(part.keys() - allowed):
         yield f"{where}/{name} is not allowed"
 
 
@@ -5253,7 +5256,7 @@ class Config:
     """
 
     def __init__(self, folder):
-        self.folder, self.lock = folder, threading.Lock()
+        self.folder, self.lock = folder, threading.RLock()
 
     def path(self, section):
         return os.path.join(self.folder, f"{section}.json")
@@ -5275,8 +5278,9 @@ class Config:
             data = to_json(values)
         except (ValueError, RecursionError):
             raise Problem(400, f"The settings {section} are nested too deep") from None
-        os.makedirs(self.folder, exist_ok=True)
-        write_atomically(self.path(section), data)
+        with self.lock:
+            os.makedirs(self.folder, exist_ok=True)
+            write_atomically(self.path(section), data)
 
     def change(self, section, values):
         """Merge `values` into a section; null takes a key away. Returns the section."""
