@@ -6686,7 +6686,7 @@ class Files(ServerCase):
             self.assertLess(max(map(len, model["content"])), most)
             contents.save("large", model)
             self.assertLess(max(map(len, contents.get_json("large", None, form))), most)
-        for number in range(3000):
+        for number in range(5000):
             Path(contents.root, f"{number}.txt").write_text("")
         self.assertLess(max(map(len, contents.get_json(""))), most)
 
