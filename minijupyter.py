@@ -1544,11 +1544,14 @@ class Temporary:
         """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
         self.target, self.folder = target, os.path.dirname(target)
         tidy(self.folder)
-        self.path = leftover_name(self.folder)
-        with locked(self.folder):   # nobody tidies between these two lines
+        self.descriptor = None
+        # Before it is locked another server that tidies could take it for a leftover.
+        while self.descriptor is None:
+            self.path = leftover_name(self.folder)
             self.descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            lock(self.descriptor)
+            if lock(self.descriptor) is False or not os.fstat(self.descriptor).st_nlink:
+                self.close()
 
     def __enter__(self):
         return self
@@ -1581,6 +1584,7 @@ class Temporary:
             if os.name == "nt":   # where no open file is renamed
                 self.close()
             os.replace(self.path, self.target)
+            unlock(folder)   # the next one can go on while the disk works
             sync(folder)
 
     def dress(self):
@@ -1710,12 +1714,15 @@ def tidy(folder):
 def remove_if_unlocked(path):
     """Remove a leftover, file or folder. Raises OSError when it is in use."""
     # Network file systems lock only what may be written; a folder is never opened for that.
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    is_folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
-        lock(descriptor, must=True)
+        if lock(descriptor) and is_folder:
+            shutil.rmtree(path)
+        elif lock(descriptor):
+            os.unlink(path)
     finally:
         os.close(descriptor)
-    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -1739,26 +1746,27 @@ def locked(folder):
 def wait_for_lock(descriptor):
     """A program that holds the lock and was stopped must not stop us for ever."""
     deadline = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            return lock(descriptor, must=True)
-        except BlockingIOError:
-            time.sleep(0.002)
-        except OSError:   # no locks here: the look right before the replacement must do
-            return None
-    return None
+    while lock(descriptor) is False and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
-def lock(descriptor, must=False):
+def lock(descriptor):
     """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
-    process. Raises OSError when it cannot be had, if it `must`. On Windows there is none: there an
-    open file can be neither removed nor replaced."""
-    if fcntl:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if must:
-                raise
+    process. False when somebody else has it, None when there are no locks here: then the look
+    right before the replacement must do. (On Windows an open file is neither removed nor
+    replaced, and its C runtime locks no folder.)"""
+    try:
+        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def unlock(descriptor):
+    if fcntl and descriptor is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def sync(folder):
