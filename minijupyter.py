@@ -16,7 +16,8 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
                                  Journal: what no file holds yet
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
-7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main
+7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main · and what is plugged in: 12 Login · 13 TLS ·
+14 Idle kernels · 15 Other servers · 16 Under the hood
 
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
@@ -30,17 +31,6 @@ Watch, who looks under the hood); one *watcher* per kernel process. Sources: Jup
 API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 (HTTP), RFC 6455 (WebSocket), the Jupyter
 messaging specification 5.5.
 """
-import os
-import sys
-
-if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-    # Python compiles a main script at each start, and keeps its syntax tree (7 MB here) for as long
-    # as it runs. As a module it comes from the bytecode cache. (Debuggers want to see the script.)
-    start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
-             "import minijupyter; minijupyter.main()")
-    flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
-
 import argparse
 import base64
 import codecs
@@ -58,6 +48,7 @@ import itertools
 import json
 import math
 import mimetypes
+import os
 import re
 import secrets
 import shutil
@@ -67,6 +58,7 @@ import stat
 import string
 import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -1209,6 +1201,7 @@ class Contents:
             return self.copy_folder(absolute, target, choose)
         with self.lock:
             path = choose()
+            refuse_existing(self.resolve(path))   # also a link to nowhere
             write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
         return self.model(path, self.resolve(path))
 
@@ -1551,11 +1544,14 @@ class Temporary:
         """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
         self.target, self.folder = target, os.path.dirname(target)
         tidy(self.folder)
-        self.path = leftover_name(self.folder)
-        with locked(self.folder):   # nobody tidies between these two lines
+        self.descriptor = None
+        # Before it is locked another server that tidies could take it for a leftover.
+        while self.descriptor is None:
+            self.path = leftover_name(self.folder)
             self.descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            lock(self.descriptor)
+            if lock(self.descriptor) is False or not os.fstat(self.descriptor).st_nlink:
+                self.close()
 
     def __enter__(self):
         return self
@@ -1588,6 +1584,7 @@ class Temporary:
             if os.name == "nt":   # where no open file is renamed
                 self.close()
             os.replace(self.path, self.target)
+            unlock(folder)   # the next one can go on while the disk works
             sync(folder)
 
     def dress(self):
@@ -1717,12 +1714,15 @@ def tidy(folder):
 def remove_if_unlocked(path):
     """Remove a leftover, file or folder. Raises OSError when it is in use."""
     # Network file systems lock only what may be written; a folder is never opened for that.
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    is_folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
-        lock(descriptor, must=True)
+        if lock(descriptor) and is_folder:
+            shutil.rmtree(path)
+        elif lock(descriptor):
+            os.unlink(path)
     finally:
         os.close(descriptor)
-    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -1746,26 +1746,27 @@ def locked(folder):
 def wait_for_lock(descriptor):
     """A program that holds the lock and was stopped must not stop us for ever."""
     deadline = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            return lock(descriptor, must=True)
-        except BlockingIOError:
-            time.sleep(0.002)
-        except OSError:   # no locks here: the look right before the replacement must do
-            return None
-    return None
+    while lock(descriptor) is False and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
-def lock(descriptor, must=False):
+def lock(descriptor):
     """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
-    process. Raises OSError when it cannot be had, if it `must`. On Windows there is none: there an
-    open file can be neither removed nor replaced."""
-    if fcntl:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if must:
-                raise
+    process. False when somebody else has it, None when there are no locks here: then the look
+    right before the replacement must do. (On Windows an open file is neither removed nor
+    replaced, and its C runtime locks no folder.)"""
+    try:
+        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def unlock(descriptor):
+    if fcntl and descriptor is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def sync(folder):
@@ -1936,15 +1937,42 @@ def kernel_environment(spec):
     return env
 
 
-# ---- 4. Kernels: processes, journals, and who watches them ------------------------------------
+# ---- 4. Kernels: one owner each ---------------------------------------------------------------
 #
-# A kernel is started with a connection file that names five ports and a key. From then on one
-# thread watches that process: it hears iopub (once, for all pages), what the process writes on its
-# own stderr, its heartbeat, and its end. What it hears is filed in the kernel's *journal* and put
-# into the mailbox of each page's bridge (section 7), under one lock: so a page that comes back can
-# be given what it missed and then all that is new, with nothing twice and nothing missing.
+# A kernel process has five sockets, and a ZeroMQ socket may be used by one thread only. So one
+# thread, the *watcher*, owns all sockets to a process, under one identity: to its kernel this
+# server is one client, with many pages behind it. A page's WebSocket has a thread of its own, the
+# *bridge* (section 7). Between them there is a mailbox each way:
 #
-# A kernel that crashes is started again; one that never spoke is not.
+#     bridge of a page  -- Request -> KernelProcess.requests ->  watcher  -- shell, control, stdin
+#                       <- PageMailbox <- Entry ----------------          <- iopub, replies
+#
+# What can be relied on, with the moment for which each was made:
+#
+#     P1 heard     A kernel publishes to those who have subscribed *by then*. A page that asks while
+#                  its kernel starts must see the output: no request is sent before something was
+#                  heard on iopub, also after a restart.
+#     P2 whose     Two pages run cells of one kernel. A reply or a question goes to the page whose
+#                  request it names as its parent, what is on iopub goes to all.
+#     P3 the rest  A laptop sleeps in mid-run. The mailbox stays; who comes back under the same
+#                  session finds in it what came meanwhile, in order, once.
+#     P4 pace      A tab in the background reads nothing while 600 MB are printed. The fastest page
+#                  sets the pace and misses nothing; while none has room, iopub is not read and the
+#                  kernel holds whoever prints; a page that is far behind is cut off, alone.
+#     P5 one life  Somebody presses Run as the kernel crashes. A request reaches the process that
+#                  its sender could know of, or none: the next one has none of its variables.
+#     P6 an end    A cell calls a library that crashes. What it printed before is shown, then every
+#                  page is told why, as `status: restarting` or `dead`. A restart that was asked
+#                  for is no crash, and other clients would take that status for one.
+#
+#     state        the process            what leads on
+#     starting     runs, not heard yet    heard on iopub and shell -> idle; its end -> dead, or,
+#                                         when others have its ports, starting with new ones
+#     idle, busy   runs                   a cell begins, the last one ends; its end -> restarting,
+#                                         or dead after MOST_RESTARTS in a row
+#     restarting   is about to end, or    the next one is launched -> starting
+#                  has ended
+#     dead         has ended              a restart that somebody asks for -> starting
 
 CHANNELS = {   # channel -> socket type of the client's end; the kernel has the other one
     "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
@@ -3560,16 +3588,11 @@ def buffered(handler):
         return b""   # where TCP has nothing yet and says so by an empty string, TLS raises
 
 
-# ---- 7. The bridge: WebSocket <-> ZeroMQ ------------------------------------------------------
+# ---- 7. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
 #
-# One thread, one poller over the TCP socket, the page's ends of shell, control and stdin, and a
-# mailbox for what the kernel's watcher has heard on iopub; what arrives on one side leaves on the
-# other. A kernel's message is four JSON parts, a page's is a JSON object with four such members:
-# both ways they go on as they came, and only headers are read.
-#
-# A kernel publishes to those who have subscribed *by then*. So no request passes before the
-# watcher has heard something on iopub, also after a restart.
-
+# One thread for each page waits for two things: what the page says, and its mailbox. A kernel's
+# message is four JSON parts, a page's is a JSON object with four such members: both ways they go on
+# as they came, and only headers are read.
 
 
 def splice(entry):
@@ -3895,7 +3918,8 @@ class Exchange:
 
     def end(self):
         """Report it, once; the wishes of who watches are no part of what there is to see."""
-        handler, name = self.handler, self.handler.route_name
+        handler, endpoint = self.handler, self.handler.endpoint
+        name = endpoint.__name__
         if handler.wfile is not self:
             return
         handler.wfile = self.file
@@ -3907,7 +3931,7 @@ class Exchange:
         parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
         sizes = [len(asked), len(body), len(head + end), self.size - len(head + end)]
         report("http", "in", {"at": self.at, "seconds": time.time() - self.at, "sizes": sizes,
-                              "lines": [getattr(type(handler), name).__code__.co_firstlineno]},
+                              "lines": [endpoint.__code__.co_firstlineno]},
                parts)
 
 
@@ -4128,21 +4152,14 @@ class Spectator:
 # ---- 9. Access: who may come in ---------------------------------------------------------------
 #
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
-# here: DNS rebinding.) Does the client know the token, or the password, or has it the cookie that
-# one of them was exchanged for? And if it is a cookie, which a browser sends along whoever asks:
-# does the request come from our own page?
+# here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
+# exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
+# come from our own page? To let somebody in for another secret, see `Access.add_key`.
 
-SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
 LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
+METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
 LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
-
-
-def hash_password(password, salt=None):
-    """What may be written down of a password: scrypt:SALT:HASH, both in hex."""
-    salt = salt or secrets.token_bytes(16)
-    digest = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
-    return f"scrypt:{salt.hex()}:{digest.hex()}"
 
 
 def same_secret(given, secret):
@@ -4189,24 +4206,26 @@ def spellings_of_character(each):
 class Access:
     """What opens this server, and for whom. It knows requests by their headers alone."""
 
-    def __init__(self, token, password_hash, ip, port, base_url="/", is_tls=False):
-        self.token, self.password_hash = token, password_hash
-        self.ip, self.base_url, self.is_tls = ip, base_url, is_tls
-        self.cookie_name = f"minijupyter-{port}"   # cookies do not know ports
-        # It changes with token and password: who was let in by the old ones is out.
-        self.cookie_value = hmac.new(
-            token.encode(), f"cookie {password_hash}".encode(), "sha256").hexdigest()
-        self.guessing = threading.Lock()           # one guess at a time
+    def __init__(self, token, ip, port, base_url="/"):
+        self.token, self.ip, self.base_url = token, ip, base_url
+        self.is_secure = False   # True when cookies may go through TLS alone
+        self.keys = [lambda given: same_secret(given, token)]   # any of them opens the server
+        self.cookie_name = f"minijupyter-{port}"                # cookies do not know ports
+        self.cookie_value = self.new_cookie("")
+
+    def new_cookie(self, about):
+        """What a cookie says. It changes with the token, and with what else lets in."""
+        return hmac.new(self.token.encode(), f"cookie {about}".encode(), "sha256").hexdigest()
+
+    def add_key(self, opens, about):
+        """Let in as well whoever gives something for which `opens` is true. Who was let in before
+        `about` changed is out (CVE-2026-40934)."""
+        self.keys.append(opens)
+        self.cookie_value = self.new_cookie(about)
 
     def knows_secret(self, given):
-        """True for the token and for the password."""
-        if same_secret(given, self.token):
-            return True
-        if not self.password_hash:
-            return False
-        salt = bytes.fromhex(self.password_hash.split(":")[1])
-        with self.guessing:
-            return same_secret(hash_password(given, salt), self.password_hash)
+        """True for the token, and for what else opens this server."""
+        return any(opens(given) for opens in self.keys)
 
     def without_token(self, data):
         """Bytes as a text in which the token, however it is spelled, cannot be read."""
@@ -4229,7 +4248,7 @@ class Access:
     def set_cookie(self, name, value, more="HttpOnly; SameSite=Strict"):
         """The Set-Cookie header; without a value it takes the cookie away."""
         end = "" if value else "; Max-Age=0"
-        secure = "; Secure" if self.is_tls else ""
+        secure = "; Secure" if self.is_secure else ""
         return f"{name}={value}; Path={self.base_url}; {more}{secure}{end}"
 
     def is_our_host(self, host):
@@ -4251,28 +4270,18 @@ class Access:
         xsrf = self.cookie(headers, "_xsrf")
         return bool(xsrf) and same_secret(headers.get("X-XSRFToken") or given, xsrf)
 
-    def safe_next(self, path):
-        """Where a login may lead: a path of ours, or our start. A browser takes "//host",
-        "/\\host" and the like for another site's address."""
-        is_ours = path.startswith(self.base_url) and not re.match(r"/[/\\]", path) \
-            and not re.search(r"[\x00-\x20\x7f\\]", path)
-        return quote(path, safe="/?&=%#:+,;@!$'()*~") if is_ours else self.base_url + "tree"
-
 
 # ---- 10. HTTP: routes, handlers ---------------------------------------------------------------
 #
-# ROUTES is the whole API: method, pattern, name of the handler. A handler gets the pattern's
-# groups and returns what is sent as JSON, or (status, JSON), or sends by itself and returns
-# nothing. To add an endpoint, add a row and a method.
+# ROUTES is the whole API: method, pattern of the path, endpoint. An endpoint is a function of the
+# handler and the pattern's groups, or the name of such a method of Handler. It returns what is
+# sent as JSON, or (status, JSON), or sends by itself and returns nothing. To add one, add a row
+# (the first that fits counts), and its name to OPEN_TO_ALL when it needs no token.
 
-ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern, name in (
+ROUTES = [
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
-    ("GET", r"/login", "login_page"),
-    ("POST", r"/login", "login"),
-    ("GET", r"/logout", "logout_page"),
-    ("POST", r"/logout", "logout"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/view/(.+)", "view"),
     ("GET", r"/api", "version"),
@@ -4305,17 +4314,16 @@ ROUTES = [(method, re.compile(pattern + r"\Z", re.S), name) for method, pattern,
     ("POST", rf"/api/kernels/{ID}/interrupt", "interrupt_kernel"),
     ("POST", rf"/api/kernels/{ID}/restart", "restart_kernel"),
     ("GET", rf"/api/kernels/{ID}/channels", "channels"),
-    ("GET", r"/api/trace", "trace"),
-    ("GET", rf"/api/trace/({'|'.join(map(re.escape, SOURCES))})", "source"),
     ("GET", r"/api/sessions", "list_sessions"),
     ("POST", r"/api/sessions", "create_session"),
     ("GET", rf"/api/sessions/{ID}", "get_session"),
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
-)]
-OPEN_TO_ALL = {   # need no token
-    "version", "frame", "login_page", "login", "logout_page", "logout", "options"}
-PAGES = {"home", "page", "view"}      # handlers whose refusal leads to the login, not to JSON
+]
+OPEN_TO_ALL = {"version", "frame", "options"}   # endpoints that need no token
+PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
+BEFORE = []    # functions of the handler, called when the head of a request has come …
+AFTER = []     # … and when it is answered, or has become a WebSocket
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
@@ -4323,6 +4331,7 @@ MOST_STRANGERS = 128                  # connections without a token; a browser m
 SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
@@ -4370,28 +4379,21 @@ VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self';
 VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>html,body,iframe{{width:100%;height:100%;margin:0;border:0;display:block}}</style>
 <iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
-LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
-                "frame-ancestors 'none'")
-FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>MiniJupyter: {button}</title>
-<meta name="viewport" content="width=device-width">
-<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
-padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
-button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
-<form method="post" action="{action}">{fields}<input type="hidden" name="_xsrf" value="{xsrf}">
-<button>{button}</button></form></main></html>"""
-LOGIN_FIELDS = """<label for="password">{why}</label>
-<input id="password" name="password" type="password" autocomplete="current-password" autofocus>
-<input type="hidden" name="next" value="{next}">"""
+
+def remembered(function):
+    """A function of a text, with its last hundred results at hand: clients ask the same again and
+    again. Long texts are not kept, or a stranger could fill the memory with them."""
+    known = functools.lru_cache(100)(function)
+    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
 
 
-@functools.lru_cache(100)
+@remembered
 def routes_at(path):
-    """{method: (name of its handler, groups of its pattern)} of a path. Clients ask for the same
-    ones again and again, and to try all patterns is a good part of a small answer's work."""
-    matches = [(method, name, pattern.match(path)) for method, pattern, name in reversed(ROUTES)]
-    return {method: (name, [group or "" for group in match.groups()])
-            for method, name, match in matches if match}
+    """{method: (endpoint, groups of its pattern)} of a path."""
+    matches = [(method, endpoint, re.fullmatch(pattern, path, re.S))
+               for method, pattern, endpoint in reversed(ROUTES)]
+    return {method: (endpoint, [group or "" for group in match.groups()])
+            for method, endpoint, match in matches if match}
 
 
 class Headers:
@@ -4469,19 +4471,18 @@ class Head:
         return None
 
 
-# Clients send the same heads again and again; to read one is a good part of a small answer's work.
-parse_head = functools.lru_cache(100)(Head)
+parse_head = remembered(Head)
 
 
-@functools.lru_cache(100)
+@remembered
 def split_target(target):
     """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
     "//host/" is a path here, never a host. Problem 400."""
     try:
         url = urlsplit(re.sub("^/{2,}", "/", target.encode("latin-1").decode()))
+        return unquote(url.path), parse_qs(url.query, max_num_fields=MOST_FIELDS), url.netloc
     except ValueError:
-        raise Problem(400, "This is no path") from None
-    return unquote(url.path), parse_qs(url.query), url.netloc
+        raise Problem(400, "This is no path, or its query is too long") from None
 
 
 class Incoming(io.RawIOBase):
@@ -4547,9 +4548,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Answer a request; `close_connection` says that there will be no other."""
-        self.close_connection, self.is_answered, self.exchange = True, False, None
+        self.close_connection, self.is_answered, self.is_over = True, False, False
         self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
-        self.route_name, self.query, self.body = "answer", {}, b""
+        self.endpoint, self.query, self.body = type(self).answer, {}, b""
         self.is_wanted = True       # False while a client waits for us to ask for the body
         self.head_bytes = self.read_head()
         if self.head_bytes:
@@ -4560,15 +4561,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
-        self.exchange = Exchange(self) if SPECTATORS else None
+        for hear in BEFORE:
+            hear(self)
         try:
             self.take_head()
             self.split_path()
-            self.route_name, groups = self.find_route()
-            if self.admit(self.route_name):
-                is_open = self.route_name in OPEN_TO_ALL
-                self.body = self.read_body(MOST_FORM if is_open else MOST_BODY)
-                result = getattr(self, self.route_name)(*groups)
+            endpoint, groups = self.find_route()
+            name = endpoint if isinstance(endpoint, str) else endpoint.__name__
+            self.endpoint = getattr(type(self), name) if endpoint is name else endpoint
+            if self.admit(name):
+                self.body = self.read_body(MOST_FORM if name in OPEN_TO_ALL else MOST_BODY)
+                result = self.endpoint(self, *groups)
                 if not self.is_answered:
                     status, value = result if isinstance(result, tuple) else (200, result)
                     self.send_json(status, value)
@@ -4584,11 +4587,14 @@ class Handler(BaseHTTPRequestHandler):
             log(self.server.access.without_token(traceback.format_exc().encode()))
             self.send_problem(Problem(500, f"The server failed: {type(problem).__name__}"))
         finally:
-            self.report_exchange()
+            self.end_request()
 
-    def report_exchange(self):
-        if self.exchange:
-            self.exchange.end()
+    def end_request(self):
+        """Tell once that the request is over."""
+        if not self.is_over:
+            self.is_over = True
+            for hear in AFTER:
+                hear(self)
 
     def finish(self):
         """Leave; a client that still sends a body which nobody reads gets its refusal first."""
@@ -4718,7 +4724,9 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def find_route(self):
-        """(handler name, groups of its pattern); Problem 404, or 405 with the methods there are."""
+        """(endpoint, groups of its pattern); Problem 404, or 405 with the methods there are."""
+        if self.command not in METHODS:
+            raise Problem(501, f"This server knows no {self.command}")   # RFC 9110 9.1
         method = "GET" if self.command == "HEAD" else self.command
         routes = routes_at(self.route.rstrip("/") or "/")
         if method in routes:
@@ -4753,7 +4761,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Problem(403, "The request comes from another site")
             self.note_activity()
             return True
-        if name not in PAGES:
+        if name not in PAGES or not routes_at("/login"):
             raise Problem(403, "Forbidden: a valid token is needed")
         self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
@@ -4780,60 +4788,6 @@ class Handler(BaseHTTPRequestHandler):
     def redirect(self, address, cookie=None):
         self.send(302, b"", "text/plain",
                   {"Location": address, **({"Set-Cookie": cookie} if cookie else {})})
-
-    def form_page(self, status, path, fields, button):
-        """A page with a form of our own. The cookie _xsrf and the field of its name show that the
-        form comes from here: another site can send one as well, with our cookies, but cannot read
-        them. `fields` is HTML."""
-        access = self.server.access
-        xsrf = access.cookie(self.headers, "_xsrf") or secrets.token_hex(16)
-        page = FORM_PAGE.format(action=f"{self.server.base_url}{path}", fields=fields,
-                                xsrf=html.escape(xsrf), button=button)
-        self.send(status, page.encode(), "text/html; charset=utf-8", {
-            "Content-Security-Policy": LOGIN_POLICY,
-            "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
-
-    def form(self):
-        """The fields of the form in the body: name -> its first value."""
-        return {name: values[0] for name, values in parse_qs(
-            self.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
-
-    def login_page(self, why="Token or password. The terminal that started the server shows its "
-                             "address with the token.", status=200):
-        fields = LOGIN_FIELDS.format(why=why, next=html.escape(self.asked("next", "")))
-        self.form_page(status, "login", fields, "Log in")
-
-    def login(self):
-        """Exchange the password, or the token, for the cookie."""
-        access, form = self.server.access, self.form()
-        self.query.setdefault("next", [form.get("next", "")])
-        # Else another site could log its visitor in, to a server that it knows.
-        if not access.repeats_xsrf(self.headers, form.get("_xsrf", "")):
-            return self.login_page("That took too long, or cookies are off: please try again.", 403)
-        if not access.knows_secret(form.get("password", "")):
-            return self.login_page("That was neither the token nor the password.", 401)
-        self.redirect(access.safe_next(self.asked("next", "")),
-                      access.set_cookie(access.cookie_name, access.cookie_value))
-
-    def logout_page(self):
-        """Log out who comes to this page by our own link, or types its address. All others are
-        asked first: a notebook's picture, or a browser that does not say what it loads it for, may
-        name any address of ours, so that a GET must have no effects (RFC 9110 9.2.1)."""
-        purpose = [self.headers.get(f"Sec-Fetch-{name}") for name in ("Dest", "Mode", "Site")]
-        if purpose in (["document", "navigate", "same-origin"], ["document", "navigate", "none"]):
-            return self.end_login()
-        self.form_page(200, "logout", "<p>Log out from this server?</p>", "Log out")
-
-    def logout(self):
-        access, form = self.server.access, self.form()
-        if not (access.is_our_page("POST", self.headers, {}) or access.repeats_xsrf(
-                self.headers, form.get("_xsrf", ""))):
-            raise Problem(403, "The request comes from another site")
-        self.end_login()
-
-    def end_login(self):
-        access = self.server.access
-        self.redirect(f"{self.server.base_url}login", access.set_cookie(access.cookie_name, ""))
 
     # -- the response --
 
@@ -5180,20 +5134,9 @@ class Handler(BaseHTTPRequestHandler):
         kernel = self.server.kernels.get(id)
         websocket = WebSocket.accept(self, [V1])
         self.is_answered = True
-        self.report_exchange()
+        self.end_request()
         mailbox = FOLLOWERS.get(self.asked("journal"), PageMailbox)
         Bridge(websocket, kernel, mailbox(self.asked("session_id"), websocket)).run()
-
-    def trace(self):
-        """From here on this thread tells what passes the server (see Watch)."""
-        websocket = WebSocket.accept(self)
-        self.is_answered = True
-        Spectator(websocket, self.server).run()
-
-    def source(self, name):
-        """A file of this program, for who wants to read the line that has just run."""
-        with open(os.path.join(HERE, name), "rb") as file:
-            self.send(200, file.read(), "text/plain; charset=utf-8")
 
     # -- what few clients ask for --
 
@@ -5215,12 +5158,13 @@ class Handler(BaseHTTPRequestHandler):
     def specification(self):
         """This API as Swagger 2.0, made from ROUTES. It is JSON, which is YAML, too."""
         paths = {}
-        for method, pattern, name in ROUTES:
-            function = getattr(Handler, name)
+        for method, pattern, endpoint in ROUTES:
+            function = getattr(Handler, endpoint) if isinstance(endpoint, str) else endpoint
+            name = function.__name__
             names = function.__code__.co_varnames[1:function.__code__.co_argcount]
             words = (function.__doc__ or name.replace("_", " ")).strip().splitlines()
-            if pattern.pattern.startswith("/api"):
-                template = path_template(pattern.pattern, names)
+            if pattern.startswith("/api"):
+                template = path_template(pattern, names)
                 paths.setdefault(template, {})[method.lower()] = {
                     "operationId": name, "summary": words[0].rstrip(), "parameters": [
                         {"name": name, "in": "path", "required": True, "type": "string"}
@@ -5422,17 +5366,17 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True       # connections do not keep the program alive
     request_queue_size = 128    # connections that may wait to be accepted
 
-    def __init__(self, root, ip, port, token, password_hash=None, base_url="/", tls=None,
-                 allow_hidden=False, transport=None):
-        """`tls` is an ssl.SSLContext or None. Raises OSError when it cannot listen there."""
+    def __init__(self, root, ip, port, token, base_url="/", allow_hidden=False):
+        """Raises OSError when it cannot listen there."""
         super().__init__((ip, port), Handler)
-        self.ip, self.base_url, self.tls = ip, base_url, tls
+        self.ip, self.base_url, self.scheme = ip, base_url, "http"
+        self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
         self.started = self.last_activity = time.time()
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
-        self.access = Access(token, password_hash, ip, self.server_port, base_url, bool(tls))
+        self.access = Access(token, ip, self.server_port, base_url)
         self.strangers = Strangers(most_strangers())
         self.contents = Contents(root, allow_hidden, private=[RUNTIME])
-        self.kernels = Kernels(self.contents, transport)
+        self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
         self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
 
@@ -5458,14 +5402,10 @@ class Server(ThreadingHTTPServer):
             raise    # socketserver waits for the next
 
     def finish_request(self, request, client_address):
-        """Serve a connection, in its own thread; the TLS handshake belongs there, too."""
-        connection = request if self.tls is None else self.tls.wrap_socket(
-            request, server_side=True, do_handshake_on_connect=False)
+        """Serve a connection, in its own thread."""
+        connection = self.wrap(request)
         self.strangers.add(connection)
         try:
-            if self.tls:
-                connection.settimeout(Handler.timeout)
-                connection.do_handshake()
             super().finish_request(connection, client_address)
         finally:
             self.strangers.remove(connection)
@@ -5475,7 +5415,7 @@ class Server(ThreadingHTTPServer):
     def url(self):
         host = "127.0.0.1" if self.ip in ("", "0.0.0.0", "::") else self.ip
         host = f"[{host}]" if ":" in host else host
-        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}{self.base_url}"
+        return f"{self.scheme}://{host}:{self.server_port}{self.base_url}"
 
     def address(self):
         """What a person opens: the token in it becomes a cookie."""
@@ -5485,55 +5425,52 @@ class Server(ThreadingHTTPServer):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
 
 
-# ---- 11. main: options, running servers -------------------------------------------------------
+# ---- 11. main: options, commands ---------------------------------------------------------------
 #
-# Every running server leaves a file in Jupyter's runtime folder, so that `list` and `stop`, and
-# `jupyter server list` as well, find it: its address, its process, its token (only its owner may
-# read it). To add a command, write a function of its arguments and a row in COMMANDS.
+# Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
+# finds it, and `list` below: its address, its process, its token (only its owner may read it).
+#
+# To add an option, add a row to OPTIONS, and to AT_START a function that obeys it. To add a
+# command, write a function of its words whose docstring says how it is called and what it does.
 
 FIRST_PORT, PORTS_TRIED = 8888, 50   # 8888 is Jupyter's
-STOP_SECONDS = 15                    # that a server may take to end its kernels
-MOST_ANSWER = 1 << 20                # bytes of an answer; what answers may be anything
-SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that we need of a file
+OPTIONS = [   # (names, what argparse wants to know of it)
+    (["--ip"], {"default": "127.0.0.1", "metavar": "ADDRESS", "help":
+                "where it listens (default: %(default)s, which only this machine reaches)"}),
+    (["--port"], {"type": int, "help": f"default: {FIRST_PORT}, or the next that is free"}),
+    (["--token"], {"help": "the secret that opens the server (default: $JUPYTER_TOKEN, or a new "
+                           "one)"}),
+    (["--base-url"], {"default": "/", "metavar": "PATH",
+                      "help": "what all its addresses begin with"}),
+    (["--allow-hidden"], {"action": "store_true", "help": "show and serve hidden files"}),
+    (["--log-level"], {"choices": LEVELS, "default": "warning", "metavar": "LEVEL", "help":
+                       f"{', '.join(LEVELS)}; info prints a line for each request "
+                       "(default: %(default)s)"}),
+    (["--no-browser"], {"action": "store_true", "help": "do not open a browser"}),
+]
+AT_START = []   # functions (server, arguments): when it listens, before it answers
+COMMANDS = {}   # first word of the command line -> function(the other words)
 
 
 def parse_arguments():
+    commands = [re.match(r"`(.+?)`: (.+?)\.(?:\s|$)", function.__doc__, re.S).groups()
+                for function in COMMANDS.values()]
     parser = argparse.ArgumentParser(
         prog="minijupyter.py", description="A notebook server, a kernel and a page.",
-        usage="%(prog)s [folder] [options]\n       %(prog)s list | stop [PORT] | password",
-        epilog="Commands: `list` shows the servers that run, `stop` ends one of them, `password` "
-               "asks for a password and prints what to give to --password.")
-    add = parser.add_argument
-    add("folder", nargs="?", default=".", help="what the server shows (default: this folder)")
-    add("--ip", default="127.0.0.1", metavar="ADDRESS",
-        help="where it listens (default: %(default)s, which only this machine reaches)")
-    add("--port", type=int, help=f"default: {FIRST_PORT}, or the next that is free")
-    add("--token", default=default_token(),
-        help="the secret that opens the server (default: $JUPYTER_TOKEN, or a new one)")
-    add("--password", metavar="HASH", nargs="?", const="",
-        help="lets a password in, too: asked for now, or what `password` has printed")
-    add("--certfile", metavar="PEM", help="certificate: the server speaks https")
-    add("--keyfile", metavar="PEM", help="its key, when it is not in the same file")
-    add("--base-url", default="/", metavar="PATH", help="what all its addresses begin with")
-    add("--allow-hidden", action="store_true", help="show and serve hidden files")
-    add("--cull-idle", type=float, metavar="SECONDS",
-        help="shut down kernels that nobody uses, after so long (default: never)")
-    add("--transport", choices=("tcp",), help="how kernels are reached (default: by files that "
-        "only you can open, for kernels that can; tcp: by ports, so that you can listen)")
-    add("--log-level", choices=LEVELS, default="warning", metavar="LEVEL",
-        help=f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)")
-    add("--no-browser", action="store_true", help="do not open a browser")
+        usage="\n       ".join(["%(prog)s [folder] [options]",
+                                *(f"%(prog)s {form}" for form, _ in commands)]),
+        epilog=" ".join(f"`{form}`: {what}." for form, what in commands))
+    parser.add_argument("folder", nargs="?", default=".",
+                        help="what the server shows (default: this folder)")
+    for names, about in OPTIONS:
+        parser.add_argument(*names, **about)
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
         parser.error(f"there is no folder {arguments.folder}")
-    arguments.token = arguments.token.strip()
+    token = default_token() if arguments.token is None else arguments.token
+    arguments.token = token.strip()
     if not arguments.token or not arguments.token.isprintable():
         parser.error("the token must not be empty, and its characters must be printable")
-    if arguments.keyfile and not arguments.certfile:
-        parser.error("--keyfile needs --certfile")
-    if arguments.password and not re.fullmatch("scrypt:[0-9a-f]+:[0-9a-f]+", arguments.password):
-        parser.error("--password takes no password, which others could see in the list of "
-                     "processes, but what `minijupyter.py password` prints")
     arguments.base_url = re.sub("/+", "/", f"/{arguments.base_url}/")
     return arguments
 
@@ -5545,41 +5482,14 @@ def default_token():
     return os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
 
 
-def ask_password(twice):
-    """A password from the terminal, or a line of the standard input when that is none."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\n")
-    import getpass
-    password = getpass.getpass("Password: ")
-    if twice and getpass.getpass("Once more: ") != password:
-        sys.exit("These were two different passwords.")
-    return password
-
-
-def tls_context(certfile, keyfile):
-    """What makes sockets speak TLS; None without a certificate."""
-    if not certfile:
-        return None
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except (OSError, ssl.SSLError) as problem:
-        sys.exit(f"Cannot use the certificate {certfile}: {problem}")
-    return context
-
-
 def open_server(arguments):
     """A server at the wished port, or at the next free one when none was wished for."""
-    password_hash = arguments.password
-    if password_hash == "":
-        password_hash = hash_password(ask_password(twice=True))
-    tls, wish = tls_context(arguments.certfile, arguments.keyfile), arguments.port
+    wish = arguments.port
     ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
     for port in ports if wish is None else [wish]:
         try:
-            return Server(arguments.folder, arguments.ip, port, arguments.token, password_hash,
-                          arguments.base_url, tls, arguments.allow_hidden, arguments.transport)
+            return Server(arguments.folder, arguments.ip, port, arguments.token,
+                          arguments.base_url, arguments.allow_hidden)
         except (OSError, OverflowError) as problem:
             is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
             if wish is not None or not is_taken or port == 0:
@@ -5593,15 +5503,284 @@ def announced(server):
     path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
     write_secret(path, json.dumps({
         "base_url": server.base_url, "hostname": server.ip,
-        "password": server.access.password_hash is not None,
+        "password": len(server.access.keys) > 1,
         "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
-        "secure": server.tls is not None, "sock": "", "token": server.access.token,
+        "secure": server.scheme == "https", "sock": "", "token": server.access.token,
         "url": server.url, "version": __version__}, indent=2))
     try:
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main():
+    """Obey a command, or serve until Ctrl-C or SIGTERM."""
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        return COMMANDS[sys.argv[1]](sys.argv[2:])
+    arguments = parse_arguments()
+    log.level = arguments.log_level
+    server = open_server(arguments)
+    for obey in AT_START:
+        obey(server, arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
+    gc.freeze()
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])
+    with announced(server):
+        print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
+              f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
+        if not server.ip.startswith(LOOPBACK) and server.scheme == "http":
+            print("Other machines can reach it, and the network between can read along.",
+                  flush=True)
+        if not arguments.no_browser:
+            import webbrowser
+            threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+        serve(server)
+
+
+def serve(server):
+    """Answer requests until the server is told to end; then end every kernel."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # a second one must not leave kernels behind
+        print("\nStopping the kernels …", flush=True)
+    finally:
+        server.kernels.shutdown_all()
+        server.server_close()
+
+
+def run_as_module():
+    """Start again, as a module, which comes from the bytecode cache: of a script Python keeps the
+    syntax tree (7 MB here) for as long as it runs. (Debuggers want to see the script.)"""
+    if os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+        start = f"import sys; sys.path[0] = {HERE!r}; import minijupyter; minijupyter.main()"
+        flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
+        os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+
+
+# ---- 12. Login: forms, passwords ---------------------------------------------------------------
+#
+# Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
+# well, when one is set; the server knows only its hash.
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
+PASSWORD_HASH = re.compile("scrypt:[0-9a-f]+:[0-9a-f]+")
+LOGIN_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
+                "frame-ancestors 'none'")
+FORM_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>MiniJupyter: {button}</title>
+<meta name="viewport" content="width=device-width">
+<style>:root{{color-scheme:light dark}}body{{font:16px system-ui;max-width:32rem;margin:15vh auto;
+padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem;margin:.5rem 0}}
+button{{font:inherit;padding:.4rem 1rem}}</style><main><h1>MiniJupyter</h1>
+<form method="post" action="{action}">{fields}<input type="hidden" name="_xsrf" value="{xsrf}">
+<button>{button}</button></form></main></html>"""
+LOGIN_FIELDS = """<label for="password">{why}</label>
+<input id="password" name="password" type="password" autocomplete="current-password" autofocus>
+<input type="hidden" name="next" value="{next}">"""
+
+
+def form_page(handler, status, path, fields, button):
+    """A page with a form of our own. The cookie _xsrf and the field of its name show that the
+    form comes from here: another site can send one as well, with our cookies, but cannot read
+    them. `fields` is HTML."""
+    access = handler.server.access
+    xsrf = access.cookie(handler.headers, "_xsrf") or secrets.token_hex(16)
+    page = FORM_PAGE.format(action=f"{handler.server.base_url}{path}", fields=fields,
+                            xsrf=html.escape(xsrf), button=button)
+    handler.send(status, page.encode(), "text/html; charset=utf-8", {
+        "Content-Security-Policy": LOGIN_POLICY,
+        "Set-Cookie": access.set_cookie("_xsrf", xsrf, "SameSite=Strict")})
+
+
+def form_fields(handler):
+    """The fields of the form in the body: name -> its first value."""
+    return {name: values[0] for name, values in parse_qs(
+        handler.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
+
+
+def login_page(handler, why="Token or password. The terminal that started the server shows its "
+                            "address with the token.", status=200):
+    fields = LOGIN_FIELDS.format(why=why, next=html.escape(handler.asked("next", "")))
+    form_page(handler, status, "login", fields, "Log in")
+
+
+def login(handler):
+    """Exchange the password, or the token, for the cookie."""
+    access, form = handler.server.access, form_fields(handler)
+    handler.query.setdefault("next", [form.get("next", "")])
+    # Else another site could log its visitor in, to a server that it knows.
+    if not access.repeats_xsrf(handler.headers, form.get("_xsrf", "")):
+        return login_page(handler, "That took too long, or cookies are off: please try again.", 403)
+    if not access.knows_secret(form.get("password", "")):
+        return login_page(handler, "That was neither the token nor the password.", 401)
+    handler.redirect(safe_next(access, handler.asked("next", "")),
+                     access.set_cookie(access.cookie_name, access.cookie_value))
+
+
+def logout_page(handler):
+    """Log out who comes to this page by our own link, or types its address. All others are
+    asked first: a notebook's picture, or a browser that does not say what it loads it for, may
+    name any address of ours, so that a GET must have no effects (RFC 9110 9.2.1)."""
+    purpose = [handler.headers.get(f"Sec-Fetch-{name}") for name in ("Dest", "Mode", "Site")]
+    if purpose in (["document", "navigate", "same-origin"], ["document", "navigate", "none"]):
+        return end_login(handler)
+    form_page(handler, 200, "logout", "<p>Log out from this server?</p>", "Log out")
+
+
+def logout(handler):
+    access, form = handler.server.access, form_fields(handler)
+    if not (access.is_our_page("POST", handler.headers, {}) or access.repeats_xsrf(
+            handler.headers, form.get("_xsrf", ""))):
+        raise Problem(403, "The request comes from another site")
+    end_login(handler)
+
+
+def end_login(handler):
+    access = handler.server.access
+    handler.redirect(f"{handler.server.base_url}login", access.set_cookie(access.cookie_name, ""))
+
+
+def safe_next(access, path):
+    """Where a login may lead: a path of ours, or our start. A browser takes "//host",
+    "/\\host" and the like for another site's address."""
+    is_ours = path.startswith(access.base_url) and not re.match(r"/[/\\]", path) \
+        and not re.search(r"[\x00-\x20\x7f\\]", path)
+    return quote(path, safe="/?&=%#:+,;@!$'()*~") if is_ours else access.base_url + "tree"
+
+
+ROUTES += [("GET", "/login", login_page), ("POST", "/login", login),
+           ("GET", "/logout", logout_page), ("POST", "/logout", logout)]
+OPEN_TO_ALL |= {"login_page", "login", "logout_page", "logout"}
+
+
+def hash_password(password, salt=None):
+    """What may be written down of a password: scrypt:SALT:HASH, both in hex."""
+    salt = salt or secrets.token_bytes(16)
+    digest = hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, **SCRYPT)
+    return f"scrypt:{salt.hex()}:{digest.hex()}"
+
+
+class Password:
+    """A password of which only the hash is known."""
+
+    def __init__(self, hash):
+        self.hash, self.salt = hash, bytes.fromhex(hash.split(":")[1])
+        self.guessing = threading.Lock()   # one guess at a time
+
+    def opens(self, given):
+        with self.guessing:
+            return same_secret(hash_password(given, self.salt), self.hash)
+
+
+def ask_password(twice):
+    """A password from the terminal, or a line of the standard input when that is none."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    import getpass
+    password = getpass.getpass("Password: ")
+    if twice and getpass.getpass("Once more: ") != password:
+        sys.exit("These were two different passwords.")
+    return password
+
+
+def hash_of_password(text):
+    """The value of --password: what `password` has printed, or nothing, which asks for it now."""
+    if text and not PASSWORD_HASH.fullmatch(text):
+        raise argparse.ArgumentTypeError("it takes no password, which others could see in the list "
+                                         "of processes, but what `minijupyter.py password` prints")
+    return text
+
+
+def let_password_in(server, arguments):
+    hash = arguments.password
+    if hash == "":
+        hash = hash_password(ask_password(twice=True))
+    if hash:
+        server.access.add_key(Password(hash).opens, hash)
+
+
+def print_password(words):
+    """`password`: ask for a password and print what to give to --password."""
+    print(hash_password(ask_password(twice=True)))
+
+
+OPTIONS.append((["--password"], {
+    "metavar": "HASH", "nargs": "?", "const": "", "type": hash_of_password,
+    "help": "lets a password in, too: asked for now, or what `password` has printed"}))
+AT_START.append(let_password_in)
+COMMANDS["password"] = print_password
+
+
+# ---- 13. TLS -----------------------------------------------------------------------------------
+
+OPTIONS += [
+    (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
+    (["--keyfile"], {"metavar": "PEM", "help": "its key, when it is not in the same file"})]
+
+
+def speak_tls(server, arguments):
+    """All connections through TLS, if there is a certificate. The handshake comes with the first
+    bytes that a connection's own thread reads: a client that stalls holds up nobody else."""
+    certfile, keyfile = arguments.certfile, arguments.keyfile
+    if not certfile:
+        return sys.exit("--keyfile needs --certfile") if keyfile else None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as problem:
+        sys.exit(f"Cannot use the certificate {certfile}: {problem}")
+    server.wrap = functools.partial(
+        context.wrap_socket, server_side=True, do_handshake_on_connect=False)
+    server.scheme, server.access.is_secure = "https", True
+
+
+AT_START.append(speak_tls)
+
+
+# ---- 14. How kernels are reached ---------------------------------------------------------------
+
+OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
+    "how kernels are reached (default: by files that only you can open, for kernels that can; "
+    "tcp: by ports, so that others can listen, as in a lab)"}))
+
+
+def choose_transport(server, arguments):
+    server.kernels.transport = arguments.transport
+
+
+AT_START.append(choose_transport)
+
+
+# ---- 14. Idle kernels --------------------------------------------------------------------------
+
+OPTIONS.append((["--cull-idle"], {
+    "type": float, "metavar": "SECONDS",
+    "help": "shut down kernels that nobody uses, after so long (default: never)"}))
+
+
+def cull_idle_kernels(server, arguments):
+    if arguments.cull_idle:
+        threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
+                         daemon=True).start()
+
+
+AT_START.append(cull_idle_kernels)
+
+
+# ---- 15. Other servers: list, stop -------------------------------------------------------------
+
+STOP_SECONDS = 15          # that a server may take to end its kernels
+MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
+SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that we need of a file
 
 
 def call(info, method, path):
@@ -5646,7 +5825,7 @@ def running_servers():
 
 
 def list_servers(words):
-    """`list`: a line for each running server."""
+    """`list`: show the servers that run."""
     servers = list(running_servers())
     for info in servers:
         print(f"{info['url']}?token={quote(info['token'])} :: {info['root_dir']}")
@@ -5655,7 +5834,7 @@ def list_servers(words):
 
 
 def stop_server(words):
-    """`stop [PORT]`: end a running server and its kernels."""
+    """`stop [PORT]`: end one of them and its kernels."""
     servers = [info for info in running_servers() if words in ([], [str(info["port"])])]
     if len(servers) != 1:
         sys.exit("Which one? Give its port: " + ", ".join(str(s["port"]) for s in servers)
@@ -5669,56 +5848,39 @@ def stop_server(words):
     print(f"{servers[0]['url']} has ended.")
 
 
-def print_password(words):
-    """`password`: print what --password takes."""
-    print(hash_password(ask_password(twice=True)))
+COMMANDS.update(list=list_servers, stop=stop_server)
 
 
-COMMANDS = {"list": list_servers, "stop": stop_server, "password": print_password}
+# ---- 16. Under the hood: where it is plugged in ------------------------------------------------
+
+def trace(handler):
+    """From here on this thread tells what passes the server (see Spectator)."""
+    websocket = WebSocket.accept(handler)
+    handler.is_answered = True
+    Spectator(websocket, handler.server).run()
 
 
-def stop(signum, frame):
-    raise KeyboardInterrupt
+def source(handler, name):
+    """A file of this program, for who wants to read the line that has just run."""
+    with open(os.path.join(HERE, name), "rb") as file:
+        handler.send(200, file.read(), "text/plain; charset=utf-8")
 
 
-def main():
-    """Obey a command, or serve until Ctrl-C or SIGTERM."""
-    if sys.argv[1:] and sys.argv[1] in COMMANDS:
-        return COMMANDS[sys.argv[1]](sys.argv[2:])
-    arguments = parse_arguments()
-    log.level = arguments.log_level
-    server = open_server(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
-    gc.freeze()
-    gc.set_threshold(100_000, *gc.get_threshold()[1:])
-    with announced(server):
-        print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
-              f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
-        if not server.ip.startswith(LOOPBACK) and not server.tls:
-            print("Other machines can reach it, and the network between can read along: consider "
-                  "--certfile.", flush=True)
-        if not arguments.no_browser:
-            import webbrowser
-            threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
-        if arguments.cull_idle:
-            threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
-                             daemon=True).start()
-        serve(server)
+def begin_exchange(handler):
+    handler.exchange = Exchange(handler) if SPECTATORS else None
 
 
-def serve(server):
-    """Answer requests until the server is told to end; then end every kernel."""
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)   # a second one must not leave kernels behind
-        print("\nStopping the kernels …", flush=True)
-    finally:
-        server.kernels.shutdown_all()
-        server.server_close()
+def end_exchange(handler):
+    if handler.exchange:
+        handler.exchange.end()
+
+
+ROUTES += [("GET", "/api/trace", trace),
+           ("GET", rf"/api/trace/({'|'.join(map(re.escape, SOURCES))})", source)]
+BEFORE.append(begin_exchange)
+AFTER.append(end_exchange)
 
 
 if __name__ == "__main__":
+    run_as_module()
     main()
