@@ -4770,7 +4770,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_stranger:
             self.is_stranger = False
             self.server.strangers.remove(self.connection)
-        if "no_track_activity" not in self.query and self.route_name not in NO_ACTIVITY:
+        if "no_track_activity" not in self.query and self.endpoint.__name__ not in NO_ACTIVITY:
             self.server.last_activity = time.time()
 
     def address_without_token(self):
