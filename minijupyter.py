@@ -2175,9 +2175,11 @@ class KernelProcess:
     Any thread may call it; the sockets belong to the watcher of the process alone.
     """
 
-    def __init__(self, name, spec, folder, cwd, path="", id=None, env=None, transport=None):
+    def __init__(self, name, spec, folder, cwd, session_name="", id=None, env=None,
+                 transport=None):
         self.id = id or str(uuid.uuid4())
-        self.name, self.spec, self.folder, self.cwd, self.path = name, spec, folder, cwd, path
+        self.name, self.spec, self.folder, self.cwd = name, spec, folder, cwd
+        self.session_name = session_name   # what it is told of its notebook
         self.env = env or {}      # variables that the client asks for
         self.state, self.reason = "starting", None
         self.last_activity = time.time()
@@ -2188,7 +2190,7 @@ class KernelProcess:
         self.crashes = 0          # in a row
         self.starts = 0           # in vain, because others had taken a port
         self.lock = threading.Lock()           # one start or stop at a time
-        self.connection = new_connection(name, path, is_local=transport != "tcp"
+        self.connection = new_connection(name, session_name, is_local=transport != "tcp"
                                          and knows_local(spec))
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
         self.session = Session(self.connection["key"], username="server")
@@ -2242,7 +2244,7 @@ class KernelProcess:
 
     def environment(self):
         return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
-                "JPY_SESSION_NAME": self.path, **self.env}
+                "JPY_SESSION_NAME": self.session_name, **self.env}
 
     def connect(self, channel, identity):
         """A client's socket, connected to a channel; it belongs to the calling thread."""
@@ -2647,7 +2649,7 @@ class Watcher:
         if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
             return False
         kernel.starts += 1
-        kernel.connection = {**new_connection(kernel.name, kernel.path),
+        kernel.connection = {**new_connection(kernel.name, kernel.session_name),
                              "key": kernel.connection["key"]}
         log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
         return True
@@ -2965,7 +2967,7 @@ class Reaper:
 REAPER = Reaper()
 
 
-def new_connection(name, path, is_local=False):
+def new_connection(name, session_name, is_local=False):
     """The fields of a connection file: of five socket files, where they can be, or five free ports.
 
     Nobody else on this machine can reach a file in a folder of ours; a port anybody can.
@@ -2979,7 +2981,7 @@ def new_connection(name, path, is_local=False):
         ports, where = free_ports(), {"ip": "127.0.0.1", "transport": "tcp"}
     return {**dict(zip((f"{channel}_port" for channel in CHANNELS), ports, strict=True)), **where,
             "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256", "kernel_name": name,
-            "jupyter_session": path}
+            "jupyter_session": session_name}
 
 
 def free_ports():
@@ -3039,8 +3041,8 @@ class Kernels:
         # Of a client's variables only those that gateways know pass: not PATH, not LD_PRELOAD.
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
-        new = KernelProcess(name, *found, cwd=self.folder_of(path), path=session_name, id=id,
-                            env=env, transport=self.transport)
+        new = KernelProcess(name, *found, cwd=self.folder_of(path), session_name=session_name,
+                            id=id, env=env, transport=self.transport)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
@@ -3168,7 +3170,7 @@ class Sessions:
                 new["kernel"] = self.kernel_for(kernel_wish, new["path"], new["name"])
             session.update(new)
             # Its process is told when it is started again.
-            session["kernel"].path = self.session_name(session["path"], session["name"])
+            session["kernel"].session_name = self.session_name(session["path"], session["name"])
             is_used = any(s["kernel"] is old for s in list(self.all.values()))
         if not is_used and old.id in self.kernels.all:
             self.kernels.shutdown(old.id)
@@ -3180,7 +3182,7 @@ class Sessions:
             if session["path"] == old or session["path"].startswith(f"{old}/"):
                 session["path"] = new + session["path"][len(old):]
                 session["name"] = session["path"].rpartition("/")[2]
-                session["kernel"].path = self.session_name(session["path"], session["name"])
+                session["kernel"].session_name = self.session_name(session["path"], session["name"])
 
     def saved(self, path):
         """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
