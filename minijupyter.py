@@ -3308,7 +3308,7 @@ class Access:
     def __init__(self, token, ip, port, base_url="/"):
         self.token, self.ip, self.base_url = token, ip, base_url
         self.is_secure = False   # True when cookies may go through TLS alone
-        self.keys = [lambda given: same_secret(given, token)]   # any of them opens the server
+        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
         self.cookie_name = f"minijupyter-{port}"                # cookies do not know ports
         self.cookie_value = self.new_cookie("")
 
@@ -3317,14 +3317,13 @@ class Access:
         return hmac.new(self.token.encode(), f"cookie {about}".encode(), "sha256").hexdigest()
 
     def add_key(self, opens, about):
-        """Let in as well whoever gives something for which `opens` is true. Who was let in before
-        `about` changed is out (CVE-2026-40934)."""
+        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
+        changed is out (CVE-2026-40934)."""
         self.keys.append(opens)
         self.cookie_value = self.new_cookie(about)
 
-    def knows_secret(self, given):
-        """True for the token, and for what else opens this server."""
-        return any(opens(given) for opens in self.keys)
+    def is_token(self, given):
+        return same_secret(given, self.token)
 
     def without_token(self, data):
         """Bytes as a text in which the token, however it is spelled, cannot be read."""
@@ -3425,17 +3424,11 @@ MOST_FORM = 1 << 16                   # bytes of a request from who is not let i
 MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
-MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
 MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
-TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
-FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
-DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
@@ -3466,6 +3459,7 @@ addEventListener('message', event => {
 });
 </script>"""
 
+
 def remembered(function):
     """A function of a text, with its last hundred results at hand: clients ask the same again and
     again. Long texts are not kept, or a stranger could fill the memory with them."""
@@ -3486,6 +3480,14 @@ def routes_at(path):
 def http_date(second):
     """A time as HTTP writes it (RFC 9110 5.6.7): Sun, 06 Nov 1994 08:49:37 GMT."""
     return email.utils.formatdate(second, usegmt=True)
+
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
 class Headers:
@@ -3843,7 +3845,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in OPEN_TO_ALL:
             return True
         given = access.given_token(self.headers, self.query)
-        if given is not None and access.knows_secret(given):
+        if given is not None and access.is_token(given):
             self.note_activity()
             return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
         if given is None and access.has_cookie(self.headers):
@@ -4474,7 +4476,8 @@ def run_as_module():
 # ---- 12. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
-# well, when one is set; the server knows only its hash.
+# well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
+# a guess takes time, and a picture in a notebook could make one in its address.
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
 PASSWORD_HASH = re.compile("scrypt:[0-9a-f]+:[0-9a-f]+")
@@ -4525,7 +4528,7 @@ def login(handler):
     # Else another site could log its visitor in, to a server that it knows.
     if not access.repeats_xsrf(handler.headers, form.get("_xsrf", "")):
         return login_page(handler, "That took too long, or cookies are off: please try again.", 403)
-    if not access.knows_secret(form.get("password", "")):
+    if not any(opens(form.get("password", "")) for opens in access.keys):
         return login_page(handler, "That was neither the token nor the password.", 401)
     handler.redirect(safe_next(access, handler.asked("next", "")),
                      access.set_cookie(access.cookie_name, access.cookie_value))

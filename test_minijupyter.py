@@ -6887,6 +6887,12 @@ class Login(ServerCase):
                 self.assertEqual(reply.status, status, reply)
                 self.assertEqual("minijupyter-" in reply.headers["Set-Cookie"], status == 302)
 
+    def test_a_password_is_taken_by_the_form_alone(self):
+        """To check a guess takes 50 ms; a notebook's pictures could make thousands of them."""
+        for path, header in (("/api/kernels?token=correct%20horse", None),
+                             ("/api/kernels", "token correct horse")):
+            self.assertEqual(self.server.get(path, Authorization=header).status, 403)
+
     def test_the_cookie_opens_pages_and_api_until_the_logout(self):
         cookie = self.login()
         for path in ("/tree", "/api/kernels"):
