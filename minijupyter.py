@@ -19,6 +19,17 @@ Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions
 7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main · and what is plugged in: 12 Login · 13 TLS ·
 14 Idle kernels · 15 Other servers · 16 Under the hood
 
+Extension points, and what is plugged into them:
+
+    ROUTES             method, pattern, endpoint               login, Under the hood
+    OPEN_TO_ALL        names of endpoints without a token      login
+    BEFORE, AFTER      functions of the handler                Under the hood
+    OPTIONS            names, what argparse is told            password, TLS, idle kernels
+    AT_START           functions (server, arguments)           the same, to obey the options
+    COMMANDS           word -> function(the other words)       password, list, stop
+    access.add_key     what opens the server at the login      password
+    server.wrap        socket -> what connections speak by     TLS
+
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
 checks the signature and files it, and the bridge hands the JSON on as it came.
@@ -3266,6 +3277,11 @@ def same_secret(given, secret):
     return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
 
 
+def is_loopback(ip):
+    """True when only this machine reaches what listens there."""
+    return ip.startswith(LOOPBACK) or ip == "localhost"
+
+
 def as_utf8(value):
     """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
     try:
@@ -3351,8 +3367,7 @@ class Access:
 
     def is_our_host(self, host):
         """Bound to loopback, the server answers only to names that mean loopback."""
-        is_local = self.ip.startswith(LOOPBACK) or self.ip == "localhost"
-        return not is_local or LOCAL_HOST.fullmatch(host) is not None
+        return not is_loopback(self.ip) or LOCAL_HOST.fullmatch(host) is not None
 
     def is_our_page(self, method, headers, query):
         """True when a request with our cookie may come from our own page, or from a program that
@@ -4276,6 +4291,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, root, ip, port, token, base_url="/", allow_hidden=False):
         """Raises OSError when it cannot listen there."""
+        self.address_family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         super().__init__((ip, port), Handler)
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
@@ -4443,7 +4459,7 @@ def main():
     with announced(server):
         print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
               f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
-        if not server.ip.startswith(LOOPBACK) and server.scheme == "http":
+        if not is_loopback(server.ip) and server.scheme == "http":
             print("Other machines can reach it, and the network between can read along.",
                   flush=True)
         if not arguments.no_browser:

@@ -7364,6 +7364,21 @@ class ServerLife(ServerCase):
         self.assertNotIn("Traceback", self.server.process.output)
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
 
+    def test_it_listens_where_it_is_told_and_warns_when_others_reach_it(self):
+        for ip, host, is_warned in (("::1", "[::1]", False), ("localhost", "localhost", False),
+                                    ("0.0.0.0", "127.0.0.1", True)):
+            process = Process([sys.executable, HERE / "minijupyter.py", "--ip", ip, "--port", "0",
+                               "--token", "x", "--no-browser", self.server.root],
+                              env=clean_environment(self.folder()))
+            self.addCleanup(process.end)
+            port = process.wait_for(rf"http://{re.escape(host)}:(\d+)/tree")[1]
+            connection = http.client.HTTPConnection(f"{host}:{port}", timeout=SECONDS)
+            self.addCleanup(connection.close)
+            connection.request("GET", "/api/kernels", headers={"Authorization": "token x"})
+            self.assertEqual(connection.getresponse().status, 200)
+            process.end()
+            self.assertEqual("Other machines" in process.output, is_warned, ip)
+
     def test_a_terminate_signal_ends_the_kernels_too(self):
         _, _, pid = self.start_kernel(self.server)
         os.kill(self.server.process.pid, signal.SIGTERM)
