@@ -4270,7 +4270,7 @@ class Strangers:
         with self.lock, contextlib.suppress(OSError, StopIteration):
             sock = next(iter(self.sockets))
             del self.sockets[sock]
-            sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
 
 
 def most_strangers():

@@ -82,6 +82,7 @@ import operator
 import os
 import random
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -7086,6 +7087,20 @@ class Tls(ServerCase):
             self.assertEqual(self.request("GET", "/api").status, 200)
             silent.close()
 
+    def test_a_stranger_on_tls_is_cut_off_like_any_other(self):
+        server = self.own_server(
+            options=["--port", free_ports(1)[0], "--certfile", self.certificate],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
+        for number in range(60):
+            raw = self.enterContext(socket.create_connection(("127.0.0.1", server.port), SECONDS))
+            if number % 2:
+                self.enterContext(self.context.wrap_socket(raw, server_hostname="127.0.0.1"))
+        client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=SECONDS,
+                                             context=self.context)
+        self.addCleanup(client.close)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=client).status, 200)
+        self.assertNotIn("failed", server.process.output)
+
     def test_a_missing_certificate_is_an_error_in_one_line(self):
         process = Process([sys.executable, HERE / "minijupyter.py", "--certfile", "/no/such.pem",
                            "--no-browser"])
@@ -7365,8 +7380,11 @@ class ServerLife(ServerCase):
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
 
     def test_it_listens_where_it_is_told_and_warns_when_others_reach_it(self):
-        for ip, host, is_warned in (("::1", "[::1]", False), ("localhost", "localhost", False),
-                                    ("0.0.0.0", "127.0.0.1", True)):
+        ways = [("localhost", "localhost", False), ("0.0.0.0", "127.0.0.1", True)]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as free:
+            free.bind(("::1", 0))    # not every machine has IPv6
+            ways.append(("::1", "[::1]", False))
+        for ip, host, is_warned in ways:
             process = Process([sys.executable, HERE / "minijupyter.py", "--ip", ip, "--port", "0",
                                "--token", "x", "--no-browser", self.server.root],
                               env=clean_environment(self.folder()))
@@ -7500,7 +7518,6 @@ class ServerLife(ServerCase):
 
     def with_descriptors(self, count):
         """A server that may open so many files and connections."""
-        import resource
         return self.own_server(preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_NOFILE, (count, count)))
 
@@ -14519,10 +14536,10 @@ def save_untouched_notebook(server, count):
         yield milliseconds(lambda: server.put("/api/contents/large.ipynb", body))
 
 
-def small_requests(server, count, clients=8, seconds=1):
-    """Requests for a notebook of 20 cells (17 kB) that are answered in a second, on connections
+def small_requests(server, count, path="/api/contents/small.ipynb", clients=8, seconds=1):
+    """Requests, for a notebook of 20 cells (17 kB), that are answered in a second, on connections
     kept alive."""
-    request = (f"GET /api/contents/small.ipynb HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+    request = (f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
                f"Authorization: token {server.token}\r\n\r\n").encode()
     answered, end = 0, time.perf_counter() + seconds
     with contextlib.ExitStack() as stack:
@@ -14548,6 +14565,7 @@ FILE_MEASURES = {   # label -> function(server, count)
     "files: save it, a cell changed": save_notebook,
     "files: save it, nothing changed": save_untouched_notebook,
     "files: small notebooks, 8 connections, 1/s": small_requests,
+    "files: GET /api, 8 connections, 1/s": functools.partial(small_requests, path="/api"),
 }
 
 
