@@ -3502,6 +3502,7 @@ TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
 FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
@@ -3552,8 +3553,8 @@ class Head:
         if not all(fields):
             raise Problem(400, "The headers of the request are malformed")
         self.headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
-        hosts = len(self.headers.get_all("Host", ()))
-        if hosts > 1 or not hosts and not self.is_old:
+        hosts = self.headers.get_all("Host", [""] if self.is_old else [])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             raise Problem(400, "A request names one Host")
         self.length = self.body_length()
         options = [word.lower() for word in words(self.headers, "Connection")]

@@ -6533,7 +6533,9 @@ class HttpRequests(ServerCase):
                 (400, self.request("GET /api HTTP/1.1 ")), (400, self.request("GET /\0 HTTP/1.1")),
                 (400, self.request("GET /api HTTP/1.10")), (505, self.request("GET / HTTP/9.9")),
                 (505, self.request("GET /api HTTP/2.0")), (505, self.request("GET / HTTP/0.9")),
-                (400, self.request(host=None)), (400, self.request("Host: 127.0.0.1")),
+                (400, self.request(host=None)), (400, self.request(host="a b")),
+                (400, self.request(host="user@localhost")), (400, self.request(host="localhost/x")),
+                (400, self.request("Host: 127.0.0.1")),
                 *((400, self.request("GET /api HTTP/1.1", fields)) for fields in (
                     "Host: localhost", "X-Invalid[]: y", "X : y", " X: y", "X: y\r\n folded",
                     "X: y\rZ: y", "X: y\nZ: y", "X: \0", "X: \x07", "X: \x7f", "no colon", ": y",
