@@ -6667,7 +6667,7 @@ class HttpRequests(ServerCase):
         head = b"PUT /api/contents/x.txt HTTP/1.1\r\nHost: localhost\r\nAuthorization: token " \
                b"secret\r\nContent-Length: %d\r\n\r\n"
         model = json.dumps({"type": "file", "format": "text", "content": "x" * 20_000}).encode()
-        limits = {"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "SLOWEST": 5_000}
+        limits = {"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "SLOWEST": 1_000}
         with unittest.mock.patch.multiple(minijupyter, **limits):
             server = self.here()
             for first, slow in ((b"", head * 5), (b"GET /api HTTP/1.1\r\n", b"X: y\r\n" * 90),
@@ -7557,7 +7557,7 @@ class ServerLife(ServerCase):
         kept = [server.connect() for _ in range(50)]
         for each in kept:
             self.addCleanup(each.close)
-            each.timeout = 1
+            each.timeout = 2
         with contextlib.suppress(TimeoutError):
             for each in kept:
                 server.request("GET", "/api/kernels", connection=each)
