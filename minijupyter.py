@@ -3903,7 +3903,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, data, content_type, headers=()):
         """Send a whole response; HEAD gets the same headers and no body."""
-        self.is_answered = True
         if self.body is None:
             self.discard_body()
         fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
@@ -3919,7 +3918,11 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
                  f"Date: {http_date(int(time.time()))}",
                  *[f"{name}: {value}" for name, value in fields.items()], "\r\n"]
-        self.wfile.write("\r\n".join(lines).encode("latin-1"))
+        head = "\r\n".join(lines).encode("latin-1")
+        if head.count(b"\n") != len(lines):
+            raise ValueError("a header with a line end in it would be two")
+        self.is_answered = True
+        self.wfile.write(head)
         if self.command != "HEAD" and status != 204:
             self.wfile.write(data)
 

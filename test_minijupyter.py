@@ -6650,6 +6650,31 @@ class HttpRequests(ServerCase):
             self.assertLess(float(seconds[0]), 10)
             self.assertIn(seconds[1], (b"200", b"201"))
 
+    @needs("tornado")
+    def test_tornados_client_sends_bodies_of_any_kind_and_none(self):
+        from tornado.httpclient import HTTPClient
+        client, contents = HTTPClient(), f"http://127.0.0.1:{self.server.port}/api/contents"
+        self.addCleanup(client.close)
+        for method, path, options in (
+                ("POST", "", {"allow_nonstandard_methods": True}),    # no body: in no chunk
+                ("PUT", "/x.txt", {"body_producer": lambda write: write(self.MODEL)}),
+                ("PUT", "/x.txt", {"body": self.MODEL, "expect_100_continue": True})):
+            reply = client.fetch(contents + path, method=method, headers={
+                "Authorization": f"token {self.server.token}"}, **options)
+            self.assertIn(reply.code, (200, 201))
+
+    def test_an_answer_cannot_be_split_by_what_stands_in_a_header(self):
+        split = {"X": "y\r\nSet-Cookie: a=b"}
+        server = self.here()
+        with unittest.mock.patch.object(
+                minijupyter.Handler, "status", lambda self: self.send(200, b"", "text/plain", split)
+                ), contextlib.redirect_stderr(io.StringIO()):
+            client = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
+            self.addCleanup(client.close)
+            client.request("GET", "/api/status", headers={"Authorization": "token secret"})
+            reply = Reply(client.getresponse())
+        self.assertEqual((reply.status, reply.headers["Set-Cookie"]), (500, None))
+
     def test_a_refusal_reaches_a_client_that_is_still_sending(self):
         asked = self.put(f"Content-Length: {2 << 30}", body=b"x" * 4_000_000)
         self.assertStatuses(asked, 413)
