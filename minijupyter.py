@@ -3264,7 +3264,7 @@ class Watch:
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
-# come from our own page? To let somebody in for another secret, see `Access.add_key`.
+# come from our own page? To let somebody in for another secret, call `Access.add_key`.
 
 LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
@@ -3303,6 +3303,7 @@ def longest_spelling(secret):
 
 @functools.lru_cache(1000)
 def spellings_of_character(each):
+    """A pattern for one character; letters and digits nobody encodes."""
     number, data = ord(each), each.encode("utf-8", "surrogatepass")
     if each.isascii() and each.isalnum():
         return data
