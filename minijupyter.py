@@ -19,6 +19,17 @@ Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions
 7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main · and what is plugged in: 12 Login · 13 TLS ·
 14 Idle kernels · 15 Other servers · 16 Under the hood
 
+Extension points, and what is plugged into them:
+
+    ROUTES             method, pattern, endpoint               login, Under the hood
+    OPEN_TO_ALL        names of endpoints without a token      login
+    BEFORE, AFTER      functions of the handler                Under the hood
+    OPTIONS            names, what argparse is told            password, TLS, idle kernels
+    AT_START           functions (server, arguments)           the same, to obey the options
+    COMMANDS           word -> function(the other words)       password, list, stop
+    access.add_key     what opens the server at the login      password
+    server.wrap        socket -> what connections speak by     TLS
+
 Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
 `Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
 checks the signature and files it, and the bridge hands the JSON on as it came.
@@ -4154,7 +4165,7 @@ class Spectator:
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
-# come from our own page? To let somebody in for another secret, see `Access.add_key`.
+# come from our own page? To let somebody in for another secret, call `Access.add_key`.
 
 LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
@@ -4165,6 +4176,11 @@ LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", r
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
     return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def is_loopback(ip):
+    """True when only this machine reaches what listens there."""
+    return ip.startswith(LOOPBACK) or ip == "localhost"
 
 
 def as_utf8(value):
@@ -4188,6 +4204,7 @@ def longest_spelling(secret):
 
 @functools.lru_cache(1000)
 def spellings_of_character(each):
+    """A pattern for one character; letters and digits nobody encodes."""
     number, data = ord(each), each.encode("utf-8", "surrogatepass")
     if each.isascii() and each.isalnum():
         return data
@@ -4209,7 +4226,7 @@ class Access:
     def __init__(self, token, ip, port, base_url="/"):
         self.token, self.ip, self.base_url = token, ip, base_url
         self.is_secure = False   # True when cookies may go through TLS alone
-        self.keys = [lambda given: same_secret(given, token)]   # any of them opens the server
+        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
         self.cookie_name = f"minijupyter-{port}"                # cookies do not know ports
         self.cookie_value = self.new_cookie("")
 
@@ -4218,14 +4235,13 @@ class Access:
         return hmac.new(self.token.encode(), f"cookie {about}".encode(), "sha256").hexdigest()
 
     def add_key(self, opens, about):
-        """Let in as well whoever gives something for which `opens` is true. Who was let in before
-        `about` changed is out (CVE-2026-40934)."""
+        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
+        changed is out (CVE-2026-40934)."""
         self.keys.append(opens)
         self.cookie_value = self.new_cookie(about)
 
-    def knows_secret(self, given):
-        """True for the token, and for what else opens this server."""
-        return any(opens(given) for opens in self.keys)
+    def is_token(self, given):
+        return same_secret(given, self.token)
 
     def without_token(self, data):
         """Bytes as a text in which the token, however it is spelled, cannot be read."""
@@ -4253,8 +4269,7 @@ class Access:
 
     def is_our_host(self, host):
         """Bound to loopback, the server answers only to names that mean loopback."""
-        is_local = self.ip.startswith(LOOPBACK) or self.ip == "localhost"
-        return not is_local or LOCAL_HOST.fullmatch(host) is not None
+        return not is_loopback(self.ip) or LOCAL_HOST.fullmatch(host) is not None
 
     def is_our_page(self, method, headers, query):
         """True when a request with our cookie may come from our own page, or from a program that
@@ -4330,17 +4345,11 @@ MOST_FORM = 1 << 16                   # bytes of a request from who is not let i
 MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
-MOST_HEAD, MOST_FIELDS = 1 << 16, 100 # bytes and lines of a head, as http.server allows
+MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
 MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
-TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
-FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
-DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
 MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
@@ -4380,6 +4389,7 @@ VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name
 <style>html,body,iframe{{width:100%;height:100%;margin:0;border:0;display:block}}</style>
 <iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
 
+
 def remembered(function):
     """A function of a text, with its last hundred results at hand: clients ask the same again and
     again. Long texts are not kept, or a stranger could fill the memory with them."""
@@ -4394,6 +4404,15 @@ def routes_at(path):
                for method, pattern, endpoint in reversed(ROUTES)]
     return {method: (endpoint, [group or "" for group in match.groups()])
             for method, endpoint, match in matches if match}
+
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
 class Headers:
@@ -4443,8 +4462,8 @@ class Head:
         if not all(fields):
             raise Problem(400, "The headers of the request are malformed")
         self.headers = Headers([(field[1], field[2].strip(" \t")) for field in fields])
-        hosts = len(self.headers.get_all("Host", ()))
-        if hosts > 1 or not hosts and not self.is_old:
+        hosts = self.headers.get_all("Host", [""] if self.is_old else [])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             raise Problem(400, "A request names one Host")
         self.length = self.body_length()
         options = [word.lower() for word in words(self.headers, "Connection")]
@@ -4751,7 +4770,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in OPEN_TO_ALL:
             return True
         given = access.given_token(self.headers, self.query)
-        if given is not None and access.knows_secret(given):
+        if given is not None and access.is_token(given):
             self.note_activity()
             return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
         if given is None and access.has_cookie(self.headers):
@@ -4793,7 +4812,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, data, content_type, headers=()):
         """Send a whole response; HEAD gets the same headers and no body."""
-        self.is_answered = True
         if self.body is None:
             self.discard_body()
         fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
@@ -4809,7 +4827,11 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} {self.responses[status][0]}", f"Server: {self.server_version}",
                  f"Date: {http_date(int(time.time()))}",
                  *[f"{name}: {value}" for name, value in fields.items()], "\r\n"]
-        self.wfile.write("\r\n".join(lines).encode("latin-1"))
+        head = "\r\n".join(lines).encode("latin-1")
+        if head.count(b"\n") != len(lines):
+            raise ValueError("a header with a line end in it would be two")
+        self.is_answered = True
+        self.wfile.write(head)
         if self.command != "HEAD" and status != 204:
             self.wfile.write(data)
 
@@ -5347,7 +5369,7 @@ class Strangers:
         with self.lock, contextlib.suppress(OSError, StopIteration):
             sock = next(iter(self.sockets))
             del self.sockets[sock]
-            sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
 
 
 def most_strangers():
@@ -5368,6 +5390,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, root, ip, port, token, base_url="/", allow_hidden=False):
         """Raises OSError when it cannot listen there."""
+        self.address_family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         super().__init__((ip, port), Handler)
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
@@ -5535,7 +5558,7 @@ def main():
     with announced(server):
         print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
               f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
-        if not server.ip.startswith(LOOPBACK) and server.scheme == "http":
+        if not is_loopback(server.ip) and server.scheme == "http":
             print("Other machines can reach it, and the network between can read along.",
                   flush=True)
         if not arguments.no_browser:
@@ -5568,7 +5591,8 @@ def run_as_module():
 # ---- 12. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
-# well, when one is set; the server knows only its hash.
+# well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
+# a guess takes time, and a picture in a notebook could make one in its address.
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}   # some 50 ms and 16 MB for each guess (RFC 7914)
 PASSWORD_HASH = re.compile("scrypt:[0-9a-f]+:[0-9a-f]+")
@@ -5619,7 +5643,7 @@ def login(handler):
     # Else another site could log its visitor in, to a server that it knows.
     if not access.repeats_xsrf(handler.headers, form.get("_xsrf", "")):
         return login_page(handler, "That took too long, or cookies are off: please try again.", 403)
-    if not access.knows_secret(form.get("password", "")):
+    if not any(opens(form.get("password", "")) for opens in access.keys):
         return login_page(handler, "That was neither the token nor the password.", 401)
     handler.redirect(safe_next(access, handler.asked("next", "")),
                      access.set_cookie(access.cookie_name, access.cookie_value))

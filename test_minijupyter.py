@@ -83,6 +83,7 @@ import operator
 import os
 import random
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -7243,7 +7244,9 @@ class HttpRequests(ServerCase):
                 (400, self.request("GET /api HTTP/1.1 ")), (400, self.request("GET /\0 HTTP/1.1")),
                 (400, self.request("GET /api HTTP/1.10")), (505, self.request("GET / HTTP/9.9")),
                 (505, self.request("GET /api HTTP/2.0")), (505, self.request("GET / HTTP/0.9")),
-                (400, self.request(host=None)), (400, self.request("Host: 127.0.0.1")),
+                (400, self.request(host=None)), (400, self.request(host="a b")),
+                (400, self.request(host="user@localhost")), (400, self.request(host="localhost/x")),
+                (400, self.request("Host: 127.0.0.1")),
                 *((400, self.request("GET /api HTTP/1.1", fields)) for fields in (
                     "Host: localhost", "X-Invalid[]: y", "X : y", " X: y", "X: y\r\n folded",
                     "X: y\rZ: y", "X: y\nZ: y", "X: \0", "X: \x07", "X: \x7f", "no colon", ": y",
@@ -7358,6 +7361,31 @@ class HttpRequests(ServerCase):
             self.assertLess(float(seconds[0]), 10)
             self.assertIn(seconds[1], (b"200", b"201"))
 
+    @needs("tornado")
+    def test_tornados_client_sends_bodies_of_any_kind_and_none(self):
+        from tornado.httpclient import HTTPClient
+        client, contents = HTTPClient(), f"http://127.0.0.1:{self.server.port}/api/contents"
+        self.addCleanup(client.close)
+        for method, path, options in (
+                ("POST", "", {"allow_nonstandard_methods": True}),    # no body: in no chunk
+                ("PUT", "/x.txt", {"body_producer": lambda write: write(self.MODEL)}),
+                ("PUT", "/x.txt", {"body": self.MODEL, "expect_100_continue": True})):
+            reply = client.fetch(contents + path, method=method, headers={
+                "Authorization": f"token {self.server.token}"}, **options)
+            self.assertIn(reply.code, (200, 201))
+
+    def test_an_answer_cannot_be_split_by_what_stands_in_a_header(self):
+        split = {"X": "y\r\nSet-Cookie: a=b"}
+        server = self.here()
+        with unittest.mock.patch.object(
+                minijupyter.Handler, "status", lambda self: self.send(200, b"", "text/plain", split)
+                ), contextlib.redirect_stderr(io.StringIO()):
+            client = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
+            self.addCleanup(client.close)
+            client.request("GET", "/api/status", headers={"Authorization": "token secret"})
+            reply = Reply(client.getresponse())
+        self.assertEqual((reply.status, reply.headers["Set-Cookie"]), (500, None))
+
     def test_a_refusal_reaches_a_client_that_is_still_sending(self):
         asked = self.put(f"Content-Length: {2 << 30}", body=b"x" * 4_000_000)
         self.assertStatuses(asked, 413)
@@ -7375,7 +7403,7 @@ class HttpRequests(ServerCase):
         head = b"PUT /api/contents/x.txt HTTP/1.1\r\nHost: localhost\r\nAuthorization: token " \
                b"secret\r\nContent-Length: %d\r\n\r\n"
         model = json.dumps({"type": "file", "format": "text", "content": "x" * 20_000}).encode()
-        limits = {"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "SLOWEST": 5_000}
+        limits = {"HEAD_SECONDS": 0.3, "BODY_SECONDS": 0.3, "SLOWEST": 1_000}
         with unittest.mock.patch.multiple(minijupyter, **limits):
             server = self.here()
             for first, slow in ((b"", head * 5), (b"GET /api HTTP/1.1\r\n", b"X: y\r\n" * 90),
@@ -7597,6 +7625,12 @@ class Login(ServerCase):
                 reply = self.form(password)
                 self.assertEqual(reply.status, status, reply)
                 self.assertEqual("minijupyter-" in reply.headers["Set-Cookie"], status == 302)
+
+    def test_a_password_is_taken_by_the_form_alone(self):
+        """To check a guess takes 50 ms; a notebook's pictures could make thousands of them."""
+        for path, header in (("/api/kernels?token=correct%20horse", None),
+                             ("/api/kernels", "token correct horse")):
+            self.assertEqual(self.server.get(path, Authorization=header).status, 403)
 
     def test_the_cookie_opens_pages_and_api_until_the_logout(self):
         cookie = self.login()
@@ -7823,6 +7857,20 @@ class Tls(ServerCase):
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             self.assertEqual(self.request("GET", "/api").status, 200)
             silent.close()
+
+    def test_a_stranger_on_tls_is_cut_off_like_any_other(self):
+        server = self.own_server(
+            options=["--port", free_ports(1)[0], "--certfile", self.certificate],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
+        for number in range(60):
+            raw = self.enterContext(socket.create_connection(("127.0.0.1", server.port), SECONDS))
+            if number % 2:
+                self.enterContext(self.context.wrap_socket(raw, server_hostname="127.0.0.1"))
+        client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=SECONDS,
+                                             context=self.context)
+        self.addCleanup(client.close)
+        self.assertEqual(server.request("GET", "/api/kernels", connection=client).status, 200)
+        self.assertNotIn("failed", server.process.output)
 
     def test_a_missing_certificate_is_an_error_in_one_line(self):
         process = Process([sys.executable, HERE / "minijupyter.py", "--certfile", "/no/such.pem",
@@ -8691,6 +8739,24 @@ class ServerLife(ServerCase):
         self.assertNotIn("Traceback", self.server.process.output)
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
 
+    def test_it_listens_where_it_is_told_and_warns_when_others_reach_it(self):
+        ways = [("localhost", "localhost", False), ("0.0.0.0", "127.0.0.1", True)]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as free:
+            free.bind(("::1", 0))    # not every machine has IPv6
+            ways.append(("::1", "[::1]", False))
+        for ip, host, is_warned in ways:
+            process = Process([sys.executable, HERE / "minijupyter.py", "--ip", ip, "--port", "0",
+                               "--token", "x", "--no-browser", self.server.root],
+                              env=clean_environment(self.folder()))
+            self.addCleanup(process.end)
+            port = process.wait_for(rf"http://{re.escape(host)}:(\d+)/tree")[1]
+            connection = http.client.HTTPConnection(f"{host}:{port}", timeout=SECONDS)
+            self.addCleanup(connection.close)
+            connection.request("GET", "/api/kernels", headers={"Authorization": "token x"})
+            self.assertEqual(connection.getresponse().status, 200)
+            process.end()
+            self.assertEqual("Other machines" in process.output, is_warned, ip)
+
     def test_a_terminate_signal_ends_the_kernels_too(self):
         _, _, pid = self.start_kernel(self.server)
         os.kill(self.server.process.pid, signal.SIGTERM)
@@ -8812,7 +8878,6 @@ class ServerLife(ServerCase):
 
     def with_descriptors(self, count):
         """A server that may open so many files and connections."""
-        import resource
         return self.own_server(preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_NOFILE, (count, count)))
 
@@ -8850,7 +8915,7 @@ class ServerLife(ServerCase):
         kept = [server.connect() for _ in range(50)]
         for each in kept:
             self.addCleanup(each.close)
-            each.timeout = 1
+            each.timeout = 2
         with contextlib.suppress(TimeoutError):
             for each in kept:
                 server.request("GET", "/api/kernels", connection=each)
@@ -16214,10 +16279,10 @@ def save_untouched_notebook(server, count):
         yield milliseconds(lambda: server.put("/api/contents/large.ipynb", body))
 
 
-def small_requests(server, count, clients=8, seconds=1):
-    """Requests for a notebook of 20 cells (17 kB) that are answered in a second, on connections
+def small_requests(server, count, path="/api/contents/small.ipynb", clients=8, seconds=1):
+    """Requests, for a notebook of 20 cells (17 kB), that are answered in a second, on connections
     kept alive."""
-    request = (f"GET /api/contents/small.ipynb HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+    request = (f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
                f"Authorization: token {server.token}\r\n\r\n").encode()
     answered, end = 0, time.perf_counter() + seconds
     with contextlib.ExitStack() as stack:
@@ -16243,6 +16308,7 @@ FILE_MEASURES = {   # label -> function(server, count)
     "files: save it, a cell changed": save_notebook,
     "files: save it, nothing changed": save_untouched_notebook,
     "files: small notebooks, 8 connections, 1/s": small_requests,
+    "files: GET /api, 8 connections, 1/s": functools.partial(small_requests, path="/api"),
 }
 
 
