@@ -42,6 +42,7 @@ if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys
     os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
 
 import argparse
+import atexit
 import base64
 import codecs
 import collections
@@ -779,6 +780,7 @@ class Uploads:
 
     def __init__(self):
         self.lock, self.under_way = threading.Lock(), {}   # target -> Upload
+        atexit.register(self.drop_all)
 
     def add(self, target, number, data):
         """Add a piece; returns where the pieces gather, or None: the file is in its place."""
@@ -818,6 +820,10 @@ class Uploads:
 
     def drop(self, target):
         self.under_way.pop(target).file.remove()
+
+    def drop_all(self):
+        for target in [*self.under_way]:
+            self.drop(target)
 
 
 class Contents:
@@ -1051,6 +1057,8 @@ class Contents:
         absolute = self.resolve(path)
         if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
             raise Problem(400, "Only files of format text or base64 can come in chunks")
+        if os.path.isdir(absolute):
+            raise Problem(400, f"{path} is a folder")
         data, was_there = self.encode(path, model, None), os.path.exists(absolute)
         gathering = self.uploads.add(os.path.realpath(absolute), model["chunk"], data)
         if gathering:
@@ -1100,24 +1108,34 @@ class Contents:
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
-        with self.lock:
-            space = " " if kind == "directory" else ""
-            path = self.free_name(folder, stem, extension or usual, space, 0)
-            absolute = self.resolve(path)
+        data = write_notebook(new_notebook()).data if kind == "notebook" else b""
+
+        def make(absolute):
             if kind == "directory":
                 os.mkdir(absolute)
             else:
-                data = write_notebook(new_notebook()).data if kind == "notebook" else b""
                 write_atomically(absolute, data, refuse_existing)
-        return self.model(path, absolute)
 
-    def free_name(self, folder, stem, extension, joint, number):
+        space = " " if kind == "directory" else ""
+        return self.make_new(make, folder, stem, extension or usual, space)
+
+    def make_new(self, make, *names):
+        """The model of what `make(absolute)` makes under the first free name, see `free_name`."""
         while True:
+            path = self.free_name(*names)
+            try:
+                make(self.resolve(path))
+                return self.model(path, self.resolve(path))
+            except FileExistsError:   # somebody took the name meanwhile
+                continue
+
+    def free_name(self, folder, stem, extension, joint):
+        """The path of stem + extension in the folder, with a joint and a number if need be."""
+        for number in itertools.count():
             name = f"{stem}{joint}{number}{extension}" if number else stem + extension
             path = f"{folder}/{name}".lstrip("/")
             if not os.path.lexists(self.resolve(path)):
                 return path
-            number += 1
 
     def copy(self, source, folder):
         """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`."""
@@ -1131,10 +1149,9 @@ class Contents:
         stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
         if is_folder:
             return self.copy_folder(absolute, folder, stem)
-        with self.lock:
-            path = self.free_name(folder, stem, extension, "-Copy", 0)
-            write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
-        return self.model(path, self.resolve(path))
+        data = self.read(absolute)
+        return self.make_new(lambda new: write_atomically(new, data, refuse_existing),
+                             folder, stem, extension, "-Copy")
 
     def copy_name(self, name, is_folder):
         """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
@@ -1155,7 +1172,7 @@ class Contents:
             shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
                             dirs_exist_ok=True)
             with self.lock, locked(os.path.dirname(growing)) as parent:
-                path = self.free_name(folder, stem, "", "-Copy", 0)
+                path = self.free_name(folder, stem, "", "-Copy")
                 os.rename(growing, self.resolve(path))
                 sync(parent)
         return self.model(path, self.resolve(path))
@@ -1210,7 +1227,7 @@ class Contents:
 def refuse_existing(target):
     """What a new file must not find when it takes its place."""
     if os.path.lexists(target):
-        raise Problem(409, f"{os.path.basename(target)} exists already")
+        raise FileExistsError(errno.EEXIST, "There is such a file already", target)
 
 
 def move(old, new):
@@ -1523,9 +1540,9 @@ class Temporary:
 
 def copy_attributes(source, target):
     """Access control lists and the like, where there are any and we may give them."""
-    if hasattr(os, "listxattr"):
-        with contextlib.suppress(OSError):
-            for name in os.listxattr(source):
+    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
                 os.setxattr(target, name, os.getxattr(source, name))
 
 
@@ -1552,9 +1569,9 @@ def write_over(target, data, look=None):
                 fill(file.fileno(), data)
             except OSError:   # the disk is full: the room for the old bytes is still ours
                 fill(file.fileno(), old)
-                raise
-            finally:
                 remove_record(record)
+                raise
+            remove_record(record)
 
 
 def fill(descriptor, data):

@@ -6082,9 +6082,12 @@ class Saving(ServerCase):
         self.assertReply(killed.put("/api/contents/kept.txt", body), 200)
         os.kill(killed.process.pid, signal.SIGKILL)
         self.assertEqual(len(self.leftovers(killed.root)), 1)
-        self.own_server(killed.folder.name)
+        again = self.own_server(killed.folder.name)
         self.assertEqual(self.leftovers(killed.root), [])
         self.assertEqual((killed.root / "kept.txt").read_text(), "old")
+        self.assertReply(again.put("/api/contents/kept.txt", body), 200)
+        again.process.end()
+        self.assertEqual(self.leftovers(killed.root), [])
 
 
 def without_roots_rights():
