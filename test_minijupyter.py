@@ -6522,6 +6522,28 @@ class NotebookFiles(ServerCase):
             self.assertEqual(content["cells"], [])
             self.assertEqual(self.save(content), jupyter_bytes(notebook()))
 
+    def test_the_plain_way_alone_opens_and_saves_notebooks(self):
+        contents, nb = minijupyter.Contents(self.folder()), notebook("x = 1\ny = 2", "half \ud83d")
+        path = Path(contents.root, "a.ipynb")
+        model = {"type": "notebook", "format": "json", "content": nb}
+        with unittest.mock.patch.multiple(
+                minijupyter, DOCUMENTS=[minijupyter.PlainDocument], UPGRADES={}):
+            contents.save("a.ipynb", model)
+            self.assertEqual(contents.get("a.ipynb")["content"], nb)
+            data = path.read_bytes()
+            contents.save("a.ipynb", model, hashlib.sha256(data).hexdigest())
+            self.assertEqual(path.read_bytes(), data)
+            nb["cells"] = [{"cell_type": "code"}, *notebook("1")["cells"]]
+            contents.save("a.ipynb", model)
+            self.assertEqual(contents.get("a.ipynb")["content"]["cells"][0]["outputs"], [])
+            nb["metadata"]["number"] = float("inf")
+            for text, action in ((json.dumps(VERSION_3), lambda: contents.get("a.ipynb")),
+                                 ("{}", lambda: contents.save("a.ipynb", model))):
+                path.write_text(text)
+                with self.assertRaises(minijupyter.Problem):
+                    action()
+        self.assertEqual(contents.get("a.ipynb", "file")["content"], "{}")
+
     def test_a_file_of_a_newer_format_is_refused_in_clear_words(self):
         (self.root / "five.ipynb").write_text('{"nbformat": 5}')
         reply = self.assertReply(self.server.get("/api/contents/five.ipynb"), 400)
