@@ -1114,6 +1114,7 @@ class Contents:
                 in_use.enter_context(locked(growing))
             shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
                             dirs_exist_ok=True)
+            mend_links(growing, os.path.realpath(absolute))
             with self.lock, locked(os.path.dirname(growing)) as parent:
                 path = self.free_name(folder, stem, "", "-Copy")
                 os.rename(growing, self.resolve(path))
@@ -1176,13 +1177,31 @@ def refuse_existing(target):
 
 
 def move(old, new):
-    """Rename a file or folder. A relative link is made anew, if it would lead elsewhere."""
+    """Rename a file or folder; links lead where they led."""
     folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
-    leads = os.readlink(old) if os.path.islink(old) else os.sep
-    if os.path.isabs(leads) or folder == new_folder:
-        return os.rename(old, new)
-    os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
-    os.unlink(old)
+    is_link = os.path.islink(old)
+    leads = os.readlink(old) if is_link else os.sep
+    if is_link and not os.path.isabs(leads) and folder != new_folder:
+        os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
+        return os.unlink(old)
+    os.rename(old, new)
+    if os.path.isdir(new) and not is_link and folder != new_folder:
+        mend_links(new, os.path.join(folder, os.path.basename(old)))
+    return None
+
+
+def mend_links(tree, came_from):
+    """Give the relative links of a moved or copied folder that lead out of it a new text."""
+    for folder, folders, files in os.walk(os.path.realpath(tree)):
+        old_folder = os.path.join(came_from, os.path.relpath(folder, os.path.realpath(tree)))
+        for link in (os.path.join(folder, name) for name in (*folders, *files)):
+            if not os.path.islink(link) or os.path.isabs(os.readlink(link)):
+                continue
+            aim = os.path.normpath(os.path.join(old_folder, os.readlink(link)))
+            if not is_within(aim, came_from):
+                with contextlib.suppress(OSError):   # in a folder that we may not change
+                    os.unlink(link)
+                    os.symlink(os.path.relpath(aim, folder), link)
 
 
 def is_plain(name):
@@ -1434,7 +1453,7 @@ class Temporary:
             self.path = leftover_name(self.folder)
             self.descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            if lock(self.descriptor) is False or not os.fstat(self.descriptor).st_nlink:
+            if lock(self.descriptor) is False or not os.path.exists(self.path):
                 self.close()
 
     def __enter__(self):

@@ -6675,6 +6675,25 @@ class Files(ServerCase):
             self.assertFalse(os.path.isabs(os.readlink(self.root / new)))
             self.assertEqual(self.server.get(f"/api/contents/{new}").json["content"], "aim")
 
+    def test_the_links_of_a_folder_lead_to_the_same_files_after_a_move_and_a_copy(self):
+        folder = self.root / "linked" / "inner"
+        folder.mkdir(parents=True)
+        (self.root / "out.txt").write_text("out")
+        (self.root / "linked" / "in.txt").write_text("in")
+        (folder / "out.txt").symlink_to("../../out.txt")
+        (folder / "in.txt").symlink_to("../in.txt")
+        (self.root / "deep" / "er").mkdir(parents=True)
+        reply = self.server.post("/api/contents/deep", {"copy_from": "linked"})
+        self.assertReply(reply, 201)
+        reply = self.server.patch("/api/contents/linked", {"path": "deep/er/moved"})
+        self.assertReply(reply, 200)
+        for path in ("deep/linked/inner", "deep/er/moved/inner"):
+            for name in ("in", "out"):
+                opened = self.server.get(f"/api/contents/{path}/{name}.txt").json
+                self.assertEqual(opened["content"], name)
+        self.assertEqual(os.readlink(self.root / "deep" / "er" / "moved" / "inner" / "in.txt"),
+                         "../in.txt")
+
     def test_a_range_may_have_any_number_of_digits(self):
         (self.root / "ranged.txt").write_text("0123456789")
         huge, zeros = "9" * 5000, "0" * 5000
