@@ -165,6 +165,9 @@ def cut(parts):
 # save is compared with what the file says: an untouched notebook is not written at all, and in a
 # changed one every untouched cell stays as it stood. For that a file is read cell by cell, and the
 # place of each is kept.
+#
+# Two classes read and write: PlainDocument takes a file as a whole, NotebookFile cell by cell. The
+# last row of DOCUMENTS is used. To read another old format add a row to UPGRADES.
 
 SHORT_MIME = {   # nbformat 3's names
     "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
@@ -755,13 +758,13 @@ class Recent:
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
 # path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing of
 # Jupyter's runtime folder (tokens and keys) passes it.
-# A file is written whole or not at all: into a temporary file beside it, which then takes its
-# place.
+# A file is written whole or not at all: see "Saving" below, with its promises S1 to S6. What is
+# large is handled a little at a time, because one long call of Python's json stops all threads.
+# To save a model in another way add a row to SAVERS; to let a file go along when another one is
+# moved or deleted, a function to COMPANIONS. Uploads in pieces and checkpoints do that.
 
 UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
-
-
 ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
 AT_ONCE = 1 << 18           # bytes of a long text
 LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
