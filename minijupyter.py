@@ -43,6 +43,7 @@ API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 (HTTP), RFC 6455 (WebSock
 messaging specification 5.5.
 """
 import argparse
+import atexit
 import base64
 import codecs
 import collections
@@ -184,6 +185,9 @@ def cut(parts):
 # save is compared with what the file says: an untouched notebook is not written at all, and in a
 # changed one every untouched cell stays as it stood. For that a file is read cell by cell, and the
 # place of each is kept.
+#
+# Two classes read and write: PlainDocument takes a file as a whole, NotebookFile cell by cell. The
+# last row of DOCUMENTS is used. To read another old format add a row to UPGRADES.
 
 SHORT_MIME = {   # nbformat 3's names
     "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
@@ -249,6 +253,59 @@ def map_output(output, convert, is_converted):
     return output
 
 
+class PlainDocument:
+    """A notebook file in Jupyter's own form, read and written as a whole. Raises NotANotebook.
+
+    data = its bytes
+    served = the notebook as the API gives it: strings joined, ids in 4.5
+    """
+
+    def __init__(self, data):
+        try:
+            text = data.decode("utf-8-sig")
+            notebook = JSON.decode(text) if text.strip() else new_notebook()
+        except (ValueError, RecursionError) as problem:
+            raise NotANotebook(f"the file is not JSON: {problem}") from None
+        notebook, _, _ = current(notebook)
+        cells = [map_strings(cell, join) for cell in notebook["cells"]]
+        self.data, self.served = data, as_served(notebook, cells)
+
+    @classmethod
+    def written(cls, notebook, old=None):
+        """The document that says what a good notebook says; `old` is what the file says now."""
+        cells = [map_strings(cell, split, is_split_mime) for cell in notebook["cells"]]
+        try:
+            text = json.dumps({**notebook, "cells": cells}, ensure_ascii=False, indent=1,
+                              sort_keys=True, allow_nan=False)
+        except ValueError:
+            raise NotANotebook("it holds a number that JSON has not") from None
+        return cls(encode_text(text + "\n"))
+
+    @functools.cached_property
+    def hash(self):
+        return sha256(self.data)
+
+
+DOCUMENTS = [PlainDocument]   # ways to read and write notebook files: the last one is used
+UPGRADES = {}                 # older nbformat -> function(notebook of that version) -> of version 4
+
+
+def current(notebook):
+    """(the notebook in nbformat 4, its version in the file, numbers of the cells that were mended).
+    Raises NotANotebook."""
+    version = notebook.get("nbformat") if isinstance(notebook, dict) else None
+    if not isinstance(version, int):
+        raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
+    if version in UPGRADES:
+        notebook = UPGRADES[version](notebook)
+    elif version != 4:
+        known = ", ".join(map(str, sorted([*UPGRADES, 4])))
+        raise NotANotebook(f"this is nbformat {version}; what can be read is nbformat {known}")
+    notebook, mended = mend(notebook)
+    validate(notebook)
+    return notebook, version, mended
+
+
 class NotebookReader:
     """Reads a notebook's JSON member by member and cell by cell, and notes where each stands:
     `notebook`, `places` and `tail` as in a NotebookFile. Raises ValueError."""
@@ -309,17 +366,16 @@ class NotebookFile:
             reader = NotebookReader(data)
         except (ValueError, RecursionError) as problem:
             raise NotANotebook(f"the file is not JSON: {problem}") from None
-        self.data, self.notebook = data, reader.notebook
-        self.places, self.tail = reader.places, reader.tail
-        self.version = self.notebook.get("nbformat")
-        if not isinstance(self.version, int):
-            raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
-        if self.version not in (2, 3, 4):
-            raise NotANotebook(f"this is nbformat {self.version}; versions 2 to 4 can be read")
-        if self.version < 4:
-            self.notebook = upgrade(self.notebook)
-        self.notebook, self.mended = mend(self.notebook)
-        validate(self.notebook)
+        self.data, self.places, self.tail = data, reader.places, reader.tail
+        self.notebook, self.version, self.mended = current(reader.notebook)
+
+    @classmethod
+    def written(cls, notebook, old=None):
+        """The file that says what a good notebook says. What `old`, which is on disk now, says
+        already is left as it stands there."""
+        if old and not old.mended and same(old.served, notebook):
+            return old
+        return rewritten(notebook, old if old and old.version == 4 else None)
 
     @classmethod
     def put_together(cls, notebook, served, data, places, tail):
@@ -338,6 +394,9 @@ class NotebookFile:
     @functools.cached_property
     def hash(self):
         return sha256(self.data)
+
+
+DOCUMENTS.append(NotebookFile)
 
 
 def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
@@ -434,6 +493,9 @@ def upgrade(notebook):
     return {"cells": with_ids(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
+UPGRADES.update({2: upgrade, 3: upgrade})
+
+
 def upgrade_cell(cell):
     kind, metadata = cell["cell_type"], dict(cell.get("metadata", {}))
     if kind == "code":
@@ -497,7 +559,7 @@ def with_ids(cells):
 
 def read_notebook(data):
     """The notebook in the bytes of a file, as the API gives it."""
-    return NotebookFile(data).served
+    return DOCUMENTS[-1](data).served
 
 
 def new_notebook():
@@ -555,17 +617,15 @@ class Pieces:
 
 
 def write_notebook(notebook, old=None):
-    """The NotebookFile that says what `notebook` says. What `old`, which is on disk now, says
-    already is left as it stands there. Raises NotANotebook."""
+    """The document that says what `notebook` says; `old` is the one that is on disk now. Raises
+    NotANotebook."""
     notebook, _ = mend(notebook) if isinstance(notebook, dict) else (notebook, ())
     validate(notebook)
     if notebook.get("nbformat") != 4:
         raise NotANotebook("/nbformat must be 4")
     notebook = as_served(notebook, notebook["cells"])
     try:
-        if old and not old.mended and same(old.served, notebook):
-            return old
-        return rewritten(notebook, old if old and old.version == 4 else None)
+        return DOCUMENTS[-1].written(notebook, old)
     except RecursionError:
         raise NotANotebook("it is nested too deep") from None
 
@@ -689,9 +749,9 @@ class Recent:
         self.lock, self.file, self.timer = threading.Lock(), None, None
 
     def read(self, data):
-        """The NotebookFile of these bytes. Raises NotANotebook."""
+        """The document of these bytes. Raises NotANotebook."""
         file = self.file
-        return file if file and file.data == data else self.keep(NotebookFile(data))
+        return file if file and file.data == data else self.keep(DOCUMENTS[-1](data))
 
     def hash(self, data):
         file = self.file
@@ -769,13 +829,13 @@ def strangers(where, part, kind):
 # The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
 # path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing of
 # Jupyter's runtime folder (tokens and keys) passes it.
-# A file is written whole or not at all: into a temporary file beside it, which then takes its
-# place.
+# A file is written whole or not at all: see "Saving" below, with its promises S1 to S6. What is
+# large is handled a little at a time, because one long call of Python's json stops all threads.
+# To save a model in another way add a row to SAVERS; to let a file go along when another one is
+# moved or deleted, a function to COMPANIONS. Uploads in pieces and checkpoints do that.
 
 UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
-
-
 ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
 AT_ONCE = 1 << 18           # bytes of a long text
 LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
@@ -787,8 +847,9 @@ REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
 STRING = re.compile(rb'''(?:[^"\\]+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..
     |\\u(?![dD][89abAB])....|\\[^u])*''', re.S | re.X)
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
-CHECKPOINT = "checkpoint"   # the id of a file's one checkpoint
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
+SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
+COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
 NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
 
 
@@ -824,73 +885,6 @@ class Answers:
             self.size += len(answer)
 
 
-class Upload:
-    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
-    that takes the file's place at the end."""
-
-    def __init__(self, target, data):
-        """`data`: of piece 1, which is still to be added."""
-        self.file, self.first, self.number = Temporary(target), sha256(data), 0
-        self.latest = time.monotonic()
-
-    def add(self, number, data):
-        """Problem 400 when the piece is not the next one; the upload goes on with that."""
-        if number not in (self.number + 1, -1):
-            raise Problem(400, f"Chunk {number} is out of place: the next one is "
-                               f"{self.number + 1}, or -1 for the last")
-        self.file.write(data)
-        self.number, self.latest = self.number + 1, time.monotonic()
-
-
-class Uploads:
-    """Those under way, one of each file. What gathers is never seen as the file."""
-
-    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
-    MOST_SECONDS = 3600    # then an upload goes, when another one begins
-
-    def __init__(self):
-        self.lock, self.under_way = threading.Lock(), {}   # target -> Upload
-
-    def add(self, target, number, data):
-        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
-        with self.lock:
-            if number == 1:
-                self.begin(target, data)
-            upload = self.under_way.get(target)
-            if upload is None:
-                raise Problem(400, "An upload begins with chunk 1")
-            try:
-                upload.add(number, data)
-            except OSError:
-                self.drop(target)
-                raise
-            if number != -1:
-                return upload.file.path
-            del self.under_way[target]
-        with upload.file:
-            return put_in_place(upload.file)
-
-    def begin(self, target, data):
-        """Problem 409 while another upload of the same file is under way: nothing tells whose a
-        later piece is. The same first piece begins anew, because then what follows fits,
-        whoever sends it."""
-        now = time.monotonic()
-        for other, upload in [*self.under_way.items()]:
-            if now - upload.latest > self.MOST_SECONDS:
-                self.drop(other)
-        old = self.under_way.get(target)
-        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
-            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
-                               f"{self.PAUSE_SECONDS} seconds after it was given up")
-        refuse_protected(target)
-        if old:
-            self.drop(target)
-        self.under_way[target] = Upload(target, data)
-
-    def drop(self, target):
-        self.under_way.pop(target).file.remove()
-
-
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
@@ -899,7 +893,7 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.recent, self.answers, self.uploads = Recent(), Answers(), Uploads()
+        self.recent, self.answers = Recent(), Answers()
         self.lock = threading.Lock()   # while a name is chosen
         self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
         tidy(self.root)
@@ -1052,8 +1046,12 @@ class Contents:
             return self.saved.setdefault(os.path.realpath(absolute), threading.Lock())
 
     def save(self, path, model, expected=None, with_hash=False):
-        """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
-        NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
+        """Write a model's content, or let one of SAVERS do it. `expected` is the hash that the
+        file must have now, "*" (any) or NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns
+        (new model, was it created)."""
+        for member, save in SAVERS.items():
+            if isinstance(model.get(member), int):
+                return save(self, path, model)
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
@@ -1064,24 +1062,29 @@ class Contents:
             if kind == "directory":
                 os.makedirs(absolute, exist_ok=True)
                 return self.model(path, absolute), is_new
-            if os.path.isdir(absolute):
-                raise Problem(400, f"{path} is a folder")
-            refuse_protected(absolute)
-            old = self.read_if_there(absolute)
-            self.refuse_conflict(path, old, expected)
-            data = self.encode(path, model, old)
-
-            def look(target):
-                """What was true when the save began must be true when the file is replaced."""
-                if expected not in (None, "*") and self.read_if_there(target) != old:
-                    raise Problem(412, f"{path} was changed on disk just now", "conflict")
-
-            if data != old:
-                write_atomically(absolute, data, look)
+            data = self.write(path, absolute, model, expected)
         new = {**self.model(path, absolute), "type": kind}
         if with_hash:
             new.update(hash=self.recent.hash(data), hash_algorithm="sha256")
         return new, is_new
+
+    def write(self, path, absolute, model, expected):
+        """Put a model's content into its file; returns the bytes."""
+        if os.path.isdir(absolute):
+            raise Problem(400, f"{path} is a folder")
+        refuse_protected(absolute)
+        old = self.read_if_there(absolute)
+        self.refuse_conflict(path, old, expected)
+        data = self.encode(path, model, old)
+
+        def look(target):
+            """What was true when the save began must be true when the file is replaced."""
+            if expected not in (None, "*") and self.read_if_there(target) != old:
+                raise Problem(412, f"{path} was changed on disk just now", "conflict")
+
+        if data != old:
+            write_atomically(absolute, data, look)
+        return data
 
     def refuse_conflict(self, path, old, expected):
         if expected == NOT_THERE and old is not None:
@@ -1094,7 +1097,7 @@ class Contents:
             raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
 
     def file_or_none(self, data):
-        """The NotebookFile of these bytes, if they are that of a notebook."""
+        """The document of these bytes, if they are that of a notebook."""
         try:
             return self.recent.read(data) if data and not data.isspace() else None
         except NotANotebook:
@@ -1118,78 +1121,39 @@ class Contents:
             raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
                                f"{problem}") from None
 
-    def save_chunk(self, path, model):
-        """Write one piece of a large upload; returns (model, was a file created)."""
-        absolute = self.resolve(path)
-        if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
-            raise Problem(400, "Only files of format text or base64 can come in chunks")
-        data, was_there = self.encode(path, model, None), os.path.exists(absolute)
-        gathering = self.uploads.add(os.path.realpath(absolute), model["chunk"], data)
-        if gathering:
-            return self.model(path, gathering), False
-        return self.model(path, absolute), not was_there
-
-    # -- checkpoints: one per file, beside it in .ipynb_checkpoints --
-
-    def checkpoint_path(self, path):
-        folder, name = os.path.split(self.existing(path))
-        stem, extension = os.path.splitext(name)
-        saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
-        self.kept_inside(saved, path)
-        return saved
-
-    def checkpoints(self, path):
-        """The list of a file's checkpoints: one, or none."""
-        saved = self.checkpoint_path(path)
-        return [self.checkpoint_model(saved)] if os.path.exists(saved) else []
-
-    def checkpoint_model(self, saved):
-        return {"id": CHECKPOINT, "last_modified": iso(os.stat(saved).st_mtime)}
-
-    def create_checkpoint(self, path):
-        """Keep the file as it is on disk now."""
-        saved = self.checkpoint_path(path)
-        os.makedirs(os.path.dirname(saved), exist_ok=True)
-        write_atomically(saved, self.read(self.existing(path)))
-        return self.checkpoint_model(saved)
-
-    def restore_checkpoint(self, path, id):
-        absolute, saved = self.resolve(path), self.checkpoint_of(path, id)
-        with self.one_save(absolute):
-            write_atomically(absolute, self.read(saved))
-
-    def delete_checkpoint(self, path, id):
-        os.remove(self.checkpoint_of(path, id))
-
-    def checkpoint_of(self, path, id):
-        saved = self.checkpoint_path(path)
-        if id != CHECKPOINT or not os.path.exists(saved):
-            raise Problem(404, f"{path} has no checkpoint {id}")
-        return saved
-
     def create(self, folder, kind="file", extension=""):
         """A new, empty file, notebook or folder with a name of its own."""
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
-        with self.lock:
-            space = " " if kind == "directory" else ""
-            path = self.free_name(folder, stem, extension or usual, space, 0)
-            absolute = self.resolve(path)
+        data = write_notebook(new_notebook()).data if kind == "notebook" else b""
+
+        def make(absolute):
             if kind == "directory":
                 os.mkdir(absolute)
             else:
-                data = write_notebook(new_notebook()).data if kind == "notebook" else b""
                 write_atomically(absolute, data, refuse_existing)
-        return self.model(path, absolute)
 
-    def free_name(self, folder, stem, extension, joint, number):
+        space = " " if kind == "directory" else ""
+        return self.make_new(make, folder, stem, extension or usual, space)
+
+    def make_new(self, make, *names):
+        """The model of what `make(absolute)` makes under the first free name, see `free_name`."""
         while True:
+            path = self.free_name(*names)
+            try:
+                make(self.resolve(path))
+                return self.model(path, self.resolve(path))
+            except FileExistsError:   # somebody took the name meanwhile
+                continue
+
+    def free_name(self, folder, stem, extension, joint):
+        """The path of stem + extension in the folder, with a joint and a number if need be."""
+        for number in itertools.count():
             name = f"{stem}{joint}{number}{extension}" if number else stem + extension
             path = f"{folder}/{name}".lstrip("/")
             if not os.path.lexists(self.resolve(path)):
                 return path
-            number += 1
 
     def copy(self, source, folder):
         """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
@@ -1206,15 +1170,20 @@ class Contents:
         stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
 
         def choose():
-            return folder if is_name else self.free_name(folder, stem, extension, "-Copy", 0)
+            return folder if is_name else self.free_name(folder, stem, extension, "-Copy")
 
         if is_folder:
             return self.copy_folder(absolute, target, choose)
-        with self.lock:
+        data = self.read(absolute)
+        while True:
             path = choose()
-            refuse_existing(self.resolve(path))   # also a link to nowhere
-            write_atomically(self.resolve(path), self.read(absolute), refuse_existing)
-        return self.model(path, self.resolve(path))
+            try:
+                refuse_existing(self.resolve(path))   # also a link to nowhere
+                write_atomically(self.resolve(path), data, refuse_existing)
+                return self.model(path, self.resolve(path))
+            except FileExistsError:   # somebody took the name meanwhile
+                if is_name:
+                    raise
 
     def copy_name(self, name, is_folder):
         """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
@@ -1235,6 +1204,7 @@ class Contents:
                 in_use.enter_context(locked(growing))
             shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
                             dirs_exist_ok=True)
+            mend_links(growing, os.path.realpath(absolute))
             with self.lock, locked(os.path.dirname(growing)) as parent:
                 path = choose()
                 refuse_existing(self.resolve(path))
@@ -1260,11 +1230,12 @@ class Contents:
         with self.lock, locked(os.path.dirname(new)) as folder:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            saved = self.checkpoint_path(path)
+            left = [companion(self, path) for companion in COMPANIONS]
             move(old, new)
-            if os.path.exists(saved):   # it goes along
-                os.makedirs(os.path.dirname(self.checkpoint_path(new_path)), exist_ok=True)
-                os.replace(saved, self.checkpoint_path(new_path))
+            for companion, behind in zip(COMPANIONS, left, strict=True):
+                if os.path.exists(behind):
+                    os.makedirs(os.path.dirname(companion(self, new_path)), exist_ok=True)
+                    os.replace(behind, companion(self, new_path))
             sync(folder)
         return self.model(new_path, new)
 
@@ -1279,8 +1250,9 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
-            with contextlib.suppress(OSError):   # as a rule there is none
-                os.remove(self.checkpoint_path(path))
+            for companion in COMPANIONS:
+                with contextlib.suppress(OSError):   # as a rule there is none
+                    os.remove(companion(self, path))
             return os.remove(absolute)
         self.refuse_private(path, absolute)
         if not with_content and {*os.listdir(absolute)} - NO_CONTENT:
@@ -1292,17 +1264,35 @@ class Contents:
 def refuse_existing(target):
     """What a new file must not find when it takes its place."""
     if os.path.lexists(target):
-        raise Problem(409, f"{os.path.basename(target)} exists already")
+        raise FileExistsError(errno.EEXIST, "There is such a file already", target)
 
 
 def move(old, new):
-    """Rename a file or folder. A relative link is made anew, if it would lead elsewhere."""
+    """Rename a file or folder; links lead where they led."""
     folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
-    leads = os.readlink(old) if os.path.islink(old) else os.sep
-    if os.path.isabs(leads) or folder == new_folder:
-        return os.rename(old, new)
-    os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
-    os.unlink(old)
+    is_link = os.path.islink(old)
+    leads = os.readlink(old) if is_link else os.sep
+    if is_link and not os.path.isabs(leads) and folder != new_folder:
+        os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
+        return os.unlink(old)
+    os.rename(old, new)
+    if os.path.isdir(new) and not is_link and folder != new_folder:
+        mend_links(new, os.path.join(folder, os.path.basename(old)))
+    return None
+
+
+def mend_links(tree, came_from):
+    """Give the relative links of a moved or copied folder that lead out of it a new text."""
+    for folder, folders, files in os.walk(os.path.realpath(tree)):
+        old_folder = os.path.join(came_from, os.path.relpath(folder, os.path.realpath(tree)))
+        for link in (os.path.join(folder, name) for name in (*folders, *files)):
+            if not os.path.islink(link) or os.path.isabs(os.readlink(link)):
+                continue
+            aim = os.path.normpath(os.path.join(old_folder, os.readlink(link)))
+            if not is_within(aim, came_from):
+                with contextlib.suppress(OSError):   # in a folder that we may not change
+                    os.unlink(link)
+                    os.symlink(os.path.relpath(aim, folder), link)
 
 
 def is_plain(name):
@@ -1561,7 +1551,7 @@ class Temporary:
             self.path = leftover_name(self.folder)
             self.descriptor = os.open(
                 self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            if lock(self.descriptor) is False or not os.fstat(self.descriptor).st_nlink:
+            if lock(self.descriptor) is False or not os.path.exists(self.path):
                 self.close()
 
     def __enter__(self):
@@ -1612,9 +1602,9 @@ class Temporary:
 
 def copy_attributes(source, target):
     """Access control lists and the like, where there are any and we may give them."""
-    if hasattr(os, "listxattr"):
-        with contextlib.suppress(OSError):
-            for name in os.listxattr(source):
+    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
                 os.setxattr(target, name, os.getxattr(source, name))
 
 
@@ -1641,9 +1631,9 @@ def write_over(target, data, look=None):
                 fill(file.fileno(), data)
             except OSError:   # the disk is full: the room for the old bytes is still ours
                 fill(file.fileno(), old)
-                raise
-            finally:
                 remove_record(record)
+                raise
+            remove_record(record)
 
 
 def fill(descriptor, data):
@@ -1798,6 +1788,147 @@ def removed_on_error(folder):
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
+
+
+# -- Checkpoints: one per file, beside it in .ipynb_checkpoints --
+
+class Checkpoints:
+    """The one checkpoint of each file. The methods raise Problem or OSError."""
+
+    ID = "checkpoint"
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def path(self, path):
+        """Where the checkpoint of an API path is, or would be."""
+        folder, name = os.path.split(self.contents.existing(path))
+        stem, extension = os.path.splitext(name)
+        saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
+        self.contents.kept_inside(saved, path)
+        return saved
+
+    def existing(self, path, id):
+        saved = self.path(path)
+        if id != self.ID or not os.path.exists(saved):
+            raise Problem(404, f"{path} has no checkpoint {id}")
+        return saved
+
+    def list(self, path):
+        """The models of a file's checkpoints: one, or none."""
+        saved = self.path(path)
+        return [self.model(saved)] if os.path.exists(saved) else []
+
+    def model(self, saved):
+        return {"id": self.ID, "last_modified": iso(os.stat(saved).st_mtime)}
+
+    def create(self, path):
+        """Keep the file as it is on disk now."""
+        saved = self.path(path)
+        os.makedirs(os.path.dirname(saved), exist_ok=True)
+        write_atomically(saved, self.contents.read(self.contents.existing(path)))
+        return self.model(saved)
+
+    def restore(self, path, id):
+        absolute, saved = self.contents.resolve(path), self.existing(path, id)
+        with self.contents.one_save(absolute):
+            write_atomically(absolute, self.contents.read(saved))
+
+    def delete(self, path, id):
+        os.remove(self.existing(path, id))
+
+
+COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
+
+
+# -- Uploads in pieces: a model with a chunk's number --
+
+class Upload:
+    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
+    that takes the file's place at the end."""
+
+    def __init__(self, target, data):
+        """`data`: of piece 1, which is still to be added."""
+        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.latest = time.monotonic()
+
+    def add(self, number, data):
+        """Problem 400 when the piece is not the next one; the upload goes on with that."""
+        if number not in (self.number + 1, -1):
+            raise Problem(400, f"Chunk {number} is out of place: the next one is "
+                               f"{self.number + 1}, or -1 for the last")
+        self.file.write(data)
+        self.number, self.latest = self.number + 1, time.monotonic()
+
+
+class Uploads:
+    """Those under way, one of each file. What gathers is never seen as the file."""
+
+    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
+    MOST_SECONDS = 3600    # then an upload goes, when another one begins
+
+    def __init__(self):
+        self.lock, self.under_way = threading.Lock(), {}   # real path -> Upload
+        atexit.register(self.drop_all)
+
+    def add(self, target, number, data):
+        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
+        with self.lock:
+            if number == 1:
+                self.begin(target, data)
+            upload = self.under_way.get(target)
+            if upload is None:
+                raise Problem(400, "An upload begins with chunk 1")
+            try:
+                upload.add(number, data)
+            except OSError:
+                self.drop(target)
+                raise
+            if number != -1:
+                return upload.file.path
+            del self.under_way[target]
+        with upload.file:
+            return put_in_place(upload.file)
+
+    def begin(self, target, data):
+        """Problem 409 while another upload of the same file is under way: nothing tells whose a
+        later piece is. The same first piece begins anew, because then what follows fits,
+        whoever sends it."""
+        now = time.monotonic()
+        for other, upload in [*self.under_way.items()]:
+            if now - upload.latest > self.MOST_SECONDS:
+                self.drop(other)
+        old = self.under_way.get(target)
+        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
+            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
+                               f"{self.PAUSE_SECONDS} seconds after it was given up")
+        refuse_protected(target)
+        if old:
+            self.drop(target)
+        self.under_way[target] = Upload(target, data)
+
+    def drop(self, target):
+        self.under_way.pop(target).file.remove()
+
+    def drop_all(self):
+        for target in [*self.under_way]:
+            self.drop(target)
+
+
+def save_chunk(contents, path, model):
+    """Write one piece of a large upload; returns (model, was a file created)."""
+    absolute = contents.resolve(path)
+    if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
+        raise Problem(400, "Only files of format text or base64 can come in chunks")
+    if os.path.isdir(absolute):
+        raise Problem(400, f"{path} is a folder")
+    data, was_there = contents.encode(path, model, None), os.path.exists(absolute)
+    gathering = UPLOADS.add(os.path.realpath(absolute), model["chunk"], data)
+    return contents.model(path, gathering or absolute), not gathering and not was_there
+
+
+UPLOADS = Uploads()
+SAVERS["chunk"] = save_chunk
 
 
 # ---- 3. Kernel specs: which kernels there are -------------------------------------------------
@@ -5033,11 +5164,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.create_contents(path)
         self.refuse_hidden("create", path)
         body["type"] = self.kind_of(path, body)
-        if isinstance(body.get("chunk"), int):
-            model, is_new = self.server.contents.save_chunk(path, body)
-        else:
-            model, is_new = self.server.contents.save(
-                path, body, expected, with_hash=self.asked("hash") == "1")
+        model, is_new = self.server.contents.save(
+            path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
             self.server.sessions.saved(path)
             model.update(validation_message(body.get("content")))
@@ -5059,18 +5187,18 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
     def list_checkpoints(self, path):
-        return self.server.contents.checkpoints(path)
+        return Checkpoints(self.server.contents).list(path)
 
     def create_checkpoint(self, path):
-        made = self.server.contents.create_checkpoint(path)
+        made = Checkpoints(self.server.contents).create(path)
         self.created(made, "contents", f"{path.strip('/')}/checkpoints/{made['id']}")
 
     def restore_checkpoint(self, path, id):
-        self.server.contents.restore_checkpoint(path, id)
+        Checkpoints(self.server.contents).restore(path, id)
         return 204, None
 
     def delete_checkpoint(self, path, id):
-        self.server.contents.delete_checkpoint(path, id)
+        Checkpoints(self.server.contents).delete(path, id)
         return 204, None
 
     def list_kernelspecs(self):

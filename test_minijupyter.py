@@ -6197,9 +6197,12 @@ class Saving(ServerCase):
         self.assertReply(killed.put("/api/contents/kept.txt", body), 200)
         os.kill(killed.process.pid, signal.SIGKILL)
         self.assertEqual(len(self.leftovers(killed.root)), 1)
-        self.own_server(killed.folder.name)
+        again = self.own_server(killed.folder.name)
         self.assertEqual(self.leftovers(killed.root), [])
         self.assertEqual((killed.root / "kept.txt").read_text(), "old")
+        self.assertReply(again.put("/api/contents/kept.txt", body), 200)
+        again.process.end()
+        self.assertEqual(self.leftovers(killed.root), [])
 
 
 def without_roots_rights():
@@ -6634,6 +6637,28 @@ class NotebookFiles(ServerCase):
             self.assertEqual(content["cells"], [])
             self.assertEqual(self.save(content), jupyter_bytes(notebook()))
 
+    def test_the_plain_way_alone_opens_and_saves_notebooks(self):
+        contents, nb = minijupyter.Contents(self.folder()), notebook("x = 1\ny = 2", "half \ud83d")
+        path = Path(contents.root, "a.ipynb")
+        model = {"type": "notebook", "format": "json", "content": nb}
+        with unittest.mock.patch.multiple(
+                minijupyter, DOCUMENTS=[minijupyter.PlainDocument], UPGRADES={}):
+            contents.save("a.ipynb", model)
+            self.assertEqual(contents.get("a.ipynb")["content"], nb)
+            data = path.read_bytes()
+            contents.save("a.ipynb", model, hashlib.sha256(data).hexdigest())
+            self.assertEqual(path.read_bytes(), data)
+            nb["cells"] = [{"cell_type": "code"}, *notebook("1")["cells"]]
+            contents.save("a.ipynb", model)
+            self.assertEqual(contents.get("a.ipynb")["content"]["cells"][0]["outputs"], [])
+            nb["metadata"]["number"] = float("inf")
+            for text, action in ((json.dumps(VERSION_3), lambda: contents.get("a.ipynb")),
+                                 ("{}", lambda: contents.save("a.ipynb", model))):
+                path.write_text(text)
+                with self.assertRaises(minijupyter.Problem):
+                    action()
+        self.assertEqual(contents.get("a.ipynb", "file")["content"], "{}")
+
     def test_a_file_of_a_newer_format_is_refused_in_clear_words(self):
         (self.root / "five.ipynb").write_text('{"nbformat": 5}')
         reply = self.assertReply(self.server.get("/api/contents/five.ipynb"), 400)
@@ -6764,6 +6789,25 @@ class Files(ServerCase):
             self.assertFalse(os.path.lexists(self.root / old))
             self.assertFalse(os.path.isabs(os.readlink(self.root / new)))
             self.assertEqual(self.server.get(f"/api/contents/{new}").json["content"], "aim")
+
+    def test_the_links_of_a_folder_lead_to_the_same_files_after_a_move_and_a_copy(self):
+        folder = self.root / "linked" / "inner"
+        folder.mkdir(parents=True)
+        (self.root / "out.txt").write_text("out")
+        (self.root / "linked" / "in.txt").write_text("in")
+        (folder / "out.txt").symlink_to("../../out.txt")
+        (folder / "in.txt").symlink_to("../in.txt")
+        (self.root / "deep" / "er").mkdir(parents=True)
+        reply = self.server.post("/api/contents/deep", {"copy_from": "linked"})
+        self.assertReply(reply, 201)
+        reply = self.server.patch("/api/contents/linked", {"path": "deep/er/moved"})
+        self.assertReply(reply, 200)
+        for path in ("deep/linked/inner", "deep/er/moved/inner"):
+            for name in ("in", "out"):
+                opened = self.server.get(f"/api/contents/{path}/{name}.txt").json
+                self.assertEqual(opened["content"], name)
+        self.assertEqual(os.readlink(self.root / "deep" / "er" / "moved" / "inner" / "in.txt"),
+                         "../in.txt")
 
     def test_a_range_may_have_any_number_of_digits(self):
         (self.root / "ranged.txt").write_text("0123456789")
