@@ -4567,7 +4567,7 @@ class Handler(BaseHTTPRequestHandler):
             self.take_head()
             self.split_path()
             endpoint, groups = self.find_route()
-            name = endpoint if isinstance(endpoint, str) else endpoint.__name__
+            self.name = name = endpoint if isinstance(endpoint, str) else endpoint.__name__
             self.endpoint = getattr(type(self), name) if endpoint is name else endpoint
             if self.admit(name):
                 self.body = self.read_body(MOST_FORM if name in OPEN_TO_ALL else MOST_BODY)
@@ -4770,7 +4770,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_stranger:
             self.is_stranger = False
             self.server.strangers.remove(self.connection)
-        if "no_track_activity" not in self.query and self.endpoint.__name__ not in NO_ACTIVITY:
+        if "no_track_activity" not in self.query and self.name not in NO_ACTIVITY:
             self.server.last_activity = time.time()
 
     def address_without_token(self):
