@@ -17,7 +17,7 @@ Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
 
 Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
 7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main · and what is plugged in: 12 Login · 13 TLS ·
-14 Idle kernels · 15 Other servers · 16 Under the hood
+14 How kernels are reached · 15 Idle kernels · 16 Other servers · 17 Under the hood
 
 Extension points, and what is plugged into them:
 
@@ -5912,7 +5912,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 14. Idle kernels --------------------------------------------------------------------------
+# ---- 15. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5928,7 +5928,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 15. Other servers: list, stop -------------------------------------------------------------
+# ---- 16. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
@@ -6003,7 +6003,7 @@ def stop_server(words):
 COMMANDS.update(list=list_servers, stop=stop_server)
 
 
-# ---- 16. Under the hood: where it is plugged in ------------------------------------------------
+# ---- 17. Under the hood: where it is plugged in ------------------------------------------------
 
 def trace(handler):
     """From here on this thread tells what passes the server (see Spectator)."""
