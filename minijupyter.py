@@ -7,40 +7,49 @@
 
 Run:  python minijupyter.py [FOLDER]      (then open the address that it prints)
 
-    browser                    this server                                   kernel process
-    index.html  -- REST -->    Handler -> Contents, Kernels, Sessions
-                <- WebSocket ->  Bridge  <- shell, control, stdin, signed -->  kernel.py,
-                                   ^ mailbox                                   or any other
-                                 Watcher <- iopub, heartbeat, its end -------
-                                   v
-                                 Journal: what no file holds yet
+    browser                         this server                              kernel process
+    index.html  -- REST ------->    Handler -> Contents, Kernels, Sessions
+                -- WebSocket -->    Bridge   -- requests -->  Watcher  -- shell, control, stdin -->
+                <---------------             <- mailbox ---            <- iopub, replies, its end --
 
-Sections: 1 Documents · 2 Contents · 3 Kernel specs · 4 Kernels · 5 Sessions · 6 WebSocket ·
-7 The bridge · 8 Trace · 9 Access · 10 HTTP · 11 main · and what is plugged in: 12 Login · 13 TLS ·
-14 How kernels are reached · 15 Idle kernels · 16 Other servers · 17 Under the hood
+Part I is the architecture, complete: it runs alone. Read it in order: 1 Documents and files ·
+2 Kernel specs · 3 Kernels · 4 Sessions · 5 WebSocket · 6 The bridge · 7 Who may come in · 8 HTTP ·
+9 main. Part II is everything else that people expect, each feature a section of its own.
 
-Extension points, and what is plugged into them:
+Part I's extension points, and what is plugged in there:
 
-    ROUTES             method, pattern, endpoint               login, Under the hood
-    OPEN_TO_ALL        names of endpoints without a token      login
-    BEFORE, AFTER      functions of the handler                Under the hood
-    OPTIONS            names, what argparse is told            password, TLS, idle kernels
-    AT_START           functions (server, arguments)           the same, to obey the options
-    COMMANDS           word -> function(the other words)       password, list, stop
-    access.add_key     what opens the server at the login      password
-    server.wrap        socket -> what connections speak by     TLS
+    DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
+    CONTENTS               subclasses of Contents, the last used   what was asked for a moment ago
+    CODEC                  how models become JSON and back         large things, piece by piece
+    REMARKS                what is not quite right in a notebook   what the schema says
+    SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
+    WRITERS, MOVE          other ways to replace, to move it       hard links and mounts, links
+    COMPANIONS             files that go along with a file         checkpoints
+    AFTER_SAVE             functions, when a file was saved        journal
+    KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
+    kernel.on_request, on_publish, on_join, on_end                 journal
+    kernel.on_launch, on_exit, gates                               orphans, Under the hood
+    FOLLOWERS              ?journal= -> class of a mailbox         journal
+    OWN_CHANNELS           channels between page and server        journal
+    EXTENSIONS, LAYOUTS    of a WebSocket, of messages on it       compression, the v1 layout
+    ROUTES, OPEN_TO_ALL    method, path, endpoint                  login, checkpoints, many others
+    RANGES                 what part of a file is sent             ranges
+    BEFORE, AFTER          functions of the handler                Under the hood
+    TAPS                   who hears of bytes at the edge          Under the hood
+    OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
+    COMMANDS               first word -> function                  list, stop, password
+    access.add_key         what else opens the server              password
+    server.wrap            socket -> what connections speak by     TLS
 
-Of a cell's journey it holds stations 2, 3 and 11: `FrameParser` puts the page's frames together,
-`Bridge.send` signs the request and sends it down its channel, `Watcher.hear` takes what comes back,
-checks the signature and files it, and the bridge hands the JSON on as it came.
+Of a cell's journey it holds stations 2, 3 and 11, each marked at its line: a WebSocket frame is
+put together, the signed request leaves, and what comes back is handed on as it came.
 
-Left out on purpose: users, extensions, a database, a terminal. One person, one folder, one token.
+Left out on purpose: users, extensions, a database. One person, one folder, one token.
 
-Threads: *main* accepts connections; one thread per HTTP connection, which becomes the bridge's
-when the connection turns into a WebSocket and then owns its ZeroMQ sockets (or the thread of a
-Watch, who looks under the hood); one *watcher* per kernel process. Sources: Jupyter Server's REST
-API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 (HTTP), RFC 6455 (WebSocket), the Jupyter
-messaging specification 5.5.
+Threads: *main* accepts connections; one per HTTP connection, which becomes the bridge's when the
+connection turns into a WebSocket; one *watcher* per kernel process, which owns all sockets to it.
+Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 and 9112
+(HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
 """
 import argparse
 import atexit
@@ -142,57 +151,22 @@ def log(text, level="warning"):
 
 
 log.level = "warning"
-
-SPECTATORS = []              # those who look under the hood (section 8): hardly ever is there one
-MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
-MOST_LINES = 6            # of the call stack
-
-
-def report(kind, way, about, parts, depth=2):
-    """Tell spectators of bytes that have just come "in" or gone "out" at the server's edge: a
-    WebSocket frame, the parts of a ZeroMQ message. To be asked for `if SPECTATORS`, so that it
-    costs nothing while there are none. `depth`: of the caller that sent or received them, as for
-    sys._getframe."""
-    lines, frame = [], sys._getframe(depth)
-    while frame and frame.f_code.co_filename == __file__ and len(lines) < MOST_LINES:
-        lines.append(frame.f_lineno)
-        frame = frame.f_back
-    event = {"kind": kind, "way": way, "at": time.time(), "lines": lines,
-             "sizes": [*map(len, parts)], "parts": parts, **about}
-    if sum(event["sizes"]) > MOST_TRACED:
-        event["parts"] = cut(parts)
-    for watch in tuple(SPECTATORS):
-        watch.note(event)
+# Functions (kind, way, about, parts) that hear of the bytes that come "in" or go "out" at the
+# server's edge: of WebSocket frames, parts of ZeroMQ messages, and what is done to a process.
+TAPS = []
 
 
-def cut(parts):
-    """The first bytes of the parts, no more than are kept."""
-    room, kept = MOST_TRACED, []
-    for part in parts:
-        kept.append(part[:room])
-        room -= len(kept[-1])
-    return kept
-
-
-# ---- 1. Documents: notebook files, bytes <-> dict ---------------------------------------------
+# ---- 1. Documents and files: what is below the root --------------------------------------------
 #
 # A notebook is a JSON file (nbformat 4). On disk long strings are lists of lines, so that a diff
-# reads well; in the API they are whole strings. Reading joins them, writing splits them. Versions
-# 2 and 3 are upgraded when read; a newer minor version than ours is kept as it is. What we do not
-# know (keys, output types, MIME types) is carried along untouched.
+# reads well; in the API they are whole strings. Reading joins them, writing splits them. A newer
+# minor version than ours is kept as it is, and what we do not know (keys, output types, MIME types)
+# is carried along untouched.
 #
-# A browser cannot keep a file byte for byte: to JavaScript 1.0 and 1 are the same number. So a
-# save is compared with what the file says: an untouched notebook is not written at all, and in a
-# changed one every untouched cell stays as it stood. For that a file is read cell by cell, and the
-# place of each is kept.
-#
-# Two classes read and write: PlainDocument takes a file as a whole, NotebookFile cell by cell. The
-# last row of DOCUMENTS is used. To read another old format add a row to UPGRADES.
+# The API's paths are relative to the root, with slashes. `Contents.look` is the one door from such
+# a path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing
+# of Jupyter's runtime folder (tokens and keys) passes it.
 
-SHORT_MIME = {   # nbformat 3's names
-    "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
-    "jpeg": "image/jpeg", "latex": "text/latex", "json": "application/json",
-    "javascript": "application/javascript"}
 NOTEBOOK_FIELDS = {"cells": list, "metadata": dict, "nbformat_minor": int}
 OUTPUT_FIELDS = {"output_type": str}
 ANY_CELL_FIELDS = {"cell_type": str, "metadata": dict}
@@ -204,9 +178,20 @@ DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's
     "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
 is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
-BOM = codecs.BOM_UTF8
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
-to_text = json.JSONEncoder(ensure_ascii=False).encode
+REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
+UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
+            "directory": ("Untitled Folder", "")}
+NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
+LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
+NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
+SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
+MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -> the new model
+REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
+WRITERS = []      # for files that cannot be replaced: objects with `is_needed`, `write`
+MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
+AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
+COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
 
 
 class NotANotebook(ValueError):
@@ -306,125 +291,6 @@ def current(notebook):
     return notebook, version, mended
 
 
-class NotebookReader:
-    """Reads a notebook's JSON member by member and cell by cell, and notes where each stands:
-    `notebook`, `places` and `tail` as in a NotebookFile. Raises ValueError."""
-
-    def __init__(self, data):
-        self.text, self.notebook, self.places, self.tail = data.decode("utf-8-sig"), {}, {}, ""
-        # One place, in characters of the text and in bytes of the file: see `place`.
-        self.at, self.byte = 0, len(BOM) if data.startswith(BOM) else 0
-        start = skip_space(self.text, 0)
-        if start == len(self.text):   # an empty file is a new notebook
-            self.notebook = new_notebook()
-        elif self.text[start] != "{":
-            JSON.decode(self.text)
-        else:
-            end = read_entries(self.text, start, "}", self.read_member)
-            self.tail = self.text[end:]
-            if self.tail.strip():
-                raise json.JSONDecodeError("Extra data", self.text, end)
-
-    def read_member(self, at):
-        """Read the member of the notebook's object that begins at `at`; returns where it ends."""
-        if not self.text.startswith('"', at):
-            raise json.JSONDecodeError("Expecting a name", self.text, at)
-        key, at = JSON.raw_decode(self.text, at)
-        at = skip(":", self.text, skip_space(self.text, at))
-        if key == "cells" and self.text.startswith("[", at):
-            self.notebook[key], self.places[key] = [], []
-            return read_entries(self.text, at, "]", self.read_cell)
-        self.notebook[key], end = JSON.raw_decode(self.text, at)
-        self.places[key] = self.place(at, end)
-        return end
-
-    def read_cell(self, at):
-        cell, end = JSON.raw_decode(self.text, at)
-        self.notebook["cells"].append(cell)
-        self.places["cells"].append(self.place(at, end))
-        return end
-
-    def place(self, start, end):
-        """The bytes of these characters. It is asked for from the front to the back, so that only
-        what lies between two places need be counted."""
-        first = self.byte + len(encode_text(self.text[self.at:start]))
-        self.at, self.byte = end, first + len(encode_text(self.text[start:end]))
-        return slice(first, self.byte)
-
-
-class NotebookFile:
-    """What a notebook file says, and where it says it. Raises NotANotebook.
-
-    notebook = the JSON object, of version 4 and of a sound structure
-    mended = numbers of the cells that are not whole in the file
-    places = {key: slice of `data`}; for "cells" a list of them, one for each cell
-    tail = what comes after the object: one newline, as a rule
-    """
-
-    def __init__(self, data):
-        try:
-            reader = NotebookReader(data)
-        except (ValueError, RecursionError) as problem:
-            raise NotANotebook(f"the file is not JSON: {problem}") from None
-        self.data, self.places, self.tail = data, reader.places, reader.tail
-        self.notebook, self.version, self.mended = current(reader.notebook)
-
-    @classmethod
-    def written(cls, notebook, old=None):
-        """The file that says what a good notebook says. What `old`, which is on disk now, says
-        already is left as it stands there."""
-        if old and not old.mended and same(old.served, notebook):
-            return old
-        return rewritten(notebook, old if old and old.version == 4 else None)
-
-    @classmethod
-    def put_together(cls, notebook, served, data, places, tail):
-        """The same for bytes that were just made; they need not be read."""
-        file = cls.__new__(cls)
-        file.notebook, file.served, file.version = notebook, as_served(notebook, served), 4
-        file.data, file.places, file.tail, file.mended = data, places, tail, ()
-        return file
-
-    @functools.cached_property
-    def served(self):
-        """The notebook as the API gives it: strings joined, ids in 4.5."""
-        cells = [map_strings(cell, join) for cell in self.notebook["cells"]]
-        return as_served(self.notebook, cells)
-
-    @functools.cached_property
-    def hash(self):
-        return sha256(self.data)
-
-
-DOCUMENTS.append(NotebookFile)
-
-
-def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
-    return space.match(text, at).end()
-
-
-def skip(mark, text, at):
-    """Where the next thing begins, after the mark that must stand at `at`."""
-    if not text.startswith(mark, at):
-        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
-    return skip_space(text, at + 1)
-
-
-def read_entries(text, at, end_mark, read_entry):
-    """Read the JSON list or object that opens at `at`; returns where it ends.
-
-    `read_entry(at)` reads one entry and returns its end.
-    """
-    at = skip_space(text, at + 1)
-    is_empty = text.startswith(end_mark, at)
-    while not is_empty:
-        at = skip_space(text, read_entry(at))
-        if text.startswith(end_mark, at):
-            break
-        at = skip(",", text, at)
-    return at + 1
-
-
 def mend(notebook):
     """(the notebook with whole cells, numbers of those that were not). Other programs leave out
     outputs or sources, or write null; with a default for each such cell the file is good."""
@@ -473,67 +339,6 @@ def pointer(where):
     return "".join(f"/{step}" for step in where)
 
 
-def join_old(text):
-    """As nbformat 2 and 3 joined: their lists often hold lines without their ends."""
-    if isinstance(text, list) and text and not text[0].endswith(("\n", "\r")):
-        return "\n".join(text)
-    return join(text)
-
-
-def upgrade(notebook):
-    """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
-    try:
-        cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets", [])
-                 for cell in sheet["cells"]]
-        metadata = {k: v for k, v in notebook.get("metadata", {}).items()
-                    if k not in ("name", "signature")}
-    except (TypeError, KeyError, AttributeError, ValueError) as problem:
-        raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
-                           f"{problem!r}") from None
-    return {"cells": with_ids(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-
-
-UPGRADES.update({2: upgrade, 3: upgrade})
-
-
-def upgrade_cell(cell):
-    kind, metadata = cell["cell_type"], dict(cell.get("metadata", {}))
-    if kind == "code":
-        if "collapsed" in cell:
-            metadata["collapsed"] = bool(cell["collapsed"])
-        return {"cell_type": "code", "metadata": metadata,
-                "source": join_old(cell.get("input", "")),
-                "execution_count": cell.get("prompt_number"),
-                "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
-    source = join_old(cell.get("source", ""))
-    if kind == "heading":
-        source = "#" * int(cell.get("level", 1)) + " " + " ".join(source.split("\n"))
-    return {"cell_type": "raw" if kind == "raw" else "markdown", "metadata": metadata,
-            "source": source}
-
-
-def upgrade_output(old):
-    kind = {"pyout": "execute_result", "pyerr": "error"}.get(old["output_type"], old["output_type"])
-    if kind == "stream":
-        return {"output_type": kind, "name": old.get("stream", "stdout"),
-                "text": join_old(old["text"])}
-    if kind == "error":
-        return {"output_type": kind, **{k: old[k] for k in ("ename", "evalue", "traceback")}}
-    data = {SHORT_MIME[key]: join_old(value) for key, value in old.items() if key in SHORT_MIME}
-    if "application/json" in data:
-        data["application/json"] = json.loads(data["application/json"])
-    count = {"execution_count": old.get("prompt_number")} if kind == "execute_result" else {}
-    return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
-
-
-def short_hash(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
 def as_served(notebook, cells):
     """A notebook with these cells, their strings joined, as the API gives it."""
     has_ids = notebook.get("nbformat_minor", 0) >= ID_MINOR
@@ -557,63 +362,16 @@ def with_ids(cells):
     return result
 
 
-def read_notebook(data):
-    """The notebook in the bytes of a file, as the API gives it."""
-    return DOCUMENTS[-1](data).served
+def short_hash(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def new_notebook():
     return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": ID_MINOR}
-
-
-class Layout:
-    """How JSON is laid out in a notebook file: as Jupyter does it, or as an older file has it."""
-
-    def __init__(self, file=None):
-        self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, b"", "\n"
-        self.is_lossy = False   # did we write null for what JSON has not?
-        if file:
-            match = re.match(rb"(?:\xef\xbb\xbf)?\s*\{(\r?\n|)([ \t]*)", file.data)
-            self.newline, self.step = (part.decode() for part in match.groups())
-            self.is_sorted = [*file.places] == sorted(file.places)
-            self.start = BOM if file.data.startswith(BOM) else b""
-            self.end = file.tail
-
-    def write(self, value, depth):
-        if isinstance(value, dict):
-            return self.enclose("{}", depth, [
-                f"{to_text(key)}: {self.write(part, depth + 1)}"
-                for key, part in self.in_order(value)])
-        if isinstance(value, list):
-            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
-        if isinstance(value, float) and not math.isfinite(value):
-            self.is_lossy, value = True, None   # JSON has no NaN; a browser would have sent null
-        return to_text(value)
-
-    def in_order(self, members):
-        return sorted(members.items()) if self.is_sorted else members.items()
-
-    def enclose(self, brackets, depth, texts):
-        """The texts, with brackets and commas around them."""
-        if not texts:
-            return brackets
-        outer = self.newline + self.step * depth
-        inner = outer + self.step
-        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
-
-
-class Pieces:
-    """Bytes that are made piece by piece; of each can be told where it stands."""
-
-    def __init__(self, start):
-        self.pieces, self.size = [start], len(start)
-
-    def add(self, piece):
-        """The slice of the whole at which the piece, text or bytes, stands now."""
-        data = encode_text(piece) if isinstance(piece, str) else piece
-        self.pieces.append(data)
-        self.size += len(data)
-        return slice(self.size - len(data), self.size)
 
 
 def write_notebook(notebook, old=None):
@@ -630,77 +388,6 @@ def write_notebook(notebook, old=None):
         raise NotANotebook("it is nested too deep") from None
 
 
-def rewritten(notebook, file):
-    """A changed notebook, with the texts of what did not change in `file`."""
-    layout, places = Layout(file), {}
-    made = Pieces(layout.start)
-    cells = [*matched_cells(notebook["cells"], file)]
-    members = {**notebook, "cells": [cell for cell, _, _ in cells]}
-    keys = dict.fromkeys([*(file.places if file else ()), *notebook])
-    for key in sorted(notebook) if layout.is_sorted else filter(notebook.__contains__, keys):
-        made.add(("," if places else "{") + layout.newline + layout.step)
-        made.add(f"{to_text(key)}: ")
-        if key == "cells":
-            places[key] = add_cells(made, cells, file, layout)
-        elif file and key in file.places and same(file.notebook[key], notebook[key]):
-            members[key] = file.notebook[key]
-            places[key] = made.add(file.data[file.places[key]])
-        else:
-            places[key] = made.add(layout.write(notebook[key], 1))
-    made.add(f"{layout.newline}}}{layout.end}")
-    served, data = [served for _, served, _ in cells], b"".join(made.pieces)
-    if layout.is_lossy:
-        return NotebookFile(data)
-    return NotebookFile.put_together(members, served, data, places, layout.end)
-
-
-def matched_cells(cells, file):
-    """Yield (cell as in a file, as the API gives it, its number in `file`) for each of the cells;
-    the number is None for one that is new or changed."""
-    known = {}   # (id, source) -> numbers of the cells in the file that look alike, the last first
-    on_disk = [*zip(file.served["cells"], file.notebook["cells"], strict=True)] if file else []
-    for number, (served, cell) in reversed([*enumerate(on_disk)]):
-        # An id that was made up, and what the cell did not have, is to be written.
-        if served.get("id") == cell.get("id") and number not in file.mended:
-            known.setdefault(looks(cell), []).append(number)
-    for cell in cells:
-        alike = known.get(looks(cell))
-        number = alike.pop() if alike else None
-        if number is not None and same(on_disk[number][0], cell):
-            yield on_disk[number][1], on_disk[number][0], number
-        else:
-            split_cell = map_strings(cell, split, is_split_mime)
-            yield split_cell, map_strings(split_cell, join), None
-
-
-def add_cells(made, cells, file, layout):
-    """Add the array of cells to a notebook's bytes; returns the place of each. Cells that follow
-    each other in the file too are copied in one piece, with what stands between them."""
-    def distance(item):
-        """How far a cell has moved from its place in the file: neighbours have moved alike. What
-        is new is a run of its own."""
-        position, (_, _, number) = item
-        return (False, position) if number is None else (True, position - number)
-
-    places, outer = [], layout.newline + layout.step
-    for (is_kept, _), run in itertools.groupby(enumerate(cells), distance):
-        run = [cell for _, cell in run]
-        made.add(("," if places else "[") + outer + layout.step)
-        if is_kept:
-            old = file.places["cells"][run[0][2]:run[-1][2] + 1]
-            piece = memoryview(file.data)[old[0].start:old[-1].stop]
-            shift = made.add(piece).start - old[0].start
-            places += [slice(place.start + shift, place.stop + shift) for place in old]
-        else:
-            places.append(made.add(layout.write(run[0][0], 2)))
-    made.add(f"{outer}]" if cells else "[]")
-    return places
-
-
-def looks(cell):
-    return str(cell.get("id")), str(join(cell.get("source")))
-
-
 def encode_text(text):
     """A JSON text in UTF-8, which has no halves of surrogate pairs: they are written as escapes."""
     try:
@@ -709,180 +396,21 @@ def encode_text(text):
         return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text).encode()
 
 
-def same(one, other):
-    """True when a JavaScript client cannot tell `other` from `one`, which stands in a file."""
-    if isinstance(one, str):
-        return one == other
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
-            return False
-        for key, value in one.items():   # a loop: this is most of the work of saving
-            theirs = other[key]
-            if value is not theirs and (value != theirs if isinstance(value, str)
-                                        else not same(value, theirs)):
-                return False
-        return True
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
-    return in_javascript(one) == in_javascript(other)
+def read_json(data):
+    """The JSON value in a request's bytes; NaN, which JSON has not, is null, as from a browser."""
+    return REQUEST.decode(data.decode("utf-8-sig"))
 
 
-def in_javascript(value):
-    """(type, value) as which a simple JSON value comes back from a browser. It has but one kind of
-    number; an integer too large for that becomes Infinity, and then null."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return type(value), value
-    try:
-        value = float(value)
-    except OverflowError:
-        return type(None), None
-    return (float, value) if abs(value) != float("inf") else (str, str(value))
+CODEC = {   # how models and long texts are read and written: at once
+    "model_json": to_json, "read_model": read_json, "decode_text": bytes.decode,
+    "encode_base64": lambda data: base64.b64encode(data).decode(),
+    "decode_base64": lambda texts: base64.b64decode("".join(texts))}
 
 
-class Recent:
-    """The large notebook file that was read or written last, for a minute: who has opened it will
-    save it, and need not wait until it is read again."""
-
-    SECONDS, LARGE = 60, 1 << 20   # bytes; smaller files are read in no time
-
-    def __init__(self):
-        self.lock, self.file, self.timer = threading.Lock(), None, None
-
-    def read(self, data):
-        """The document of these bytes. Raises NotANotebook."""
-        file = self.file
-        return file if file and file.data == data else self.keep(DOCUMENTS[-1](data))
-
-    def hash(self, data):
-        file = self.file
-        return file.hash if file and file.data == data else sha256(data)
-
-    def keep(self, file):
-        if len(file.data) >= self.LARGE:
-            with self.lock:
-                if self.timer:
-                    self.timer.cancel()
-                self.file, self.timer = file, threading.Timer(self.SECONDS, self.drop, [file])
-                self.timer.daemon = True
-                self.timer.start()
-        return file
-
-    def drop(self, file):
-        with self.lock:
-            if self.file is file:
-                self.file = self.timer = None
-
-
-# -- what nbformat's schema forbids: such a notebook can be drawn, and its readers are told --
-
-MEMBERS = {   # of a notebook, cell or output, by type: (those it must have, those it may have)
-    kind: ({*required.split()}, {*required.split(), *optional.split()})
-    for kind, required, optional in (
-        ("notebook", "metadata nbformat nbformat_minor cells", ""),
-        ("code", "cell_type metadata source outputs execution_count", "id"),
-        ("markdown", "cell_type metadata source", "id attachments"),
-        ("raw", "cell_type metadata source", "id attachments"),
-        ("stream", "output_type name text", ""),
-        ("display_data", "output_type data metadata", ""),
-        ("execute_result", "output_type data metadata execution_count", ""),
-        ("error", "output_type ename evalue traceback", ""))}
-
-
-def validation_message(notebook):
-    """{"message": what is wrong} for a notebook that is not quite valid, else {}."""
-    problem = next(complaints(notebook), None) if notebook else None
-    return {"message": f"Notebook validation failed: {problem}"} if problem else {}
-
-
-def complaints(notebook):
-    """What the schema of its version would say of a notebook that `validate` lets pass."""
-    if notebook.get("nbformat_minor", 0) > ID_MINOR:
-        return   # it may have what we do not know
-    yield from strangers("", notebook, "notebook")
-    spec = notebook["metadata"].get("kernelspec", {"name": "", "display_name": ""})
-    if not isinstance(spec, dict) or not {"name", "display_name"} <= spec.keys():
-        yield "/metadata/kernelspec must have a name and a display_name"
-    for i, cell in enumerate(notebook["cells"]):
-        yield from strangers(f"/cells/{i}", cell, cell["cell_type"])
-        if "id" in cell and notebook.get("nbformat_minor", 0) < ID_MINOR:
-            yield f"/cells/{i}/id is not allowed before nbformat 4.{ID_MINOR}"
-        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", str(cell.get("id", "none"))):
-            yield f"/cells/{i}/id may have 64 letters, digits, - and _"
-        for j, output in enumerate(cell.get("outputs", ())):
-            yield from strangers(f"/cells/{i}/outputs/{j}", output, output["output_type"])
-
-
-def strangers(where, part, kind):
-    """What is said of members that a part lacks or must not have."""
-    if kind not in MEMBERS:
-        yield f"{where} is of an unknown type, {kind!r}"
-        return
-    required, allowed = MEMBERS[kind]
-    for name in sorted(required - part.keys()):
-        yield f"{where}/{name} is missing"
-    for name in sorted(part.keys() - allowed):
-        yield f"{where}/{name} is not allowed"
-
-
-# ---- 2. Contents: files and folders below the root --------------------------------------------
-#
-# The API's paths are relative to the root, with slashes. `resolve` is the one door from such a
-# path to the disk: nothing outside the root, no hidden file, no link that leads out and nothing of
-# Jupyter's runtime folder (tokens and keys) passes it.
-# A file is written whole or not at all: see "Saving" below, with its promises S1 to S6. What is
-# large is handled a little at a time, because one long call of Python's json stops all threads.
-# To save a model in another way add a row to SAVERS; to let a file go along when another one is
-# moved or deleted, a function to COMPANIONS. Uploads in pieces and checkpoints do that.
-
-UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
-            "directory": ("Untitled Folder", "")}
-ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
-AT_ONCE = 1 << 18           # bytes of a long text
-LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
-STEPS = 3                   # levels of JSON that are read one by one: model, notebook, cells
-FEW = 20                    # strings of a file's model, names and values
-WRITTEN_AT_ONCE = 1 << 20   # bytes
-REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
-# What can be read of a JSON string by itself: no half of an escape or of a surrogate pair.
-STRING = re.compile(rb'''(?:[^"\\]+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..
-    |\\u(?![dD][89abAB])....|\\[^u])*''', re.S | re.X)
-NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
-LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
-SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
-COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
-NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
-
-
-class Answers:
-    """The JSON of small files that were asked for, kept while the file's stamp on the disk is the
-    same. One that was written just now is not kept: the next write could leave the same stamp."""
-
-    SMALL, MOST = 1 << 20, 1 << 23   # bytes of one answer, of all
-    TICK = 2                         # seconds: the coarsest clock of a file system, that of FAT
-
-    def __init__(self):
-        self.lock, self.kept, self.size = threading.Lock(), {}, 0
-
-    def get(self, question, info, make):
-        """What `make` gives for a question about the file of this os.stat_result: bytes, or a list
-        of them, which is too large to be kept."""
-        stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
-                          info.st_ctime_ns)
-        known, answer = self.kept.get(question, (None, None))
-        if stamp and known == stamp:
-            return answer
-        answer = make()
-        if (info and stat.S_ISREG(info.st_mode) and isinstance(answer, bytes)
-                and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
-            self.keep(question, stamp, answer)
-        return answer
-
-    def keep(self, question, stamp, answer):
-        with self.lock:
-            if self.size + len(answer) > self.MOST:
-                self.kept, self.size = {}, 0
-            self.kept[question] = stamp, answer
-            self.size += len(answer)
+def remarks(notebook):
+    """{"message": what is not quite right} of a notebook that can be used all the same, else {}."""
+    found = [text for remark in REMARKS if notebook and (text := remark(notebook))]
+    return {"message": found[0]} if found else {}
 
 
 class Contents:
@@ -893,11 +421,9 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.recent, self.answers = Recent(), Answers()
         self.lock = threading.Lock()   # while a name is chosen
         self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
         tidy(self.root)
-        finish_records()
 
     def look(self, path):
         """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
@@ -948,10 +474,19 @@ class Contents:
         return absolute
 
     def get_json(self, path, *asked):
-        """What `get` gives, as JSON: bytes, or a list of them when they are many. That of a small
-        file is kept while the file is the same."""
-        return self.answers.get((path, *asked), self.look(path)[1],
-                                lambda: model_json(self.get(path, *asked)))
+        """What `get` gives, as JSON: bytes, or a list of them when they are many."""
+        return CODEC["model_json"](self.get(path, *asked))
+
+    def document(self, data):
+        """The notebook document of these bytes. Raises NotANotebook."""
+        return DOCUMENTS[-1](data)
+
+    def written(self, notebook, old):
+        """The document that says what `notebook` says; `old`: the file's document now, or None."""
+        return write_notebook(notebook, old)
+
+    def hash(self, data):
+        return sha256(data)
 
     def get(self, path, kind=None, form=None, content=True, with_hash=False):
         """The model of a file or folder; `kind` and `form` insist on a type or format."""
@@ -969,7 +504,7 @@ class Contents:
         elif model["type"] != "directory" and (content or with_hash):
             data = self.read(absolute)
             if with_hash:
-                model.update(hash=self.recent.hash(data), hash_algorithm="sha256")
+                model.update(hash=self.hash(data), hash_algorithm="sha256")
             if content:
                 model.update(self.content(path, model["type"], form, data))
         return model
@@ -1016,20 +551,20 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                notebook = self.recent.read(data).served
-                return {"content": notebook, "format": "json", **validation_message(notebook)}
+                notebook = self.document(data).served
+                return {"content": notebook, "format": "json", **remarks(notebook)}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
         guessed = mimetypes.guess_type(path)[0]
         if form != "base64":
             try:
-                return {"content": decode_text(data), "format": "text",
+                return {"content": CODEC["decode_text"](data), "format": "text",
                         "mimetype": guessed or "text/plain"}
             except UnicodeDecodeError:
                 if form == "text":
                     raise Problem(400, f"{path} is not UTF-8 text", "bad format") from None
-        return {"content": encode_base64(data), "format": "base64",
+        return {"content": CODEC["encode_base64"](data), "format": "base64",
                 "mimetype": guessed or "application/octet-stream"}
 
     def read(self, absolute):
@@ -1065,7 +600,7 @@ class Contents:
             data = self.write(path, absolute, model, expected)
         new = {**self.model(path, absolute), "type": kind}
         if with_hash:
-            new.update(hash=self.recent.hash(data), hash_algorithm="sha256")
+            new.update(hash=self.hash(data), hash_algorithm="sha256")
         return new, is_new
 
     def write(self, path, absolute, model, expected):
@@ -1093,13 +628,13 @@ class Contents:
             return
         if old is None:
             raise Problem(412, f"{path} is no longer on disk", "conflict")
-        if expected not in ("*", self.recent.hash(old)):
+        if expected not in ("*", self.hash(old)):
             raise Problem(412, f"{path} was changed on disk since it was opened", "conflict")
 
     def file_or_none(self, data):
         """The document of these bytes, if they are that of a notebook."""
         try:
-            return self.recent.read(data) if data and not data.isspace() else None
+            return self.document(data) if data and not data.isspace() else None
         except NotANotebook:
             return None
 
@@ -1110,10 +645,10 @@ class Contents:
             if kind == "notebook":
                 is_new = content is None and not old   # without content only a new file may be
                 notebook = new_notebook() if is_new else content
-                return self.recent.keep(write_notebook(notebook, self.file_or_none(old))).data
+                return self.written(notebook, self.file_or_none(old)).data
             texts = content if isinstance(content, tuple) else (content or "",)
             if form == "base64":
-                return decode_base64(texts)
+                return CODEC["decode_base64"](texts)
             return b"".join(text.encode() for text in texts)
         except NotANotebook as problem:
             raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
@@ -1126,7 +661,7 @@ class Contents:
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
-        data = write_notebook(new_notebook()).data if kind == "notebook" else b""
+        data = self.written(new_notebook(), None).data if kind == "notebook" else b""
 
         def make(absolute):
             if kind == "directory":
@@ -1155,70 +690,6 @@ class Contents:
             if not os.path.lexists(self.resolve(path)):
                 return path
 
-    def copy(self, source, folder):
-        """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
-        `folder` that does not exist in one that does is the name of the copy."""
-        is_name = self.look(folder)[1] is None
-        into = folder.strip("/").rpartition("/")[0] if is_name else folder
-        absolute, target = self.existing(source), self.existing(into)
-        if not os.path.isdir(target):
-            raise Problem(400, f"{into} is not a folder")
-        is_folder = os.path.isdir(absolute)
-        if is_folder and is_within(os.path.realpath(target), os.path.realpath(absolute)) or (
-                not source.strip("/")):
-            raise Problem(400, f"{source} cannot be copied into itself")
-        stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
-
-        def choose():
-            return folder if is_name else self.free_name(folder, stem, extension, "-Copy")
-
-        if is_folder:
-            return self.copy_folder(absolute, target, choose)
-        data = self.read(absolute)
-        while True:
-            path = choose()
-            try:
-                refuse_existing(self.resolve(path))   # also a link to nowhere
-                write_atomically(self.resolve(path), data, refuse_existing)
-                return self.model(path, self.resolve(path))
-            except FileExistsError:   # somebody took the name meanwhile
-                if is_name:
-                    raise
-
-    def copy_name(self, name, is_folder):
-        """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
-        a.b.ipynb it is what follows the last dot."""
-        name = re.sub(r"-Copy\d*(?=\.|$)", "", name)
-        if is_folder:
-            return name, ""
-        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
-        return stem, dot + extension
-
-    def copy_folder(self, absolute, into, choose):
-        """The copy grows in a hidden folder, and is there, under the path that `choose` returns,
-        when it is whole."""
-        growing = leftover_name(into)
-        with removed_on_error(growing), contextlib.ExitStack() as in_use:
-            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
-                os.mkdir(growing)
-                in_use.enter_context(locked(growing))
-            shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
-                            dirs_exist_ok=True)
-            mend_links(growing, os.path.realpath(absolute))
-            with self.lock, locked(os.path.dirname(growing)) as parent:
-                path = choose()
-                refuse_existing(self.resolve(path))
-                os.rename(growing, self.resolve(path))
-                sync(parent)
-        return self.model(path, self.resolve(path))
-
-    def not_copied(self, folder, names):
-        """Those of the names in a folder that are no file, folder or link, or not to be seen."""
-        paths = {name: os.path.join(folder, name) for name in names}
-        return [name for name, path in paths.items() if IS_LEFTOVER(name)
-                or not (os.path.islink(path) or os.path.isfile(path) or os.path.isdir(path))
-                or any(is_within(os.path.realpath(path), private) for private in self.private)]
-
     def rename(self, path, new_path):
         """Move a file or folder; never over another one."""
         old, new = self.existing(path), self.resolve(new_path)
@@ -1231,7 +702,7 @@ class Contents:
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
             left = [companion(self, path) for companion in COMPANIONS]
-            move(old, new)
+            MOVE[-1](old, new)
             for companion, behind in zip(COMPANIONS, left, strict=True):
                 if os.path.exists(behind):
                     os.makedirs(os.path.dirname(companion(self, new_path)), exist_ok=True)
@@ -1261,38 +732,13 @@ class Contents:
         shutil.rmtree(absolute)
 
 
+CONTENTS = [Contents]   # classes: the last one is used
+
+
 def refuse_existing(target):
     """What a new file must not find when it takes its place."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "There is such a file already", target)
-
-
-def move(old, new):
-    """Rename a file or folder; links lead where they led."""
-    folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
-    is_link = os.path.islink(old)
-    leads = os.readlink(old) if is_link else os.sep
-    if is_link and not os.path.isabs(leads) and folder != new_folder:
-        os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
-        return os.unlink(old)
-    os.rename(old, new)
-    if os.path.isdir(new) and not is_link and folder != new_folder:
-        mend_links(new, os.path.join(folder, os.path.basename(old)))
-    return None
-
-
-def mend_links(tree, came_from):
-    """Give the relative links of a moved or copied folder that lead out of it a new text."""
-    for folder, folders, files in os.walk(os.path.realpath(tree)):
-        old_folder = os.path.join(came_from, os.path.relpath(folder, os.path.realpath(tree)))
-        for link in (os.path.join(folder, name) for name in (*folders, *files)):
-            if not os.path.islink(link) or os.path.isabs(os.readlink(link)):
-                continue
-            aim = os.path.normpath(os.path.join(old_folder, os.readlink(link)))
-            if not is_within(aim, came_from):
-                with contextlib.suppress(OSError):   # in a folder that we may not change
-                    os.unlink(link)
-                    os.symlink(os.path.relpath(aim, folder), link)
 
 
 def is_plain(name):
@@ -1300,150 +746,6 @@ def is_plain(name):
     elsewhere on some system."""
     return "\0" not in name and "\\" not in name and (
         name.isascii() or name.encode("utf-8", "replace").decode() == name)
-
-
-# -- Large things, a little at a time: while Python's json is at work all other threads wait --
-
-def model_json(model):
-    """A contents model as JSON: bytes, or a list of them when they are many. (To join half a
-    gigabyte is a moment in which nothing else happens.)"""
-    start = to_json({key: value for key, value in model.items() if key != "content"})
-    pieces = [start[:-1], b',"content":', *content_json(model["content"]), b"}"]
-    return b"".join(pieces) if sum(map(len, pieces)) <= Answers.SMALL else pieces
-
-
-def content_json(content):
-    """The pieces of a folder's, a notebook's or a file's content as JSON."""
-    if isinstance(content, list):
-        return list_json(content)
-    if isinstance(content, dict):
-        notebook = {**content}
-        cells = notebook.pop("cells")
-        return [to_json(notebook)[:-1], b',"cells":', *list_json(cells), b"}"]
-    if isinstance(content, tuple):
-        return [b'"', *(to_json(text)[1:-1] for text in content), b'"']
-    return [to_json(content)]
-
-
-def list_json(items):
-    parts = (items[at:at + ITEMS_AT_ONCE] for at in range(0, len(items), ITEMS_AT_ONCE))
-    pieces = [piece for part in parts for piece in (b",", to_json(part)[1:-1])]
-    return [b"[", *pieces[1:], b"]"]
-
-
-def decode_text(data):
-    """Bytes as text: a string, or a tuple of strings when it is long. Raises UnicodeDecodeError."""
-    if len(data) <= LONG_TEXT:
-        return data.decode()
-    decode, view = codecs.getincrementaldecoder("utf-8")().decode, memoryview(data)
-    return (*(decode(view[at:at + AT_ONCE]) for at in range(0, len(data), AT_ONCE)),
-            decode(b"", final=True))
-
-
-def encode_base64(data):
-    """Bytes in base64: a string, or a tuple of strings when it is long."""
-    if len(data) <= LONG_TEXT:
-        return base64.b64encode(data).decode()
-    view, step = memoryview(data), AT_ONCE // 3 * 3   # three bytes are four letters
-    return (*(base64.b64encode(view[at:at + step]).decode() for at in range(0, len(data), step)),)
-
-
-def decode_base64(texts):
-    """The bytes that strings in base64 say together. Raises ValueError."""
-    pieces, rest = [], ""
-    for text in texts:
-        if "=" in rest or pieces and len(pieces[-1]) % 3:
-            raise ValueError("there is more after the end")
-        rest += "".join(text.split())
-        whole = len(rest) // 4 * 4
-        pieces.append(base64.b64decode(rest[:whole], validate=True))
-        rest = rest[whole:]
-    return b"".join([*pieces, base64.b64decode(rest, validate=True)])
-
-
-def read_model(data):
-    """The JSON object of a contents model. A long text in it comes as a tuple of strings. NaN,
-    which JSON has not, is null, as from a browser. Raises ValueError."""
-    if len(data) <= LONG_TEXT:
-        return REQUEST.decode(data.decode("utf-8-sig"))
-    mark = secrets.token_hex()
-    short, long_text = take_long_text(data, mark.encode())
-    text = short.decode("utf-8-sig")
-    model, end = read_in_steps(text, skip_space(text, 0), STEPS)
-    if text[end:].strip():
-        raise json.JSONDecodeError("Extra data", text, end)
-    if not long_text:
-        return model
-    if isinstance(model, dict) and model.get("content") == mark:
-        return {**model, "content": long_text}
-    return REQUEST.decode(data.decode("utf-8-sig"))   # it was no text of a file
-
-
-def read_in_steps(text, at, steps):
-    """(the JSON value at `at`, its end). What it consists of is read one by one, so many levels
-    deep: the members of a model, those of a notebook, its cells."""
-    if not steps or not text.startswith(("{", "["), at):
-        return REQUEST.raw_decode(text, at)
-    found = {} if text[at] == "{" else []
-
-    def read_member(at):
-        if not text.startswith('"', at):
-            raise json.JSONDecodeError("Expecting a name", text, at)
-        key, at = REQUEST.raw_decode(text, at)
-        at = skip(":", text, skip_space(text, at))
-        found[key], end = read_in_steps(text, at, steps - 1)
-        return end
-
-    def read_item(at):
-        item, end = read_in_steps(text, at, steps - 1)
-        found.append(item)
-        return end
-
-    is_object = isinstance(found, dict)
-    return found, read_entries(text, at, "}" if is_object else "]",
-                               read_member if is_object else read_item)
-
-
-def take_long_text(data, mark):
-    """(JSON with `mark` in the place of its long string, that string as a tuple of strings). In a
-    file's model it is one of the first few; otherwise (data, None)."""
-    at = 0
-    for _ in range(FEW):
-        start = data.find(b'"', at)
-        if start < 0:
-            break
-        texts, at = read_string(data, start + 1)
-        if texts is None:
-            break
-        if at - start > LONG_TEXT:
-            return data[:start + 1] + mark + data[at:], texts
-        at += 1
-    return data, None
-
-
-def read_string(data, at):
-    """(the JSON string whose first byte is at `at` as a tuple of strings, where its end mark is);
-    None for what is no good string."""
-    texts = []
-    while at < len(data) and data[at] != ord('"'):
-        end = STRING.match(data, at, at + AT_ONCE).end()
-        while end < len(data) and data[end] & 0xc0 == 0x80:   # in the middle of a character
-            end -= 1
-        try:
-            texts.append(REQUEST.decode(f'"{data[at:end].decode()}"'))
-        except ValueError:
-            return None, at
-        if end <= at:
-            return None, at
-        at = end
-    return (*texts,), at
-
-
-def odd_files(folder, names):
-    """Those of the names that are no files, folders or links: pipes and the like."""
-    modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
-    return [name for name, mode in modes.items()
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))]
 
 
 def is_within(real, root):
@@ -1462,21 +764,16 @@ def is_within(real, root):
 # S5 Owner, rights and other names of the file stay.
 # S6 What a killed server left over goes as soon as somebody looks into that folder again.
 #
-#     the file is    when                              how
-#     replaced       as a rule                         a hidden file beside it, its fsync, rename,
-#                                                      fsync of the folder
-#     written over   it has other names (hard links)   old and new bytes into a record in the
-#                    or is a mount; its folder takes   runtime folder; then the bytes into the
-#                    no new file; its owner is not     file itself; then the record is removed.
-#                    ours to give                      A server that starts finishes such records.
+# A file is replaced: a hidden file is written beside it, fsync, rename, fsync of the folder.
 
 IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch
-IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
 CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
-SECTOR = 512             # bytes that a disk writes whole or not at all
+WRITTEN_AT_ONCE = 1 << 20   # bytes
 O_BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
 TIDIED = set()           # folders in which we have looked for leftovers
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 
 
 def write_atomically(path, data, look=None):
@@ -1487,27 +784,25 @@ def write_atomically(path, data, look=None):
     """
     target = os.path.realpath(path)
     refuse_protected(target)
-    try:
-        refuse_irreplaceable(target)
+
+    def replace():
         with Temporary(target) as temporary:
             temporary.write(data)
             temporary.replace(look)
-    except OSError as problem:
-        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
-            raise
-        write_over(target, data, look)
+
+    or_write_over(target, replace, lambda: data, look)
 
 
-def put_in_place(temporary):
-    """The same for bytes that are in a temporary file already."""
-    refuse_protected(temporary.target)
+def or_write_over(target, replace, data, look=None):
+    """Call `replace`, or let one of WRITERS write what `data` returns into the file itself."""
     try:
-        temporary.replace()
+        if any(writer.is_needed(target) for writer in WRITERS):
+            raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
+        replace()
     except OSError as problem:
-        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(temporary.target):
+        if not WRITERS or problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
             raise
-        with open(temporary.path, "rb") as file:
-            write_over(temporary.target, file.read())
+        WRITERS[-1].write(target, data(), look)
 
 
 def refuse_protected(target):
@@ -1521,12 +816,6 @@ def refuse_protected(target):
 def may_write(path, info):
     is_protected = stat.S_ISREG(info.st_mode) and not info.st_mode & 0o222
     return not is_protected and os.access(path, os.W_OK)
-
-
-def refuse_irreplaceable(target):
-    info = stat_of(target)
-    if info and info.st_nlink > 1:
-        raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
 
 
 def stat_of(path):
@@ -1576,7 +865,6 @@ class Temporary:
 
     def replace(self, look=None):
         """Take the place of the target, now or never."""
-        refuse_irreplaceable(self.target)
         self.dress()
         os.fsync(self.descriptor)
         with locked(self.folder) as folder:
@@ -1617,84 +905,6 @@ def write_all(descriptor, data):
 
 def leftover_name(folder):
     return os.path.join(folder, f".{secrets.token_hex(8)}.saving")
-
-
-def write_over(target, data, look=None):
-    """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
-    with locked(os.path.dirname(target)):
-        if look:
-            look(target)
-        with open(target, "r+b", buffering=0) as file:
-            old = file.readall()
-            record = make_record(target, old, data)
-            try:
-                fill(file.fileno(), data)
-            except OSError:   # the disk is full: the room for the old bytes is still ours
-                fill(file.fileno(), old)
-                remove_record(record)
-                raise
-            remove_record(record)
-
-
-def fill(descriptor, data):
-    """Make these the bytes of a file, and have them on the disk."""
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    write_all(descriptor, data)
-    os.ftruncate(descriptor, len(data))
-    os.fsync(descriptor)
-
-
-def make_record(target, old, new):
-    """A file that says what is about to be written over: a line of JSON, old bytes, new bytes."""
-    os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
-    record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
-    head = {"path": target, "old": len(old), "new": len(new)}
-    with Temporary(record) as temporary:
-        temporary.write(json.dumps(head).encode() + b"\n")
-        temporary.write(old)
-        temporary.write(new)
-        temporary.replace()
-    os.chmod(record, 0o600)
-    return record
-
-
-def remove_record(record):
-    """It must not come back after a later save: its removal is on the disk, too."""
-    os.unlink(record)
-    with locked(os.path.dirname(record)) as folder:
-        sync(folder)
-
-
-def finish_records():
-    """Finish what a server was writing over when it was stopped."""
-    for name in filter(IS_RECORD, os.listdir(RUNTIME) if os.path.isdir(RUNTIME) else ()):
-        with contextlib.suppress(OSError, ValueError):
-            finish_record(os.path.join(RUNTIME, name))
-
-
-def finish_record(record):
-    """Write the new bytes once more, if the file is half old and half new. If it is neither, then
-    somebody else has written it since, and it stays."""
-    with open(record, "rb") as file:
-        head = json.loads(file.readline())
-        old, new = file.read(head["old"]), file.read(head["new"])
-    if os.path.isfile(head["path"]):
-        # Who still writes it holds this lock.
-        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
-            found = file.read()
-            if found not in (old, new) and is_between(found, old, new):
-                fill(file.fileno(), new)
-    remove_record(record)
-
-
-def is_between(found, old, new):
-    """True when each sector is that of one of the two, or was never written."""
-    size, longest = len(found), max(len(old), len(new))
-    states = [state.ljust(longest, b"\0") for state in (
-        old, new, new + old[len(new):], b"")]   # the third is not yet cut
-    return min(len(old), len(new)) <= size <= longest and all(
-        any(found[at:at + SECTOR] == state[at:min(at + SECTOR, size)] for state in states)
-        for at in range(0, size, SECTOR))
 
 
 def tidy(folder):
@@ -1777,161 +987,7 @@ def sync(folder):
             os.fsync(folder)
 
 
-@contextlib.contextmanager
-def removed_on_error(folder):
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-UMASK = os.umask(0o022)
-os.umask(UMASK)
-
-
-# -- Checkpoints: one per file, beside it in .ipynb_checkpoints --
-
-class Checkpoints:
-    """The one checkpoint of each file. The methods raise Problem or OSError."""
-
-    ID = "checkpoint"
-
-    def __init__(self, contents):
-        self.contents = contents
-
-    def path(self, path):
-        """Where the checkpoint of an API path is, or would be."""
-        folder, name = os.path.split(self.contents.existing(path))
-        stem, extension = os.path.splitext(name)
-        saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
-        self.contents.kept_inside(saved, path)
-        return saved
-
-    def existing(self, path, id):
-        saved = self.path(path)
-        if id != self.ID or not os.path.exists(saved):
-            raise Problem(404, f"{path} has no checkpoint {id}")
-        return saved
-
-    def list(self, path):
-        """The models of a file's checkpoints: one, or none."""
-        saved = self.path(path)
-        return [self.model(saved)] if os.path.exists(saved) else []
-
-    def model(self, saved):
-        return {"id": self.ID, "last_modified": iso(os.stat(saved).st_mtime)}
-
-    def create(self, path):
-        """Keep the file as it is on disk now."""
-        saved = self.path(path)
-        os.makedirs(os.path.dirname(saved), exist_ok=True)
-        write_atomically(saved, self.contents.read(self.contents.existing(path)))
-        return self.model(saved)
-
-    def restore(self, path, id):
-        absolute, saved = self.contents.resolve(path), self.existing(path, id)
-        with self.contents.one_save(absolute):
-            write_atomically(absolute, self.contents.read(saved))
-
-    def delete(self, path, id):
-        os.remove(self.existing(path, id))
-
-
-COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
-
-
-# -- Uploads in pieces: a model with a chunk's number --
-
-class Upload:
-    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
-    that takes the file's place at the end."""
-
-    def __init__(self, target, data):
-        """`data`: of piece 1, which is still to be added."""
-        self.file, self.first, self.number = Temporary(target), sha256(data), 0
-        self.latest = time.monotonic()
-
-    def add(self, number, data):
-        """Problem 400 when the piece is not the next one; the upload goes on with that."""
-        if number not in (self.number + 1, -1):
-            raise Problem(400, f"Chunk {number} is out of place: the next one is "
-                               f"{self.number + 1}, or -1 for the last")
-        self.file.write(data)
-        self.number, self.latest = self.number + 1, time.monotonic()
-
-
-class Uploads:
-    """Those under way, one of each file. What gathers is never seen as the file."""
-
-    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
-    MOST_SECONDS = 3600    # then an upload goes, when another one begins
-
-    def __init__(self):
-        self.lock, self.under_way = threading.Lock(), {}   # real path -> Upload
-        atexit.register(self.drop_all)
-
-    def add(self, target, number, data):
-        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
-        with self.lock:
-            if number == 1:
-                self.begin(target, data)
-            upload = self.under_way.get(target)
-            if upload is None:
-                raise Problem(400, "An upload begins with chunk 1")
-            try:
-                upload.add(number, data)
-            except OSError:
-                self.drop(target)
-                raise
-            if number != -1:
-                return upload.file.path
-            del self.under_way[target]
-        with upload.file:
-            return put_in_place(upload.file)
-
-    def begin(self, target, data):
-        """Problem 409 while another upload of the same file is under way: nothing tells whose a
-        later piece is. The same first piece begins anew, because then what follows fits,
-        whoever sends it."""
-        now = time.monotonic()
-        for other, upload in [*self.under_way.items()]:
-            if now - upload.latest > self.MOST_SECONDS:
-                self.drop(other)
-        old = self.under_way.get(target)
-        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
-            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
-                               f"{self.PAUSE_SECONDS} seconds after it was given up")
-        refuse_protected(target)
-        if old:
-            self.drop(target)
-        self.under_way[target] = Upload(target, data)
-
-    def drop(self, target):
-        self.under_way.pop(target).file.remove()
-
-    def drop_all(self):
-        for target in [*self.under_way]:
-            self.drop(target)
-
-
-def save_chunk(contents, path, model):
-    """Write one piece of a large upload; returns (model, was a file created)."""
-    absolute = contents.resolve(path)
-    if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
-        raise Problem(400, "Only files of format text or base64 can come in chunks")
-    if os.path.isdir(absolute):
-        raise Problem(400, f"{path} is a folder")
-    data, was_there = contents.encode(path, model, None), os.path.exists(absolute)
-    gathering = UPLOADS.add(os.path.realpath(absolute), model["chunk"], data)
-    return contents.model(path, gathering or absolute), not gathering and not was_there
-
-
-UPLOADS = Uploads()
-SAVERS["chunk"] = save_chunk
-
-
-# ---- 3. Kernel specs: which kernels there are -------------------------------------------------
+# ---- 2. Kernel specs: which kernels there are -------------------------------------------------
 #
 # A kernel spec is a folder `kernels/NAME/` with a `kernel.json` in one of Jupyter's data folders:
 # the command that starts a kernel, its language, its name for people. Our own needs no folder.
@@ -2079,12 +1135,12 @@ def kernel_environment(spec):
     return env
 
 
-# ---- 4. Kernels: one owner each ---------------------------------------------------------------
+# ---- 3. Kernels: one owner each ---------------------------------------------------------------
 #
 # A kernel process has five sockets, and a ZeroMQ socket may be used by one thread only. So one
 # thread, the *watcher*, owns all sockets to a process, under one identity: to its kernel this
 # server is one client, with many pages behind it. A page's WebSocket has a thread of its own, the
-# *bridge* (section 7). Between them there is a mailbox each way:
+# *bridge* (section 6). Between them there is a mailbox each way:
 #
 #     bridge of a page  -- Request -> KernelProcess.requests ->  watcher  -- shell, control, stdin
 #                       <- PageMailbox <- Entry ----------------          <- iopub, replies
@@ -2120,6 +1176,7 @@ CHANNELS = {   # channel -> socket type of the client's end; the kernel has the 
     "iopub": zmq.SUB, "shell": zmq.DEALER, "stdin": zmq.DEALER, "control": zmq.DEALER,
     "hb": zmq.DEALER}
 HEARD = ("iopub", "shell", "control", "stdin")   # in this order, for output comes before its reply
+UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
 ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
@@ -2138,9 +1195,6 @@ MOST_UNSENT = 100           # requests that wait for a kernel; while there are m
 MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
 MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
 MOST_STARTS = 5             # of a kernel whose ports others take
-MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
-MOST_OUTLINES = 4 << 20     # bytes of requests and replies whose output is saved
-MOST_REQUESTS = 1_000       # of a kernel that are remembered
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
 TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
@@ -2148,13 +1202,9 @@ TAIL = 4_000                # characters of a kernel's own stderr that are kept 
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
                   "shutdown_request", "abort_request"}
-STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
-         "status"}   # what a full journal keeps; all else is output
-OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
+KERNEL_EXTRAS = []   # functions or classes, called with each new KernelProcess: to plug into it
 FOLLOWERS = {}       # value of ?journal= -> class of the page's mailbox
-KERNEL_EXTRAS = []   # classes; each kernel makes one of each, which puts itself into its lists
-SAID_BY_PAGES = {"execute_request", "input_reply"}   # of the story; the rest comes from the kernel
-UPWARD = ("shell", "control", "stdin")   # channels on which a page speaks
+OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
 
 
 class Entry:
@@ -2249,6 +1299,12 @@ class Mailbox:
             self.taken_at = time.monotonic()
         return items
 
+    def put_back(self, items):
+        """What was taken, but came to nothing, is the first again."""
+        with self.lock:
+            self.items = [*items, *self.items]
+            self.size += sum(item.size for item in items)
+
     def close(self):
         """Nobody waits for anything any more; what is put stays."""
         with self.lock:
@@ -2278,14 +1334,14 @@ class KernelSocket(zmq.Socket):
     about = None   # for `report`
 
     def send_multipart(self, parts, *args, **options):
-        if SPECTATORS:
-            report("zmq", "out", self.about, parts)
+        for tap in TAPS:
+            tap("zmq", "out", self.about, parts)
         return super().send_multipart(parts, *args, **options)
 
     def recv_multipart(self, *args, **options):
         parts = super().recv_multipart(*args, **options)
-        if SPECTATORS:
-            report("zmq", "in", self.about, parts)
+        for tap in TAPS:
+            tap("zmq", "in", self.about, parts)
         return parts
 
 
@@ -2346,6 +1402,7 @@ class KernelProcess:
         self.mailboxes = {}       # session_id -> PageMailbox, also of some that are away
         # What extras plug in: functions of an Entry, of Entries, of a PageMailbox, of nothing.
         self.on_request, self.on_publish, self.on_join, self.on_end = [], [], [], []
+        self.on_launch, self.on_exit = [], []   # the same; a process was started, has ended
         self.gates = []           # see Gate
         for extra in KERNEL_EXTRAS:
             extra(self)
@@ -2371,18 +1428,17 @@ class KernelProcess:
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
-        REAPER.note("+", self.process.pid)
-        for file in self.files():
-            REAPER.note("file", file)
+        for function in self.on_launch:
+            function()
         self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
         self.ended = threading.Event()
         threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
 
     def report(self, way, text):
-        """Tell spectators what was done to the process, or what it said itself."""
-        if SPECTATORS:
-            report("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
+        """Tell what was done to the process, or what it said itself."""
+        for tap in TAPS:
+            tap("process", way, {"kernel": self.id}, [text.encode("utf-8", "replace")])
 
     def environment(self):
         return {**kernel_environment(self.spec), "JPY_PARENT_PID": str(os.getpid()),
@@ -2677,7 +1733,10 @@ class Watcher:
         waiting, kernel.waiting = [*kernel.waiting, *requests], []
         for request in waiting:
             if request.life is None or request.life == self.life and kernel.is_heard:
-                self.send(request)
+                try:
+                    self.send(request)
+                except (ValueError, RecursionError) as problem:
+                    log(f"kernel {kernel.id}: dropped a page's message: {problem!r}")
             elif request.life == self.life:
                 kernel.waiting.append(request)
 
@@ -2737,7 +1796,8 @@ class Watcher:
         """The process is gone: hear its last words, tell every page, and start it anew or not."""
         kernel, spoke = self.kernel, self.kernel.is_heard
         kernel.is_heard = False
-        REAPER.note("-", self.process.pid)
+        for function in self.kernel.on_exit:
+            function()
         try:
             self.hear_last_words()
             kernel.report("in", f"ended with exit code {self.process.returncode}")
@@ -2828,285 +1888,6 @@ def watched_process(process, poller):
         yield True
     finally:
         os.close(descriptor)
-
-
-class Record:
-    """An execute_request and all that came of it."""
-
-    def __init__(self, request, is_followed):
-        self.request = request
-        self.is_followed = is_followed   # who asked will say when the file holds the outputs
-        self.entries, self.size = [], 0
-        self.due = {"execute_reply", "idle"}   # what must still come
-        self.dropped = 0                       # bytes of output that did not fit
-
-    @property
-    def is_over(self):
-        """True when no more output is to come; a reply may have nobody to go to."""
-        return "idle" not in self.due
-
-    def add(self, entry):
-        self.entries.append(entry)
-        self.size += entry.size
-        self.due.discard("idle" if entry.is_idle else entry.msg_type)
-
-    def shorten(self, session):
-        """Drop the older half of the output, leave a note; returns how many bytes that freed.
-
-        The note has the place and the msg_id of the last entry dropped: whoever has seen that one
-        needs no note.
-        """
-        outputs = [entry for entry in self.entries if entry.msg_type not in STORY]
-        dropped = outputs[:(len(outputs) + 1) // 2]
-        if not dropped:
-            return 0
-        freed = sum(entry.size for entry in dropped)
-        self.dropped += freed
-        text = (f"[{self.dropped / 1e6:.1f} MB of this output are missing here: MiniJupyter keeps "
-                f"{MOST_JOURNAL >> 20} MB for a page that is away]\n")
-        note = said(session, "iopub", "stream", {"name": "stderr", "text": text}, self.request)
-        note.header["msg_id"], note.number = dropped[-1].header["msg_id"], dropped[-1].number
-        note.json_parts[0] = to_json(note.header)
-        gone = set(dropped)
-        self.entries = [note if entry is dropped[-1] else entry
-                        for entry in self.entries if entry is dropped[-1] or entry not in gone]
-        self.size -= freed - note.size
-        return freed - note.size
-
-
-class Journal:
-    """What came of the requests whose outputs no file holds yet: execute_requests, replies, iopub,
-    questions for input and their answers, in the order in which they passed.
-
-    The pages' lock is held while an entry is filed and handed to those who follow: so nothing is
-    told twice and nothing is missed.
-    """
-
-    def __init__(self, kernel):
-        self.kernel, self.session = kernel, kernel.session
-        self.records = {}     # msg_id of an execute_request -> Record, oldest first
-        # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
-        self.outlines = {}
-        self.outline_size = 0   # bytes of those whose record is forgotten
-        # msg_id of an open input_request -> (its request's msg_id, is it secret)
-        self.questions = {}
-        self.number = self.size = 0
-        kernel.journal = self
-        kernel.on_request.append(self.note)
-        kernel.on_publish.append(self.publish)
-        kernel.on_join.append(self.welcome)
-        kernel.on_end.append(self.tell_end)
-
-    # -- what the kernel's owner calls --
-
-    def note(self, request):
-        """A page asks or answers: tell the followers. What was typed in secret is not kept."""
-        if request.msg_type not in SAID_BY_PAGES:
-            return
-        shown = request
-        if request.msg_type == "input_reply":
-            with self.kernel.pages_lock:
-                _, is_secret = self.questions.get(request.parent_id, (None, True))
-            content = {**request.content, "value": ""} if is_secret else request.content
-            shown = Entry("stdin", [*request.json_parts[:3], to_json(content)])
-            shown.client = request.client
-        self.kernel.publish([shown])
-
-    def publish(self, entries):
-        """File Entries and put them to the followers, in one step; the pages' lock is held."""
-        story = []
-        for entry in entries:
-            story += [*self.add(entry), entry]
-        for box in self.kernel.mailboxes.values():
-            if isinstance(box, Follower):
-                box.put([entry for entry in story if box.follows(entry)])
-
-    def welcome(self, box):
-        """A follower begins with all that no file holds yet; the lock is held."""
-        if isinstance(box, Follower):
-            box.put(self.replay())
-
-    def tell_end(self):
-        """The process has ended: say what it cannot say any more. Of an end that was asked for the
-        followers are told; other clients know it from who asked."""
-        with self.kernel.pages_lock:
-            endings = self.endings()
-        self.kernel.publish(endings)
-        if self.kernel.intent == "restart":
-            with self.kernel.pages_lock:
-                for box in self.kernel.mailboxes.values():
-                    if isinstance(box, Follower):
-                        box.put([self.kernel.status("restarting")])
-
-    # -- filing --
-
-    def add(self, entry):
-        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
-        of its request, when that was forgotten: without them a page could not place it."""
-        self.number += 1
-        entry.number = self.number
-        request_id = entry.parent_id
-        if entry.msg_type == "execute_request":
-            request_id = self.begin(entry)
-        elif entry.msg_type == "input_request":
-            self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
-        elif entry.msg_type == "input_reply":
-            request_id, *_ = self.questions.pop(entry.parent_id, (None,))
-        was_forgotten = request_id not in self.records
-        record = self.record_for(request_id, entry)
-        outline = record.entries[:] if record and was_forgotten else []
-        if record:
-            self.file(record, entry)
-        return outline
-
-    def begin(self, request):
-        id = request.header["msg_id"]
-        is_followed = isinstance(self.kernel.mailboxes.get(request.client), Follower)
-        self.forget([id])   # a client should not, but may use one twice
-        self.drop_outline(id)
-        self.outlines[id] = [], is_followed
-        self.records[id] = Record(request, is_followed)
-        if len(self.outlines) > MOST_REQUESTS:
-            oldest = next(iter(self.outlines))
-            self.forget([oldest])
-            self.drop_outline(oldest)
-        return id
-
-    def drop_outline(self, id):
-        """Nothing that comes of this request can be placed any more."""
-        entries, _ = self.outlines.pop(id, ((), None))
-        self.outline_size -= sum(entry.size for entry in entries)
-
-    def record_for(self, request_id, entry):
-        """The record of a request, or None. Its outline outlives it: what a thread prints after its
-        cell's outputs were saved begins a new one, with request, reply and idle alone, to which a
-        page appends what follows."""
-        if request_id in self.records or request_id not in self.outlines or entry.msg_type in STORY:
-            return self.records.get(request_id)
-        entries, is_followed = self.outlines[request_id]
-        self.records[request_id] = record = Record(entries[0], is_followed)
-        for each in entries:
-            record.add(each)
-        self.size += record.size
-        self.outline_size -= record.size
-        return record
-
-    def file(self, record, entry):
-        id = record.request.header["msg_id"]
-        record.add(entry)
-        self.size += entry.size
-        if entry.is_idle or entry.msg_type in ("execute_request", "execute_reply"):
-            self.outlines[id][0].append(entry)
-        if entry.is_idle:
-            self.questions = {question: about for question, about in self.questions.items()
-                              if about[0] != id}
-        if self.size > MOST_JOURNAL:
-            self.make_room()
-
-    def make_room(self):
-        largest = max(self.records.values(), key=lambda record: record.size)
-        freed = largest.shorten(self.session)
-        self.size -= freed
-        if not freed:   # it is not the output that is large
-            self.forget([largest.request.header["msg_id"]])
-
-    def forget(self, ids):
-        """The outputs of these requests are in the file now."""
-        for id in ids:
-            if record := self.records.pop(id, None):
-                self.size -= record.size
-                self.outline_size += sum(entry.size for entry in self.outlines[id][0])
-        while self.outline_size > MOST_OUTLINES:
-            self.drop_outline(next(id for id in self.outlines if id not in self.records))
-
-    def forget_unfollowed(self):
-        """The same for all that are over, of clients that do not tell what they have saved."""
-        with self.kernel.pages_lock:
-            self.forget([id for id, record in self.records.items()
-                         if record.is_over and not record.is_followed])
-
-    def replay(self):
-        """All entries, in the order in which they came."""
-        entries = [entry for record in self.records.values() for entry in record.entries]
-        return sorted(entries, key=lambda entry: entry.number)
-
-    def endings(self):
-        """What a process that has ended cannot say any more: an aborted reply, an idle, where they
-        are due."""
-        self.questions.clear()
-        endings = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
-                   "idle": ("iopub", "status", {"execution_state": "idle"})}
-        return [said(self.session, *endings[due], record.request)
-                for record in self.records.values() for due in sorted(record.due)]
-
-
-class Follower(PageMailbox):
-    """Of a page that follows the kernel's whole conversation (`?journal=1`). On connecting it gets
-    what no file holds yet, afterwards also the requests, replies, questions and answers of other
-    pages; it says what it has saved by `{"channel": "journal", "content": {"forget": [msg_ids of
-    execute_requests]}}`."""
-
-    def __init__(self, session_id, websocket):
-        super().__init__(session_id, websocket)
-        self.is_kept = False   # the journal has it all
-
-    def wants(self, entry):
-        return False   # it gets everything from the journal, which files it first
-
-    def follows(self, entry):
-        is_own = entry.client == self.session_id
-        if entry.msg_type in SAID_BY_PAGES:
-            return not is_own
-        return is_own or entry.channel == "iopub" or entry.msg_type in STORY
-
-
-def forget(kernel, entry):
-    """A follower has saved these outputs."""
-    with kernel.pages_lock:
-        kernel.journal.forget(entry.content["forget"])
-
-
-KERNEL_EXTRAS.append(Journal)
-FOLLOWERS["1"] = Follower
-
-
-class Reaper:
-    """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
-
-    The server tells it of every kernel's process group and files; when the pipe between them
-    breaks, it ends and removes those that are left.
-    """
-
-    SCRIPT = """
-        while read -r sign word; do
-            case $sign in
-                +) groups="$groups $word " ;;
-                -) groups="${groups%% $word *} ${groups#* $word }" ;;
-                file) files="$files$word\n" ;;
-            esac
-        done
-        printf %s "$files" | while read -r file; do rm -f -- "$file"; done
-        set -- $groups
-        for signal in TERM KILL; do
-            for group; do kill -$signal -- -$group; done 2>/dev/null
-            [ $# = 0 ] || sleep 1
-        done"""
-
-    def __init__(self):
-        self.lock, self.shell = threading.Lock(), None
-
-    def note(self, sign, word):
-        """A process group began ("+") or ended ("-"), or there is a "file"."""
-        with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
-            if self.shell is None and os.name == "posix":
-                self.shell = subprocess.Popen(
-                    ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-            if self.shell:
-                self.shell.stdin.write(f"{sign} {word}\n")
-
-
-REAPER = Reaper()
 
 
 def new_connection(name, session_name, is_local=False):
@@ -3223,19 +2004,8 @@ class Kernels:
             thread.join()
         self.all.clear()
 
-    def cull(self, seconds):
-        """Forever: end the kernels that nobody listens to and that have been idle for so long."""
-        while True:
-            time.sleep(min(10, seconds / 4))
-            for kernel in list(self.all.values()):
-                is_idle = kernel.state == "idle" and not kernel.connections
-                if is_idle and time.time() - kernel.last_activity > seconds:
-                    log(f"kernel {kernel.id} was idle for {seconds:g} s: it is shut down")
-                    with contextlib.suppress(Problem):
-                        self.shutdown(kernel.id)
 
-
-# ---- 5. Sessions: which file belongs to which kernel ------------------------------------------
+# ---- 4. Sessions: which file belongs to which kernel ------------------------------------------
 #
 # REST calls the tie between a path and a kernel a session. (A message's session is another thing:
 # the id of the process that sent it.) Opening the same notebook again finds its session and its
@@ -3326,12 +2096,6 @@ class Sessions:
                 session["name"] = session["path"].rpartition("/")[2]
                 session["kernel"].session_name = self.session_name(session["path"], session["name"])
 
-    def saved(self, path):
-        """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
-        for session in self.alive():
-            if session["path"] == path.strip("/"):
-                session["kernel"].journal.forget_unfollowed()
-
     def delete(self, id):
         """End a session and its kernel."""
         with self.lock:
@@ -3341,15 +2105,12 @@ class Sessions:
             self.kernels.shutdown(session["kernel"].id)
 
 
-# ---- 6. WebSocket: RFC 6455 -------------------------------------------------------------------
+# ---- 5. WebSocket: RFC 6455 -------------------------------------------------------------------
 #
 # A WebSocket is a TCP connection that began as an HTTP request. After the handshake both sides
 # send frames: two bytes (FIN and opcode, mask bit and length), perhaps a longer length, perhaps a
 # mask, then the payload. `FrameParser` turns bytes into messages and knows no socket, so every
 # rule of the RFC can be tested with two strings of bytes; `WebSocket` reads and writes.
-#
-# Messages may be compressed (permessage-deflate, RFC 7692), each by itself: "no context takeover",
-# so that no connection keeps a window of 32 kB for later. Through loopback it only costs time.
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 FIN, COMPRESSED, RESERVED = 0b1000_0000, 0b0100_0000, 0b0011_0000   # bits beside the opcode
@@ -3360,15 +2121,11 @@ MOST_BYTES = 256 << 20    # of one message: a picture pasted into a widget shoul
 MOST_FRAGMENTS = 1 << 16  # of one message: empty ones cost nothing to send
 CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}   # RFC 6455 7.4, IANA
 BLOCK = 1 << 15           # bytes unmasked at a time: they and their numbers fit in a core's cache
-WORTH_DEFLATING = 1 << 10   # bytes; a smaller message fits in one packet anyway
-FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 7.2.1)
 LOOPBACK = ("127.", "::1")   # how addresses begin that never leave this machine
 KEY = re.compile(r"[A-Za-z0-9+/]{22}==")   # 16 bytes in base64
 PING_SECONDS = 30         # between pings; a peer silent for three of them is gone
+EXTENSIONS = []           # functions(handler) -> (answer to the client's offer, extension) or None
 HANG_UP_SECONDS = 2       # that a peer gets to take the last that we said
-DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
-    "server_no_context_takeover": "", "client_no_context_takeover": "",
-    "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
 
 
 class WebSocketError(Exception):
@@ -3430,41 +2187,17 @@ def handshake_key(headers):
     return key
 
 
-def accept_deflate(offers):
-    """(answer, window bits) to the first offer of permessage-deflate that we can accept; (None,
-    None) without one (RFC 7692 5)."""
-    for offer in offers:
-        name, *parameters = [part.strip() for part in offer.split(";")]
-        values = {key.strip(): value.strip(' "') for key, _, value in (
-            parameter.partition("=") for parameter in parameters)}
-        is_known = len(values) == len(parameters) and all(
-            key in DEFLATE_PARAMETERS and re.fullmatch(DEFLATE_PARAMETERS[key], value)
-            for key, value in values.items())
-        if name == "permessage-deflate" and is_known:
-            bits = values.get("server_max_window_bits")
-            answer = f"{name}; server_no_context_takeover; client_no_context_takeover"
-            return answer + (f"; server_max_window_bits={bits}" if bits else ""), int(bits or 15)
-    return None, None
-
-
-def deflate(payload, window_bits):
-    """A message's payload, compressed (RFC 7692 7.2.1); quickly, for a person waits."""
-    compressor = zlib.compressobj(1, zlib.DEFLATED, -window_bits)
-    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
-    return data.removesuffix(FLUSH_TAIL)
-
-
 class FrameParser:
     """Bytes in, messages out: `feed` yields (opcode, payload) of messages and control frames.
 
     Raises WebSocketError where a rule is broken. TEXT payloads are str, all others bytes.
     """
 
-    def __init__(self, most_bytes=MOST_BYTES, may_compress=False):
-        self.most_bytes, self.may_compress = most_bytes, may_compress
+    def __init__(self, most_bytes=MOST_BYTES, extension=None):
+        self.most_bytes, self.extension = most_bytes, extension
         self.bytes, self.at = bytearray(), 0   # what has not been a whole frame yet; from where on
         self.opcode = None            # of the message that is under way
-        self.inflater = None          # decompresses it
+        self.unpack = None            # the extension's function for its payloads
         self.fragments, self.size = [], 0
         self.cut = b""                # the beginning of a character whose end comes next
         self.is_closed = False
@@ -3499,15 +2232,15 @@ class FrameParser:
         if have < end:
             return None
         # Journey 2: the frame is whole; it is unmasked, put together with its fragments, decoded.
-        if SPECTATORS and self.about:
-            report("websocket", "in", self.about, [self.bytes[self.at:end]], depth=1)
+        for tap in TAPS if self.about else ():
+            tap("websocket", "in", self.about, [self.bytes[self.at:end]])
         self.at = end
         return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)
 
     def check_head(self, first, second, length):
         opcode = first & 0b1111
         if first & RESERVED or first & COMPRESSED and not (
-                self.may_compress and opcode in (TEXT, BINARY)):
+                self.extension and opcode in (TEXT, BINARY)):
             raise WebSocketError(PROTOCOL_ERROR, "reserved bits are set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise WebSocketError(PROTOCOL_ERROR, f"unknown opcode {opcode}")
@@ -3525,9 +2258,9 @@ class FrameParser:
             return opcode, self.decode(payload, is_last) if opcode == TEXT else payload
         if opcode != CONTINUATION:
             self.opcode = opcode
-            self.inflater = zlib.decompressobj(-15) if first & COMPRESSED else None
-        if self.inflater:
-            payload = self.inflate(payload + FLUSH_TAIL if is_last else payload)
+            self.unpack = self.extension.unpacker() if first & COMPRESSED else None
+        if self.unpack:
+            payload = self.unpack(payload, is_last, self.most_bytes - self.size)
         self.size += len(payload)
         self.fragments.append(self.decode(payload, is_last) if self.opcode == TEXT else payload)
         if not is_last:
@@ -3536,16 +2269,6 @@ class FrameParser:
         message = self.opcode, empty.join(self.fragments)
         self.opcode, self.fragments, self.size = None, [], 0
         return message
-
-    def inflate(self, payload):
-        """A compressed payload in full; one that would grow beyond the limit is not even made."""
-        try:
-            data = self.inflater.decompress(payload, self.most_bytes - self.size + 1)
-        except zlib.error as problem:
-            raise WebSocketError(INVALID_DATA, f"not compressed by deflate: {problem}") from None
-        if self.size + len(data) > self.most_bytes:
-            raise WebSocketError(TOO_BIG, f"a message may have {self.most_bytes} bytes")
-        return data
 
     def decode(self, payload, is_last):
         """The text of a fragment, which may begin and end within a character (RFC 6455 8.1)."""
@@ -3576,34 +2299,31 @@ class WebSocket:
     """One accepted connection. It belongs to one thread: its handler's."""
 
     def __init__(self, sock, first_bytes=b"", most_bytes=MOST_BYTES, protocol=None,
-                 window_bits=None):
-        self.socket, self.protocol = sock, protocol
-        self.window_bits = window_bits   # of what we compress; None when nothing is
-        self.parser = FrameParser(most_bytes, may_compress=window_bits is not None)
+                 extension=None):
+        self.socket, self.protocol, self.extension = sock, protocol, extension
+        self.parser = FrameParser(most_bytes, extension)
         self.first_bytes = first_bytes   # came glued to the handshake
         self.messages = self.all_messages()
         self.is_closed = self.close_sent = False
         self.last_heard = self.last_ping = time.monotonic()
 
     @classmethod
-    def accept(cls, handler, protocols=(), may_compress=None):
+    def accept(cls, handler, protocols=(), extensions=EXTENSIONS):
         """Answer the handshake of a BaseHTTPRequestHandler. Raises Problem 400 (RFC 6455 4.2).
 
-        The first of the client's subprotocols that is in `protocols` is chosen, or none. Messages
-        are compressed when the client offers it, by default only if it is another machine.
+        The first of the client's subprotocols that is in `protocols` is chosen, or none, and the
+        first of `extensions` that accepts the client's offer.
         """
         key = handshake_key(handler.headers)
         offered = words(handler.headers, "Sec-WebSocket-Protocol")
         protocol = next((name for name in offered if name in protocols), None)
-        if may_compress is None:
-            may_compress = not handler.client_address[0].startswith(LOOPBACK)
-        offers = words(handler.headers, "Sec-WebSocket-Extensions") if may_compress else []
-        extension, window_bits = accept_deflate(offers)
+        answer, extension = next(
+            (accepted for accept in extensions if (accepted := accept(handler))), (None, None))
         handler.send_response(101)
         for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
                             ("Sec-WebSocket-Accept", accept_key(key)),
                             ("Sec-WebSocket-Protocol", protocol),
-                            ("Sec-WebSocket-Extensions", extension)):
+                            ("Sec-WebSocket-Extensions", answer)):
             if value:
                 handler.send_header(name, value)
         handler.end_headers()
@@ -3611,7 +2331,7 @@ class WebSocket:
         handler.close_connection = True
         first_bytes = buffered(handler)
         handler.connection.settimeout(60)   # seconds a peer may take to accept what we send
-        return cls(handler.connection, first_bytes, protocol=protocol, window_bits=window_bits)
+        return cls(handler.connection, first_bytes, protocol=protocol, extension=extension)
 
     def fileno(self):
         return self.socket.fileno()
@@ -3665,9 +2385,9 @@ class WebSocket:
             self.is_closed = True
 
     def frame(self, opcode, payload):
-        """The finished frame of a whole message, compressed where that is agreed and worth it."""
-        if self.window_bits and len(payload) >= WORTH_DEFLATING:
-            return encode_frame(opcode | COMPRESSED, deflate(payload, self.window_bits))
+        """The finished frame of a whole message, as the extension packs it."""
+        if self.extension:
+            opcode, payload = self.extension.pack(opcode, payload)
         return encode_frame(opcode, payload)
 
     def send(self, message):
@@ -3685,8 +2405,9 @@ class WebSocket:
         except OSError:
             self.is_closed = True
             return
-        for frame in frames if SPECTATORS and self.parser.about else ():
-            report("websocket", "out", self.parser.about, [frame])
+        for tap in TAPS if self.parser.about else ():
+            for frame in frames:
+                tap("websocket", "out", self.parser.about, [frame])
 
     def ping_or_give_up(self):
         """Say from time to time that we are here; a peer that says nothing is not."""
@@ -3730,12 +2451,11 @@ def buffered(handler):
         return b""   # where TCP has nothing yet and says so by an empty string, TLS raises
 
 
-# ---- 7. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
+# ---- 6. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
 #
 # One thread for each page waits for two things: what the page says, and its mailbox. A kernel's
 # message is four JSON parts, a page's is a JSON object with four such members: both ways they go on
 # as they came, and only headers are read.
-
 
 def splice(entry):
     """(opcode, payload) of an Entry in Jupyter's default protocol: its JSON as it came.
@@ -3815,37 +2535,7 @@ def expect_token(token, text, at):
     return match.end()
 
 
-def splice_v1(entry):
-    """The same in `v1.kernel.websocket.jupyter.org`: n, n offsets (little-endian u64; the last one
-    is the end), then channel, header, parent_header, metadata, content, buffers."""
-    parts, offsets = [entry.channel.encode(), *entry.json_parts, *entry.buffers], []
-    at = 8 * (len(parts) + 2)
-    for part in parts:
-        offsets.append(at)
-        at += len(part)
-    head = struct.pack(f"<{len(parts) + 2}Q", len(parts) + 1, *offsets, at)
-    return BINARY, head + b"".join(parts)
-
-
-def unsplice_v1(message):
-    """The Entry in a message of that layout; raises ValueError."""
-    try:
-        count = struct.unpack_from("<Q", message)[0]
-        offsets = struct.unpack_from(f"<{min(count, len(message))}Q", message, 8)
-    except (struct.error, TypeError) as problem:
-        raise ValueError(f"not of the v1 layout: {problem}") from None
-    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-    if len(parts) < 5:
-        raise ValueError("a part is missing")
-    entry = Entry(parts[0].decode(), parts[1:5], parts[5:])
-    if entry.msg_type in STORY:   # it will be shown to other pages, within their JSON
-        for part in entry.json_parts[2:]:
-            json.loads(part)
-    return entry
-
-
-V1 = "v1.kernel.websocket.jupyter.org"
-LAYOUTS = {None: (unsplice, splice), V1: (unsplice_v1, splice_v1)}   # subprotocol -> functions
+LAYOUTS = {None: (unsplice, splice)}   # subprotocol -> functions: message -> Entry, and back
 
 
 class Bridge:
@@ -3872,11 +2562,12 @@ class Bridge:
         page = self.websocket.fileno()
         self.poller.register(page, zmq.POLLIN if self.kernel.has_room else 0)
         ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
-        if self.inbox.fileno() in ready:
-            self.carry_down(self.inbox.take())
         if page in ready or self.websocket.has_bytes:
             for message in self.websocket.arrived():
                 self.carry_up(message)
+        # Only now, for a page that has left must find what is for it when it comes back (P3).
+        if self.inbox.fileno() in ready and not self.websocket.is_closed:
+            self.carry_down(self.inbox.take())
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
@@ -3889,6 +2580,8 @@ class Bridge:
         if entries:
             # Journey 11: verified, marked with its channel, and on its way to the page.
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
+        if self.websocket.is_closed:
+            self.inbox.put_back(entries)
 
     def learn_of_crash(self):
         """The page is told now. What it has said until this moment was meant for the process that
@@ -3918,380 +2611,7 @@ class Bridge:
             log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
 
-OWN_CHANNELS["journal"] = forget
-
-
-# ---- 8. Trace: what "Under the hood" shows ----------------------------------------------------
-#
-# Who looks under the hood hears of everything that passes the server's edge, as the bytes that
-# pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
-# are where the bytes are (KernelSocket, FrameParser.next_frame, WebSocket.write, Exchange) and do
-# no more than put them into the ring of each Watch. Its own thread takes them out some times a
-# second, hides what is secret and sends them on; what it sends itself is not reported. Who watches
-# can also interfere: hold messages back (`Gate`), cut a connection, end the process, send a
-# forgery. To add such a wish, write a method of its name and name it in WISHES.
-
-MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dropped, and counted
-MOST_WATCHED = 32 << 20      # bytes of them
-TELL_SECONDS = 0.1           # between two looks: a person sees no difference
-MOST_SECONDS_HELD = 60       # of a delay
-GATE_SECONDS = 0.02          # between two looks at what waits at a gate
-MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
-WISHES = ("hold", "step", "drop", "kill", "send", "key")
-SOURCES = ("index.html", "minijupyter.py", "kernel.py")
-PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second group is hidden
-    rb"^((?:authorization|cookie|set-cookie|x-xsrftoken):[ \t]*)([^\r\n]+)",
-    rb"((?:[?&]|%3F|%26)(?:token|_xsrf)(?:=|%3D))([^&\s#]+)",
-    rb"""(name="_xsrf" value=")([^"]+)""")]
-TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
-SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
-
-
-def stars(text):
-    """As many stars: what is hidden keeps its length, so that all else keeps its place."""
-    return b"*" * len(text)
-
-
-def mask(pattern, data):
-    return pattern.sub(lambda match: match[1] + stars(match[2]), data)
-
-
-def split_frame(frame):
-    """(head, mask, payload as it is on the wire) of a WebSocket frame (RFC 6455 5.2)."""
-    size = 2 + {126: 2, 127: 8}.get(frame[1] & 0b0111_1111, 0)
-    masked = size + (4 if frame[1] & 0b1000_0000 else 0)
-    return frame[:size], frame[size:masked], frame[masked:]
-
-
-class Secrets:
-    """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
-
-    def __init__(self, server):
-        self.server, self.known = server, {}   # text -> pattern
-        self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
-
-    def learn(self):
-        """Which texts are secret now, too: kernels come and go."""
-        access, kernels = self.server.access, list(self.server.kernels.all.values())
-        known = [access.token, access.cookie_value,
-                 *(kernel.connection["key"] for kernel in kernels)]
-        for each in known:
-            if len(each) >= SHORTEST_SECRET and each not in self.known:
-                self.known[each] = spellings(each)
-
-    def seen(self, event):
-        """The parts of an event as they may be seen, each as long as it was. Of one that was cut
-        the end goes, too: half a secret may stand there."""
-        kind, parts = event["kind"], event["parts"]
-        if kind == "websocket":
-            parts = [self.in_frame(parts[0])]
-        elif kind == "http":
-            for pattern in PRIVATE:
-                parts = [mask(pattern, part) for part in parts]
-        elif event.get("channel") == "stdin":
-            self.note_question(parts)
-            parts = self.in_answer(parts)
-        whole = b"".join(parts)
-        if sum(event["sizes"]) == len(whole):
-            is_clean = not any(pattern.search(whole) for pattern in self.known.values())
-            return parts if is_clean else [*map(self.in_text, parts)]
-        end = max(map(longest_spelling, self.known), default=0)
-        return [self.in_text(part)[:None if len(part) == size else -end]
-                for part, size in zip(parts, event["sizes"], strict=True)]
-
-    def in_text(self, data):
-        for pattern in self.known.values():
-            data = pattern.sub(lambda match: stars(match[0]), data)
-        return data
-
-    def in_frame(self, frame):
-        """A frame's payload is read without its mask. What is compressed can only be hidden as a
-        whole, and so is a fragment: a secret may begin in one and end in the next."""
-        head, key, payload = split_frame(frame)
-        plain = apply_mask(payload, key) if key else payload
-        text = plain
-        if frame[0] & COMPRESSED:
-            text = zlib.decompressobj(-15).decompress(plain)
-        seen = self.in_text(self.in_answer([text])[0])
-        if frame[0] & ~COMPRESSED not in WHOLE or text is not plain and seen != text:
-            seen = stars(plain)
-        elif seen == text:
-            return frame
-        return head + key + (apply_mask(seen, key) if key else seen)
-
-    def note_question(self, parts):
-        """Remember an input_request that is no secret."""
-        if b'"input_request"' in b"".join(parts):
-            start = parts.index(our_kernel.DELIMITER) + 2
-            header, _, _, content = map(json.loads, parts[start:start + 4])
-            is_open = header["msg_type"] == "input_request" and content["password"] is False
-            if is_open and header["msg_id"]:
-                self.asked_openly.add(header["msg_id"].encode())
-            if len(self.asked_openly) > MOST_REQUESTS:
-                self.asked_openly.clear()
-
-    def in_answer(self, parts):
-        """An input_reply without what was typed, unless its question is known to be no secret."""
-        data = b"".join(parts)
-        if b'"input_reply"' not in data or any(
-                msg_id in data for msg_id in self.asked_openly):
-            return parts
-        return [mask(TYPED, part) for part in parts]
-
-
-class Exchange:
-    """One HTTP exchange, reported when it is over: it takes the place of the handler's wfile, to
-    keep a copy of what is written.
-
-    parts = [head of the request, its body, head of the response, its body]
-    """
-
-    def __init__(self, handler):
-        self.handler, self.file, self.at = handler, handler.wfile, time.time()
-        self.written, self.size, handler.wfile = bytearray(), 0, self
-
-    def write(self, data):
-        self.written += data[:max(0, MOST_TRACED // 2 - self.size)]
-        self.size += len(data)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
-
-    def end(self):
-        """Report it, once; the wishes of who watches are no part of what there is to see."""
-        handler, endpoint = self.handler, self.handler.endpoint
-        name = endpoint.__name__
-        if handler.wfile is not self:
-            return
-        handler.wfile = self.file
-        if name in ("trace", "source"):
-            return
-        asked, body = handler.head_bytes, handler.body or b""
-        head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
-        kept = body[:MOST_TRACED // 2]
-        parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
-        sizes = [len(asked), len(body), len(head + end), self.size - len(head + end)]
-        report("http", "in", {"at": self.at, "seconds": time.time() - self.at, "sizes": sizes,
-                              "lines": [endpoint.__code__.co_firstlineno]},
-               parts)
-
-
-class Gate:
-    """Between a kernel and its pages: it is open, but a spectator can hold messages back, channel
-    by channel, to see what happens then. The watcher asks it.
-
-    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
-    much later) or ("every", seconds) (one at a time)}
-    """
-
-    def __init__(self, kernel):
-        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
-        self.held = []         # (when it came, Entry or Request) that wait, oldest first
-        self.passed_at = 0.0   # when one of them passed last; monotonic, like the others
-        kernel.gate = self
-        kernel.gates.append(self)
-
-    def patience(self):
-        """Seconds until the next look."""
-        return GATE_SECONDS if self.held else math.inf
-
-    def let_pass(self, entries, requests):
-        """Those of the Entries, Requests, and of what waited here, that may go on now. On each
-        channel and way the order stays. What would be too much to keep passes."""
-        if not (self.held or self.rules):
-            return entries, requests
-        now = time.monotonic()
-        waiting = [*self.held, *((now, each) for each in (*entries, *requests))]
-        room = MOST_WAITING - sum(each.size for _, each in waiting)
-        held, stuck, passed = [], set(), []
-        for came_at, each in waiting:
-            way = type(each), each.channel
-            if way not in stuck and (room < 0 or self.is_free(each, came_at)):
-                room += each.size
-                passed.append(each)
-            else:
-                stuck.add(way)
-                held.append((came_at, each))
-        self.held = held
-        return ([each for each in passed if isinstance(each, Entry)],
-                [each for each in passed if isinstance(each, Request)])
-
-    def is_free(self, each, came_at):
-        """True when the oldest that waits on its way may go on now."""
-        rule, seconds = self.rules.get(each.channel, ("delay", 0))
-        if isinstance(each, Request) and each.life is None:
-            return True   # the server's own
-        if rule == "pause":
-            with self.lock:
-                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
-        else:
-            since = came_at if rule == "delay" else self.passed_at
-            may_pass = time.monotonic() >= seconds + since
-        if may_pass:
-            self.passed_at = time.monotonic()
-        return may_pass
-
-    def release(self):
-        """The Entries that wait: their process has ended, and its end is told behind them."""
-        entries = [each for _, each in self.held if isinstance(each, Entry)]
-        self.held = []
-        return entries
-
-
-KERNEL_EXTRAS.append(Gate)
-
-
-class Spectator:
-    """One who looks under the hood, by a WebSocket of its own.
-
-    It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
-    (http, websocket, zmq, process), way (in, out), at (seconds since 1970), lines (of this file,
-    innermost first), sizes (of the parts before they were cut), hidden (is there a star in them),
-    kernel, channel, client. A text message is a JSON object of `now`, `missed` (events), `held`
-    ({kernel: {channel: [messages that wait, msg_type of the first]}}), `key` or `problem`. It gets
-    wishes: {do: one of WISHES, kernel, …}.
-    """
-
-    def __init__(self, websocket, server):
-        self.websocket, self.server, self.secrets = websocket, server, Secrets(server)
-        self.numbers = itertools.count(1)
-        self.lock = threading.Lock()      # guards the next three
-        self.events, self.size, self.missed = collections.deque(), 0, 0
-        self.rules = {}                   # kernel -> the rules it has set for its gate
-        self.held = {}                    # as was told last
-
-    def note(self, event):
-        """From any thread: keep an event until it is sent."""
-        with self.lock:
-            self.events.append(event)
-            self.size += sum(map(len, event["parts"]))
-            while len(self.events) > MOST_EVENTS or self.size > MOST_WATCHED:
-                self.take()
-                self.missed += 1
-
-    def take(self):
-        """The oldest event; the lock is held."""
-        event = self.events.popleft()
-        self.size -= sum(map(len, event["parts"]))
-        return event
-
-    def run(self):
-        """Tell and obey until the connection ends; then nothing is held back any more."""
-        poller = zmq.Poller()
-        poller.register(self.websocket.fileno(), zmq.POLLIN)
-        SPECTATORS.append(self)
-        try:
-            self.say(now=time.time())
-            while not self.websocket.is_closed:
-                if self.websocket.has_bytes or poller.poll(TELL_SECONDS * 1000):
-                    for message in self.websocket.arrived():
-                        self.obey(message)
-                self.tell()
-                self.websocket.ping_or_give_up()
-        finally:
-            SPECTATORS.remove(self)
-            for kernel, rules in self.rules.items():
-                if kernel.gate.rules is rules:   # nobody else has set it since
-                    kernel.gate.rules = {}
-
-    # -- what it tells --
-
-    def tell(self):
-        with self.lock:
-            events = [self.take() for _ in range(min(MOST_AT_ONCE, len(self.events)))]
-            missed, self.missed = self.missed, 0
-        if events:
-            self.secrets.learn()
-            self.websocket.write(*map(self.frame, events))
-        # Whoever has set the rules: all who watch see what they do.
-        held = {kernel.id: self.held_at(kernel)
-                for kernel in list(self.server.kernels.all.values()) if kernel.gate.rules}
-        if missed or held != self.held:
-            self.held = held
-            self.say(missed=missed, held=held)
-
-    def say(self, **what):
-        self.websocket.send(to_json(what).decode())
-
-    def frame(self, event):
-        parts = event["parts"]
-        try:
-            seen = self.secrets.seen(event)
-        except Exception:   # what cannot be read may hold a secret, and must not end the telling
-            seen = [*map(stars, parts)]
-        is_hidden = any(not part.startswith(shown)
-                        for part, shown in zip(parts, seen, strict=True))
-        head = {"n": next(self.numbers), "hidden": is_hidden, **event}
-        del head["parts"]
-        return encode_frame(BINARY, join_parts([to_json(head), *seen]))
-
-    def held_at(self, kernel):
-        """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
-        held = {}
-        for _, each in kernel.gate.held:
-            entry = each if isinstance(each, Entry) else each.entry
-            count, first = held.get(entry.channel, (0, entry.msg_type))
-            held[entry.channel] = count + 1, first
-        return held
-
-    # -- what it is asked to do --
-
-    def obey(self, message):
-        """Do what is wished; what cannot be done is told."""
-        try:
-            wish = json.loads(message)
-            if wish["do"] not in WISHES:
-                raise ValueError(f"there is no wish {wish['do']}; there are {', '.join(WISHES)}")
-            kernel = self.server.kernels.get(wish["kernel"])
-            getattr(self, wish["do"])(kernel, wish)
-        except Problem as problem:
-            self.say(problem=problem.message)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
-            self.say(problem=f"This wish cannot be understood: {problem!r}")
-
-    def hold(self, kernel, wish):
-        """Set the rules of the kernel's gate: {channel: [one of pause, delay, every; seconds]}."""
-        rules = {channel: (rule, float(seconds))
-                 for channel, (rule, seconds) in wish["rules"].items()}
-        for channel, (rule, seconds) in rules.items():
-            if channel not in (*UPWARD, "iopub") or rule not in ("pause", "delay", "every") \
-                    or not 0 <= seconds <= MOST_SECONDS_HELD:
-                raise ValueError(f"{channel}: {rule} {seconds}")
-        self.rules[kernel] = kernel.gate.rules = rules
-        kernel.gate.steps = 0
-        kernel.requests.put()   # the watcher looks
-
-    def step(self, kernel, wish):
-        """Let one more message pass, if one waits for that."""
-        gate, held = kernel.gate, self.held_at(kernel)
-        waiting = sum(count for channel, (count, _) in held.items()
-                      if gate.rules.get(channel, ("", 0))[0] == "pause")
-        with gate.lock:
-            gate.steps = min(gate.steps + 1, waiting)
-
-    def drop(self, kernel, wish):
-        """Cut a page's connection, or all, as a bad network would."""
-        for box in kernel.pages:
-            if wish.get("client") in (None, box.session_id):
-                box.cut_off()
-
-    def kill(self, kernel, wish):
-        kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-
-    def send(self, kernel, wish):
-        """Send these very parts, in base64, down a channel, as one could who knows no key."""
-        if wish["channel"] not in UPWARD:
-            raise ValueError(f"nobody sends on {wish['channel']}")
-        kernel.requests.put([Request(wish["channel"], [*map(base64.b64decode, wish["parts"])])])
-
-    def key(self, kernel, wish):
-        """Tell the key of a kernel, with which the page checks signatures. Who may run code there
-        could read it anyway."""
-        self.say(kernel=kernel.id, key=kernel.connection["key"])
-
-
-# ---- 9. Access: who may come in ---------------------------------------------------------------
+# ---- 7. Who may come in ------------------------------------------------------------------------
 #
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
@@ -4417,39 +2737,26 @@ class Access:
         return bool(xsrf) and same_secret(headers.get("X-XSRFToken") or given, xsrf)
 
 
-# ---- 10. HTTP: routes, handlers ---------------------------------------------------------------
+# ---- 8. HTTP: routes, handlers ----------------------------------------------------------------
 #
 # ROUTES is the whole API: method, pattern of the path, endpoint. An endpoint is a function of the
 # handler and the pattern's groups, or the name of such a method of Handler. It returns what is
 # sent as JSON, or (status, JSON), or sends by itself and returns nothing. To add one, add a row
-# (the first that fits counts), and its name to OPEN_TO_ALL when it needs no token.
+# (the last that fits counts), and its name to OPEN_TO_ALL when it needs no token.
 
 ROUTES = [
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
     ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
-    ("GET", r"/view/(.+)", "view"),
     ("GET", r"/api", "version"),
     ("GET", r"/api/status", "status"),
-    ("GET", r"/api/me", "me"),
-    ("PATCH", r"/api/me", "change_me"),
-    ("GET", r"/api/resolvePath", "resolve_path"),
-    ("GET", r"/api/spec\.yaml", "specification"),
-    ("GET", r"/api/config/(\w+)", "get_config"),
-    ("PUT", r"/api/config/(\w+)", "set_config"),
-    ("PATCH", r"/api/config/(\w+)", "change_config"),
     ("POST", r"/api/shutdown", "shutdown_server"),
-    ("GET", r"/api/contents/(.+)/checkpoints", "list_checkpoints"),
-    ("POST", r"/api/contents/(.+)/checkpoints", "create_checkpoint"),
-    ("POST", r"/api/contents/(.+)/checkpoints/([^/]+)", "restore_checkpoint"),
-    ("DELETE", r"/api/contents/(.+)/checkpoints/([^/]+)", "delete_checkpoint"),
     ("GET", r"/api/contents(?:/(.*))?", "get_contents"),
     ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
     ("PUT", r"/api/contents/(.+)", "save_contents"),
     ("PATCH", r"/api/contents/(.+)", "rename_contents"),
     ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
-    ("GET", r"/api/notebooks(?:/(.*))?", "old_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
     ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
     ("GET", r"/kernelspecs/([^/]+)/(.+)", "kernelspec_file"),
@@ -4470,6 +2777,7 @@ OPEN_TO_ALL = {"version", "frame", "options"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
 AFTER = []     # … and when it is answered, or has become a WebSocket
+RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
@@ -4514,11 +2822,13 @@ addEventListener('message', event => {
   document.close();
 });
 </script>"""
-VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'self'")
-VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
-<style>html,body,iframe{{width:100%;height:100%;margin:0;border:0;display:block}}</style>
-<iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
+TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
+FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
+HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
+DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
 def remembered(function):
@@ -4532,18 +2842,9 @@ def remembered(function):
 def routes_at(path):
     """{method: (endpoint, groups of its pattern)} of a path."""
     matches = [(method, endpoint, re.fullmatch(pattern, path, re.S))
-               for method, pattern, endpoint in reversed(ROUTES)]
+               for method, pattern, endpoint in ROUTES]
     return {method: (endpoint, [group or "" for group in match.groups()])
             for method, endpoint, match in matches if match}
-
-
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
-TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
-FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
-HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
-DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
 class Headers:
@@ -5041,7 +3342,7 @@ class Handler(BaseHTTPRequestHandler):
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            status, start, end = range_of(self.headers.get("Range"), size)
+            status, start, end = RANGES[-1](self.headers.get("Range"), size)
             headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
                        self.date_time_string(os.fstat(file.fileno()).st_mtime)}
             if status != 200:
@@ -5067,36 +3368,6 @@ class Handler(BaseHTTPRequestHandler):
         latest = max([self.server.last_activity, *(kernel.last_activity for kernel in kernels)])
         return {"started": iso(self.server.started), "last_activity": iso(latest),
                 "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
-
-    def me(self):
-        """Who uses the server: always the same one person."""
-        try:
-            wanted = json.loads(self.asked("permissions", "{}"))
-            is_list = all(isinstance(actions, list) and all(isinstance(a, str) for a in actions)
-                          for actions in wanted.values())
-        except (ValueError, AttributeError, RecursionError):
-            is_list = False
-        if not is_list:
-            raise Problem(400, 'permissions should be a JSON dict of {"resource": ["action",]}')
-        name = self.server.user
-        return {"identity": {"username": name, "name": name, "display_name": name,
-                             "initials": name[:1].upper(), "avatar_url": None, "color": None},
-                "permissions": {**wanted, "updatable_fields": []}}
-
-    def change_me(self):
-        if not self.json_body():
-            raise Problem(400, "Invalid or missing JSON body")
-        raise Problem(501, "The user of this server is whoever started it")
-
-    def get_config(self, section):
-        return self.server.config.get(section)
-
-    def set_config(self, section):
-        self.server.config.set(section, self.json_body())
-        return 204, None
-
-    def change_config(self, section):
-        return self.server.config.change(section, self.json_body())
 
     def shutdown_server(self):
         """End the server and its kernels, once this answer is sent."""
@@ -5128,10 +3399,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_contents(self, path):
         body = self.json_body()
-        extension, source = body.get("ext") or "", body.get("copy_from")
-        if source:
-            self.refuse_hidden("copy", source)
-            model = self.server.contents.copy(source, path)
+        extension = body.get("ext") or ""
+        make = next((make for member, make in MAKERS.items() if body.get(member)), None)
+        if make:
+            model = make(self, path, body)
         elif body.get("type") == "notebook" or not body.get("type") and extension == ".ipynb":
             model = self.server.contents.create(path, "notebook")
         else:
@@ -5159,7 +3430,7 @@ class Handler(BaseHTTPRequestHandler):
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
                     self.headers.get("If-Match", "").strip('"') or None)
-        body = self.json_body(read_model)
+        body = self.json_body(CODEC["read_model"])
         if not body:
             return self.create_contents(path)
         self.refuse_hidden("create", path)
@@ -5167,8 +3438,9 @@ class Handler(BaseHTTPRequestHandler):
         model, is_new = self.server.contents.save(
             path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
-            self.server.sessions.saved(path)
-            model.update(validation_message(body.get("content")))
+            model.update(remarks(body.get("content")))
+        for hear in AFTER_SAVE:
+            hear(self.server, path, model)
         self.send_contents(201 if is_new else 200, model)
 
     def rename_contents(self, path):
@@ -5184,21 +3456,6 @@ class Handler(BaseHTTPRequestHandler):
         """With ?recursive=0 a folder that is not empty stays: a page can ask once more."""
         self.refuse_hidden("delete", path)
         self.server.contents.delete(path, self.asked("recursive", "1", "01") == "1")
-        return 204, None
-
-    def list_checkpoints(self, path):
-        return Checkpoints(self.server.contents).list(path)
-
-    def create_checkpoint(self, path):
-        made = Checkpoints(self.server.contents).create(path)
-        self.created(made, "contents", f"{path.strip('/')}/checkpoints/{made['id']}")
-
-    def restore_checkpoint(self, path, id):
-        Checkpoints(self.server.contents).restore(path, id)
-        return 204, None
-
-    def delete_checkpoint(self, path, id):
-        Checkpoints(self.server.contents).delete(path, id)
         return 204, None
 
     def list_kernelspecs(self):
@@ -5282,70 +3539,13 @@ class Handler(BaseHTTPRequestHandler):
     def channels(self, id):
         """From here on the connection is a WebSocket, and this thread is its bridge."""
         kernel = self.server.kernels.get(id)
-        websocket = WebSocket.accept(self, [V1])
+        websocket = WebSocket.accept(self, [*filter(None, LAYOUTS)])
         self.is_answered = True
         self.end_request()
         mailbox = FOLLOWERS.get(self.asked("journal"), PageMailbox)
         Bridge(websocket, kernel, mailbox(self.asked("session_id"), websocket)).run()
 
     # -- what few clients ask for --
-
-    def view(self, path):
-        """A page with a file in a frame of its own, which may run the file's scripts: they are
-        strangers to this server, as everywhere."""
-        if os.path.isdir(self.server.contents.existing(path)):
-            raise Problem(404, f"{path} is a folder")
-        page = VIEW_PAGE.format(
-            name=html.escape(os.path.basename(path)),
-            address=html.escape(f"{self.server.base_url}files/{quote(path)}"))
-        self.send(200, page.encode(), "text/html; charset=utf-8",
-                  {"Content-Security-Policy": VIEW_POLICY})
-
-    def old_contents(self, path):
-        """Where notebooks were before other files had an address, too."""
-        self.redirect(f"{self.server.base_url}api/contents/{quote(path)}")
-
-    def specification(self):
-        """This API as Swagger 2.0, made from ROUTES. It is JSON, which is YAML, too."""
-        paths = {}
-        for method, pattern, endpoint in ROUTES:
-            function = getattr(Handler, endpoint) if isinstance(endpoint, str) else endpoint
-            name = function.__name__
-            names = function.__code__.co_varnames[1:function.__code__.co_argcount]
-            words = (function.__doc__ or name.replace("_", " ")).strip().splitlines()
-            if pattern.startswith("/api"):
-                template = path_template(pattern, names)
-                paths.setdefault(template, {})[method.lower()] = {
-                    "operationId": name, "summary": words[0].rstrip(), "parameters": [
-                        {"name": name, "in": "path", "required": True, "type": "string"}
-                        for name in names if f"{{{name}}}" in template],
-                    "responses": {"default": {"description": "JSON; an error has a `message`"}}}
-        self.send(200, to_json({
-            "swagger": "2.0", "info": {"title": "MiniJupyter", "version": __version__},
-            "basePath": self.server.base_url, "paths": paths}), "text/x-yaml")
-
-    def resolve_path(self):
-        """Where a path leads that stands in some output: below the root, and for a kernel."""
-        path, kernel_id = self.asked("path"), self.asked("kernel")
-        if path is None:
-            raise Problem(400, "Missing argument path")
-        kernel = self.server.kernels.all.get(kernel_id)
-        found = {"server": self.path_below_root(path), "kernel": kernel and path_at(kernel, path)}
-        answer = {"resolved": [{"scope": scope, "path": found[scope]} for scope in found
-                               if found[scope]]}
-        if kernel_id and not kernel:
-            reason = f"Kernel {kernel_id} could not be found"
-            answer["unresolved"] = [{"scope": "kernel", "reason": reason}]
-        return answer
-
-    def path_below_root(self, path):
-        """The API's path of an existing file, from a path below the root or of the disk."""
-        root, path = self.server.contents.root, os.path.expanduser(path)
-        if is_within(path, root):
-            path = path[len(root):]
-        with contextlib.suppress(Problem):
-            return self.server.contents.look(path)[1] and path.strip("/")
-        return None
 
     def list_sessions(self):
         return self.server.sessions.list()
@@ -5374,98 +3574,6 @@ class Handler(BaseHTTPRequestHandler):
     def delete_session(self, id):
         self.server.sessions.delete(id)
         return 204, None
-
-
-def path_at(kernel, path):
-    """The absolute path of an existing file as a kernel's code would find it, or None."""
-    absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
-    return absolute if is_plain_text(path) and os.path.exists(absolute) else None
-
-
-def path_template(pattern, names):
-    """A route's pattern for people, with the names of its groups: /api/kernels/{id}/interrupt."""
-    text = pattern.removesuffix(r"\Z").replace(ID, "()").replace("\\", "")
-    text = re.sub(r"\(\?:/\((.*?)\)\)\?", "/()", text)
-    names = iter(names)
-    return re.sub(r"\([^)]*\)", lambda _: f"{{{next(names)}}}", text)
-
-
-def range_of(header, size):
-    """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
-    match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", header or "")
-    if not match or match[1] == match[2] == "":
-        return 200, 0, size
-    # Python reads no number of thousands of digits; what has 20 of them is beyond any file.
-    first, last = (int(digits.lstrip("0")[:20] or 0) if digits else None
-                   for digits in match.groups())
-    if first is None:
-        start = max(0, size - last)
-        return (206, start, size) if start < size else (416, 0, 0)
-    start, end = first, size if last is None else min(last + 1, size)
-    return (206, start, end) if start < end else (416, 0, 0)
-
-
-JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
-
-
-class Config:
-    """Settings that frontends keep with the server: a JSON object per section, in Jupyter's folder.
-
-    The files are those of Jupyter Server's `serverconfig`: whichever of the two servers runs, a
-    frontend finds its settings.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.lock = folder, threading.RLock()
-
-    def path(self, section):
-        return os.path.join(self.folder, f"{section}.json")
-
-    def get(self, section):
-        try:
-            with open(self.path(section), encoding="utf-8") as file:
-                values = json.load(file)
-        except FileNotFoundError:
-            return {}
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise Problem(400, f"The settings {section} on disk are damaged")
-        return values
-
-    def set(self, section, values):
-        try:
-            data = to_json(values)
-        except (ValueError, RecursionError):
-            raise Problem(400, f"The settings {section} are nested too deep") from None
-        with self.lock:
-            os.makedirs(self.folder, exist_ok=True)
-            write_atomically(self.path(section), data)
-
-    def change(self, section, values):
-        """Merge `values` into a section; null takes a key away. Returns the section."""
-        with self.lock:
-            try:
-                merged = merge(self.get(section), values)
-            except RecursionError:
-                raise Problem(400, f"The settings {section} are nested too deep") from None
-            self.set(section, merged)
-        return merged
-
-
-def merge(old, new):
-    """`old` with the values of `new`, object by object; null takes a key away, and an object that
-    becomes empty by it goes, too (jupyter_server.config_manager, recursive_update)."""
-    if not isinstance(new, dict):
-        return new
-    merged = dict(old) if isinstance(old, dict) else {}
-    for key, value in new.items():
-        value = merge(merged.get(key), value)
-        if value is None or value == {}:
-            merged.pop(key, None)
-        else:
-            merged[key] = value
-    return merged
 
 
 class Strangers:
@@ -5526,10 +3634,9 @@ class Server(ThreadingHTTPServer):
         self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, ip, self.server_port, base_url)
         self.strangers = Strangers(most_strangers())
-        self.contents = Contents(root, allow_hidden, private=[RUNTIME])
+        self.contents = CONTENTS[-1](root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
-        self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
 
     def server_bind(self):
         """Without HTTPServer's look-up of the host's full name, which can take seconds."""
@@ -5576,7 +3683,7 @@ class Server(ThreadingHTTPServer):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
 
 
-# ---- 11. main: options, commands ---------------------------------------------------------------
+# ---- 9. main: options, commands ----------------------------------------------------------------
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
 # finds it, and `list` below: its address, its process, its token (only its owner may read it).
@@ -5707,16 +3814,1565 @@ def serve(server):
         server.server_close()
 
 
-def run_as_module():
-    """Start again, as a module, which comes from the bytecode cache: of a script Python keeps the
-    syntax tree (7 MB here) for as long as it runs. (Debuggers want to see the script.)"""
-    if os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-        start = f"import sys; sys.path[0] = {HERE!r}; import minijupyter; minijupyter.main()"
-        flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-        os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+# ==== Part II: delete from here to its end mark, and the rest runs ====
+#
+# What people expect beyond the architecture. Each section can be deleted alone. What it plugs into
+# stands behind its name:
+#
+#    10 Byte for byte                            DOCUMENTS
+#    11 Old formats                              UPGRADES
+#    12 What the schema says                     REMARKS
+#    13 Large things, a little at a time         CODEC
+#    14 What was read or asked for a moment ago  CONTENTS
+#    15 Files that cannot be replaced            WRITERS, AT_START
+#    16 Links that lead where they led           MOVE
+#    17 Copies                                   MAKERS
+#    18 Checkpoints                              ROUTES, COMPANIONS
+#    19 Uploads in pieces                        SAVERS
+#    20 Ranges                                   RANGES
+#    21 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    22 Orphans                                  KERNEL_EXTRAS
+#    23 The other layout of messages             LAYOUTS
+#    24 Compression                              EXTENSIONS
+#    25 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    26 TLS                                      OPTIONS, AT_START
+#    27 How kernels are reached                  OPTIONS, AT_START
+#    28 Idle kernels                             OPTIONS, AT_START
+#    29 What few clients ask for                 ROUTES, AT_START
+#    30 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    31 Other servers                            COMMANDS
+#    32 A quick start                            run_as_module
 
 
-# ---- 12. Login: forms, passwords ---------------------------------------------------------------
+# ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
+#
+# A browser cannot keep a file byte for byte: to JavaScript 1.0 and 1 are the same number. So a
+# save is compared with what the file says: an untouched notebook is not written at all, and in a
+# changed one every untouched cell stays as it stood. For that a file is read cell by cell, and the
+# place of each is kept.
+
+BOM = codecs.BOM_UTF8
+to_text = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
+    return space.match(text, at).end()
+
+
+def skip(mark, text, at):
+    """Where the next thing begins, after the mark that must stand at `at`."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
+    return skip_space(text, at + 1)
+
+
+def read_entries(text, at, end_mark, read_entry):
+    """Read the JSON list or object that opens at `at`; returns where it ends.
+
+    `read_entry(at)` reads one entry and returns its end.
+    """
+    at = skip_space(text, at + 1)
+    is_empty = text.startswith(end_mark, at)
+    while not is_empty:
+        at = skip_space(text, read_entry(at))
+        if text.startswith(end_mark, at):
+            break
+        at = skip(",", text, at)
+    return at + 1
+
+
+class NotebookReader:
+    """Reads a notebook's JSON member by member and cell by cell, and notes where each stands:
+    `notebook`, `places` and `tail` as in a NotebookFile. Raises ValueError."""
+
+    def __init__(self, data):
+        self.text, self.notebook, self.places, self.tail = data.decode("utf-8-sig"), {}, {}, ""
+        # One place, in characters of the text and in bytes of the file: see `place`.
+        self.at, self.byte = 0, len(BOM) if data.startswith(BOM) else 0
+        start = skip_space(self.text, 0)
+        if start == len(self.text):   # an empty file is a new notebook
+            self.notebook = new_notebook()
+        elif self.text[start] != "{":
+            JSON.decode(self.text)
+        else:
+            end = read_entries(self.text, start, "}", self.read_member)
+            self.tail = self.text[end:]
+            if self.tail.strip():
+                raise json.JSONDecodeError("Extra data", self.text, end)
+
+    def read_member(self, at):
+        """Read the member of the notebook's object that begins at `at`; returns where it ends."""
+        if not self.text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting a name", self.text, at)
+        key, at = JSON.raw_decode(self.text, at)
+        at = skip(":", self.text, skip_space(self.text, at))
+        if key == "cells" and self.text.startswith("[", at):
+            self.notebook[key], self.places[key] = [], []
+            return read_entries(self.text, at, "]", self.read_cell)
+        self.notebook[key], end = JSON.raw_decode(self.text, at)
+        self.places[key] = self.place(at, end)
+        return end
+
+    def read_cell(self, at):
+        cell, end = JSON.raw_decode(self.text, at)
+        self.notebook["cells"].append(cell)
+        self.places["cells"].append(self.place(at, end))
+        return end
+
+    def place(self, start, end):
+        """The bytes of these characters. It is asked for from the front to the back, so that only
+        what lies between two places need be counted."""
+        first = self.byte + len(encode_text(self.text[self.at:start]))
+        self.at, self.byte = end, first + len(encode_text(self.text[start:end]))
+        return slice(first, self.byte)
+
+
+class NotebookFile:
+    """What a notebook file says, and where it says it. Raises NotANotebook.
+
+    notebook = the JSON object, of version 4 and of a sound structure
+    mended = numbers of the cells that are not whole in the file
+    places = {key: slice of `data`}; for "cells" a list of them, one for each cell
+    tail = what comes after the object: one newline, as a rule
+    """
+
+    def __init__(self, data):
+        try:
+            reader = NotebookReader(data)
+        except (ValueError, RecursionError) as problem:
+            raise NotANotebook(f"the file is not JSON: {problem}") from None
+        self.data, self.places, self.tail = data, reader.places, reader.tail
+        self.notebook, self.version, self.mended = current(reader.notebook)
+
+    @classmethod
+    def written(cls, notebook, old=None):
+        """The file that says what a good notebook says. What `old`, which is on disk now, says
+        already is left as it stands there."""
+        if old and not old.mended and is_unchanged(old.served, notebook):
+            return old
+        return rewritten(notebook, old if old and old.version == 4 else None)
+
+    @classmethod
+    def put_together(cls, notebook, served, data, places, tail):
+        """The same for bytes that were just made; they need not be read."""
+        file = cls.__new__(cls)
+        file.notebook, file.served, file.version = notebook, as_served(notebook, served), 4
+        file.data, file.places, file.tail, file.mended = data, places, tail, ()
+        return file
+
+    @functools.cached_property
+    def served(self):
+        """The notebook as the API gives it: strings joined, ids in 4.5."""
+        cells = [map_strings(cell, join) for cell in self.notebook["cells"]]
+        return as_served(self.notebook, cells)
+
+    @functools.cached_property
+    def hash(self):
+        return sha256(self.data)
+
+
+class Layout:
+    """How JSON is laid out in a notebook file: as Jupyter does it, or as an older file has it."""
+
+    def __init__(self, file=None):
+        self.newline, self.step, self.is_sorted, self.start, self.end = "\n", " ", True, b"", "\n"
+        self.is_lossy = False   # did we write null for what JSON has not?
+        if file:
+            match = re.match(rb"(?:\xef\xbb\xbf)?\s*\{(\r?\n|)([ \t]*)", file.data)
+            self.newline, self.step = (part.decode() for part in match.groups())
+            self.is_sorted = [*file.places] == sorted(file.places)
+            self.start = BOM if file.data.startswith(BOM) else b""
+            self.end = file.tail
+
+    def write(self, value, depth):
+        if isinstance(value, dict):
+            return self.enclose("{}", depth, [
+                f"{to_text(key)}: {self.write(part, depth + 1)}"
+                for key, part in self.in_order(value)])
+        if isinstance(value, list):
+            return self.enclose("[]", depth, [self.write(part, depth + 1) for part in value])
+        if isinstance(value, float) and not math.isfinite(value):
+            self.is_lossy, value = True, None   # JSON has no NaN; a browser would have sent null
+        return to_text(value)
+
+    def in_order(self, members):
+        return sorted(members.items()) if self.is_sorted else members.items()
+
+    def enclose(self, brackets, depth, texts):
+        """The texts, with brackets and commas around them."""
+        if not texts:
+            return brackets
+        outer = self.newline + self.step * depth
+        inner = outer + self.step
+        return brackets[0] + inner + f",{inner}".join(texts) + outer + brackets[1]
+
+
+class Pieces:
+    """Bytes that are made piece by piece; of each can be told where it stands."""
+
+    def __init__(self, start):
+        self.pieces, self.size = [start], len(start)
+
+    def add(self, piece):
+        """The slice of the whole at which the piece, text or bytes, stands now."""
+        data = encode_text(piece) if isinstance(piece, str) else piece
+        self.pieces.append(data)
+        self.size += len(data)
+        return slice(self.size - len(data), self.size)
+
+
+def rewritten(notebook, file):
+    """A changed notebook, with the texts of what did not change in `file`."""
+    layout, places = Layout(file), {}
+    made = Pieces(layout.start)
+    cells = [*matched_cells(notebook["cells"], file)]
+    members = {**notebook, "cells": [cell for cell, _, _ in cells]}
+    keys = dict.fromkeys([*(file.places if file else ()), *notebook])
+    for key in sorted(notebook) if layout.is_sorted else filter(notebook.__contains__, keys):
+        made.add(("," if places else "{") + layout.newline + layout.step)
+        made.add(f"{to_text(key)}: ")
+        if key == "cells":
+            places[key] = add_cells(made, cells, file, layout)
+        elif file and key in file.places and same(file.notebook[key], notebook[key]):
+            members[key] = file.notebook[key]
+            places[key] = made.add(file.data[file.places[key]])
+        else:
+            places[key] = made.add(layout.write(notebook[key], 1))
+    made.add(f"{layout.newline}}}{layout.end}")
+    served, data = [served for _, served, _ in cells], b"".join(made.pieces)
+    if layout.is_lossy:
+        return NotebookFile(data)
+    return NotebookFile.put_together(members, served, data, places, layout.end)
+
+
+def matched_cells(cells, file):
+    """Yield (cell as in a file, as the API gives it, its number in `file`) for each of the cells;
+    the number is None for one that is new or changed."""
+    known = {}   # (id, source) -> numbers of the cells in the file that look alike, the last first
+    on_disk = [*zip(file.served["cells"], file.notebook["cells"], strict=True)] if file else []
+    for number, (served, cell) in reversed([*enumerate(on_disk)]):
+        # An id that was made up, and what the cell did not have, is to be written.
+        if served.get("id") == cell.get("id") and number not in file.mended:
+            known.setdefault(looks(cell), []).append(number)
+    for cell in cells:
+        alike = known.get(looks(cell))
+        number = alike.pop() if alike else None
+        if number is not None and same(on_disk[number][0], cell):
+            yield on_disk[number][1], on_disk[number][0], number
+        else:
+            split_cell = map_strings(cell, split, is_split_mime)
+            yield split_cell, map_strings(split_cell, join), None
+
+
+def add_cells(made, cells, file, layout):
+    """Add the array of cells to a notebook's bytes; returns the place of each. Cells that follow
+    each other in the file too are copied in one piece, with what stands between them."""
+    def distance(item):
+        """How far a cell has moved from its place in the file: neighbours have moved alike. What
+        is new is a run of its own."""
+        position, (_, _, number) = item
+        return (False, position) if number is None else (True, position - number)
+
+    places, outer = [], layout.newline + layout.step
+    for (is_kept, _), run in itertools.groupby(enumerate(cells), distance):
+        run = [cell for _, cell in run]
+        made.add(("," if places else "[") + outer + layout.step)
+        if is_kept:
+            old = file.places["cells"][run[0][2]:run[-1][2] + 1]
+            piece = memoryview(file.data)[old[0].start:old[-1].stop]
+            shift = made.add(piece).start - old[0].start
+            places += [slice(place.start + shift, place.stop + shift) for place in old]
+        else:
+            places.append(made.add(layout.write(run[0][0], 2)))
+    made.add(f"{outer}]" if cells else "[]")
+    return places
+
+
+def looks(cell):
+    return str(cell.get("id")), str(join(cell.get("source")))
+
+
+def same(one, other):
+    """True when a JavaScript client cannot tell `other` from `one`, which stands in a file."""
+    if isinstance(one, str):
+        return one == other
+    if isinstance(one, dict):
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return False
+        for key, value in one.items():   # a loop: this is most of the work of saving
+            theirs = other[key]
+            if value is not theirs and (value != theirs if isinstance(value, str)
+                                        else not same(value, theirs)):
+                return False
+        return True
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    return in_javascript(one) == in_javascript(other)
+
+
+def is_unchanged(one, other):
+    """`same` for notebooks; the cells, which are most of the work, last."""
+    return (same({**one, "cells": None}, {**other, "cells": None})
+            and same(one["cells"], other["cells"]))
+
+
+def in_javascript(value):
+    """(type, value) as which a simple JSON value comes back from a browser. It has but one kind of
+    number; an integer too large for that becomes Infinity, and then null."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return type(value), value
+    try:
+        value = float(value)
+    except OverflowError:
+        return type(None), None
+    return (float, value) if abs(value) != float("inf") else (str, str(value))
+
+
+DOCUMENTS.append(NotebookFile)
+
+
+# ---- 11. Old formats: nbformat 2 and 3 ---------------------------------------------------------
+
+SHORT_MIME = {   # nbformat 3's names
+    "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
+    "jpeg": "image/jpeg", "latex": "text/latex", "json": "application/json",
+    "javascript": "application/javascript"}
+
+
+def join_old(text):
+    """As nbformat 2 and 3 joined: their lists often hold lines without their ends."""
+    if isinstance(text, list) and text and not text[0].endswith(("\n", "\r")):
+        return "\n".join(text)
+    return join(text)
+
+
+def upgrade(notebook):
+    """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
+    try:
+        cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets", [])
+                 for cell in sheet["cells"]]
+        metadata = {k: v for k, v in notebook.get("metadata", {}).items()
+                    if k not in ("name", "signature")}
+    except (TypeError, KeyError, AttributeError, ValueError) as problem:
+        raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
+                           f"{problem!r}") from None
+    return {"cells": with_ids(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def upgrade_cell(cell):
+    kind, metadata = cell["cell_type"], dict(cell.get("metadata", {}))
+    if kind == "code":
+        if "collapsed" in cell:
+            metadata["collapsed"] = bool(cell["collapsed"])
+        return {"cell_type": "code", "metadata": metadata,
+                "source": join_old(cell.get("input", "")),
+                "execution_count": cell.get("prompt_number"),
+                "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
+    source = join_old(cell.get("source", ""))
+    if kind == "heading":
+        source = "#" * int(cell.get("level", 1)) + " " + " ".join(source.split("\n"))
+    return {"cell_type": "raw" if kind == "raw" else "markdown", "metadata": metadata,
+            "source": source}
+
+
+def upgrade_output(old):
+    kind = {"pyout": "execute_result", "pyerr": "error"}.get(old["output_type"], old["output_type"])
+    if kind == "stream":
+        return {"output_type": kind, "name": old.get("stream", "stdout"),
+                "text": join_old(old["text"])}
+    if kind == "error":
+        return {"output_type": kind, **{k: old[k] for k in ("ename", "evalue", "traceback")}}
+    data = {SHORT_MIME[key]: join_old(value) for key, value in old.items() if key in SHORT_MIME}
+    if "application/json" in data:
+        data["application/json"] = json.loads(data["application/json"])
+    count = {"execution_count": old.get("prompt_number")} if kind == "execute_result" else {}
+    return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
+
+
+UPGRADES.update({2: upgrade, 3: upgrade})
+
+
+# ---- 12. What the schema says: such a notebook can be drawn, and its readers are told ----------
+
+MEMBERS = {   # of a notebook, cell or output, by type: (those it must have, those it may have)
+    kind: ({*required.split()}, {*required.split(), *optional.split()})
+    for kind, required, optional in (
+        ("notebook", "metadata nbformat nbformat_minor cells", ""),
+        ("code", "cell_type metadata source outputs execution_count", "id"),
+        ("markdown", "cell_type metadata source", "id attachments"),
+        ("raw", "cell_type metadata source", "id attachments"),
+        ("stream", "output_type name text", ""),
+        ("display_data", "output_type data metadata", ""),
+        ("execute_result", "output_type data metadata execution_count", ""),
+        ("error", "output_type ename evalue traceback", ""))}
+
+
+def validation_message(notebook):
+    """What Jupyter says of a notebook that is not quite valid, or None."""
+    problem = next(complaints(notebook), None)
+    return problem and f"Notebook validation failed: {problem}"
+
+
+def complaints(notebook):
+    """What the schema of its version would say of a notebook that `validate` lets pass."""
+    if notebook.get("nbformat_minor", 0) > ID_MINOR:
+        return   # it may have what we do not know
+    yield from strangers("", notebook, "notebook")
+    spec = notebook["metadata"].get("kernelspec", {"name": "", "display_name": ""})
+    if not isinstance(spec, dict) or not {"name", "display_name"} <= spec.keys():
+        yield "/metadata/kernelspec must have a name and a display_name"
+    for i, cell in enumerate(notebook["cells"]):
+        yield from strangers(f"/cells/{i}", cell, cell["cell_type"])
+        if "id" in cell and notebook.get("nbformat_minor", 0) < ID_MINOR:
+            yield f"/cells/{i}/id is not allowed before nbformat 4.{ID_MINOR}"
+        if not re.fullmatch("[A-Za-z0-9_-]{1,64}", str(cell.get("id", "none"))):
+            yield f"/cells/{i}/id may have 64 letters, digits, - and _"
+        for j, output in enumerate(cell.get("outputs", ())):
+            yield from strangers(f"/cells/{i}/outputs/{j}", output, output["output_type"])
+
+
+def strangers(where, part, kind):
+    """What is said of members that a part lacks or must not have."""
+    if kind not in MEMBERS:
+        yield f"{where} is of an unknown type, {kind!r}"
+        return
+    required, allowed = MEMBERS[kind]
+    for name in sorted(required - part.keys()):
+        yield f"{where}/{name} is missing"
+    for name in sorted(part.keys() - allowed):
+        yield f"{where}/{name} is not allowed"
+
+
+REMARKS.append(validation_message)
+
+
+# ---- 13. Large things, a little at a time ------------------------------------------------------
+#
+# While Python's json is at work all other threads wait: a file of 500 MB would hold up every page
+# for seconds. So what is long is read and written piece by piece.
+
+ITEMS_AT_ONCE = 50          # cells or files are encoded without a break: a millisecond or two
+AT_ONCE = 1 << 18           # bytes of a long text
+WHOLE_ANSWER = 1 << 20      # bytes; a larger one is not joined
+LONG_TEXT = 1 << 22         # bytes, from which a text is handled piece by piece
+STEPS = 3                   # levels of JSON that are read one by one: model, notebook, cells
+FEW = 20                    # strings of a file's model, names and values
+# What can be read of a JSON string by itself: no half of an escape or of a surrogate pair.
+STRING = re.compile(rb'''(?:[^"\\]+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..
+    |\\u(?![dD][89abAB])....|\\[^u])*''', re.S | re.X)
+
+
+def model_json(model):
+    """A contents model as JSON: bytes, or a list of them when they are many. (To join half a
+    gigabyte is a moment in which nothing else happens.)"""
+    start = to_json({key: value for key, value in model.items() if key != "content"})
+    pieces = [start[:-1], b',"content":', *content_json(model["content"]), b"}"]
+    return b"".join(pieces) if sum(map(len, pieces)) <= WHOLE_ANSWER else pieces
+
+
+def content_json(content):
+    """The pieces of a folder's, a notebook's or a file's content as JSON."""
+    if isinstance(content, list):
+        return list_json(content)
+    if isinstance(content, dict):
+        notebook = {**content}
+        cells = notebook.pop("cells")
+        return [to_json(notebook)[:-1], b',"cells":', *list_json(cells), b"}"]
+    if isinstance(content, tuple):
+        return [b'"', *(to_json(text)[1:-1] for text in content), b'"']
+    return [to_json(content)]
+
+
+def list_json(items):
+    parts = (items[at:at + ITEMS_AT_ONCE] for at in range(0, len(items), ITEMS_AT_ONCE))
+    pieces = [piece for part in parts for piece in (b",", to_json(part)[1:-1])]
+    return [b"[", *pieces[1:], b"]"]
+
+
+def decode_text(data):
+    """Bytes as text: a string, or a tuple of strings when it is long. Raises UnicodeDecodeError."""
+    if len(data) <= LONG_TEXT:
+        return data.decode()
+    decode, view = codecs.getincrementaldecoder("utf-8")().decode, memoryview(data)
+    return (*(decode(view[at:at + AT_ONCE]) for at in range(0, len(data), AT_ONCE)),
+            decode(b"", final=True))
+
+
+def encode_base64(data):
+    """Bytes in base64: a string, or a tuple of strings when it is long."""
+    if len(data) <= LONG_TEXT:
+        return base64.b64encode(data).decode()
+    view, step = memoryview(data), AT_ONCE // 3 * 3   # three bytes are four letters
+    return (*(base64.b64encode(view[at:at + step]).decode() for at in range(0, len(data), step)),)
+
+
+def decode_base64(texts):
+    """The bytes that strings in base64 say together. Raises ValueError."""
+    pieces, rest = [], ""
+    for text in texts:
+        if "=" in rest or pieces and len(pieces[-1]) % 3:
+            raise ValueError("there is more after the end")
+        rest += "".join(text.split())
+        whole = len(rest) // 4 * 4
+        pieces.append(base64.b64decode(rest[:whole], validate=True))
+        rest = rest[whole:]
+    return b"".join([*pieces, base64.b64decode(rest, validate=True)])
+
+
+def read_model(data):
+    """The JSON object of a contents model. A long text in it comes as a tuple of strings. NaN,
+    which JSON has not, is null, as from a browser. Raises ValueError."""
+    if len(data) <= LONG_TEXT:
+        return REQUEST.decode(data.decode("utf-8-sig"))
+    mark = secrets.token_hex()
+    short, long_text = take_long_text(data, mark.encode())
+    text = short.decode("utf-8-sig")
+    model, end = read_in_steps(text, skip_space(text, 0), STEPS)
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    if not long_text:
+        return model
+    if isinstance(model, dict) and model.get("content") == mark:
+        return {**model, "content": long_text}
+    return REQUEST.decode(data.decode("utf-8-sig"))   # it was no text of a file
+
+
+def read_in_steps(text, at, steps):
+    """(the JSON value at `at`, its end). What it consists of is read one by one, so many levels
+    deep: the members of a model, those of a notebook, its cells."""
+    if not steps or not text.startswith(("{", "["), at):
+        return REQUEST.raw_decode(text, at)
+    found = {} if text[at] == "{" else []
+
+    def read_member(at):
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting a name", text, at)
+        key, at = REQUEST.raw_decode(text, at)
+        at = skip(":", text, skip_space(text, at))
+        found[key], end = read_in_steps(text, at, steps - 1)
+        return end
+
+    def read_item(at):
+        item, end = read_in_steps(text, at, steps - 1)
+        found.append(item)
+        return end
+
+    is_object = isinstance(found, dict)
+    return found, read_entries(text, at, "}" if is_object else "]",
+                               read_member if is_object else read_item)
+
+
+def take_long_text(data, mark):
+    """(JSON with `mark` in the place of its long string, that string as a tuple of strings). In a
+    file's model it is one of the first few; otherwise (data, None)."""
+    at = 0
+    for _ in range(FEW):
+        start = data.find(b'"', at)
+        if start < 0:
+            break
+        texts, at = read_string(data, start + 1)
+        if texts is None:
+            break
+        if at - start > LONG_TEXT:
+            return data[:start + 1] + mark + data[at:], texts
+        at += 1
+    return data, None
+
+
+def read_string(data, at):
+    """(the JSON string whose first byte is at `at` as a tuple of strings, where its end mark is);
+    None for what is no good string."""
+    texts = []
+    while at < len(data) and data[at] != ord('"'):
+        end = STRING.match(data, at, at + AT_ONCE).end()
+        while end < len(data) and data[end] & 0xc0 == 0x80:   # in the middle of a character
+            end -= 1
+        try:
+            texts.append(REQUEST.decode(f'"{data[at:end].decode()}"'))
+        except ValueError:
+            return None, at
+        if end <= at:
+            return None, at
+        at = end
+    return (*texts,), at
+
+
+CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_text,
+             encode_base64=encode_base64, decode_base64=decode_base64)
+
+
+# ---- 14. What was read or asked for a moment ago -----------------------------------------------
+
+class Recent:
+    """The notebook files that were read or written last, because what is opened or saved will be
+    saved: the last large one, for a minute, and as many small ones as there is room for."""
+
+    SECONDS, LARGE, ROOM = 60, 1 << 20, 1 << 20   # the last two are bytes
+
+    def __init__(self):
+        self.lock, self.file, self.timer = threading.Lock(), None, None
+        self.small, self.size = {}, 0   # bytes -> document, of so many bytes in all
+
+    def find(self, data):
+        """The document of these bytes, or None."""
+        file = self.file if len(data) >= self.LARGE else self.small.get(data)
+        return file if file and file.data == data else None
+
+    def read(self, data):
+        """The document of these bytes. Raises NotANotebook."""
+        return self.find(data) or self.keep(DOCUMENTS[-1](data))
+
+    def hash(self, data):
+        file = self.find(data)
+        return file.hash if file else sha256(data)
+
+    def keep(self, file):
+        with self.lock:
+            if len(file.data) < self.LARGE:
+                self.keep_small(file)
+            else:
+                if self.timer:
+                    self.timer.cancel()
+                self.file, self.timer = file, threading.Timer(self.SECONDS, self.drop, [file])
+                self.timer.daemon = True
+                self.timer.start()
+        return file
+
+    def keep_small(self, file):
+        if self.size + len(file.data) > self.ROOM:
+            self.small, self.size = {}, 0
+        if file.data not in self.small:
+            self.size += len(file.data)
+        self.small[file.data] = file
+
+    def drop(self, file):
+        with self.lock:
+            if self.file is file:
+                self.file = self.timer = None
+
+
+class Answers:
+    """The JSON of small files that were asked for, kept while the file's stamp on the disk is the
+    same. One that was written just now is not kept: the next write could leave the same stamp."""
+
+    SMALL, MOST = 1 << 20, 1 << 23   # bytes of one answer, of all
+    TICK = 2                         # seconds: the coarsest clock of a file system, that of FAT
+
+    def __init__(self):
+        self.lock, self.kept, self.size = threading.Lock(), {}, 0
+
+    def get(self, question, info, make):
+        """What `make` gives for a question about the file of this os.stat_result: bytes, or a list
+        of them, which is too large to be kept."""
+        stamp = info and (info.st_dev, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns,
+                          info.st_ctime_ns)
+        known, answer = self.kept.get(question, (None, None))
+        if stamp and known == stamp:
+            return answer
+        answer = make()
+        if (info and stat.S_ISREG(info.st_mode) and isinstance(answer, bytes)
+                and time.time() - max(info.st_mtime, info.st_ctime) > self.TICK):
+            self.keep(question, stamp, answer)
+        return answer
+
+    def keep(self, question, stamp, answer):
+        with self.lock:
+            if self.size + len(answer) > self.MOST:
+                self.kept, self.size = {}, 0
+            self.kept[question] = stamp, answer
+            self.size += len(answer)
+
+
+class RememberingContents(CONTENTS[-1]):
+    """Keeps what was read or asked for a moment ago, while it is still true."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.recent, self.answers = Recent(), Answers()
+
+    def get_json(self, path, *asked):
+        """That of a small file is kept while the file is the same."""
+        make = super().get_json
+        return self.answers.get((path, *asked), self.look(path)[1], lambda: make(path, *asked))
+
+    def document(self, data):
+        return self.recent.read(data)
+
+    def written(self, notebook, old):
+        return self.recent.keep(super().written(notebook, old))
+
+    def hash(self, data):
+        return self.recent.hash(data)
+
+
+CONTENTS.append(RememberingContents)
+
+
+# ---- 15. Files that cannot be replaced ---------------------------------------------------------
+#
+# A file with other names (hard links), a mount, a file in a folder that takes no new one or of an
+# owner that is not ours to give: old and new bytes go into a record in the runtime folder, then the
+# bytes into the file itself, then the record is removed. A server that starts finishes such
+# records.
+
+IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
+SECTOR = 512             # bytes that a disk writes whole or not at all
+
+
+def write_over(target, data, look=None):
+    """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
+    with locked(os.path.dirname(target)):
+        if look:
+            look(target)
+        with open(target, "r+b", buffering=0) as file:
+            old = file.readall()
+            record = make_record(target, old, data)
+            try:
+                fill(file.fileno(), data)
+            except OSError:   # the disk is full: the room for the old bytes is still ours
+                fill(file.fileno(), old)
+                remove_record(record)
+                raise
+            remove_record(record)
+
+
+def fill(descriptor, data):
+    """Make these the bytes of a file, and have them on the disk."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    write_all(descriptor, data)
+    os.ftruncate(descriptor, len(data))
+    os.fsync(descriptor)
+
+
+def make_record(target, old, new):
+    """A file that says what is about to be written over: a line of JSON, old bytes, new bytes."""
+    os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
+    record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
+    head = {"path": target, "old": len(old), "new": len(new)}
+    with Temporary(record) as temporary:
+        temporary.write(json.dumps(head).encode() + b"\n")
+        temporary.write(old)
+        temporary.write(new)
+        temporary.replace()
+    os.chmod(record, 0o600)
+    return record
+
+
+def remove_record(record):
+    """It must not come back after a later save: its removal is on the disk, too."""
+    os.unlink(record)
+    with locked(os.path.dirname(record)) as folder:
+        sync(folder)
+
+
+def finish_records():
+    """Finish what a server was writing over when it was stopped."""
+    for name in filter(IS_RECORD, os.listdir(RUNTIME) if os.path.isdir(RUNTIME) else ()):
+        with contextlib.suppress(OSError, ValueError):
+            finish_record(os.path.join(RUNTIME, name))
+
+
+def finish_record(record):
+    """Write the new bytes once more, if the file is half old and half new. If it is neither, then
+    somebody else has written it since, and it stays."""
+    with open(record, "rb") as file:
+        head = json.loads(file.readline())
+        old, new = file.read(head["old"]), file.read(head["new"])
+    if os.path.isfile(head["path"]):
+        # Who still writes it holds this lock.
+        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
+            found = file.read()
+            if found not in (old, new) and is_between(found, old, new):
+                fill(file.fileno(), new)
+    remove_record(record)
+
+
+def is_between(found, old, new):
+    """True when each sector is that of one of the two, or was never written."""
+    size, longest = len(found), max(len(old), len(new))
+    states = [state.ljust(longest, b"\0") for state in (
+        old, new, new + old[len(new):], b"")]   # the third is not yet cut
+    return min(len(old), len(new)) <= size <= longest and all(
+        any(found[at:at + SECTOR] == state[at:min(at + SECTOR, size)] for state in states)
+        for at in range(0, size, SECTOR))
+
+
+class IntoTheFile:
+    """The writer of files that cannot be replaced."""
+
+    def is_needed(self, target):
+        """True for a file with other names: a new file would not have them."""
+        info = stat_of(target)
+        return bool(info) and info.st_nlink > 1
+
+    def write(self, target, data, look=None):
+        write_over(target, data, look)
+
+
+WRITERS.append(IntoTheFile())
+AT_START.append(lambda server, arguments: finish_records())
+
+
+# ---- 16. Links that lead where they led --------------------------------------------------------
+
+def move(old, new):
+    """Rename a file or folder; links lead where they led."""
+    folder, new_folder = (os.path.realpath(os.path.dirname(path)) for path in (old, new))
+    is_link = os.path.islink(old)
+    leads = os.readlink(old) if is_link else os.sep
+    if is_link and not os.path.isabs(leads) and folder != new_folder:
+        os.symlink(os.path.relpath(os.path.join(folder, leads), new_folder), new)
+        return os.unlink(old)
+    os.rename(old, new)
+    if os.path.isdir(new) and not is_link and folder != new_folder:
+        mend_links(new, os.path.join(folder, os.path.basename(old)))
+    return None
+
+
+def mend_links(tree, came_from):
+    """Give the relative links of a moved or copied folder that lead out of it a new text."""
+    for folder, folders, files in os.walk(os.path.realpath(tree)):
+        old_folder = os.path.join(came_from, os.path.relpath(folder, os.path.realpath(tree)))
+        for link in (os.path.join(folder, name) for name in (*folders, *files)):
+            if not os.path.islink(link) or os.path.isabs(os.readlink(link)):
+                continue
+            aim = os.path.normpath(os.path.join(old_folder, os.readlink(link)))
+            if not is_within(aim, came_from):
+                with contextlib.suppress(OSError):   # in a folder that we may not change
+                    os.unlink(link)
+                    os.symlink(os.path.relpath(aim, folder), link)
+
+
+MOVE.append(move)
+
+
+# ---- 17. Copies ----------------------------------------------------------------------------------
+
+class Copies:
+    """Copies of files and folders below the root of `contents`."""
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def copy(self, source, folder):
+        """A copy of a file or folder: of the same name in another folder, else `name-Copy1.ext`. A
+        `folder` that does not exist in one that does is the name of the copy."""
+        is_name = self.contents.look(folder)[1] is None
+        into = folder.strip("/").rpartition("/")[0] if is_name else folder
+        absolute, target = self.contents.existing(source), self.contents.existing(into)
+        if not os.path.isdir(target):
+            raise Problem(400, f"{into} is not a folder")
+        is_folder = os.path.isdir(absolute)
+        if is_folder and is_within(os.path.realpath(target), os.path.realpath(absolute)) or (
+                not source.strip("/")):
+            raise Problem(400, f"{source} cannot be copied into itself")
+        stem, extension = self.copy_name(os.path.basename(source.rstrip("/")), is_folder)
+
+        def choose():
+            return folder if is_name else self.contents.free_name(folder, stem, extension, "-Copy")
+
+        if is_folder:
+            return self.copy_folder(absolute, target, choose)
+        data = self.contents.read(absolute)
+        while True:
+            path = choose()
+            try:
+                refuse_existing(self.contents.resolve(path))   # also a link to nowhere
+                write_atomically(self.contents.resolve(path), data, refuse_existing)
+                return self.contents.model(path, self.contents.resolve(path))
+            except FileExistsError:   # somebody took the name meanwhile
+                if is_name:
+                    raise
+
+    def copy_name(self, name, is_folder):
+        """(what stands before "-Copy1", what after it). All of .tar.gz is an extension, but in
+        a.b.ipynb it is what follows the last dot."""
+        name = re.sub(r"-Copy\d*(?=\.|$)", "", name)
+        if is_folder:
+            return name, ""
+        stem, dot, extension = (name.rpartition if name.endswith(".ipynb") else name.partition)(".")
+        return stem, dot + extension
+
+    def copy_folder(self, absolute, into, choose):
+        """The copy grows in a hidden folder, and is there, under the path that `choose` returns,
+        when it is whole."""
+        growing = leftover_name(into)
+        with removed_on_error(growing), contextlib.ExitStack() as in_use:
+            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
+                os.mkdir(growing)
+                in_use.enter_context(locked(growing))
+            shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
+                            dirs_exist_ok=True)
+            mend_links(growing, os.path.realpath(absolute))
+            with self.contents.lock, locked(os.path.dirname(growing)) as parent:
+                path = choose()
+                refuse_existing(self.contents.resolve(path))
+                os.rename(growing, self.contents.resolve(path))
+                sync(parent)
+        return self.contents.model(path, self.contents.resolve(path))
+
+    def not_copied(self, folder, names):
+        """Those of the names in a folder that are no file, folder or link, or not to be seen."""
+        paths = {name: os.path.join(folder, name) for name in names}
+        return [name for name, path in paths.items() if IS_LEFTOVER(name)
+                or not (os.path.islink(path) or os.path.isfile(path) or os.path.isdir(path))
+                or any(is_within(os.path.realpath(path), private)
+                       for private in self.contents.private)]
+
+
+def copy_from(handler, folder, body):
+    """POST with a member `copy_from`: the path of a file or folder."""
+    handler.refuse_hidden("copy", body["copy_from"])
+    return Copies(handler.server.contents).copy(body["copy_from"], folder)
+
+
+MAKERS["copy_from"] = copy_from
+
+
+@contextlib.contextmanager
+def removed_on_error(folder):
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+# ---- 18. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+
+class Checkpoints:
+    """The one checkpoint of each file. The methods raise Problem or OSError."""
+
+    ID = "checkpoint"
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def path(self, path):
+        """Where the checkpoint of an API path is, or would be."""
+        folder, name = os.path.split(self.contents.existing(path))
+        stem, extension = os.path.splitext(name)
+        saved = os.path.join(folder, ".ipynb_checkpoints", f"{stem}-checkpoint{extension}")
+        self.contents.kept_inside(saved, path)
+        return saved
+
+    def existing(self, path, id):
+        saved = self.path(path)
+        if id != self.ID or not os.path.exists(saved):
+            raise Problem(404, f"{path} has no checkpoint {id}")
+        return saved
+
+    def list(self, path):
+        """The models of a file's checkpoints: one, or none."""
+        saved = self.path(path)
+        return [self.model(saved)] if os.path.exists(saved) else []
+
+    def model(self, saved):
+        return {"id": self.ID, "last_modified": iso(os.stat(saved).st_mtime)}
+
+    def create(self, path):
+        """Keep the file as it is on disk now."""
+        saved = self.path(path)
+        os.makedirs(os.path.dirname(saved), exist_ok=True)
+        write_atomically(saved, self.contents.read(self.contents.existing(path)))
+        return self.model(saved)
+
+    def restore(self, path, id):
+        absolute, saved = self.contents.resolve(path), self.existing(path, id)
+        with self.contents.one_save(absolute):
+            write_atomically(absolute, self.contents.read(saved))
+
+    def delete(self, path, id):
+        os.remove(self.existing(path, id))
+
+
+def list_checkpoints(handler, path):
+    return Checkpoints(handler.server.contents).list(path)
+
+
+def create_checkpoint(handler, path):
+    made = Checkpoints(handler.server.contents).create(path)
+    handler.created(made, "contents", f"{path.strip('/')}/checkpoints/{made['id']}")
+
+
+def restore_checkpoint(handler, path, id):
+    Checkpoints(handler.server.contents).restore(path, id)
+    return 204, None
+
+
+def delete_checkpoint(handler, path, id):
+    Checkpoints(handler.server.contents).delete(path, id)
+    return 204, None
+
+
+ROUTES += [("GET", r"/api/contents/(.+)/checkpoints", list_checkpoints),
+           ("POST", r"/api/contents/(.+)/checkpoints", create_checkpoint),
+           ("POST", r"/api/contents/(.+)/checkpoints/([^/]+)", restore_checkpoint),
+           ("DELETE", r"/api/contents/(.+)/checkpoints/([^/]+)", delete_checkpoint)]
+
+
+COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
+
+
+# ---- 19. Uploads in pieces: a model with a chunk's number --------------------------------------
+
+def put_in_place(temporary):
+    """The same for bytes that are in a temporary file already."""
+    refuse_protected(temporary.target)
+
+    def data():
+        with open(temporary.path, "rb") as file:
+            return file.read()
+
+    or_write_over(temporary.target, temporary.replace, data)
+
+
+class Upload:
+    """A file that comes in pieces: 1, 2, ... and -1, the last. They gather in a temporary file
+    that takes the file's place at the end."""
+
+    def __init__(self, target, data):
+        """`data`: of piece 1, which is still to be added."""
+        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.latest = time.monotonic()
+
+    def add(self, number, data):
+        """Problem 400 when the piece is not the next one; the upload goes on with that."""
+        if number not in (self.number + 1, -1):
+            raise Problem(400, f"Chunk {number} is out of place: the next one is "
+                               f"{self.number + 1}, or -1 for the last")
+        self.file.write(data)
+        self.number, self.latest = self.number + 1, time.monotonic()
+
+
+class Uploads:
+    """Those under way, one of each file. What gathers is never seen as the file."""
+
+    PAUSE_SECONDS = 30     # without a piece: then another upload of the same file may begin
+    MOST_SECONDS = 3600    # then an upload goes, when another one begins
+
+    def __init__(self):
+        self.lock, self.under_way = threading.Lock(), {}   # real path -> Upload
+        atexit.register(self.drop_all)
+
+    def add(self, target, number, data):
+        """Add a piece; returns where the pieces gather, or None: the file is in its place."""
+        with self.lock:
+            if number == 1:
+                self.begin(target, data)
+            upload = self.under_way.get(target)
+            if upload is None:
+                raise Problem(400, "An upload begins with chunk 1")
+            try:
+                upload.add(number, data)
+            except OSError:
+                self.drop(target)
+                raise
+            if number != -1:
+                return upload.file.path
+            del self.under_way[target]
+        with upload.file:
+            return put_in_place(upload.file)
+
+    def begin(self, target, data):
+        """Problem 409 while another upload of the same file is under way: nothing tells whose a
+        later piece is. The same first piece begins anew, because then what follows fits,
+        whoever sends it."""
+        now = time.monotonic()
+        for other, upload in [*self.under_way.items()]:
+            if now - upload.latest > self.MOST_SECONDS:
+                self.drop(other)
+        old = self.under_way.get(target)
+        if old and now - old.latest < self.PAUSE_SECONDS and old.first != sha256(data):
+            raise Problem(409, "Another upload of this file is under way: wait for its end, or "
+                               f"{self.PAUSE_SECONDS} seconds after it was given up")
+        refuse_protected(target)
+        if old:
+            self.drop(target)
+        self.under_way[target] = Upload(target, data)
+
+    def drop(self, target):
+        self.under_way.pop(target).file.remove()
+
+    def drop_all(self):
+        for target in [*self.under_way]:
+            self.drop(target)
+
+
+def save_chunk(contents, path, model):
+    """Write one piece of a large upload; returns (model, was a file created)."""
+    absolute = contents.resolve(path)
+    if model.get("type") != "file" or model.get("format") not in ("text", "base64"):
+        raise Problem(400, "Only files of format text or base64 can come in chunks")
+    if os.path.isdir(absolute):
+        raise Problem(400, f"{path} is a folder")
+    data, was_there = contents.encode(path, model, None), os.path.exists(absolute)
+    gathering = UPLOADS.add(os.path.realpath(absolute), model["chunk"], data)
+    return contents.model(path, gathering or absolute), not gathering and not was_there
+
+
+UPLOADS = Uploads()
+SAVERS["chunk"] = save_chunk
+
+
+# ---- 20. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+
+def range_of(header, size):
+    """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
+    match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", header or "")
+    if not match or match[1] == match[2] == "":
+        return 200, 0, size
+    # Python reads no number of thousands of digits; what has 20 of them is beyond any file.
+    first, last = (int(digits.lstrip("0")[:20] or 0) if digits else None
+                   for digits in match.groups())
+    if first is None:
+        start = max(0, size - last)
+        return (206, start, size) if start < size else (416, 0, 0)
+    start, end = first, size if last is None else min(last + 1, size)
+    return (206, start, end) if start < end else (416, 0, 0)
+
+
+RANGES.append(range_of)
+
+
+# ---- 21. The journal: what no file holds yet ---------------------------------------------------
+#
+# A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
+# yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
+# cells as well: it *follows*. What it has saved is forgotten.
+
+MOST_JOURNAL = 32 << 20     # bytes of unsaved output that are kept for pages that come back
+MOST_OUTLINES = 4 << 20     # bytes of requests and replies whose output is saved
+MOST_REQUESTS = 1_000       # of a kernel that are remembered
+STORY = {"execute_request", "execute_input", "execute_reply", "input_request", "input_reply",
+         "status"}   # what a full journal keeps; all else is output
+SAID_BY_PAGES = {"execute_request", "input_reply"}   # of the story; the rest comes from the kernel
+
+
+class Record:
+    """An execute_request and all that came of it."""
+
+    def __init__(self, request, is_followed):
+        self.request = request
+        self.is_followed = is_followed   # who asked will say when the file holds the outputs
+        self.entries, self.size = [], 0
+        self.due = {"execute_reply", "idle"}   # what must still come
+        self.dropped = 0                       # bytes of output that did not fit
+
+    @property
+    def is_over(self):
+        """True when no more output is to come; a reply may have nobody to go to."""
+        return "idle" not in self.due
+
+    def add(self, entry):
+        self.entries.append(entry)
+        self.size += entry.size
+        self.due.discard("idle" if entry.is_idle else entry.msg_type)
+
+    def shorten(self, session):
+        """Drop the older half of the output, leave a note; returns how many bytes that freed.
+
+        The note has the place and the msg_id of the last entry dropped: whoever has seen that one
+        needs no note.
+        """
+        outputs = [entry for entry in self.entries if entry.msg_type not in STORY]
+        dropped = outputs[:(len(outputs) + 1) // 2]
+        if not dropped:
+            return 0
+        freed = sum(entry.size for entry in dropped)
+        self.dropped += freed
+        text = (f"[{self.dropped / 1e6:.1f} MB of this output are missing here: MiniJupyter keeps "
+                f"{MOST_JOURNAL >> 20} MB for a page that is away]\n")
+        note = said(session, "iopub", "stream", {"name": "stderr", "text": text}, self.request)
+        note.header["msg_id"], note.number = dropped[-1].header["msg_id"], dropped[-1].number
+        note.json_parts[0] = to_json(note.header)
+        gone = set(dropped)
+        self.entries = [note if entry is dropped[-1] else entry
+                        for entry in self.entries if entry is dropped[-1] or entry not in gone]
+        self.size -= freed - note.size
+        return freed - note.size
+
+
+class Journal:
+    """What came of the requests whose outputs no file holds yet: execute_requests, replies, iopub,
+    questions for input and their answers, in the order in which they passed.
+
+    The pages' lock is held while an entry is filed and handed to those who follow: so nothing is
+    told twice and nothing is missed.
+    """
+
+    def __init__(self, kernel):
+        self.kernel, self.session = kernel, kernel.session
+        self.records = {}     # msg_id of an execute_request -> Record, oldest first
+        # the same, forgotten ones too: msg_id -> (request, then reply and idle; is_followed)
+        self.outlines = {}
+        self.outline_size = 0   # bytes of those whose record is forgotten
+        # msg_id of an open input_request -> (its request's msg_id, is it secret)
+        self.questions = {}
+        self.number = self.size = 0
+        kernel.journal = self
+        kernel.on_request.append(self.note)
+        kernel.on_publish.append(self.publish)
+        kernel.on_join.append(self.welcome)
+        kernel.on_end.append(self.tell_end)
+
+    # -- what the kernel's owner calls --
+
+    def note(self, request):
+        """A page asks or answers: tell the followers. What was typed in secret is not kept. Raises
+        ValueError when its parts are no JSON."""
+        if request.msg_type not in SAID_BY_PAGES:
+            return
+        for part in request.json_parts[2:]:   # they will be shown to other pages, within their JSON
+            json.loads(part)
+        shown = request
+        if request.msg_type == "input_reply":
+            with self.kernel.pages_lock:
+                _, is_secret = self.questions.get(request.parent_id, (None, True))
+            content = {**request.content, "value": ""} if is_secret else request.content
+            shown = Entry("stdin", [*request.json_parts[:3], to_json(content)])
+            shown.client = request.client
+        self.kernel.publish([shown])
+
+    def publish(self, entries):
+        """File Entries and put them to the followers, in one step; the pages' lock is held."""
+        story = []
+        for entry in entries:
+            story += [*self.add(entry), entry]
+        for box in self.kernel.mailboxes.values():
+            if isinstance(box, Follower):
+                box.put([entry for entry in story if box.follows(entry)])
+
+    def welcome(self, box):
+        """A follower begins with all that no file holds yet; the lock is held."""
+        if isinstance(box, Follower):
+            box.put(self.replay())
+
+    def tell_end(self):
+        """The process has ended: say what it cannot say any more. Of an end that was asked for the
+        followers are told; other clients know it from who asked."""
+        with self.kernel.pages_lock:
+            endings = self.endings()
+        self.kernel.publish(endings)
+        if self.kernel.intent == "restart":
+            with self.kernel.pages_lock:
+                for box in self.kernel.mailboxes.values():
+                    if isinstance(box, Follower):
+                        box.put([self.kernel.status("restarting")])
+
+    # -- filing --
+
+    def add(self, entry):
+        """File an entry, if it is an execute_request or came of one. Returns the entries that tell
+        of its request, when that was forgotten: without them a page could not place it."""
+        self.number += 1
+        entry.number = self.number
+        request_id = entry.parent_id
+        if entry.msg_type == "execute_request":
+            request_id = self.begin(entry)
+        elif entry.msg_type == "input_request":
+            self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
+        elif entry.msg_type == "input_reply":
+            request_id, *_ = self.questions.pop(entry.parent_id, (None,))
+        was_forgotten = request_id not in self.records
+        record = self.record_for(request_id, entry)
+        outline = record.entries[:] if record and was_forgotten else []
+        if record:
+            self.file(record, entry)
+        return outline
+
+    def begin(self, request):
+        id = request.header["msg_id"]
+        is_followed = isinstance(self.kernel.mailboxes.get(request.client), Follower)
+        self.forget([id])   # a client should not, but may use one twice
+        self.drop_outline(id)
+        self.outlines[id] = [], is_followed
+        self.records[id] = Record(request, is_followed)
+        if len(self.outlines) > MOST_REQUESTS:
+            oldest = next(iter(self.outlines))
+            self.forget([oldest])
+            self.drop_outline(oldest)
+        return id
+
+    def drop_outline(self, id):
+        """Nothing that comes of this request can be placed any more."""
+        entries, _ = self.outlines.pop(id, ((), None))
+        self.outline_size -= sum(entry.size for entry in entries)
+
+    def record_for(self, request_id, entry):
+        """The record of a request, or None. Its outline outlives it: what a thread prints after its
+        cell's outputs were saved begins a new one, with request, reply and idle alone, to which a
+        page appends what follows."""
+        if request_id in self.records or request_id not in self.outlines or entry.msg_type in STORY:
+            return self.records.get(request_id)
+        entries, is_followed = self.outlines[request_id]
+        self.records[request_id] = record = Record(entries[0], is_followed)
+        for each in entries:
+            record.add(each)
+        self.size += record.size
+        self.outline_size -= record.size
+        return record
+
+    def file(self, record, entry):
+        id = record.request.header["msg_id"]
+        record.add(entry)
+        self.size += entry.size
+        if entry.is_idle or entry.msg_type in ("execute_request", "execute_reply"):
+            self.outlines[id][0].append(entry)
+        if entry.is_idle:
+            self.questions = {question: about for question, about in self.questions.items()
+                              if about[0] != id}
+        if self.size > MOST_JOURNAL:
+            self.make_room()
+
+    def make_room(self):
+        largest = max(self.records.values(), key=lambda record: record.size)
+        freed = largest.shorten(self.session)
+        self.size -= freed
+        if not freed:   # it is not the output that is large
+            self.forget([largest.request.header["msg_id"]])
+
+    def forget(self, ids):
+        """The outputs of these requests are in the file now."""
+        for id in ids:
+            if record := self.records.pop(id, None):
+                self.size -= record.size
+                self.outline_size += sum(entry.size for entry in self.outlines[id][0])
+        while self.outline_size > MOST_OUTLINES:
+            self.drop_outline(next(id for id in self.outlines if id not in self.records))
+
+    def forget_unfollowed(self):
+        """The same for all that are over, of clients that do not tell what they have saved."""
+        with self.kernel.pages_lock:
+            self.forget([id for id, record in self.records.items()
+                         if record.is_over and not record.is_followed])
+
+    def replay(self):
+        """All entries, in the order in which they came."""
+        entries = [entry for record in self.records.values() for entry in record.entries]
+        return sorted(entries, key=lambda entry: entry.number)
+
+    def endings(self):
+        """What a process that has ended cannot say any more: an aborted reply, an idle, where they
+        are due."""
+        self.questions.clear()
+        endings = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
+                   "idle": ("iopub", "status", {"execution_state": "idle"})}
+        return [said(self.session, *endings[due], record.request)
+                for record in self.records.values() for due in sorted(record.due)]
+
+
+class Follower(PageMailbox):
+    """Of a page that follows the kernel's whole conversation (`?journal=1`). On connecting it gets
+    what no file holds yet, afterwards also the requests, replies, questions and answers of other
+    pages; it says what it has saved by `{"channel": "journal", "content": {"forget": [msg_ids of
+    execute_requests]}}`."""
+
+    def __init__(self, session_id, websocket):
+        super().__init__(session_id, websocket)
+        self.is_kept = False   # the journal has it all
+
+    def wants(self, entry):
+        return False   # it gets everything from the journal, which files it first
+
+    def follows(self, entry):
+        is_own = entry.client == self.session_id
+        if entry.msg_type in SAID_BY_PAGES:
+            return not is_own
+        return is_own or entry.channel == "iopub" or entry.msg_type in STORY
+
+
+def forget(kernel, entry):
+    """A follower has saved these outputs."""
+    with kernel.pages_lock:
+        kernel.journal.forget(entry.content["forget"])
+
+
+KERNEL_EXTRAS.append(Journal)
+FOLLOWERS["1"] = Follower
+OWN_CHANNELS["journal"] = forget
+
+
+def forget_saved(server, path, model):
+    """A notebook was saved: so are the outputs of clients that do not tell it their kernel."""
+    for session in server.sessions.alive() if model["type"] == "notebook" else ():
+        if session["path"] == path.strip("/"):
+            session["kernel"].journal.forget_unfollowed()
+
+
+AFTER_SAVE.append(forget_saved)
+
+
+# ---- 22. Orphans: kernels of a server that was killed ------------------------------------------
+
+class Reaper:
+    """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
+
+    The server tells it of every kernel's process group and files; when the pipe between them
+    breaks, it ends and removes those that are left.
+    """
+
+    SCRIPT = """
+        while read -r sign word; do
+            case $sign in
+                +) groups="$groups $word " ;;
+                -) groups="${groups%% $word *} ${groups#* $word }" ;;
+                file) files="$files$word\n" ;;
+            esac
+        done
+        printf %s "$files" | while read -r file; do rm -f -- "$file"; done
+        set -- $groups
+        for signal in TERM KILL; do
+            for group; do kill -$signal -- -$group; done 2>/dev/null
+            [ $# = 0 ] || sleep 1
+        done"""
+
+    def __init__(self):
+        self.lock, self.shell = threading.Lock(), None
+
+    def note(self, sign, word):
+        """A process group began ("+") or ended ("-"), or there is a "file"."""
+        with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
+            if self.shell is None and os.name == "posix":
+                self.shell = subprocess.Popen(
+                    ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            if self.shell:
+                self.shell.stdin.write(f"{sign} {word}\n")
+
+
+REAPER = Reaper()
+
+
+def watch_over(kernel):
+    """Tell the reaper of each process of a kernel, and of what files it may leave."""
+    def note_launch():
+        REAPER.note("+", kernel.process.pid)
+        for file in kernel.files():
+            REAPER.note("file", file)
+
+    kernel.on_launch.append(note_launch)
+    kernel.on_exit.append(lambda: REAPER.note("-", kernel.process.pid))
+
+
+KERNEL_EXTRAS.append(watch_over)
+
+
+# ---- 23. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+
+V1 = "v1.kernel.websocket.jupyter.org"
+
+
+def splice_v1(entry):
+    """The same in `v1.kernel.websocket.jupyter.org`: n, n offsets (little-endian u64; the last one
+    is the end), then channel, header, parent_header, metadata, content, buffers."""
+    parts, offsets = [entry.channel.encode(), *entry.json_parts, *entry.buffers], []
+    at = 8 * (len(parts) + 2)
+    for part in parts:
+        offsets.append(at)
+        at += len(part)
+    head = struct.pack(f"<{len(parts) + 2}Q", len(parts) + 1, *offsets, at)
+    return BINARY, head + b"".join(parts)
+
+
+def unsplice_v1(message):
+    """The Entry in a message of that layout; raises ValueError."""
+    try:
+        count = struct.unpack_from("<Q", message)[0]
+        offsets = struct.unpack_from(f"<{min(count, len(message))}Q", message, 8)
+    except (struct.error, TypeError) as problem:
+        raise ValueError(f"not of the v1 layout: {problem}") from None
+    parts = [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    if len(parts) < 5:
+        raise ValueError("a part is missing")
+    return Entry(parts[0].decode(), parts[1:5], parts[5:])
+
+
+LAYOUTS[V1] = unsplice_v1, splice_v1
+
+
+# ---- 24. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+#
+# Each message is compressed by itself, "no context takeover", so that no connection keeps a window
+# of 32 kB for later.
+
+WORTH_DEFLATING = 1 << 10   # bytes; a smaller message fits in one packet anyway
+FLUSH_TAIL = b"\0\0\xff\xff"   # ends what is flushed; it is not sent (RFC 7692 7.2.1)
+DEFLATE_PARAMETERS = {    # RFC 7692 7.1 -> the values that we can do; zlib has no raw window of 8
+    "server_no_context_takeover": "", "client_no_context_takeover": "",
+    "server_max_window_bits": "9|1[0-5]", "client_max_window_bits": "|[89]|1[0-5]"}
+
+
+class Deflate:
+    """The extension permessage-deflate of one connection (RFC 7692)."""
+
+    def __init__(self, window_bits=15):
+        self.window_bits = window_bits   # of what we compress
+
+    def pack(self, opcode, payload):
+        """(opcode with the bit that says so, payload compressed), where it is worth it."""
+        if len(payload) < WORTH_DEFLATING:
+            return opcode, payload
+        return opcode | COMPRESSED, deflate(payload, self.window_bits)
+
+    def unpacker(self):
+        """The function that unpacks the payloads of one message, fragment by fragment: of the
+        payload, of whether it is the last, and of the bytes that there is room for. One that would
+        grow beyond the limit is not even made."""
+        inflater = zlib.decompressobj(-15)
+
+        def unpack(payload, is_last, room):
+            try:
+                data = inflater.decompress(payload + FLUSH_TAIL if is_last else payload, room + 1)
+            except zlib.error as problem:
+                text = f"not compressed by deflate: {problem}"
+                raise WebSocketError(INVALID_DATA, text) from None
+            if len(data) > room:
+                raise WebSocketError(TOO_BIG, f"this message has no room for {len(data)} bytes")
+            return data
+
+        return unpack
+
+
+def accept_deflate(offers):
+    """(answer, window bits) to the first offer of permessage-deflate that we can accept; (None,
+    None) without one (RFC 7692 5)."""
+    for offer in offers:
+        name, *parameters = [part.strip() for part in offer.split(";")]
+        values = {key.strip(): value.strip(' "') for key, _, value in (
+            parameter.partition("=") for parameter in parameters)}
+        is_known = len(values) == len(parameters) and all(
+            key in DEFLATE_PARAMETERS and re.fullmatch(DEFLATE_PARAMETERS[key], value)
+            for key, value in values.items())
+        if name == "permessage-deflate" and is_known:
+            bits = values.get("server_max_window_bits")
+            answer = f"{name}; server_no_context_takeover; client_no_context_takeover"
+            return answer + (f"; server_max_window_bits={bits}" if bits else ""), int(bits or 15)
+    return None, None
+
+
+def deflate(payload, window_bits):
+    """A message's payload, compressed (RFC 7692 7.2.1); quickly, for a person waits."""
+    compressor = zlib.compressobj(1, zlib.DEFLATED, -window_bits)
+    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    return data.removesuffix(FLUSH_TAIL)
+
+
+def offer_deflate(handler):
+    """(answer, Deflate) to a client that offers it, or None."""
+    answer, bits = accept_deflate(words(handler.headers, "Sec-WebSocket-Extensions"))
+    return (answer, Deflate(bits)) if answer else None
+
+
+def deflate_afar(handler):
+    """The same, if the client is on another machine: through loopback it only costs time."""
+    return None if handler.client_address[0].startswith(LOOPBACK) else offer_deflate(handler)
+
+
+EXTENSIONS.append(deflate_afar)
+
+
+# ---- 25. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5871,7 +5527,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 13. TLS -----------------------------------------------------------------------------------
+# ---- 26. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5898,7 +5554,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 14. How kernels are reached ---------------------------------------------------------------
+# ---- 27. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5912,23 +5568,664 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 15. Idle kernels --------------------------------------------------------------------------
+# ---- 28. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
     "help": "shut down kernels that nobody uses, after so long (default: never)"}))
 
 
+def cull(kernels, seconds):
+    """Forever: end the kernels that nobody listens to and that have been idle for so long."""
+    while True:
+        time.sleep(min(10, seconds / 4))
+        for kernel in list(kernels.all.values()):
+            is_idle = kernel.state == "idle" and not kernel.connections
+            if is_idle and time.time() - kernel.last_activity > seconds:
+                log(f"kernel {kernel.id} was idle for {seconds:g} s: it is shut down")
+                with contextlib.suppress(Problem):
+                    kernels.shutdown(kernel.id)
+
+
 def cull_idle_kernels(server, arguments):
     if arguments.cull_idle:
-        threading.Thread(target=server.kernels.cull, args=[arguments.cull_idle],
+        threading.Thread(target=cull, args=[server.kernels, arguments.cull_idle],
                          daemon=True).start()
 
 
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 16. Other servers: list, stop -------------------------------------------------------------
+# ---- 29. What few clients ask for --------------------------------------------------------------
+
+JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
+VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'self'")
+VIEW_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
+<style>html,body,iframe{{width:100%;height:100%;margin:0;border:0;display:block}}</style>
+<iframe sandbox="allow-scripts" title="{name}" src="{address}"></iframe></html>"""
+
+
+class Config:
+    """Settings that frontends keep with the server: a JSON object per section, in Jupyter's folder.
+
+    The files are those of Jupyter Server's `serverconfig`: whichever of the two servers runs, a
+    frontend finds its settings.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.lock = folder, threading.RLock()
+
+    def path(self, section):
+        return os.path.join(self.folder, f"{section}.json")
+
+    def get(self, section):
+        try:
+            with open(self.path(section), encoding="utf-8") as file:
+                values = json.load(file)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise Problem(400, f"The settings {section} on disk are damaged")
+        return values
+
+    def set(self, section, values):
+        try:
+            data = to_json(values)
+        except (ValueError, RecursionError):
+            raise Problem(400, f"The settings {section} are nested too deep") from None
+        with self.lock:
+            os.makedirs(self.folder, exist_ok=True)
+            write_atomically(self.path(section), data)
+
+    def change(self, section, values):
+        """Merge `values` into a section; null takes a key away. Returns the section."""
+        with self.lock:
+            try:
+                merged = merge(self.get(section), values)
+            except RecursionError:
+                raise Problem(400, f"The settings {section} are nested too deep") from None
+            self.set(section, merged)
+        return merged
+
+
+def merge(old, new):
+    """`old` with the values of `new`, object by object; null takes a key away, and an object that
+    becomes empty by it goes, too (jupyter_server.config_manager, recursive_update)."""
+    if not isinstance(new, dict):
+        return new
+    merged = dict(old) if isinstance(old, dict) else {}
+    for key, value in new.items():
+        value = merge(merged.get(key), value)
+        if value is None or value == {}:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
+
+
+def me(handler):
+    """Who uses the server: always the same one person."""
+    try:
+        wanted = json.loads(handler.asked("permissions", "{}"))
+        is_list = all(isinstance(actions, list) and all(isinstance(a, str) for a in actions)
+                      for actions in wanted.values())
+    except (ValueError, AttributeError, RecursionError):
+        is_list = False
+    if not is_list:
+        raise Problem(400, 'permissions should be a JSON dict of {"resource": ["action",]}')
+    name = handler.server.user
+    return {"identity": {"username": name, "name": name, "display_name": name,
+                         "initials": name[:1].upper(), "avatar_url": None, "color": None},
+            "permissions": {**wanted, "updatable_fields": []}}
+
+
+def change_me(handler):
+    if not handler.json_body():
+        raise Problem(400, "Invalid or missing JSON body")
+    raise Problem(501, "The user of this server is whoever started it")
+
+
+def get_config(handler, section):
+    return handler.server.config.get(section)
+
+
+def set_config(handler, section):
+    handler.server.config.set(section, handler.json_body())
+    return 204, None
+
+
+def change_config(handler, section):
+    return handler.server.config.change(section, handler.json_body())
+
+
+def view(handler, path):
+    """A page with a file in a frame of its own, which may run the file's scripts: they are
+    strangers to this server, as everywhere."""
+    if os.path.isdir(handler.server.contents.existing(path)):
+        raise Problem(404, f"{path} is a folder")
+    page = VIEW_PAGE.format(
+        name=html.escape(os.path.basename(path)),
+        address=html.escape(f"{handler.server.base_url}files/{quote(path)}"))
+    handler.send(200, page.encode(), "text/html; charset=utf-8",
+              {"Content-Security-Policy": VIEW_POLICY})
+
+
+def old_contents(handler, path):
+    """Where notebooks were before other files had an address, too."""
+    handler.redirect(f"{handler.server.base_url}api/contents/{quote(path)}")
+
+
+def specification(handler):
+    """This API as Swagger 2.0, made from ROUTES. It is JSON, which is YAML, too."""
+    paths = {}
+    for method, pattern, endpoint in ROUTES:
+        function = getattr(Handler, endpoint) if isinstance(endpoint, str) else endpoint
+        name = function.__name__
+        names = function.__code__.co_varnames[1:function.__code__.co_argcount]
+        words = (function.__doc__ or name.replace("_", " ")).strip().splitlines()
+        if pattern.startswith("/api"):
+            template = path_template(pattern, names)
+            paths.setdefault(template, {})[method.lower()] = {
+                "operationId": name, "summary": words[0].rstrip(), "parameters": [
+                    {"name": name, "in": "path", "required": True, "type": "string"}
+                    for name in names if f"{{{name}}}" in template],
+                "responses": {"default": {"description": "JSON; an error has a `message`"}}}
+    handler.send(200, to_json({
+        "swagger": "2.0", "info": {"title": "MiniJupyter", "version": __version__},
+        "basePath": handler.server.base_url, "paths": paths}), "text/x-yaml")
+
+
+def resolve_path(handler):
+    """Where a path leads that stands in some output: below the root, and for a kernel."""
+    path, kernel_id = handler.asked("path"), handler.asked("kernel")
+    if path is None:
+        raise Problem(400, "Missing argument path")
+    kernel = handler.server.kernels.all.get(kernel_id)
+    found = {"server": path_below_root(handler, path), "kernel": kernel and path_at(kernel, path)}
+    answer = {"resolved": [{"scope": scope, "path": found[scope]} for scope in found
+                           if found[scope]]}
+    if kernel_id and not kernel:
+        reason = f"Kernel {kernel_id} could not be found"
+        answer["unresolved"] = [{"scope": "kernel", "reason": reason}]
+    return answer
+
+
+def path_below_root(handler, path):
+    """The API's path of an existing file, from a path below the root or of the disk."""
+    root, path = handler.server.contents.root, os.path.expanduser(path)
+    if is_within(path, root):
+        path = path[len(root):]
+    with contextlib.suppress(Problem):
+        return handler.server.contents.look(path)[1] and path.strip("/")
+    return None
+
+
+ROUTES += [("GET", r"/view/(.+)", view),
+           ("GET", r"/api/me", me),
+           ("PATCH", r"/api/me", change_me),
+           ("GET", r"/api/resolvePath", resolve_path),
+           ("GET", r"/api/spec\.yaml", specification),
+           ("GET", r"/api/config/(\w+)", get_config),
+           ("PUT", r"/api/config/(\w+)", set_config),
+           ("PATCH", r"/api/config/(\w+)", change_config),
+           ("GET", r"/api/notebooks(?:/(.*))?", old_contents)]
+
+
+def path_at(kernel, path):
+    """The absolute path of an existing file as a kernel's code would find it, or None."""
+    absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
+    return absolute if is_plain_text(path) and os.path.exists(absolute) else None
+
+
+def path_template(pattern, names):
+    """A route's pattern for people, with the names of its groups: /api/kernels/{id}/interrupt."""
+    text = pattern.removesuffix(r"\Z").replace(ID, "()").replace("\\", "")
+    text = re.sub(r"\(\?:/\((.*?)\)\)\?", "/()", text)
+    names = iter(names)
+    return re.sub(r"\([^)]*\)", lambda _: f"{{{next(names)}}}", text)
+
+
+def keep_settings(server, arguments):
+    server.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
+
+
+AT_START.append(keep_settings)
+
+
+# ---- 30. Under the hood: what passes, shown ---------------------------------------------------
+#
+# Who looks under the hood hears of everything that passes the server's edge, as the bytes that
+# pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
+# are where the bytes are (KernelSocket, FrameParser.next_frame, WebSocket.write, Exchange) and do
+# no more than put them into the ring of each Watch. Its own thread takes them out some times a
+# second, hides what is secret and sends them on; what it sends itself is not reported. Who watches
+# can also interfere: hold messages back (`Gate`), cut a connection, end the process, send a
+# forgery. To add such a wish, write a method of its name and name it in WISHES.
+
+SPECTATORS = []              # those who look under the hood: hardly ever is there one
+MOST_TRACED = 64 << 10    # bytes of what is reported that are kept
+MOST_LINES = 6            # of the call stack
+MOST_EVENTS = 5_000          # that wait for who watches; then the oldest are dropped, and counted
+MOST_WATCHED = 32 << 20      # bytes of them
+TELL_SECONDS = 0.1           # between two looks: a person sees no difference
+MOST_SECONDS_HELD = 60       # of a delay
+GATE_SECONDS = 0.02          # between two looks at what waits at a gate
+MOST_AT_ONCE = 400           # events in one go: the thread that sends them slows all others
+WISHES = ("hold", "step", "drop", "kill", "send", "key")
+SOURCES = ("index.html", "minijupyter.py", "kernel.py")
+PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second group is hidden
+    rb"^((?:authorization|cookie|set-cookie|x-xsrftoken):[ \t]*)([^\r\n]+)",
+    rb"((?:[?&]|%3F|%26)(?:token|_xsrf)(?:=|%3D))([^&\s#]+)",
+    rb"""(name="_xsrf" value=")([^"]+)""")]
+TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
+SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
+
+
+def report(kind, way, about, parts):
+    """The tap: tell spectators of a WebSocket frame, of the parts of a ZeroMQ message, or the like,
+    and of the lines of this file that have led to it, innermost first: of a frame that comes in
+    where it is understood, of all else the caller of the method that sends or receives."""
+    lines, frame = [], sys._getframe(1 if (kind, way) == ("websocket", "in") else 2)
+    while frame and frame.f_code.co_filename == __file__ and len(lines) < MOST_LINES:
+        lines.append(frame.f_lineno)
+        frame = frame.f_back
+    event = {"kind": kind, "way": way, "at": time.time(), "lines": lines,
+             "sizes": [*map(len, parts)], "parts": parts, **about}
+    if sum(event["sizes"]) > MOST_TRACED:
+        event["parts"] = cut(parts)
+    for spectator in tuple(SPECTATORS):
+        spectator.note(event)
+
+
+def cut(parts):
+    """The first bytes of the parts, no more than are kept."""
+    room, kept = MOST_TRACED, []
+    for part in parts:
+        kept.append(part[:room])
+        room -= len(kept[-1])
+    return kept
+
+
+def stars(text):
+    """As many stars: what is hidden keeps its length, so that all else keeps its place."""
+    return b"*" * len(text)
+
+
+def mask(pattern, data):
+    return pattern.sub(lambda match: match[1] + stars(match[2]), data)
+
+
+def split_frame(frame):
+    """(head, mask, payload as it is on the wire) of a WebSocket frame (RFC 6455 5.2)."""
+    size = 2 + {126: 2, 127: 8}.get(frame[1] & 0b0111_1111, 0)
+    masked = size + (4 if frame[1] & 0b1000_0000 else 0)
+    return frame[:size], frame[size:masked], frame[masked:]
+
+
+class Secrets:
+    """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
+
+    def __init__(self, server):
+        self.server, self.known = server, {}   # text -> pattern
+        self.asked_openly = set()   # msg_ids of input_requests whose answer may be seen
+
+    def learn(self):
+        """Which texts are secret now, too: kernels come and go."""
+        access, kernels = self.server.access, list(self.server.kernels.all.values())
+        known = [access.token, access.cookie_value,
+                 *(kernel.connection["key"] for kernel in kernels)]
+        for each in known:
+            if len(each) >= SHORTEST_SECRET and each not in self.known:
+                self.known[each] = spellings(each)
+
+    def seen(self, event):
+        """The parts of an event as they may be seen, each as long as it was. Of one that was cut
+        the end goes, too: half a secret may stand there."""
+        kind, parts = event["kind"], event["parts"]
+        if kind == "websocket":
+            parts = [self.in_frame(parts[0])]
+        elif kind == "http":
+            for pattern in PRIVATE:
+                parts = [mask(pattern, part) for part in parts]
+        elif event.get("channel") == "stdin":
+            self.note_question(parts)
+            parts = self.in_answer(parts)
+        whole = b"".join(parts)
+        if sum(event["sizes"]) == len(whole):
+            is_clean = not any(pattern.search(whole) for pattern in self.known.values())
+            return parts if is_clean else [*map(self.in_text, parts)]
+        end = max(map(longest_spelling, self.known), default=0)
+        return [self.in_text(part)[:None if len(part) == size else -end]
+                for part, size in zip(parts, event["sizes"], strict=True)]
+
+    def in_text(self, data):
+        for pattern in self.known.values():
+            data = pattern.sub(lambda match: stars(match[0]), data)
+        return data
+
+    def in_frame(self, frame):
+        """A frame's payload is read without its mask. What is compressed can only be hidden as a
+        whole, and so is a fragment: a secret may begin in one and end in the next."""
+        head, key, payload = split_frame(frame)
+        plain = apply_mask(payload, key) if key else payload
+        text = plain
+        if frame[0] & COMPRESSED:
+            text = zlib.decompressobj(-15).decompress(plain)
+        seen = self.in_text(self.in_answer([text])[0])
+        if frame[0] & ~COMPRESSED not in WHOLE or text is not plain and seen != text:
+            seen = stars(plain)
+        elif seen == text:
+            return frame
+        return head + key + (apply_mask(seen, key) if key else seen)
+
+    def note_question(self, parts):
+        """Remember an input_request that is no secret."""
+        if b'"input_request"' in b"".join(parts):
+            start = parts.index(our_kernel.DELIMITER) + 2
+            header, _, _, content = map(json.loads, parts[start:start + 4])
+            is_open = header["msg_type"] == "input_request" and content["password"] is False
+            if is_open and header["msg_id"]:
+                self.asked_openly.add(header["msg_id"].encode())
+            if len(self.asked_openly) > MOST_EVENTS:
+                self.asked_openly.clear()
+
+    def in_answer(self, parts):
+        """An input_reply without what was typed, unless its question is known to be no secret."""
+        data = b"".join(parts)
+        if b'"input_reply"' not in data or any(
+                msg_id in data for msg_id in self.asked_openly):
+            return parts
+        return [mask(TYPED, part) for part in parts]
+
+
+class Exchange:
+    """One HTTP exchange, reported when it is over: it takes the place of the handler's wfile, to
+    keep a copy of what is written.
+
+    parts = [head of the request, its body, head of the response, its body]
+    """
+
+    def __init__(self, handler):
+        self.handler, self.file, self.at = handler, handler.wfile, time.time()
+        self.written, self.size, handler.wfile = bytearray(), 0, self
+
+    def write(self, data):
+        self.written += data[:max(0, MOST_TRACED // 2 - self.size)]
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def end(self):
+        """Report it, once; the wishes of who watches are no part of what there is to see."""
+        handler, endpoint = self.handler, self.handler.endpoint
+        name = endpoint.__name__
+        if handler.wfile is not self:
+            return
+        handler.wfile = self.file
+        if name in ("trace", "source"):
+            return
+        asked, body = handler.head_bytes, handler.body or b""
+        head, end, answer = bytes(self.written).partition(b"\r\n\r\n")
+        kept = body[:MOST_TRACED // 2]
+        parts = [asked, stars(kept) if name == "login" else kept, head + end, answer]
+        sizes = [len(asked), len(body), len(head + end), self.size - len(head + end)]
+        report("http", "in", {"at": self.at, "seconds": time.time() - self.at, "sizes": sizes,
+                              "lines": [endpoint.__code__.co_firstlineno]},
+               parts)
+
+
+class Gate:
+    """Between a kernel and its pages: it is open, but a spectator can hold messages back, channel
+    by channel, to see what happens then. The watcher asks it.
+
+    rules = {channel: ("pause", 0) (until a step lets one pass), ("delay", seconds) (each comes so
+    much later) or ("every", seconds) (one at a time)}
+    """
+
+    def __init__(self, kernel):
+        self.rules, self.steps, self.lock = {}, 0, threading.Lock()
+        self.held = []         # (when it came, Entry or Request) that wait, oldest first
+        self.passed_at = 0.0   # when one of them passed last; monotonic, like the others
+        kernel.gate = self
+        kernel.gates.append(self)
+
+    def patience(self):
+        """Seconds until the next look."""
+        return GATE_SECONDS if self.held else math.inf
+
+    def let_pass(self, entries, requests):
+        """Those of the Entries, Requests, and of what waited here, that may go on now. On each
+        channel and way the order stays. What would be too much to keep passes."""
+        if not (self.held or self.rules):
+            return entries, requests
+        now = time.monotonic()
+        waiting = [*self.held, *((now, each) for each in (*entries, *requests))]
+        room = MOST_WAITING - sum(each.size for _, each in waiting)
+        held, stuck, passed = [], set(), []
+        for came_at, each in waiting:
+            way = type(each), each.channel
+            if way not in stuck and (room < 0 or self.is_free(each, came_at)):
+                room += each.size
+                passed.append(each)
+            else:
+                stuck.add(way)
+                held.append((came_at, each))
+        self.held = held
+        return ([each for each in passed if isinstance(each, Entry)],
+                [each for each in passed if isinstance(each, Request)])
+
+    def is_free(self, each, came_at):
+        """True when the oldest that waits on its way may go on now."""
+        rule, seconds = self.rules.get(each.channel, ("delay", 0))
+        if isinstance(each, Request) and each.life is None:
+            return True   # the server's own
+        if rule == "pause":
+            with self.lock:
+                may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
+        else:
+            since = came_at if rule == "delay" else self.passed_at
+            may_pass = time.monotonic() >= seconds + since
+        if may_pass:
+            self.passed_at = time.monotonic()
+        return may_pass
+
+    def release(self):
+        """The Entries that wait: their process has ended, and its end is told behind them."""
+        entries = [each for _, each in self.held if isinstance(each, Entry)]
+        self.held = []
+        return entries
+
+
+KERNEL_EXTRAS.append(Gate)
+
+
+class Spectator:
+    """One who looks under the hood, by a WebSocket of its own.
+
+    It sends binary messages (see `join_parts`) of a JSON object and the parts of an event: n, kind
+    (http, websocket, zmq, process), way (in, out), at (seconds since 1970), lines (of this file,
+    innermost first), sizes (of the parts before they were cut), hidden (is there a star in them),
+    kernel, channel, client. A text message is a JSON object of `now`, `missed` (events), `held`
+    ({kernel: {channel: [messages that wait, msg_type of the first]}}), `key` or `problem`. It gets
+    wishes: {do: one of WISHES, kernel, …}.
+    """
+
+    def __init__(self, websocket, server):
+        self.websocket, self.server, self.secrets = websocket, server, Secrets(server)
+        self.numbers = itertools.count(1)
+        self.lock = threading.Lock()      # guards the next three
+        self.events, self.size, self.missed = collections.deque(), 0, 0
+        self.rules = {}                   # kernel -> the rules it has set for its gate
+        self.held = {}                    # as was told last
+
+    def note(self, event):
+        """From any thread: keep an event until it is sent."""
+        with self.lock:
+            self.events.append(event)
+            self.size += sum(map(len, event["parts"]))
+            while len(self.events) > MOST_EVENTS or self.size > MOST_WATCHED:
+                self.take()
+                self.missed += 1
+
+    def take(self):
+        """The oldest event; the lock is held."""
+        event = self.events.popleft()
+        self.size -= sum(map(len, event["parts"]))
+        return event
+
+    def run(self):
+        """Tell and obey until the connection ends; then nothing is held back any more."""
+        poller = zmq.Poller()
+        poller.register(self.websocket.fileno(), zmq.POLLIN)
+        SPECTATORS.append(self)
+        if report not in TAPS:
+            TAPS.append(report)
+        try:
+            self.say(now=time.time())
+            while not self.websocket.is_closed:
+                if self.websocket.has_bytes or poller.poll(TELL_SECONDS * 1000):
+                    for message in self.websocket.arrived():
+                        self.obey(message)
+                self.tell()
+                self.websocket.ping_or_give_up()
+        finally:
+            SPECTATORS.remove(self)
+            if not SPECTATORS:
+                TAPS.remove(report)
+            for kernel, rules in self.rules.items():
+                if kernel.gate.rules is rules:   # nobody else has set it since
+                    kernel.gate.rules = {}
+
+    # -- what it tells --
+
+    def tell(self):
+        with self.lock:
+            events = [self.take() for _ in range(min(MOST_AT_ONCE, len(self.events)))]
+            missed, self.missed = self.missed, 0
+        if events:
+            self.secrets.learn()
+            self.websocket.write(*map(self.frame, events))
+        # Whoever has set the rules: all who watch see what they do.
+        held = {kernel.id: self.held_at(kernel)
+                for kernel in list(self.server.kernels.all.values()) if kernel.gate.rules}
+        if missed or held != self.held:
+            self.held = held
+            self.say(missed=missed, held=held)
+
+    def say(self, **what):
+        self.websocket.send(to_json(what).decode())
+
+    def frame(self, event):
+        parts = event["parts"]
+        try:
+            seen = self.secrets.seen(event)
+        except Exception:   # what cannot be read may hold a secret, and must not end the telling
+            seen = [*map(stars, parts)]
+        is_hidden = any(not part.startswith(shown)
+                        for part, shown in zip(parts, seen, strict=True))
+        head = {"n": next(self.numbers), "hidden": is_hidden, **event}
+        del head["parts"]
+        return encode_frame(BINARY, join_parts([to_json(head), *seen]))
+
+    def held_at(self, kernel):
+        """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
+        held = {}
+        for _, each in kernel.gate.held:
+            entry = each if isinstance(each, Entry) else each.entry
+            count, first = held.get(entry.channel, (0, entry.msg_type))
+            held[entry.channel] = count + 1, first
+        return held
+
+    # -- what it is asked to do --
+
+    def obey(self, message):
+        """Do what is wished; what cannot be done is told."""
+        try:
+            wish = json.loads(message)
+            if wish["do"] not in WISHES:
+                raise ValueError(f"there is no wish {wish['do']}; there are {', '.join(WISHES)}")
+            kernel = self.server.kernels.get(wish["kernel"])
+            getattr(self, wish["do"])(kernel, wish)
+        except Problem as problem:
+            self.say(problem=problem.message)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+            self.say(problem=f"This wish cannot be understood: {problem!r}")
+
+    def hold(self, kernel, wish):
+        """Set the rules of the kernel's gate: {channel: [one of pause, delay, every; seconds]}."""
+        rules = {channel: (rule, float(seconds))
+                 for channel, (rule, seconds) in wish["rules"].items()}
+        for channel, (rule, seconds) in rules.items():
+            if channel not in (*UPWARD, "iopub") or rule not in ("pause", "delay", "every") \
+                    or not 0 <= seconds <= MOST_SECONDS_HELD:
+                raise ValueError(f"{channel}: {rule} {seconds}")
+        self.rules[kernel] = kernel.gate.rules = rules
+        kernel.gate.steps = 0
+        kernel.requests.put()   # the watcher looks
+
+    def step(self, kernel, wish):
+        """Let one more message pass, if one waits for that."""
+        gate, held = kernel.gate, self.held_at(kernel)
+        waiting = sum(count for channel, (count, _) in held.items()
+                      if gate.rules.get(channel, ("", 0))[0] == "pause")
+        with gate.lock:
+            gate.steps = min(gate.steps + 1, waiting)
+
+    def drop(self, kernel, wish):
+        """Cut a page's connection, or all, as a bad network would."""
+        for box in kernel.pages:
+            if wish.get("client") in (None, box.session_id):
+                box.cut_off()
+
+    def kill(self, kernel, wish):
+        kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    def send(self, kernel, wish):
+        """Send these very parts, in base64, down a channel, as one could who knows no key."""
+        if wish["channel"] not in UPWARD:
+            raise ValueError(f"nobody sends on {wish['channel']}")
+        kernel.requests.put([Request(wish["channel"], [*map(base64.b64decode, wish["parts"])])])
+
+    def key(self, kernel, wish):
+        """Tell the key of a kernel, with which the page checks signatures. Who may run code there
+        could read it anyway."""
+        self.say(kernel=kernel.id, key=kernel.connection["key"])
+
+
+def trace(handler):
+    """From here on this thread tells what passes the server (see Spectator)."""
+    websocket = WebSocket.accept(handler)
+    handler.is_answered = True
+    Spectator(websocket, handler.server).run()
+
+
+def source(handler, name):
+    """A file of this program, for who wants to read the line that has just run."""
+    with open(os.path.join(HERE, name), "rb") as file:
+        handler.send(200, file.read(), "text/plain; charset=utf-8")
+
+
+def begin_exchange(handler):
+    handler.exchange = Exchange(handler) if SPECTATORS else None
+
+
+def end_exchange(handler):
+    if handler.exchange:
+        handler.exchange.end()
+
+
+ROUTES += [("GET", "/api/trace", trace),
+           ("GET", rf"/api/trace/({'|'.join(map(re.escape, SOURCES))})", source)]
+BEFORE.append(begin_exchange)
+AFTER.append(end_exchange)
+
+
+# ---- 31. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
@@ -6003,36 +6300,22 @@ def stop_server(words):
 COMMANDS.update(list=list_servers, stop=stop_server)
 
 
-# ---- 17. Under the hood: where it is plugged in ------------------------------------------------
+# ---- 32. A quick start -------------------------------------------------------------------------
 
-def trace(handler):
-    """From here on this thread tells what passes the server (see Spectator)."""
-    websocket = WebSocket.accept(handler)
-    handler.is_answered = True
-    Spectator(websocket, handler.server).run()
-
-
-def source(handler, name):
-    """A file of this program, for who wants to read the line that has just run."""
-    with open(os.path.join(HERE, name), "rb") as file:
-        handler.send(200, file.read(), "text/plain; charset=utf-8")
-
-
-def begin_exchange(handler):
-    handler.exchange = Exchange(handler) if SPECTATORS else None
-
-
-def end_exchange(handler):
-    if handler.exchange:
-        handler.exchange.end()
-
-
-ROUTES += [("GET", "/api/trace", trace),
-           ("GET", rf"/api/trace/({'|'.join(map(re.escape, SOURCES))})", source)]
-BEFORE.append(begin_exchange)
-AFTER.append(end_exchange)
+def run_as_module():
+    """Start again, as a module, which comes from the bytecode cache: of a script Python keeps the
+    syntax tree (7 MB here) for as long as it runs. (Debuggers want to see the script.)"""
+    if os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+        start = f"import sys; sys.path[0] = {HERE!r}; import minijupyter; minijupyter.main()"
+        flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
+        os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
     run_as_module()
+
+
+# ==== End of Part II ====
+
+if __name__ == "__main__":
     main()

@@ -5433,6 +5433,8 @@ class PartsOfAFile(Case):
 
 
 KERNEL_SOURCE = (HERE / "kernel.py").read_text("utf-8")
+SERVER_SOURCE = (HERE / "minijupyter.py").read_text("utf-8")
+SOURCES = {"kernel.py": KERNEL_SOURCE, "minijupyter.py": SERVER_SOURCE}
 needs_parts = unittest.skipUnless(parts(KERNEL_SOURCE), "kernel.py has no marks of Part II")
 
 
@@ -6111,7 +6113,7 @@ class Saving(ServerCase):
                 path = self.folder() / "file"
                 path.write_bytes(found)
                 minijupyter.make_record(str(path), old, new)
-                minijupyter.Contents(path.parent)
+                minijupyter.CONTENTS[-1](path.parent)
                 self.assertEqual(path.read_bytes(), expected)
                 self.assertEqual(os.listdir(minijupyter.RUNTIME), [])
 
@@ -6131,7 +6133,7 @@ class Saving(ServerCase):
 
     def test_what_another_program_writes_during_a_save_is_not_overwritten(self):
         root = self.folder()
-        contents, encode = minijupyter.Contents(root), minijupyter.Contents.encode
+        contents, encode = minijupyter.CONTENTS[-1](root), minijupyter.Contents.encode
         (root / "a.txt").write_text("old")
 
         def encode_while_another_writes(*arguments):
@@ -6365,7 +6367,7 @@ class Crashes(Case):
         for number in range(1, names):
             os.link(folder / "root" / "0.ipynb", folder / "root" / f"{number}.ipynb")
         with unittest.mock.patch.object(minijupyter, "RUNTIME", str(folder / "runtime")):
-            contents = minijupyter.Contents(folder / "root")
+            contents = minijupyter.CONTENTS[-1](folder / "root")
         self.assertEqual([path.name for path in folder.rglob("*") if path.suffix in (
             ".saving", ".record") and path.parent.name == "root"], [])
         return contents.read(folder / "root" / "0.ipynb")
@@ -6551,6 +6553,16 @@ class NotebookFiles(ServerCase):
         self.assertEqual(self.save(content), large.replace(b"second", b"mine"))
         self.assertUntouched((self.root / "styled.ipynb").read_bytes())
 
+    def test_small_notebooks_are_kept_within_a_bound(self):
+        recent = minijupyter.Recent()
+        recent.ROOM = 3000
+        for number in [*range(20), 19, 19]:
+            data = jupyter_bytes(notebook(f"{number} {'x' * 500}"))
+            file = recent.read(data)
+            self.assertIs(recent.read(bytes(bytearray(data))), file)
+            self.assertEqual(recent.size, sum(map(len, recent.small)))
+        self.assertIn(recent.size, range(500, 3000))
+
     def test_cells_that_are_moved_deleted_and_added_leave_the_others_as_they_stand(self):
         content = through_javascript(self.open(FILE_STYLES["Colab"]))
         content["cells"] = [*reversed(content["cells"]), notebook("new")["cells"][0]]
@@ -6638,7 +6650,8 @@ class NotebookFiles(ServerCase):
             self.assertEqual(self.save(content), jupyter_bytes(notebook()))
 
     def test_the_plain_way_alone_opens_and_saves_notebooks(self):
-        contents, nb = minijupyter.Contents(self.folder()), notebook("x = 1\ny = 2", "half \ud83d")
+        contents = minijupyter.CONTENTS[-1](self.folder())
+        nb = notebook("x = 1\ny = 2", "half \ud83d")
         path = Path(contents.root, "a.ipynb")
         model = {"type": "notebook", "format": "json", "content": nb}
         with unittest.mock.patch.multiple(
@@ -6823,7 +6836,7 @@ class Files(ServerCase):
     def test_long_texts_are_read_and_saved_as_short_ones_are(self):
         texts = ["é☃𝄞\n\"\\" * 40, "x", "\\\\ud83d", "\u2028", "😀"]
         with unittest.mock.patch.multiple(minijupyter, LONG_TEXT=10, AT_ONCE=33):
-            contents = minijupyter.Contents(self.folder())
+            contents = minijupyter.CONTENTS[-1](self.folder())
             for text, is_ascii in itertools.product([*texts, "".join(texts)], (True, False)):
                 sent = {"type": "file", "format": "text", "content": text}
                 data = json.dumps(sent, ensure_ascii=is_ascii).encode()
@@ -6837,7 +6850,7 @@ class Files(ServerCase):
 
     def test_large_things_are_read_and_written_in_small_pieces(self):
         """A piece is what holds up all other threads."""
-        contents, most = minijupyter.Contents(self.folder()), 8 * minijupyter.AT_ONCE
+        contents, most = minijupyter.CONTENTS[-1](self.folder()), 8 * minijupyter.AT_ONCE
         for form, letter in (("text", "\n"), ("base64", "A")):
             text = letter * 8_000_000
             body = json.dumps({"type": "file", "format": form, "content": text}).encode()
@@ -6882,7 +6895,7 @@ class Files(ServerCase):
 
     def test_a_small_file_is_read_once_until_it_changes(self):
         root = self.folder()
-        contents = minijupyter.Contents(root)
+        contents = minijupyter.CONTENTS[-1](root)
         (root / "a.txt").write_text("one")
         self.assertIsNot(contents.get_json("a.txt"), contents.get_json("a.txt"))   # too fresh
         contents.answers.TICK = 0
@@ -6898,7 +6911,7 @@ class Files(ServerCase):
 
     def test_what_small_files_say_is_kept_within_a_bound(self):
         root = self.folder()
-        contents = minijupyter.Contents(root)
+        contents = minijupyter.CONTENTS[-1](root)
         contents.answers.TICK, contents.answers.MOST = 0, 3000
         for number in range(20):
             (root / f"{number}.txt").write_text("x" * 1000)
@@ -6910,7 +6923,7 @@ class Files(ServerCase):
     def test_hidden_files_are_served_when_they_are_asked_for(self):
         root = self.folder()
         (root / ".hidden").write_text("x")
-        contents = minijupyter.Contents(root, allow_hidden=True)
+        contents = minijupyter.CONTENTS[-1](root, allow_hidden=True)
         self.assertEqual(contents.get(".hidden")["content"], "x")
         self.assertEqual([m["name"] for m in contents.get("")["content"]], [".hidden"])
         for path in ("..", ".", "../x", "a/../.hidden"):
@@ -8997,54 +9010,6 @@ class ServerLife(ServerCase):
         self.assertNotIn("Traceback", process.output)
 
 
-class PluggedIn(ServerCase):
-    """What stands behind `main` in minijupyter.py is plugged in: without any one section of it, and
-    without all of them, the server serves pages, files, kernels and channels by the token."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.root = Path("never")
-        cls.first, *cls.sections = re.split(
-            r"(?m)^(?=# ---- 1[2-9]\. |if __name__ == )", text_of("minijupyter.py"))
-        cls.last = cls.sections.pop()
-
-    def serve(self, sections):
-        """A server without all sections but these."""
-        folder = self.folder()
-        (folder / "minijupyter.py").write_text(self.first + "".join(sections) + self.last)
-        for name in ("kernel.py", "index.html"):
-            (folder / name).symlink_to(HERE / name)
-        return self.own_server(program=lambda root, port, token: [
-            sys.executable, folder / "minijupyter.py", root, "--port", str(port), "--token", token,
-            "--no-browser"])
-
-    def assertServes(self, server):
-        self.assertEqual(server.get("/tree", Authorization="token x").status,
-                         server.get("/tree", Authorization=None).status)
-        self.assertEqual(server.get("/api/contents", Authorization="token x").status, 403)
-        self.assertEqual(server.get("/api/contents", Host="evil.example").status, 403)
-        opened = server.get(f"/tree?token={server.token}", Authorization=None)
-        cookie = opened.headers["Set-Cookie"].partition(";")[0]
-        for path in ("/tree", "/api/contents", "/api/sessions"):
-            reply = server.get(path, Authorization=None, Cookie=cookie)
-            self.assertEqual(reply.status, 200)
-        _, frontend, _ = self.start_kernel(server)
-        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
-        self.assertNotIn("Traceback", server.process.output)
-
-    def test_each_section_can_go(self):
-        self.assertGreater(len(self.sections), 4)
-        for section in self.sections:
-            with self.subTest(section.split("\n")[0]):
-                self.assertServes(self.serve([each for each in self.sections if each != section]))
-
-    def test_all_of_them_can_go(self):
-        server = self.serve([])
-        self.assertServes(server)
-        self.assertReply(server.get("/tree", Authorization=None), 403)   # there is no login
-        self.assertReply(server.get("/login"), 404)
-
-
 # ---- 8. WebSocket frames and the bridge --------------------------------------------
 #
 # WebSocketClient can send any bytes, wrong ones too. The rules are those of RFC 6455, with its
@@ -9680,7 +9645,7 @@ class Autobahn(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.server = EchoServer(may_compress=True)
+        cls.server = EchoServer(extensions=[minijupyter.offer_deflate])
         cls.addClassCleanup(cls.server.end)
         # The suite takes an echo for text when it comes back uncompressed; so all are compressed.
         cls.enterClassContext(
@@ -9744,7 +9709,7 @@ class WebSocketCompression(Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.server = EchoServer(may_compress=True)
+        cls.server = EchoServer(extensions=[minijupyter.offer_deflate])
         cls.addClassCleanup(cls.server.end)
 
     def connect(self, port=None, **headers):
@@ -9753,7 +9718,7 @@ class WebSocketCompression(Case):
         return client
 
     def feed(self, *frames, most_bytes=1000):
-        parser = minijupyter.FrameParser(most_bytes, may_compress=True)
+        parser = minijupyter.FrameParser(most_bytes, minijupyter.Deflate())
         return [message for each in frames for message in parser.feed(each)]
 
     def test_the_first_offer_that_can_be_met_is_accepted(self):
@@ -10902,7 +10867,7 @@ def almost_notebooks(st):
 class FuzzedWebSocket(Case):
     @fuzzed(lambda st: st.binary(max_size=200), chunked, lambda st: st.booleans(), examples=500)
     def test_any_bytes_are_messages_or_an_error_with_a_code(self, data, sizes, may_compress):
-        parser = minijupyter.FrameParser(most_bytes=1000, may_compress=may_compress)
+        parser = minijupyter.FrameParser(1000, minijupyter.Deflate() if may_compress else None)
         try:
             for piece in pieces(data, sizes):
                 for opcode, payload in parser.feed(piece):
@@ -10914,7 +10879,7 @@ class FuzzedWebSocket(Case):
                                 max_size=6), chunked, examples=500)
     def test_any_masked_frames_are_messages_or_an_error_with_a_code(self, frames, sizes):
         data = b"".join(bytes([first]) + frame(0, payload)[1:] for first, payload in frames)
-        parser = minijupyter.FrameParser(most_bytes=1000, may_compress=True)
+        parser = minijupyter.FrameParser(1000, minijupyter.Deflate())
         try:
             for piece in pieces(data, sizes):
                 list(parser.feed(piece))
@@ -10923,7 +10888,7 @@ class FuzzedWebSocket(Case):
 
     @fuzzed(messages, chunked, examples=300)
     def test_messages_come_out_as_they_went_in_however_they_are_cut(self, sent, sizes):
-        parser, data = minijupyter.FrameParser(may_compress=True), b""
+        parser, data = minijupyter.FrameParser(extension=minijupyter.Deflate()), b""
         for message, cuts, is_compressed in sent:
             opcode = TEXT if isinstance(message, str) else BINARY
             payload = message.encode() if opcode == TEXT else message
@@ -10942,7 +10907,7 @@ class FuzzedDocuments(Case):
     def assertReadable(self, data):
         """The bytes are refused, or a notebook that is valid and goes back to disk untouched."""
         try:
-            notebook_ = minijupyter.read_notebook(data)
+            notebook_ = minijupyter.DOCUMENTS[-1](data).served
         except minijupyter.NotANotebook as problem:
             return self.assertTrue(str(problem))
         self.assertEqual(notebook_["nbformat"], 4)
@@ -10951,7 +10916,7 @@ class FuzzedDocuments(Case):
         again = minijupyter.write_notebook(notebook_, file).data
         if json.loads(data)["nbformat"] == 4 and not file.mended:
             self.assertEqual(again, data)
-        self.assertEqual(json.dumps(minijupyter.read_notebook(again), sort_keys=True),
+        self.assertEqual(json.dumps(minijupyter.DOCUMENTS[-1](again).served, sort_keys=True),
                          json.dumps(notebook_, sort_keys=True))
 
     @fuzzed(json_values, examples=300)
@@ -10965,7 +10930,7 @@ class FuzzedDocuments(Case):
     @fuzzed(lambda st: st.binary(max_size=50), examples=200)
     def test_any_bytes_are_refused_or_a_notebook(self, data):
         with contextlib.suppress(minijupyter.NotANotebook):
-            minijupyter.read_notebook(data)
+            self.assertIsInstance(minijupyter.DOCUMENTS[-1](data).served, dict)
 
 
 class FuzzedContents(ServerCase):
@@ -11446,7 +11411,7 @@ class UnderTheHood(ServerCase):
     def test_an_event_names_the_lines_that_led_to_it(self):
         self.page.finish(self.page.start("1"))
         lines = text_of("minijupyter.py").split("\n")
-        for kind, way, words in (("websocket", "in", "report("), ("websocket", "out", ".write("),
+        for kind, way, words in (("websocket", "in", "tap("), ("websocket", "out", ".write("),
                                  ("zmq", "out", "send_multipart("), ("zmq", "in", "recv_multi")):
             with self.subTest(f"{kind} {way}"):
                 event = self.watch.wait_for(kind, way)[0]
@@ -11909,7 +11874,7 @@ class PastFlaws(ServerCase):
 
     def test_a_root_that_is_the_whole_disk_has_no_outside(self):
         """CVE-2026-5422: "/" ends with its own separator."""
-        contents = minijupyter.Contents(os.sep)
+        contents = minijupyter.CONTENTS[-1](os.sep)
         self.assertEqual(contents.resolve("etc"), os.path.join(os.sep, "etc"))
         self.assertTrue(minijupyter.is_within("/etc", "/"))
         self.assertFalse(minijupyter.is_within("/root-sibling", "/root"))
@@ -15740,6 +15705,199 @@ class PageInFirefox(ServerCase):
         """)
 
 
+
+# -- Part I of the server alone, and Part II without any one section --
+
+def server_alone(folder, source):
+    """`program` of a server with this source in a folder of its own, with the kernel's Part I and
+    the page."""
+    for name, text in (("minijupyter.py", source), ("kernel.py", without_part_two(KERNEL_SOURCE)),
+                       ("index.html", text_of("index.html"))):
+        (Path(folder) / name).write_text(text, "utf-8")
+    return lambda root, port, token: [
+        sys.executable, Path(folder) / "minijupyter.py", root, "--port", str(port),
+        "--token", token, "--no-browser"]
+
+
+class CoreOfTheServer(ServerCase):
+    """Part I alone is a server: what the architecture promises holds without any extra."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.options = {"program": server_alone(folder.name, without_part_two(SERVER_SOURCE))}
+        super().setUpClass()
+
+    handshake = Bridge.handshake
+    kernel_id = None
+
+    def test_notebooks_are_opened_and_saved_whole_and_never_over_a_change(self):
+        path, nb = "/api/contents/a.ipynb", notebook("x = 1")
+        self.assertReply(self.server.put(path, {"type": "notebook", "content": nb}), 201)
+        model = self.assertReply(self.server.get(f"{path}?hash=1"), 200).json
+        self.assertEqual(model["content"], nb)
+        self.assertEqual(json.loads((self.root / "a.ipynb").read_text()), {
+            **nb, "cells": [{**nb["cells"][0], "source": ["x = 1"]}]})
+        again, expected = notebook("x = 2"), {"If-Match": f'"{model["hash"]}"'}
+        body = {"type": "notebook", "content": again}
+        self.assertReply(self.server.put(path, body, **expected), 200)
+        self.assertReply(self.server.put(path, body, **expected), 412)
+        self.assertReply(self.server.put(path, {"type": "notebook", "content": {}}), 400)
+        self.assertEqual(self.server.get(path).json["content"], again)
+
+    def test_files_are_listed_made_renamed_and_deleted(self):
+        Contents.test_a_folder_lists_what_is_in_it(self)
+        Contents.test_a_new_file_gets_the_next_free_name(self)
+        Contents.test_a_rename_overwrites_nothing(self)
+        Contents.test_a_file_and_a_folder_are_deleted(self)
+        self.assertReply(self.server.post("/api/contents/a.ipynb/checkpoints"), 404)
+
+    def test_nothing_outside_the_root_is_reached(self):
+        (self.root / ".hidden").write_text("x")
+        (self.root / "out").symlink_to("/etc")
+        for path in ("../root/x", "..%2f..%2fetc/passwd", ".hidden", "out/passwd"):
+            self.assertReply(self.server.get(f"/api/contents/{path}"), 404)
+
+    def test_who_may_come_in_is_asked_first(self):
+        self.assertReply(self.server.get("/api/contents", Authorization=None), 403)
+        self.assertReply(self.server.get("/api/contents", Host="evil.example"), 403)
+        cookie = Bridge.cookie(self)
+        for origin, status in (("http://evil.example", 403),
+                               (f"http://127.0.0.1:{self.server.port}", 201)):
+            self.assertReply(self.server.request(
+                "POST", "/api/contents", {},
+                {"Authorization": None, "Cookie": cookie, "Origin": origin}), status)
+
+    def test_a_kernel_is_started_interrupted_restarted_and_shut_down(self):
+        Kernels.test_a_kernel_is_started_listed_and_shut_down(self)
+        Kernels.test_the_state_of_a_kernel_follows_its_cells(self)
+        Kernels.test_interrupt_stops_a_running_cell(self)
+        Kernels.test_restart_works_while_a_cell_runs(self)
+        _, frontend, pid = self.start_kernel()
+        os.kill(pid, signal.SIGKILL)
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        Kernels.test_what_was_sent_to_a_dying_kernel_does_not_run_in_the_next_one(self)
+
+    def test_a_session_ties_a_notebook_to_its_kernel(self):
+        wish = {"path": "a.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
+        one, two = (self.assertReply(self.server.post("/api/sessions", wish), 201).json
+                    for _ in range(2))
+        self.assertEqual(one["kernel"]["id"], two["kernel"]["id"])
+        self.assertReply(self.server.delete(f"/api/sessions/{one['id']}"), 204)
+
+    def test_cells_run_and_what_they_say_goes_to_whom_it_is_for(self):
+        self.kernel_id, self.frontend, _ = self.start_kernel()
+        self.run_cell = functools.partial(Bridge.run_cell, self)
+        Bridge.test_a_cell_runs_through_the_server(self)
+        Bridge.test_input_travels_both_ways(self)
+        self.frontend.typed = []
+        Bridge.test_two_hundred_thousand_lines_arrive_whole_and_in_order(self)
+        Bridge.test_every_frontend_sees_the_output_and_only_the_asker_the_reply(self)
+        Bridge.test_bad_messages_from_a_page_harm_nobody(self)
+        Bridge.test_wrong_frames_close_with_their_code(self)
+
+    def test_who_comes_back_gets_the_rest(self):
+        self.kernel_id, self.plain, _ = self.start_kernel()
+        Journal.test_another_client_that_returns_gets_what_it_missed_like_from_jupyter_server(self)
+
+    def test_what_two_programs_could_read_in_two_ways_is_refused(self):
+        for head in ("GET /api HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+                     "GET /api HTTP/1.1\r\nHost: localhost\r\nA: b\rX: y\r\n\r\n",
+                     "GET /api HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", self.server.port)) as client:
+                client.sendall(head.encode())
+                self.assertIn(b" 400 ", client.recv(100))
+
+
+class CoreOfTheServerUnderThePage(PageCase):
+    """The page works on Part I of server and kernel alone."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.options = {"program": server_alone(folder.name, without_part_two(SERVER_SOURCE))}
+        super().setUpClass()
+
+    def test_cells_are_run_answered_interrupted_and_restarted(self):
+        tab = self.open("print('out')\n6 * 7", "1 / 0", "input('Name? ')", "while True: pass")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "42")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "ZeroDivisionError")
+        tab.cell(2).locator("textarea.editor").focus()
+        tab.press("Shift+Enter")
+        tab.cell(2).locator("input").fill("Ada")
+        tab.press("Enter")
+        self.assertShows(tab.outputs(2), "'Ada'")
+        tab.cell(3).locator("textarea.editor").focus()
+        tab.press("Shift+Enter")
+        tab.wait_for(kernel="busy")
+        tab.command("interrupt")
+        self.assertShows(tab.outputs(3), "KeyboardInterrupt")
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.run(0)
+        self.assertShows(tab.cell(0).locator(".prompt"), "1")
+
+    def test_what_is_edited_is_saved_and_there_again(self):
+        tab = self.open("x = 1")
+        tab.write(0, "x = 2")
+        tab.save()
+        self.assertEqual(self.saved_sources(), ["x = 2"])
+        self.assertEqual(self.reopen(self.name).sources(), ["x = 2"])
+
+    def test_a_change_on_disk_is_a_conflict(self):
+        tab = self.open("x = 1")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("theirs = 3")))
+        tab.write(0, "x = 2")
+        tab.press("Control+s")
+        self.assertShows(tab.page.locator("dialog[open]"), "changed")
+        self.assertEqual(self.saved_sources(), ["theirs = 3"])
+
+
+@needs_parts
+class EachExtraOfTheServerAlone(ServerCase):
+    """Part II of the server without any one of its sections: the rest runs."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = Path("never")
+
+    def assertServes(self, server):
+        self.assertReply(server.get("/api/contents", Authorization="token x"), 403)
+        opened = server.get(f"/tree?token={server.token}", Authorization=None)
+        cookie = opened.headers["Set-Cookie"].partition(";")[0]
+        self.assertReply(server.get("/tree", Authorization=None, Cookie=cookie), 200)
+        nb = {"type": "notebook", "content": notebook("x = 1")}
+        self.assertReply(server.put("/api/contents/a.ipynb", nb), 201)
+        self.assertEqual(server.get("/api/contents/a.ipynb").json["content"], nb["content"])
+        self.assertReply(server.get("/files/a.ipynb"), 200)
+        kernel_id = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
+        wire = WebSocketWire(server, kernel_id, "page", journal=1)
+        self.addCleanup(wire.close)
+        frontend = Frontend(wire)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        self.assertReply(server.delete(f"/api/kernels/{kernel_id}"), 204)
+        self.assertNotIn("Traceback", server.process.output)
+
+    def test_without_one_section_the_server_serves_saves_and_runs(self):
+        without = {"nothing": SERVER_SOURCE, **extras(SERVER_SOURCE)}
+        self.assertGreater(len(without), 20)
+        for title, source in without.items():
+            with self.subTest(title), tempfile.TemporaryDirectory() as folder:
+                server = Server(program=server_alone(folder, source))
+                self.addCleanup(server.end)
+                self.assertServes(server)
+                server.end()
+
+
+CORE += (CoreOfTheServer, CoreOfTheServerUnderThePage, EachExtraOfTheServerAlone)
+
+
 # ---- 10. Documentation under test --------------------------------------------------
 #
 # The documentation is code that nobody runs, so these tests do: the twelve stations of a cell's
@@ -15864,7 +16022,8 @@ class Documentation(Case):
         for name in FILES[:4]:
             text = text_of(name)
             banners = re.findall(r"^(?:#|//|<!--) ---- (\d+)\. (.+?) -{3,}", text, re.MULTILINE)
-            opening = " ".join(text[:text.index(f"---- {banners[0][0]}.")].split())
+            heads = text.split(f"---- {banners[0][0]}.")[0], (text.split(PART_II) + [""])[1]
+            opening = " ".join("".join(heads).split())
             with self.subTest(name):
                 self.assertEqual([int(n) for n, _ in banners], list(range(1, len(banners) + 1)))
                 for number, title in banners:
@@ -15880,35 +16039,42 @@ class Documentation(Case):
                 with self.subTest(name):
                     self.assertEqual({name: n for name, n in found.items() if n > 1}, {})
 
-    def test_the_kernel_has_one_part_two_and_all_its_stations_stand_before_it(self):
-        self.assertEqual([KERNEL_SOURCE.count(mark) for mark in (PART_II, END_OF_PART_II)], [1, 1])
-        found = [re.findall(r"Journey (\d+)", "".join(lines)) for lines in parts(KERNEL_SOURCE)]
-        self.assertEqual([sorted(map(int, numbers)) for numbers in found],
-                         [[4, 5, 6, 7, 8, 9, 10], [], []])
+    def test_each_file_has_one_part_two_and_all_its_stations_stand_before_it(self):
+        held = {"kernel.py": [4, 5, 6, 7, 8, 9, 10], "minijupyter.py": [2, 3, 11]}
+        for name, stations in held.items():
+            source = SOURCES[name]
+            with self.subTest(name):
+                self.assertEqual([source.count(mark) for mark in (PART_II, END_OF_PART_II)], [1, 1])
+                found = [re.findall(r"Journey (\d+)", "".join(lines)) for lines in parts(source)]
+                self.assertEqual([sorted(map(int, numbers)) for numbers in found],
+                                 [stations, [], []])
 
     def test_part_two_lists_its_sections_and_each_uses_the_plugs_that_it_names(self):
-        _, second, _ = parts(KERNEL_SOURCE)
-        banners = [number for number, line in enumerate(second) if BANNER.match(line)]
-        matches = [BANNER.match(second[number]) for number in banners]
-        announced = announced_sections(second)
-        self.assertEqual([row[:2] for row in announced],
-                         [(match[1], match[2].split(":")[0]) for match in matches])
-        for (_, title, plugs), *lines in zip(announced, banners, [*banners[1:], None], strict=True):
-            names = uses(ast.parse("".join(second[slice(*lines)])))
-            for plug in plugs:
-                with self.subTest(title, plug=plug):
-                    self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
+        for name, source in SOURCES.items():
+            _, second, _ = parts(source)
+            banners = [number for number, line in enumerate(second) if BANNER.match(line)]
+            matches = [BANNER.match(second[number]) for number in banners]
+            announced = announced_sections(second)
+            self.assertEqual([row[:2] for row in announced],
+                             [(match[1], match[2].split(":")[0]) for match in matches])
+            for (_, title, plugs), *lines in zip(
+                    announced, banners, [*banners[1:], None], strict=True):
+                names = uses(ast.parse("".join(second[slice(*lines)])))
+                for plug in plugs:
+                    with self.subTest(name, title=title, plug=plug):
+                        self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
 
     def test_each_extension_point_is_made_in_part_one_and_used_in_part_two(self):
-        first, second, _ = (ast.parse("".join(lines)) for lines in parts(KERNEL_SOURCE))
-        made, used = {*definitions(first.body)}, uses(second)
-        plugs = announced_plugs(ast.get_docstring(first, clean=False))
-        self.assertGreater(len(plugs), 10)
-        for plug in plugs:
-            owner, _, name = plug.rpartition(".")
-            with self.subTest(plug):
-                self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
-                self.assertTrue(name in used, "no section of Part II uses it")
+        for file, source in SOURCES.items():
+            first, second, _ = (ast.parse("".join(lines)) for lines in parts(source))
+            made, used = {*definitions(first.body)}, uses(second)
+            plugs = announced_plugs(ast.get_docstring(first, clean=False))
+            self.assertGreater(len(plugs), 10)
+            for plug in plugs:
+                owner, _, name = plug.rpartition(".")
+                with self.subTest(file, plug=plug):
+                    self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
+                    self.assertTrue(name in used, "no section of Part II uses it")
 
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
