@@ -51,13 +51,23 @@ connection turns into a WebSocket; one *watcher* per kernel process, which owns 
 Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 and 9112
 (HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
 """
+import os
+import sys
+
+# A script's syntax tree (7 MB here) stays for as long as it runs; a module comes from the bytecode
+# cache. So this file starts itself again as a module. (Whoever debugs it wants to see the script.)
+if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+    start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+             "import minijupyter; minijupyter.main()")
+    flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
+    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+
 import argparse
 import atexit
 import base64
 import codecs
 import collections
 import contextlib
-import email.utils
 import errno
 import functools
 import gc
@@ -69,7 +79,6 @@ import itertools
 import json
 import math
 import mimetypes
-import os
 import re
 import secrets
 import shutil
@@ -79,7 +88,6 @@ import stat
 import string
 import struct
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -128,13 +136,13 @@ def iso(seconds):
 @functools.lru_cache(1)
 def http_date(second):
     """A time as HTTP writes it (RFC 9110 5.6.7): Sun, 06 Nov 1994 08:49:37 GMT."""
-    return email.utils.formatdate(second, usegmt=True)
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 def written_date(written):
     """The same of a time as `iso` writes it."""
     moment = datetime.fromisoformat(written.removesuffix("Z")).replace(tzinfo=timezone.utc)
-    return email.utils.format_datetime(moment, usegmt=True)
+    return http_date(moment.timestamp())
 
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -3841,7 +3849,6 @@ def serve(server):
 #    29 What few clients ask for                 ROUTES, AT_START
 #    30 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    31 Other servers                            COMMANDS
-#    32 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6298,21 +6305,6 @@ def stop_server(words):
 
 
 COMMANDS.update(list=list_servers, stop=stop_server)
-
-
-# ---- 32. A quick start -------------------------------------------------------------------------
-
-def run_as_module():
-    """Start again, as a module, which comes from the bytecode cache: of a script Python keeps the
-    syntax tree (7 MB here) for as long as it runs. (Debuggers want to see the script.)"""
-    if os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-        start = f"import sys; sys.path[0] = {HERE!r}; import minijupyter; minijupyter.main()"
-        flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-        os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    run_as_module()
 
 
 # ==== End of Part II ====
