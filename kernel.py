@@ -5127,21 +5127,35 @@ def wait_for_subscriber(kernel):
 
 # ---- 23. The parent's end ----------------------------------------------------------------------
 #
-# Linux tells through a pidfd, without any polling in time, when the process has ended that started
-# us (JPY_PARENT_PID); then we go with it. Elsewhere the server's own shutdown is all there is.
+# When the process has ended that started us (JPY_PARENT_PID), we go with it. Linux tells through a
+# pidfd, without any polling in time; elsewhere a thread waits for it.
 
 @EXTRAS.append
 def follow_parent(kernel):
     pid = os.environ.get("JPY_PARENT_PID", "")
-    if not pid.isdigit() or int(pid) != os.getppid() or not hasattr(os, "pidfd_open"):
+    if not pid.isdigit() or int(pid) != os.getppid():
         return
 
     def end():
-        end_children(signal.SIGKILL)
+        if POSIX:
+            end_children(signal.SIGKILL)
         os._exit(1)
 
-    with contextlib.suppress(OSError):   # the system does not allow it
+    try:
         kernel.listen(os.pidfd_open(int(pid)), end)
+    except (AttributeError, OSError):   # not Linux, or it does not allow it
+        threading.Thread(target=wait_for_parent, args=[int(pid), end], daemon=True).start()
+
+
+def wait_for_parent(pid, end):
+    """Call `end` when this process has lost its parent."""
+    if os.name == "nt":   # where the number of the parent stays
+        import ctypes
+        system, synchronize, for_ever = ctypes.windll.kernel32, 0x00100000, 0xFFFFFFFF
+        system.WaitForSingleObject(system.OpenProcess(synchronize, False, pid), for_ever)
+    while os.name != "nt" and os.getppid() == pid:
+        sleep(1)
+    end()
 
 
 # ---- 24. Passwords -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ Part I's extension points, and what is plugged in there:
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
     kernel.on_request, on_publish, on_join, on_end                 journal
     kernel.on_launch, on_exit, gates                               orphans, Under the hood
+    OUTPUTS                what a process says itself, by system   Windows
     FOLLOWERS              ?journal= -> class of a mailbox         journal
     OWN_CHANNELS           channels between page and server        journal
     EXTENSIONS, LAYOUTS    of a WebSocket, of messages on it       compression, the v1 layout
@@ -108,7 +109,7 @@ except ImportError:   # Windows
     fcntl = None
 
 import kernel as our_kernel
-from kernel import Session, to_json
+from kernel import POSIX, Session, to_json  # POSIX: signals, process groups, polled pipes
 
 __version__ = our_kernel.__version__
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1469,7 +1470,7 @@ class KernelProcess:
 
     def interrupt(self):
         """Interrupt the running cell, by signal or by message as the spec says."""
-        if self.spec["interrupt_mode"] == "message":
+        if self.spec["interrupt_mode"] == "message" or not POSIX:
             self.ask("interrupt_request", {}, 1)
         else:
             self.send_signal(signal.SIGINT)
@@ -1480,7 +1481,7 @@ class KernelProcess:
             return   # by now the number may be another process's
         self.report("out", f"signal {int(number)} ({signal.strsignal(number)})")
         with contextlib.suppress(ProcessLookupError):
-            if hasattr(os, "killpg"):
+            if POSIX:
                 os.killpg(self.process.pid, number)
             else:
                 self.process.send_signal(number)
@@ -1636,8 +1637,7 @@ class Watcher:
         # One identity on all channels: the kernel asks on stdin whom it heard on shell.
         identity = secrets.token_bytes(16)
         self.sockets = {channel: self.kernel.connect(channel, identity) for channel in CHANNELS}
-        self.output, self.poller = self.process.stdout, zmq.Poller()
-        os.set_blocking(self.output.fileno(), False)
+        self.output, self.poller = OUTPUTS[POSIX](self.process.stdout), zmq.Poller()
         for source in (*self.sockets.values(), self.output.fileno(), self.kernel.requests.fileno()):
             self.poller.register(source, zmq.POLLIN)
         with watched_process(self.process, self.poller) as is_watched:
@@ -1790,7 +1790,7 @@ class Watcher:
     def read(self):
         """Pass on what the process says itself; False at the end of the file."""
         try:
-            data = os.read(self.output.fileno(), 65_536)
+            data = self.output.read()
         except BlockingIOError:
             return True
         text = data.decode("utf-8", "replace")
@@ -1871,6 +1871,27 @@ class Watcher:
         return f"The kernel process {how}" + (f":\n{said}" if said else ".")
 
 
+class Output:
+    """What a process writes on its own stdout and stderr, with a descriptor for a poller."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+        os.set_blocking(pipe.fileno(), False)
+
+    def fileno(self):
+        return self.pipe.fileno()
+
+    def read(self):
+        """Some bytes, none at the end; raises BlockingIOError while there are none."""
+        return os.read(self.pipe.fileno(), 65_536)
+
+    def close(self):
+        self.pipe.close()
+
+
+OUTPUTS = {True: Output, False: Output}   # has the system POSIX's ways? -> class
+
+
 def waiting_messages(sock):
     """The messages that have arrived on a ZeroMQ socket, up to about BATCH bytes."""
     size = 0
@@ -1925,7 +1946,7 @@ def free_ports():
 
 def knows_local(spec):
     """True when a kernel is known to bind socket files; xeus-python, for one, cannot."""
-    return zmq.has("ipc") and os.name == "posix" and (
+    return zmq.has("ipc") and POSIX and (
         "ipc" in spec["metadata"].get("supported_transports", ())
         or any("ipykernel" in word for word in spec["argv"]))
 
@@ -3840,15 +3861,16 @@ def serve(server):
 #    20 Ranges                                   RANGES
 #    21 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
 #    22 Orphans                                  KERNEL_EXTRAS
-#    23 The other layout of messages             LAYOUTS
-#    24 Compression                              EXTENSIONS
-#    25 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    26 TLS                                      OPTIONS, AT_START
-#    27 How kernels are reached                  OPTIONS, AT_START
-#    28 Idle kernels                             OPTIONS, AT_START
-#    29 What few clients ask for                 ROUTES, AT_START
-#    30 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    31 Other servers                            COMMANDS
+#    23 Windows                                  OUTPUTS
+#    24 The other layout of messages             LAYOUTS
+#    25 Compression                              EXTENSIONS
+#    26 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    27 TLS                                      OPTIONS, AT_START
+#    28 How kernels are reached                  OPTIONS, AT_START
+#    29 Idle kernels                             OPTIONS, AT_START
+#    30 What few clients ask for                 ROUTES, AT_START
+#    31 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    32 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -5240,7 +5262,7 @@ class Reaper:
     def note(self, sign, word):
         """A process group began ("+") or ended ("-"), or there is a "file"."""
         with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
-            if self.shell is None and os.name == "posix":
+            if self.shell is None and POSIX:
                 self.shell = subprocess.Popen(
                     ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -5265,7 +5287,42 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 23. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 23. Windows -------------------------------------------------------------------------------
+#
+# What is POSIX's alone stands in one place each, with a portable way beside it: see `if POSIX`,
+# getattr(socket, …), and this. A poller there knows sockets alone; so a thread copies what a
+# process says into one. (Processes that a killed server leaves watch their parent themselves.)
+
+class PortableOutput:
+    def __init__(self, pipe):
+        self.pipe = pipe
+        self.ear, self.mouth = socket.socketpair()
+        self.ear.setblocking(False)
+        self.thread = threading.Thread(target=self.copy, daemon=True)
+        self.thread.start()
+
+    def copy(self):
+        with self.mouth, contextlib.suppress(OSError):   # nobody listens any more
+            while data := os.read(self.pipe.fileno(), 65_536):
+                self.mouth.sendall(data)
+
+    def fileno(self):
+        return self.ear.fileno()
+
+    def read(self):
+        return self.ear.recv(65_536)
+
+    def close(self):
+        self.ear.close()
+        self.thread.join(LAST_WORDS_MS / 1000)
+        if not self.thread.is_alive():   # else a child of the process has inherited its end
+            self.pipe.close()
+
+
+OUTPUTS[False] = PortableOutput
+
+
+# ---- 24. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5298,7 +5355,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 24. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 25. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5379,7 +5436,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 25. Login: forms, passwords ---------------------------------------------------------------
+# ---- 26. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5534,7 +5591,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 26. TLS -----------------------------------------------------------------------------------
+# ---- 27. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5561,7 +5618,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 27. How kernels are reached ---------------------------------------------------------------
+# ---- 28. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5575,7 +5632,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 28. Idle kernels --------------------------------------------------------------------------
+# ---- 29. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5603,7 +5660,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 29. What few clients ask for --------------------------------------------------------------
+# ---- 30. What few clients ask for --------------------------------------------------------------
 
 JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
 VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
@@ -5802,7 +5859,7 @@ def keep_settings(server, arguments):
 AT_START.append(keep_settings)
 
 
-# ---- 30. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 31. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6232,7 +6289,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 31. Other servers: list, stop -------------------------------------------------------------
+# ---- 32. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything

@@ -5270,29 +5270,31 @@ class KernelHoldsTheSwitch(Case):
         self.assertEqual(cell.result, "True")
 
 
+# Windows has none of these, and polls sockets alone.
+BARE = """if True:
+    import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
+    for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
+                 "pidfd_open", "execv", "sysconf", "set_blocking"):
+        if hasattr(os, name):
+            delattr(os, name)
+    import zmq
+    register = zmq.Poller.register
+    def register_sockets_only(poller, what, flags=zmq.POLLIN):
+        descriptor = what if isinstance(what, int) else getattr(what, "fileno", lambda: -1)()
+        if not isinstance(what, zmq.Socket) and not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise OSError("descriptor %d is no socket: it cannot be polled" % descriptor)
+        register(poller, what, flags)
+    zmq.Poller.register = register_sockets_only
+    sys.path[0] = FOLDER
+    import kernel
+    kernel.POSIX = False
+    """.replace("FOLDER", repr(str(HERE)))
+
+
 class KernelPortable(KernelCase):
     """The kernel where what only POSIX has is taken away."""
 
-    # Windows has none of these, and polls sockets alone.
-    BARE = """if True:
-        import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
-        for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
-                     "pidfd_open", "execv", "sysconf"):
-            if hasattr(os, name):
-                delattr(os, name)
-        import zmq
-        register = zmq.Poller.register
-        def register_sockets_only(poller, what, flags=zmq.POLLIN):
-            descriptor = what if isinstance(what, int) else getattr(what, "fileno", lambda: -1)()
-            if not isinstance(what, zmq.Socket) and not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                raise OSError(f"descriptor {{descriptor}} is no socket: it cannot be polled")
-            register(poller, what, flags)
-        zmq.Poller.register = register_sockets_only
-        sys.path[0] = FOLDER
-        import kernel
-        kernel.POSIX = False
-        kernel.main()""".replace("FOLDER", repr(str(HERE)))
-    options = {"argv": [sys.executable, "-c", BARE, "-f", "{connection_file}"]}
+    options = {"argv": [sys.executable, "-c", BARE + "kernel.main()", "-f", "{connection_file}"]}
 
     def test_a_cell_prints_and_shows_its_value(self):
         cell = self.run_cell("print('hello')\n6 * 7")
@@ -8195,6 +8197,54 @@ class ManyKernels(ServerCase):
     def test_the_same_over_ports(self):
         server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
         self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
+
+
+class ServerPortable(ServerCase):
+    """The server where what only POSIX has is taken away, from it and from its kernels."""
+
+    START = BARE + """
+    sys.modules["fcntl"] = None
+    import minijupyter
+    minijupyter.our_kernel.command = lambda: [sys.executable, "-c", KERNEL, "-f",
+                                              "{connection_file}"]
+    minijupyter.main()""".replace("KERNEL", repr(BARE + "kernel.main()"))
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"program": lambda root, port, token: [
+            sys.executable, "-c", cls.START, root, "--port", str(port), "--token", token,
+            "--no-browser"]}
+        super().setUpClass()
+
+    def test_a_kernel_starts_says_what_it_says_and_restarts(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        cell = frontend.finish(frontend.start("import os; os.write(2, b'said'); 6 * 7"))
+        self.assertEqual(cell.result, "42")
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        cell = frontend.finish(frontend.start("import os; os.getpid()"))
+        self.assertNotEqual(int(cell.result), pid)
+
+    def test_an_interrupt_is_sent_as_a_message(self):
+        Kernels.test_interrupt_stops_a_running_cell(self)
+
+    def test_a_crash_is_told_with_what_the_process_said_and_the_next_one_works(self):
+        kernel_id, frontend, _ = self.start_kernel()
+        frontend.start("import os; os.write(2, b'no licence'); os._exit(3)")
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_files_are_saved_and_a_conflict_is_found(self):
+        ConflictsAndFullDisks.setUp(self)
+        ConflictsAndFullDisks.test_a_save_while_the_file_changed_on_disk_is_a_conflict(self)
+
+    save = ConflictsAndFullDisks.save
+
+    def test_the_kernels_of_a_killed_server_end_by_themselves(self):
+        server = self.own_server(**self.options)
+        _, _, pid = self.start_kernel(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+        self._cleanups = [c for c in self._cleanups if c[0] != server.delete]
 
 
 @unittest.skipUnless(os.name == "posix", "socket files are POSIX's")
