@@ -12201,6 +12201,36 @@ class PageFiles(PageCase):
         self.assertCount(tab.page.get_by_text("after.txt"), 0)
         self.assertFalse((self.root / "before.txt").exists() or (self.root / "after.txt").exists())
 
+    def test_a_folder_with_files_is_deleted_after_one_more_question(self):
+        (self.root / "full").mkdir()
+        (self.root / "full" / "inside.txt").write_text("x")
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select full").check()
+        tab.page.locator("[data-command=delete]").click()
+        tab.choose("Delete")
+        self.assertShows(tab.page.locator("dialog[open]"), "not empty")
+        self.assertTrue((self.root / "full" / "inside.txt").exists())
+        tab.choose("Delete all")
+        self.assertCount(tab.page.get_by_label("Select full"), 0)
+        self.assertFalse((self.root / "full").exists())
+
+    def test_names_that_no_page_can_send_are_counted_below_the_list(self):
+        folder = self.root / "odd names"
+        folder.mkdir()
+        (folder / "fine.txt").write_text("x")
+        (folder / "back\\slash").write_text("x")
+        tab = self.visit("/tree/odd%20names")
+        self.assertShows(tab.page.locator("main"), "fine.txt")
+        self.assertShows(tab.page.locator("main"), "Not listed because of their names")
+
+    def test_what_may_not_be_written_says_so(self):
+        (self.root / "protected.txt").write_text("old")
+        (self.root / "protected.txt").chmod(0o444)
+        tab = self.visit("/edit/protected.txt")
+        tab.page.locator("textarea.editor").fill("new")
+        tab.press("Control+s")
+        self.assertShows(tab.page.locator("body"), "write-protected")
+
     def test_hostile_file_names_are_only_names(self):
         name = "<img src=x onerror=document.title='owned'>.txt"
         (self.root / name).write_text("x")
