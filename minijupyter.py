@@ -1298,14 +1298,19 @@ class Mailbox:
                 self.is_signalled = True
                 self.mouth.send(b"\0")
 
-    def take(self):
-        """All items, oldest first."""
+    def take(self, most=math.inf):
+        """The oldest items, until they have so many bytes; all of them by default."""
         with self.lock:
-            if self.is_signalled and not self.is_closed:
-                self.ear.recv(1)
-            self.is_signalled = False
-            items, self.items, self.size = self.items, [], 0
+            count = size = 0
+            while count < len(self.items) and size < most:
+                size += self.items[count].size
+                count += 1
+            items, self.items = self.items[:count], self.items[count:]
+            self.size -= size
             self.taken_at = time.monotonic()
+            if self.is_signalled and not self.items and not self.is_closed:
+                self.ear.recv(1)
+                self.is_signalled = False
         return items
 
     def put_back(self, items):
@@ -1655,15 +1660,15 @@ class Watcher:
             self.last_echo = time.monotonic()
         if self.output.fileno() in ready and not self.read():
             self.poller.unregister(self.output.fileno())
-        had_room = self.kernel.has_room
         requests = self.kernel.requests.take() if self.kernel.requests.fileno() in ready else []
+        was_full = len(requests) + len(self.kernel.waiting) >= MOST_UNSENT
         for gate in self.kernel.gates:
             entries, requests = gate.let_pass(entries, requests)
         if entries:
             self.kernel.publish(entries)
         self.send_all(requests)
-        if self.kernel.has_room > had_room:
-            self.kernel.wake_pages()
+        if was_full and self.kernel.has_room:
+            self.kernel.wake_pages()   # they are read again
         self.keep_pace()
         self.nudge()
         self.beat()
@@ -1673,7 +1678,9 @@ class Watcher:
         is_known = self.has_answered and self.kernel.is_heard
         due = self.next_beat if is_known else min(self.next_beat, self.next_nudge)
         seconds = [due - time.monotonic(), *(gate.patience() for gate in self.kernel.gates)]
-        return max(0.0, min(seconds)) if self.full_since is None else min(LATE_SECONDS, *seconds)
+        if self.full_since is not None:
+            seconds.append(LATE_SECONDS)
+        return max(0.0, min(seconds))
 
     # -- what the kernel says --
 
@@ -2588,19 +2595,23 @@ class Bridge:
 
     def step(self):
         """Wait for either side and carry what has come."""
-        page = self.websocket.fileno()
-        self.poller.register(page, zmq.POLLIN if self.kernel.has_room else 0)
+        page, is_read = self.websocket.fileno(), self.kernel.has_room
+        self.poller.register(page, zmq.POLLIN if is_read else 0)
         ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
         if page in ready or self.websocket.has_bytes:
             for message in self.websocket.arrived():
                 self.carry_up(message)
         # Only now, for a page that has left must find what is for it when it comes back (P3).
         if self.inbox.fileno() in ready and not self.websocket.is_closed:
-            self.carry_down(self.inbox.take())
-        if self.kernel.is_gone and self.kernel.ended.is_set():
+            was_full = self.inbox.size > MOST_WAITING
+            self.carry_down(self.inbox.take(BATCH))
+            if was_full:
+                self.kernel.requests.put()   # the watcher waits for room (P4)
+        if self.kernel.is_gone and self.kernel.ended.is_set() and not self.inbox.items:
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
-        self.websocket.ping_or_give_up()
+        if is_read:   # else it only seems to be silent
+            self.websocket.ping_or_give_up()
 
     def carry_down(self, entries):
         """Send Entries to the page."""
@@ -2617,7 +2628,7 @@ class Bridge:
         is gone, and must not reach the next one (P5)."""
         arrived = zmq.Poller()
         arrived.register(self.websocket.fileno(), zmq.POLLIN)
-        if self.websocket.has_bytes or arrived.poll(0):
+        while not self.websocket.is_closed and (self.websocket.has_bytes or arrived.poll(0)):
             for message in self.websocket.arrived():
                 self.carry_up(message)   # under the old life
         self.inbox.life += 1
