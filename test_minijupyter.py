@@ -86,7 +86,6 @@ import re
 import resource
 import secrets
 import select
-import select
 import selectors
 import shutil
 import signal
