@@ -33,8 +33,11 @@ Part I's extension points, and what is plugged in there:
     OWN_CHANNELS           channels between page and server        journal
     EXTENSIONS, LAYOUTS    of a WebSocket, of messages on it       compression, the v1 layout
     ROUTES, OPEN_TO_ALL    method, path, endpoint                  login, checkpoints, many others
+    HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
+    CODINGS                transfer coding -> its reader           bodies in chunks
     RANGES                 what part of a file is sent             ranges
-    BEFORE, AFTER          functions of the handler                Under the hood
+    BEFORE, AFTER          functions of the handler                Under the hood, strangers
+    ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
@@ -2758,7 +2761,6 @@ ROUTES = [
     ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
-    ("GET", r"/api/status", "status"),
     ("POST", r"/api/shutdown", "shutdown_server"),
     ("GET", r"/api/contents(?:/(.*))?", "get_contents"),
     ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
@@ -2781,24 +2783,19 @@ ROUTES = [
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 ]
-OPEN_TO_ALL = {"version", "frame", "options"}   # endpoints that need no token
+OPEN_TO_ALL = {"version", "frame"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
+ADMITTED = []  # … when it has shown the token or the cookie …
 AFTER = []     # … and when it is answered, or has become a WebSocket
+CODINGS = {}   # transfer coding -> function(handler, most bytes) -> the body
 RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
-MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
-SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
 MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
-MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
-HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
-SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
-# They are asked by programs that look whether anybody is here: nobody is, for all they do.
-NO_ACTIVITY = {"status", "resolve_path"}
 MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
 MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
 TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
@@ -2834,7 +2831,6 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
 TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
 FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
 HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
@@ -2908,13 +2904,10 @@ class Head:
         self.length = self.body_length()
         options = [word.lower() for word in words(self.headers, "Connection")]
         self.is_last = "keep-alive" not in options if self.is_old else "close" in options
-        # RFC 9110 10.1.1: the client asks whether it shall send its body.
-        self.asks_first = (self.headers.get("Expect", "").lower() == "100-continue"
-                           and not self.is_old and self.length != 0)
 
     def body_length(self):
-        """How many bytes the body has; None when it comes in chunks (RFC 9112 6.3). Problem 400
-        where one cannot be sure, 501 for a coding that we do not know (6.1)."""
+        """How many bytes the body has; None when its coding tells its end (RFC 9112 6.3). Problem
+        400 where one cannot be sure, 501 for a coding that is not in CODINGS (6.1)."""
         lengths, codings = (self.headers.get_all(name) for name in (
             "Content-Length", "Transfer-Encoding"))
         if not lengths and not codings:
@@ -2925,8 +2918,9 @@ class Head:
             return int(lengths[0])
         if lengths or self.is_old:
             raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and with no Content-Length")
-        if [coding.lower() for coding in codings] != ["chunked"]:
-            raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+        self.coding = ", ".join(codings).lower()
+        if self.coding not in CODINGS:
+            raise Problem(501, f"This server knows no Transfer-Encoding {self.coding}")
         return None
 
 
@@ -2942,42 +2936,6 @@ def split_target(target):
         return unquote(url.path), parse_qs(url.query, max_num_fields=MOST_FIELDS), url.netloc
     except ValueError:
         raise Problem(400, "This is no path, or its query is too long") from None
-
-
-class Incoming(io.RawIOBase):
-    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
-
-    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
-    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
-    deadline, so that a slow upload of any size passes.
-    """
-
-    def __init__(self, sock, silence):
-        self.socket, self.silence = sock, silence
-        self.deadline = None    # by time.monotonic(); None between two requests
-
-    def readable(self):
-        return True
-
-    def allow(self, seconds):
-        self.deadline = time.monotonic() + seconds
-
-    def rest(self):
-        """No more is awaited; what is sent has the whole `silence` again."""
-        if self.deadline is not None:
-            self.deadline = None
-            self.socket.settimeout(self.silence)
-
-    def readinto(self, buffer):
-        if self.deadline is None:
-            return self.socket.recv_into(buffer)
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request takes too long")
-        self.socket.settimeout(min(left, self.silence))
-        count = self.socket.recv_into(buffer)
-        self.deadline += count / SLOWEST
-        return count
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -2996,9 +2954,6 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.hangs_up = False    # True when the last we said is that the connection ends
-        self.is_stranger = True  # until a request shows a token or the cookie
-        self.rfile.close()
-        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
 
     def handle(self):
         """Serve a connection to its end; a client that vanishes is no error."""
@@ -3010,13 +2965,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection, self.is_answered, self.is_over = True, False, False
         self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
         self.endpoint, self.query, self.body = type(self).answer, {}, b""
-        self.is_wanted = True       # False while a client waits for us to ask for the body
         self.head_bytes = self.read_head()
         if self.head_bytes:
             self.answer()
             self.wfile.flush()
-            if self.is_stranger:
-                self.server.strangers.add(self.connection)
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
@@ -3071,15 +3023,12 @@ class Handler(BaseHTTPRequestHandler):
         end = ahead.find(b"\r\n\r\n") + 4
         if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
             return self.rfile.read(end)
-        incoming = self.rfile.raw
-        incoming.allow(HEAD_SECONDS)
         head = line = self.rfile.readline(MOST_HEAD)
         if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
             head = line = self.rfile.readline(MOST_HEAD)
         while line[-2:] == b"\r\n" and len(line) > 2 and len(head) < MOST_HEAD:
             line = self.rfile.readline(MOST_HEAD - len(head))
             head += line
-        incoming.rest()
         return head
 
     def take_head(self):
@@ -3091,7 +3040,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(414 if is_line else 431, "The head of the request is too large")
         head = self.head = parse_head(data)
         self.command, self.path, self.headers = head.method, head.target, head.headers
-        self.close_connection, self.is_wanted = head.is_last, not head.asks_first
+        self.close_connection = head.is_last
         self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
@@ -3110,15 +3059,8 @@ class Handler(BaseHTTPRequestHandler):
         if length is not None and length > most:
             self.close_connection = True
             raise Problem(413, f"A body may have {most} bytes here")
-        if not self.is_wanted:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.is_wanted = True
-        if length == 0:
-            return b""
-        self.rfile.raw.allow(BODY_SECONDS)
-        body = self.read_chunks(most) if length is None else self.read_exactly(length)
-        self.rfile.raw.rest()
-        return body
+        return CODINGS[self.head.coding](self, most) if length is None else (
+            self.read_exactly(length))
 
     def read_exactly(self, size):
         data = self.rfile.read(size)
@@ -3126,45 +3068,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionError("the client ended the connection in the middle of a body")
         return data
 
-    def read_chunks(self, most):
-        """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
-        trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
-        keeps, self.close_connection = self.close_connection, True
-        body = io.BytesIO()
-        while size := self.chunk_size():
-            if body.tell() + size > most:
-                raise Problem(413, f"A body may have {most} bytes here")
-            body.write(self.read_exactly(size))
-            if self.read_exactly(2) != b"\r\n":
-                raise Problem(400, "A chunk is not as long as it says")
-        for _ in range(MOST_FIELDS):
-            if (line := self.chunk_line()) == "":
-                self.close_connection = keeps
-                return body.getvalue()
-            if not FIELD.fullmatch(line):
-                raise Problem(400, "A trailer of the body is malformed")
-        raise Problem(431, "The body has too many trailers")
-
-    def chunk_size(self):
-        match = CHUNK.fullmatch(self.chunk_line())
-        if not match:
-            raise Problem(400, "This is no size of a chunk")
-        return int(match[1], 16)
-
-    def chunk_line(self):
-        """A line between chunks, without its CRLF."""
-        line = self.rfile.readline(MOST_CHUNK_LINE)
-        if line[-2:] != b"\r\n":
-            raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
-        return line[:-2].decode("latin-1")
-
     def discard_body(self):
         """Read a body that nobody wants, or the next request on this connection would begin in its
-        middle. A large one, and one that the client has not begun to send, is not worth it."""
-        self.body = b""
-        if not self.is_wanted:
-            self.close_connection = True
-            return
+        middle. A large one is not worth it."""
         with contextlib.suppress(Problem):
             self.read_body(MOST_DISCARDED)
 
@@ -3193,8 +3099,6 @@ class Handler(BaseHTTPRequestHandler):
         allowed = [*routes]
         if not allowed:
             raise Problem(404, f"There is nothing at {self.route}")
-        if self.command == "OPTIONS":
-            return "options", [allowed]
         problem = Problem(405, f"{self.command} is not possible at {self.route}")
         methods = {*allowed, *(["HEAD"] if "GET" in allowed else [])}
         problem.headers = {"Allow": ", ".join(sorted(methods))}
@@ -3210,27 +3114,20 @@ class Handler(BaseHTTPRequestHandler):
         if name in OPEN_TO_ALL:
             return True
         given = access.given_token(self.headers, self.query)
-        if given is not None and access.is_token(given):
-            self.note_activity()
-            return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
-        if given is None and access.has_cookie(self.headers):
+        has_token = given is not None and access.is_token(given)
+        if has_token or given is None and access.has_cookie(self.headers):
             is_navigation = name in PAGES and self.command in SAFE_METHODS   # a link leads here
-            if not is_navigation and not access.is_our_page(
+            if not has_token and not is_navigation and not access.is_our_page(
                     self.command, self.headers, self.query):
                 raise Problem(403, "The request comes from another site")
-            self.note_activity()
-            return True
+            for hear in ADMITTED:
+                hear(self)
+            shows_token = has_token and name in PAGES and "token" in self.query
+            return not shows_token or self.move_token_to_cookie()
         if name not in PAGES or not routes_at("/login"):
             raise Problem(403, "Forbidden: a valid token is needed")
         self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
-
-    def note_activity(self):
-        if self.is_stranger:
-            self.is_stranger = False
-            self.server.strangers.remove(self.connection)
-        if "no_track_activity" not in self.query and self.name not in NO_ACTIVITY:
-            self.server.last_activity = time.time()
 
     def address_without_token(self):
         query = "&".join(f"{quote(key)}={quote(value)}" for key, values in self.query.items()
@@ -3300,13 +3197,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(status, model, {**self.location("contents", model["path"]),
                                        "Last-Modified": written_date(model["last_modified"])})
 
-    def options(self, allowed):
-        """What a browser asks before a request from elsewhere; no origin but ours is allowed."""
-        self.send(204, b"", "text/plain", {
-            "Allow": ", ".join(sorted({*allowed, "OPTIONS"})),
-            "Access-Control-Allow-Methods": "GET, PUT, POST, PATCH, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": "accept, content-type, authorization, x-xsrftoken"})
-
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
         if log.level in ("debug", "info"):
@@ -3370,12 +3260,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def version(self):
         return {"version": __version__}
-
-    def status(self):
-        kernels = list(self.server.kernels.all.values())
-        latest = max([self.server.last_activity, *(kernel.last_activity for kernel in kernels)])
-        return {"started": iso(self.server.started), "last_activity": iso(latest),
-                "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
 
     def shutdown_server(self):
         """End the server and its kernels, once this answer is sent."""
@@ -3584,46 +3468,7 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
 
-class Strangers:
-    """Connections on which nobody has shown a token yet; the first has been silent longest.
-
-    Their number has a limit: who only connects must not take the descriptors that pages, files and
-    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
-    come again.
-    """
-
-    def __init__(self, most):
-        self.most, self.sockets, self.lock = most, {}, threading.Lock()
-
-    def add(self, sock):
-        """From the connection's thread: it has come, or has got an answer, just now."""
-        with self.lock:
-            self.sockets.pop(sock, None)
-            self.sockets[sock] = True
-        if len(self.sockets) > self.most:
-            self.cut_off()
-
-    def remove(self, sock):
-        """It has shown a token, or it ends."""
-        with self.lock:
-            self.sockets.pop(sock, None)
-
-    def cut_off(self):
-        """End the first: its thread sees the end, and closes it."""
-        with self.lock, contextlib.suppress(OSError, StopIteration):
-            sock = next(iter(self.sockets))
-            del self.sockets[sock]
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
-
-
-def most_strangers():
-    """How many there may be: of the descriptors that this process may open a quarter at most."""
-    try:
-        import resource
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    except ImportError:    # not on Windows, which has no such limit
-        return MOST_STRANGERS
-    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+HANDLERS = [Handler]   # classes: the last one is used
 
 
 class Server(ThreadingHTTPServer):
@@ -3635,13 +3480,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self, root, ip, port, token, base_url="/", allow_hidden=False):
         """Raises OSError when it cannot listen there."""
         self.address_family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        super().__init__((ip, port), Handler)
+        super().__init__((ip, port), HANDLERS[-1])
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
-        self.started = self.last_activity = time.time()
-        self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, ip, self.server_port, base_url)
-        self.strangers = Strangers(most_strangers())
         self.contents = CONTENTS[-1](root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
@@ -3656,26 +3498,10 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
-    def get_request(self):
-        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
-        waiting would wake us again and again."""
-        try:
-            return super().get_request()
-        except OSError as problem:
-            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.strangers.cut_off()
-                time.sleep(SHORTAGE_SECONDS)
-            raise    # socketserver waits for the next
-
     def finish_request(self, request, client_address):
         """Serve a connection, in its own thread."""
-        connection = self.wrap(request)
-        self.strangers.add(connection)
-        try:
+        with contextlib.closing(self.wrap(request)) as connection:
             super().finish_request(connection, client_address)
-        finally:
-            self.strangers.remove(connection)
-            connection.close()
 
     @property
     def url(self):
@@ -3689,6 +3515,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
+
+
+SERVERS = [Server]     # classes: the last one is used
 
 
 # ---- 9. main: options, commands ----------------------------------------------------------------
@@ -3754,8 +3583,8 @@ def open_server(arguments):
     ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
     for port in ports if wish is None else [wish]:
         try:
-            return Server(arguments.folder, arguments.ip, port, arguments.token,
-                          arguments.base_url, arguments.allow_hidden)
+            return SERVERS[-1](arguments.folder, arguments.ip, port, arguments.token,
+                               arguments.base_url, arguments.allow_hidden)
         except (OSError, OverflowError) as problem:
             is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
             if wish is not None or not is_taken or port == 0:
@@ -3838,17 +3667,20 @@ def serve(server):
 #    18 Checkpoints                              ROUTES, COMPANIONS
 #    19 Uploads in pieces                        SAVERS
 #    20 Ranges                                   RANGES
-#    21 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    22 Orphans                                  KERNEL_EXTRAS
-#    23 The other layout of messages             LAYOUTS
-#    24 Compression                              EXTENSIONS
-#    25 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    26 TLS                                      OPTIONS, AT_START
-#    27 How kernels are reached                  OPTIONS, AT_START
-#    28 Idle kernels                             OPTIONS, AT_START
-#    29 What few clients ask for                 ROUTES, AT_START
-#    30 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    31 Other servers                            COMMANDS
+#    21 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    22 Clients that send drop by drop           HANDLERS
+#    23 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    24 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    25 Orphans                                  KERNEL_EXTRAS
+#    26 The other layout of messages             LAYOUTS
+#    27 Compression                              EXTENSIONS
+#    28 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    29 TLS                                      OPTIONS, AT_START
+#    30 How kernels are reached                  OPTIONS, AT_START
+#    31 Idle kernels                             OPTIONS, AT_START
+#    32 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
+#    33 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    34 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4942,7 +4774,235 @@ def range_of(header, size):
 RANGES.append(range_of)
 
 
-# ---- 21. The journal: what no file holds yet ---------------------------------------------------
+# ---- 21. Bodies in chunks, or on demand --------------------------------------------------------
+MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
+
+
+def read_chunks(handler, most):
+    """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
+    trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
+    keeps, handler.close_connection = handler.close_connection, True
+    body = io.BytesIO()
+    while size := chunk_size(handler):
+        if body.tell() + size > most:
+            raise Problem(413, f"A body may have {most} bytes here")
+        body.write(handler.read_exactly(size))
+        if handler.read_exactly(2) != b"\r\n":
+            raise Problem(400, "A chunk is not as long as it says")
+    for _ in range(MOST_FIELDS):
+        if (line := chunk_line(handler)) == "":
+            handler.close_connection = keeps
+            return body.getvalue()
+        if not FIELD.fullmatch(line):
+            raise Problem(400, "A trailer of the body is malformed")
+    raise Problem(431, "The body has too many trailers")
+
+
+def chunk_size(handler):
+    match = CHUNK.fullmatch(chunk_line(handler))
+    if not match:
+        raise Problem(400, "This is no size of a chunk")
+    return int(match[1], 16)
+
+
+def chunk_line(handler):
+    """A line between chunks, without its CRLF."""
+    line = handler.rfile.readline(MOST_CHUNK_LINE)
+    if line[-2:] != b"\r\n":
+        raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
+    return line[:-2].decode("latin-1")
+
+
+class AskingHandler(HANDLERS[-1]):
+    """Asks for the body of a client that waits for that (RFC 9110 10.1.1)."""
+
+    def take_head(self):
+        super().take_head()
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        self.is_wanted = not expects or self.head.is_old or self.head.length == 0
+
+    def read_body(self, most):
+        if not self.is_wanted and (self.head.length or 0) <= most:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.is_wanted = True
+        return super().read_body(most)
+
+    def discard_body(self):
+        """What the client has not begun to send need not be read."""
+        if self.is_wanted:
+            super().discard_body()
+        else:
+            self.close_connection, self.body = True, b""
+
+
+CODINGS["chunked"] = read_chunks
+HANDLERS.append(AskingHandler)
+
+
+# ---- 22. Clients that send drop by drop --------------------------------------------------------
+HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
+SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
+
+    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
+    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
+    deadline, so that a slow upload of any size passes.
+    """
+
+    def __init__(self, sock, silence):
+        self.socket, self.silence = sock, silence
+        self.deadline = None    # by time.monotonic(); None between two requests
+
+    def readable(self):
+        return True
+
+    def allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+
+    def rest(self):
+        """No more is awaited; what is sent has the whole `silence` again."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.socket.settimeout(self.silence)
+
+    def readinto(self, buffer):
+        if self.deadline is None:
+            return self.socket.recv_into(buffer)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.socket.settimeout(min(left, self.silence))
+        count = self.socket.recv_into(buffer)
+        self.deadline += count / SLOWEST
+        return count
+
+
+class ImpatientHandler(HANDLERS[-1]):
+    """Waits so long for a head and for a body, and not for each of their bytes."""
+
+    def setup(self):
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
+
+    def read_head(self):
+        if b"\r\n\r\n" not in self.rfile.peek(1):   # most often it comes in one piece
+            self.rfile.raw.allow(HEAD_SECONDS)
+        head = super().read_head()
+        self.rfile.raw.rest()
+        return head
+
+    def read_body(self, most):
+        if self.head.length != 0:
+            self.rfile.raw.allow(BODY_SECONDS)
+        body = super().read_body(most)
+        self.rfile.raw.rest()
+        return body
+
+
+HANDLERS.append(ImpatientHandler)
+
+
+# ---- 23. Strangers -----------------------------------------------------------------------------
+MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
+SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
+
+
+class Strangers:
+    """Connections on which nobody has shown a token yet; the first has been silent longest.
+
+    Their number has a limit: who only connects must not take the descriptors that pages, files and
+    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
+    come again.
+    """
+
+    def __init__(self, most):
+        self.most, self.sockets, self.lock = most, {}, threading.Lock()
+
+    def add(self, sock):
+        """From the connection's thread: it has come, or has got an answer, just now."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+            self.sockets[sock] = True
+        if len(self.sockets) > self.most:
+            self.cut_off()
+
+    def remove(self, sock):
+        """It has shown a token, or it ends."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+
+    def cut_off(self):
+        """End the first: its thread sees the end, and closes it."""
+        with self.lock, contextlib.suppress(OSError, StopIteration):
+            sock = next(iter(self.sockets))
+            del self.sockets[sock]
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
+
+
+def most_strangers():
+    """How many there may be: of the descriptors that this process may open a quarter at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:    # not on Windows, which has no such limit
+        return MOST_STRANGERS
+    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+
+
+class CountedHandler(HANDLERS[-1]):
+    """A connection is a stranger until a request shows a token or the cookie."""
+
+    is_stranger = True
+
+    def setup(self):
+        super().setup()
+        self.server.strangers.add(self.connection)
+
+    def finish(self):
+        super().finish()
+        self.server.strangers.remove(self.connection)
+
+
+class FrugalServer(SERVERS[-1]):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.strangers = Strangers(most_strangers())
+
+    def get_request(self):
+        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
+        waiting would wake us again and again."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.strangers.cut_off()
+                time.sleep(SHORTAGE_SECONDS)
+            raise    # socketserver waits for the next
+
+
+def is_known(handler):
+    if handler.is_stranger:
+        handler.is_stranger = False
+        handler.server.strangers.remove(handler.connection)
+
+
+def is_answered(handler):
+    if handler.is_stranger:
+        handler.server.strangers.add(handler.connection)
+
+
+HANDLERS.append(CountedHandler)
+SERVERS.append(FrugalServer)
+ADMITTED.append(is_known)
+AFTER.append(is_answered)
+
+
+# ---- 24. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5210,7 +5270,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 22. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 25. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5265,7 +5325,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 23. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 26. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5298,7 +5358,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 24. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 27. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5379,7 +5439,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 25. Login: forms, passwords ---------------------------------------------------------------
+# ---- 28. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5534,7 +5594,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 26. TLS -----------------------------------------------------------------------------------
+# ---- 29. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5561,7 +5621,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 27. How kernels are reached ---------------------------------------------------------------
+# ---- 30. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5575,7 +5635,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 28. Idle kernels --------------------------------------------------------------------------
+# ---- 31. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5603,8 +5663,10 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 29. What few clients ask for --------------------------------------------------------------
+# ---- 32. What few clients ask for --------------------------------------------------------------
 
+# They are asked by programs that look whether anybody is here: nobody is, for all they do.
+NO_ACTIVITY = {"status", "resolve_path"}
 JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
 VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'self'")
@@ -5673,6 +5735,22 @@ def merge(old, new):
     return merged
 
 
+def status(handler):
+    server = handler.server
+    kernels = list(server.kernels.all.values())
+    latest = max([server.last_activity, *(kernel.last_activity for kernel in kernels)])
+    return {"started": iso(server.started), "last_activity": iso(latest),
+            "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
+
+
+def note_activity(handler):
+    if "no_track_activity" not in handler.query and handler.name not in NO_ACTIVITY:
+        handler.server.last_activity = time.time()
+
+
+ADMITTED.append(note_activity)
+
+
 def me(handler):
     """Who uses the server: always the same one person."""
     try:
@@ -5683,7 +5761,7 @@ def me(handler):
         is_list = False
     if not is_list:
         raise Problem(400, 'permissions should be a JSON dict of {"resource": ["action",]}')
-    name = handler.server.user
+    name = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
     return {"identity": {"username": name, "name": name, "display_name": name,
                          "initials": name[:1].upper(), "avatar_url": None, "color": None},
             "permissions": {**wanted, "updatable_fields": []}}
@@ -5771,6 +5849,7 @@ def path_below_root(handler, path):
 
 
 ROUTES += [("GET", r"/view/(.+)", view),
+           ("GET", r"/api/status", status),
            ("GET", r"/api/me", me),
            ("PATCH", r"/api/me", change_me),
            ("GET", r"/api/resolvePath", resolve_path),
@@ -5795,14 +5874,42 @@ def path_template(pattern, names):
     return re.sub(r"\([^)]*\)", lambda _: f"{{{next(names)}}}", text)
 
 
-def keep_settings(server, arguments):
-    server.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
+def options(handler, allowed):
+    """The answer to that; no origin but ours is allowed."""
+    handler.send(204, b"", "text/plain", {
+        "Allow": ", ".join(sorted({*allowed, "OPTIONS"})),
+        "Access-Control-Allow-Methods": "GET, PUT, POST, PATCH, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": "accept, content-type, authorization, x-xsrftoken"})
 
 
-AT_START.append(keep_settings)
+OPEN_TO_ALL.add("options")
 
 
-# ---- 30. Under the hood: what passes, shown ---------------------------------------------------
+class WellKnownServer(SERVERS[-1]):
+    """Knows since when it runs, and what settings it keeps."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.started = self.last_activity = time.time()
+        self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
+
+
+class HelpfulHandler(HANDLERS[-1]):
+    def find_route(self):
+        """Also what a browser asks before a request from elsewhere: which methods there are."""
+        try:
+            return super().find_route()
+        except Problem as problem:
+            if self.command != "OPTIONS" or problem.status != 405:
+                raise
+            return options, [problem.headers["Allow"].split(", ")]
+
+
+SERVERS.append(WellKnownServer)
+HANDLERS.append(HelpfulHandler)
+
+
+# ---- 33. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6232,7 +6339,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 31. Other servers: list, stop -------------------------------------------------------------
+# ---- 34. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
