@@ -19,11 +19,12 @@ Part I is the architecture, complete: it runs alone. Read it in order: 1 Documen
 Part I's extension points, and what is plugged in there:
 
     DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
-    CONTENTS               subclasses of Contents, the last used   what was asked for a moment ago
+    CONTENTS               subclasses of Contents, the last used   answers that are kept, leftovers
     CODEC                  how models become JSON and back         large things, piece by piece
     REMARKS                what is not quite right in a notebook   what the schema says
     SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
-    WRITERS, MOVE          other ways to replace, to move it       hard links and mounts, links
+    TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
+    REPLACE, MOVE          other ways to replace, to move it       hard links and mounts, links
     COMPANIONS             files that go along with a file         checkpoints
     AFTER_SAVE             functions, when a file was saved        journal
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
@@ -199,7 +200,6 @@ NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder wit
 SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
 MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -> the new model
 REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
-WRITERS = []      # for files that cannot be replaced: objects with `is_needed`, `write`
 MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
 COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
@@ -434,7 +434,6 @@ class Contents:
         self.private = [os.path.realpath(folder) for folder in private]
         self.lock = threading.Lock()   # while a name is chosen
         self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
-        tidy(self.root)
 
     def look(self, path):
         """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
@@ -537,7 +536,6 @@ class Contents:
         """(models of a folder's visible files and folders in the order of their names, what to say
         of those whose names no client could send back, or None)."""
         real, models, unlisted = os.path.realpath(absolute), [], 0
-        tidy(real)
         for name in sorted(os.listdir(real), key=str.casefold):
             if name.endswith(LEFTOVERS) and not self.allow_hidden:
                 continue
@@ -709,7 +707,7 @@ class Contents:
         self.refuse_private(path, old)
         if not os.path.isdir(os.path.dirname(new)):
             raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
-        with self.lock, locked(os.path.dirname(new)) as folder:
+        with self.lock, FOLDERS[-1](os.path.dirname(new)):
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
             left = [companion(self, path) for companion in COMPANIONS]
@@ -718,7 +716,6 @@ class Contents:
                 if os.path.exists(behind):
                     os.makedirs(os.path.dirname(companion(self, new_path)), exist_ok=True)
                     os.replace(behind, companion(self, new_path))
-            sync(folder)
         return self.model(new_path, new)
 
     def refuse_private(self, path, absolute):
@@ -770,19 +767,14 @@ def is_within(real, root):
 # S2 A save is answered when the bytes, and the name that leads to them, are on the disk.
 # S3 Whenever the machine stops, the file is the old one or the new one. (A test replays every
 #    point at which a save can stop, and every order in which the disk may have done its work.)
-# S4 Of two saves that expect the same old file one is refused, whichever server gets them: one
-#    more look at the file and its replacement happen under a lock of its folder.
-# S5 Owner, rights and other names of the file stay.
-# S6 What a killed server left over goes as soon as somebody looks into that folder again.
+# S4 Of two saves that expect the same old file one is refused: each looks once more at the file
+#    right before it replaces it, and no other save of that file comes between (`one_save`).
 #
 # A file is replaced: a hidden file is written beside it, fsync, rename, fsync of the folder.
 
-IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch
-CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
-LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
 WRITTEN_AT_ONCE = 1 << 20   # bytes
+IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch   # what `leftover_name` gives
 O_BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
-TIDIED = set()           # folders in which we have looked for leftovers
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -790,30 +782,17 @@ os.umask(UMASK)
 def write_atomically(path, data, look=None):
     """Replace the bytes of the file at `path`, or of what that links to; or change nothing.
 
-    `look(target)` is called when no other server can come between it and the replacement; what
-    it raises stops the save.
+    `look(target)` is called right before the replacement; what it raises stops the save.
     """
     target = os.path.realpath(path)
     refuse_protected(target)
 
     def replace():
-        with Temporary(target) as temporary:
+        with TEMPORARIES[-1](target) as temporary:
             temporary.write(data)
             temporary.replace(look)
 
-    or_write_over(target, replace, lambda: data, look)
-
-
-def or_write_over(target, replace, data, look=None):
-    """Call `replace`, or let one of WRITERS write what `data` returns into the file itself."""
-    try:
-        if any(writer.is_needed(target) for writer in WRITERS):
-            raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
-        replace()
-    except OSError as problem:
-        if not WRITERS or problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
-            raise
-        WRITERS[-1].write(target, data(), look)
+    REPLACE[-1](target, replace, lambda: data, look)
 
 
 def refuse_protected(target):
@@ -838,21 +817,15 @@ def stat_of(path):
 
 
 class Temporary:
-    """A hidden file beside `target` that is to take its place. It is locked as long as it is in
-    use, so that it is no leftover to anybody who tidies the folder."""
+    """A hidden file beside `target` that is to take its place."""
 
     def __init__(self, target):
-        """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
         self.target, self.folder = target, os.path.dirname(target)
-        tidy(self.folder)
-        self.descriptor = None
-        # Before it is locked another server that tidies could take it for a leftover.
-        while self.descriptor is None:
-            self.path = leftover_name(self.folder)
-            self.descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            if lock(self.descriptor) is False or not os.path.exists(self.path):
-                self.close()
+        self.make()
+
+    def make(self):
+        self.path = leftover_name(self.folder)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
 
     def __enter__(self):
         return self
@@ -876,35 +849,18 @@ class Temporary:
 
     def replace(self, look=None):
         """Take the place of the target, now or never."""
-        self.dress()
+        self.dress(stat_of(self.target))
         os.fsync(self.descriptor)
-        with locked(self.folder) as folder:
+        with FOLDERS[-1](self.folder):
             if look:
                 look(self.target)
             if os.name == "nt":   # where no open file is renamed
                 self.close()
             os.replace(self.path, self.target)
-            unlock(folder)   # the next one can go on while the disk works
-            sync(folder)
 
-    def dress(self):
-        """Take the owner and the rights of the file that is to be replaced. Raises PermissionError
-        when they are not ours to give."""
-        old, new = stat_of(self.target), os.fstat(self.descriptor)
-        if old is None:
-            return os.chmod(self.path, 0o666 & ~UMASK)
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.chown(self.path, old.st_uid, old.st_gid)
-        copy_attributes(self.target, self.path)
-        os.chmod(self.path, stat.S_IMODE(old.st_mode))
-
-
-def copy_attributes(source, target):
-    """Access control lists and the like, where there are any and we may give them."""
-    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
-        for name in os.listxattr(source):
-            with contextlib.suppress(OSError):
-                os.setxattr(target, name, os.getxattr(source, name))
+    def dress(self, old):
+        """Take the rights of the file that is to be replaced: its os.stat_result, or None."""
+        os.chmod(self.path, stat.S_IMODE(old.st_mode) if old else 0o666 & ~UMASK)
 
 
 def write_all(descriptor, data):
@@ -918,84 +874,26 @@ def leftover_name(folder):
     return os.path.join(folder, f".{secrets.token_hex(8)}.saving")
 
 
-def tidy(folder):
-    """Remove what killed servers left over in a folder; that of running ones is locked.
-
-    Done when a folder is first listed or saved into. (A walk through all folders at the start
-    could take minutes; a list of what is being written would cost each save an fsync more.)
-    """
-    if folder in TIDIED:
-        return
-    TIDIED.add(folder)
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
-            with contextlib.suppress(OSError), locked(folder):
-                remove_if_unlocked(path)
-
-
-def remove_if_unlocked(path):
-    """Remove a leftover, file or folder. Raises OSError when it is in use."""
-    # Network file systems lock only what may be written; a folder is never opened for that.
-    is_folder = os.path.isdir(path)
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-    try:
-        if lock(descriptor) and is_folder:
-            shutil.rmtree(path)
-        elif lock(descriptor):
-            os.unlink(path)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def locked(folder):
-    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
-    folder itself: nothing is created, and nothing left over. Gives the folder's descriptor, or
-    None where a folder cannot be opened (Windows) or a file system has no locks."""
+def changing(folder):
+    """While names in a folder change; in the end they are on the disk. Gives its descriptor, None
+    where a folder cannot be opened (Windows)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         descriptor = None
     try:
-        if descriptor is not None:
-            wait_for_lock(descriptor)
         yield descriptor
+        with contextlib.suppress(OSError, TypeError):   # some file systems know no such thing
+            os.fsync(descriptor)
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def wait_for_lock(descriptor):
-    """A program that holds the lock and was stopped must not stop us for ever."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while lock(descriptor) is False and time.monotonic() < deadline:
-        time.sleep(0.0005)
-
-
-def lock(descriptor):
-    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
-    process. False when somebody else has it, None when there are no locks here: then the look
-    right before the replacement must do. (On Windows an open file is neither removed nor
-    replaced, and its C runtime locks no folder.)"""
-    try:
-        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
-
-def unlock(descriptor):
-    if fcntl and descriptor is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def sync(folder):
-    """Have the names in a folder on the disk; None: it cannot be opened."""
-    if folder is not None:
-        with contextlib.suppress(OSError):   # some file systems know no such thing
-            os.fsync(folder)
+TEMPORARIES = [Temporary]   # classes: the last one is used
+FOLDERS = [changing]        # context managers like that one: the last one is used
+REPLACE = [lambda target, replace, data, look: replace()]   # functions: the last one is used
 
 
 # ---- 2. Kernel specs: which kernels there are -------------------------------------------------
@@ -3660,27 +3558,28 @@ def serve(server):
 #    11 Old formats                              UPGRADES
 #    12 What the schema says                     REMARKS
 #    13 Large things, a little at a time         CODEC
-#    14 What was read or asked for a moment ago  CONTENTS
-#    15 Files that cannot be replaced            WRITERS, AT_START
-#    16 Links that lead where they led           MOVE
-#    17 Copies                                   MAKERS
-#    18 Checkpoints                              ROUTES, COMPANIONS
-#    19 Uploads in pieces                        SAVERS
-#    20 Ranges                                   RANGES
-#    21 Bodies in chunks, or on demand           CODINGS, HANDLERS
-#    22 Clients that send drop by drop           HANDLERS
-#    23 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    24 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    25 Orphans                                  KERNEL_EXTRAS
-#    26 The other layout of messages             LAYOUTS
-#    27 Compression                              EXTENSIONS
-#    28 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    29 TLS                                      OPTIONS, AT_START
-#    30 How kernels are reached                  OPTIONS, AT_START
-#    31 Idle kernels                             OPTIONS, AT_START
-#    32 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
-#    33 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    34 Other servers                            COMMANDS
+#    14 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
+#    15 What was read or asked for a moment ago  CONTENTS
+#    16 Files that cannot be replaced            REPLACE, CONTENTS
+#    17 Links that lead where they led           MOVE
+#    18 Copies                                   MAKERS
+#    19 Checkpoints                              ROUTES, COMPANIONS
+#    20 Uploads in pieces                        SAVERS
+#    21 Ranges                                   RANGES
+#    22 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    23 Clients that send drop by drop           HANDLERS
+#    24 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    25 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    26 Orphans                                  KERNEL_EXTRAS
+#    27 The other layout of messages             LAYOUTS
+#    28 Compression                              EXTENSIONS
+#    29 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    30 TLS                                      OPTIONS, AT_START
+#    31 How kernels are reached                  OPTIONS, AT_START
+#    32 Idle kernels                             OPTIONS, AT_START
+#    33 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
+#    34 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    35 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4240,7 +4139,130 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
              encode_base64=encode_base64, decode_base64=decode_base64)
 
 
-# ---- 14. What was read or asked for a moment ago -----------------------------------------------
+# ---- 14. Many servers, owners, crashes: what a save minds, too ---------------------------------
+#
+# S5 Between a look at the file and its replacement no other server comes either: both happen
+#    under a lock of its folder.
+# S6 Owner and access rights of the file stay.
+# S7 What a killed server left over goes as soon as somebody looks into that folder again.
+
+LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
+TIDIED = set()           # folders in which we have looked for leftovers
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
+    folder itself: nothing is created, and nothing left over; a file system may have no locks."""
+    with changing(folder) as descriptor:
+        if descriptor is not None:
+            wait_for_lock(descriptor)
+        yield descriptor
+        unlock(descriptor)   # the next one can go on while the disk works
+
+
+def wait_for_lock(descriptor):
+    """A program that holds the lock and was stopped must not stop us for ever."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while lock(descriptor) is False and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def lock(descriptor):
+    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
+    process. False when somebody else has it, None when there are no locks here: then the look
+    right before the replacement must do. (On Windows an open file is neither removed nor
+    replaced, and its C runtime locks no folder.)"""
+    try:
+        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def unlock(descriptor):
+    if fcntl and descriptor is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class LockedTemporary(TEMPORARIES[-1]):
+    """It is locked as long as it is in use, so that it is no leftover to anybody who tidies the
+    folder."""
+
+    def make(self):
+        tidy(self.folder)
+        self.descriptor = None
+        # Before it is locked another server that tidies could take it for a leftover.
+        while self.descriptor is None:
+            super().make()
+            if lock(self.descriptor) is False or not os.path.exists(self.path):
+                self.close()
+
+    def dress(self, old):
+        """Take the owner as well. Raises PermissionError when that is not ours to give."""
+        new = os.fstat(self.descriptor)
+        if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(self.path, old.st_uid, old.st_gid)
+        if old:
+            copy_attributes(self.target, self.path)
+        super().dress(old)
+
+
+def copy_attributes(source, target):
+    """Access control lists and the like, where there are any and we may give them."""
+    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
+                os.setxattr(target, name, os.getxattr(source, name))
+
+
+def tidy(folder):
+    """Remove what killed servers left over in a folder; that of running ones is locked.
+
+    Done when a folder is first listed or saved into. (A walk through all folders at the start
+    could take minutes; a list of what is being written would cost each save an fsync more.)
+    """
+    if folder in TIDIED:
+        return
+    TIDIED.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
+            with contextlib.suppress(OSError), locked(folder):
+                remove_if_unlocked(path)
+
+
+def remove_if_unlocked(path):
+    """Remove a leftover, file or folder. Raises OSError when it is in use."""
+    # Network file systems lock only what may be written; a folder is never opened for that.
+    is_folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        if lock(descriptor) and is_folder:
+            shutil.rmtree(path)
+        elif lock(descriptor):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+class TidyContents(CONTENTS[-1]):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        tidy(self.root)
+
+    def listing(self, path, absolute):
+        tidy(os.path.realpath(absolute))
+        return super().listing(path, absolute)
+
+
+TEMPORARIES.append(LockedTemporary)
+FOLDERS.append(locked)
+CONTENTS.append(TidyContents)
+
+
+# ---- 15. What was read or asked for a moment ago -----------------------------------------------
 
 class Recent:
     """The notebook files that were read or written last, because what is opened or saved will be
@@ -4347,7 +4369,7 @@ class RememberingContents(CONTENTS[-1]):
 CONTENTS.append(RememberingContents)
 
 
-# ---- 15. Files that cannot be replaced ---------------------------------------------------------
+# ---- 16. Files that cannot be replaced ---------------------------------------------------------
 #
 # A file with other names (hard links), a mount, a file in a folder that takes no new one or of an
 # owner that is not ours to give: old and new bytes go into a record in the runtime folder, then the
@@ -4355,12 +4377,13 @@ CONTENTS.append(RememberingContents)
 # records.
 
 IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
+CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 SECTOR = 512             # bytes that a disk writes whole or not at all
 
 
 def write_over(target, data, look=None):
     """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
-    with locked(os.path.dirname(target)):
+    with FOLDERS[-1](os.path.dirname(target)):
         if look:
             look(target)
         with open(target, "r+b", buffering=0) as file:
@@ -4388,7 +4411,7 @@ def make_record(target, old, new):
     os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
     record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
     head = {"path": target, "old": len(old), "new": len(new)}
-    with Temporary(record) as temporary:
+    with TEMPORARIES[-1](record) as temporary:
         temporary.write(json.dumps(head).encode() + b"\n")
         temporary.write(old)
         temporary.write(new)
@@ -4399,9 +4422,8 @@ def make_record(target, old, new):
 
 def remove_record(record):
     """It must not come back after a later save: its removal is on the disk, too."""
-    os.unlink(record)
-    with locked(os.path.dirname(record)) as folder:
-        sync(folder)
+    with FOLDERS[-1](os.path.dirname(record)):
+        os.unlink(record)
 
 
 def finish_records():
@@ -4419,7 +4441,7 @@ def finish_record(record):
         old, new = file.read(head["old"]), file.read(head["new"])
     if os.path.isfile(head["path"]):
         # Who still writes it holds this lock.
-        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
+        with FOLDERS[-1](os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
             found = file.read()
             if found not in (old, new) and is_between(found, old, new):
                 fill(file.fileno(), new)
@@ -4436,23 +4458,30 @@ def is_between(found, old, new):
         for at in range(0, size, SECTOR))
 
 
-class IntoTheFile:
-    """The writer of files that cannot be replaced."""
-
-    def is_needed(self, target):
-        """True for a file with other names: a new file would not have them."""
+def or_write_over(target, replace, data, look):
+    """Call `replace`, or else write what `data` returns into the file itself."""
+    try:
         info = stat_of(target)
-        return bool(info) and info.st_nlink > 1
+        if info and info.st_nlink > 1:
+            raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
+        replace()
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
+            raise
+        write_over(target, data(), look)
 
-    def write(self, target, data, look=None):
-        write_over(target, data, look)
+
+class FinishingContents(CONTENTS[-1]):
+    def __init__(self, *arguments, **options):
+        finish_records()
+        super().__init__(*arguments, **options)
 
 
-WRITERS.append(IntoTheFile())
-AT_START.append(lambda server, arguments: finish_records())
+REPLACE.append(or_write_over)
+CONTENTS.append(FinishingContents)
 
 
-# ---- 16. Links that lead where they led --------------------------------------------------------
+# ---- 17. Links that lead where they led --------------------------------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4485,7 +4514,7 @@ def mend_links(tree, came_from):
 MOVE.append(move)
 
 
-# ---- 17. Copies ----------------------------------------------------------------------------------
+# ---- 18. Copies ----------------------------------------------------------------------------------
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4537,17 +4566,16 @@ class Copies:
         when it is whole."""
         growing = leftover_name(into)
         with removed_on_error(growing), contextlib.ExitStack() as in_use:
-            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
+            with FOLDERS[-1](os.path.dirname(growing)):   # nobody tidies between these two lines
                 os.mkdir(growing)
-                in_use.enter_context(locked(growing))
+                in_use.enter_context(FOLDERS[-1](growing))
             shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
                             dirs_exist_ok=True)
             mend_links(growing, os.path.realpath(absolute))
-            with self.contents.lock, locked(os.path.dirname(growing)) as parent:
+            with self.contents.lock, FOLDERS[-1](os.path.dirname(growing)):
                 path = choose()
                 refuse_existing(self.contents.resolve(path))
                 os.rename(growing, self.contents.resolve(path))
-                sync(parent)
         return self.contents.model(path, self.contents.resolve(path))
 
     def not_copied(self, folder, names):
@@ -4577,7 +4605,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 18. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 19. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4653,7 +4681,7 @@ ROUTES += [("GET", r"/api/contents/(.+)/checkpoints", list_checkpoints),
 COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
 
 
-# ---- 19. Uploads in pieces: a model with a chunk's number --------------------------------------
+# ---- 20. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4663,7 +4691,7 @@ def put_in_place(temporary):
         with open(temporary.path, "rb") as file:
             return file.read()
 
-    or_write_over(temporary.target, temporary.replace, data)
+    REPLACE[-1](temporary.target, temporary.replace, data, None)
 
 
 class Upload:
@@ -4672,7 +4700,7 @@ class Upload:
 
     def __init__(self, target, data):
         """`data`: of piece 1, which is still to be added."""
-        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.file, self.first, self.number = TEMPORARIES[-1](target), sha256(data), 0
         self.latest = time.monotonic()
 
     def add(self, number, data):
@@ -4754,7 +4782,7 @@ UPLOADS = Uploads()
 SAVERS["chunk"] = save_chunk
 
 
-# ---- 20. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 21. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
@@ -4774,7 +4802,7 @@ def range_of(header, size):
 RANGES.append(range_of)
 
 
-# ---- 21. Bodies in chunks, or on demand --------------------------------------------------------
+# ---- 22. Bodies in chunks, or on demand --------------------------------------------------------
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
 
@@ -4840,7 +4868,7 @@ CODINGS["chunked"] = read_chunks
 HANDLERS.append(AskingHandler)
 
 
-# ---- 22. Clients that send drop by drop --------------------------------------------------------
+# ---- 23. Clients that send drop by drop --------------------------------------------------------
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
 
@@ -4907,7 +4935,7 @@ class ImpatientHandler(HANDLERS[-1]):
 HANDLERS.append(ImpatientHandler)
 
 
-# ---- 23. Strangers -----------------------------------------------------------------------------
+# ---- 24. Strangers -----------------------------------------------------------------------------
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
 
@@ -5002,7 +5030,7 @@ ADMITTED.append(is_known)
 AFTER.append(is_answered)
 
 
-# ---- 24. The journal: what no file holds yet ---------------------------------------------------
+# ---- 25. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5270,7 +5298,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 25. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 26. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5325,7 +5353,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 26. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 27. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5358,7 +5386,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 27. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 28. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5439,7 +5467,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 28. Login: forms, passwords ---------------------------------------------------------------
+# ---- 29. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5594,7 +5622,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 29. TLS -----------------------------------------------------------------------------------
+# ---- 30. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5621,7 +5649,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 30. How kernels are reached ---------------------------------------------------------------
+# ---- 31. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5635,7 +5663,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 31. Idle kernels --------------------------------------------------------------------------
+# ---- 32. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5663,7 +5691,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 32. What few clients ask for --------------------------------------------------------------
+# ---- 33. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -5909,7 +5937,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 33. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 34. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6339,7 +6367,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 34. Other servers: list, stop -------------------------------------------------------------
+# ---- 35. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
