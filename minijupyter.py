@@ -19,13 +19,13 @@ Part I is the architecture, complete: it runs alone. Read it in order: 1 Documen
 Part I's extension points, and what is plugged in there:
 
     DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
+    MEND                   what makes a notebook's cells whole     defaults
     CONTENTS               subclasses of Contents, the last used   answers that are kept, leftovers
     CODEC                  how models become JSON and back         large things, piece by piece
     REMARKS                what is not quite right in a notebook   what the schema says
     SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
     TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
     REPLACE, MOVE          other ways to replace, to move it       hard links and mounts, links
-    COMPANIONS             files that go along with a file         checkpoints
     AFTER_SAVE             functions, when a file was saved        journal
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
     kernel.on_request, on_publish, on_join, on_end                 journal
@@ -43,6 +43,7 @@ Part I's extension points, and what is plugged in there:
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
     access.add_key         what else opens the server              password
+    SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
 Of a cell's journey it holds stations 2, 3 and 11, each marked at its line: a WebSocket frame is
@@ -185,9 +186,6 @@ ANY_CELL_FIELDS = {"cell_type": str, "metadata": dict}
 CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
-DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
-    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
-    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
 is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
@@ -202,7 +200,6 @@ MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -
 REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
 MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
-COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
 
 
 class NotANotebook(ValueError):
@@ -283,6 +280,7 @@ class PlainDocument:
 
 
 DOCUMENTS = [PlainDocument]   # ways to read and write notebook files: the last one is used
+MEND = [lambda notebook: (notebook, ())]   # see `mend`: the last one is used
 UPGRADES = {}                 # older nbformat -> function(notebook of that version) -> of version 4
 
 
@@ -297,28 +295,9 @@ def current(notebook):
     elif version != 4:
         known = ", ".join(map(str, sorted([*UPGRADES, 4])))
         raise NotANotebook(f"this is nbformat {version}; what can be read is nbformat {known}")
-    notebook, mended = mend(notebook)
+    notebook, mended = MEND[-1](notebook)
     validate(notebook)
     return notebook, version, mended
-
-
-def mend(notebook):
-    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
-    outputs or sources, or write null; with a default for each such cell the file is good."""
-    cells = notebook.get("cells")
-    if not isinstance(cells, list):
-        return notebook, set()
-    whole = [*map(whole_cell, cells)]
-    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
-    return ({**notebook, "cells": whole} if mended else notebook), mended
-
-
-def whole_cell(cell):
-    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
-        return cell   # nothing that we could mend
-    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
-               if cell.get(key) is None and not (key in cell and kind is type(None))}
-    return {**cell, **missing} if missing else cell
 
 
 def validate(notebook):
@@ -388,7 +367,7 @@ def new_notebook():
 def write_notebook(notebook, old=None):
     """The document that says what `notebook` says; `old` is the one that is on disk now. Raises
     NotANotebook."""
-    notebook, _ = mend(notebook) if isinstance(notebook, dict) else (notebook, ())
+    notebook, _ = MEND[-1](notebook)
     validate(notebook)
     if notebook.get("nbformat") != 4:
         raise NotANotebook("/nbformat must be 4")
@@ -459,16 +438,9 @@ class Contents:
         return info
 
     def follow(self, absolute):
-        """(real path, os.stat_result or None) of a path below the root. The root is real: only
-        what comes after it can be a link, and one question to the disk per name tells."""
-        real, info = self.root, None
+        """(real path, os.stat_result or None) of a path below the root."""
         try:
-            for name in filter(None, absolute[len(self.root):].split(os.sep)):
-                real = os.path.join(real, name)
-                info = os.lstat(real)
-                if stat.S_ISLNK(info.st_mode) or getattr(info, "st_reparse_tag", 0):
-                    return os.path.realpath(absolute), os.stat(absolute)
-            return real, info or os.stat(real)
+            return os.path.realpath(absolute), os.stat(absolute)
         except OSError:
             return os.path.realpath(absolute), None
 
@@ -548,12 +520,8 @@ class Contents:
                         f"backslash: {unlisted} (rename them in a terminal)")
 
     def entry(self, folder, real, name):
-        """The model of what is in a folder; of a plain file one question to the disk is enough."""
-        absolute, path = os.path.join(real, name), f"{folder}/{name}"
-        if self.is_visible(name):
-            info = os.lstat(absolute)
-            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
-                return self.model(path, absolute, info)
+        """The model of what is in a folder, whose real path is `real`."""
+        path = f"{folder}/{name}"
         return self.model(path, self.existing(path))
 
     def content(self, path, kind, form, data):
@@ -671,22 +639,14 @@ class Contents:
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
         data = self.written(new_notebook(), None).data if kind == "notebook" else b""
-
-        def make(absolute):
-            if kind == "directory":
-                os.mkdir(absolute)
-            else:
-                write_atomically(absolute, data, refuse_existing)
-
-        space = " " if kind == "directory" else ""
-        return self.make_new(make, folder, stem, extension or usual, space)
-
-    def make_new(self, make, *names):
-        """The model of what `make(absolute)` makes under the first free name, see `free_name`."""
+        joint = " " if kind == "directory" else ""
         while True:
-            path = self.free_name(*names)
+            path = self.free_name(folder, stem, extension or usual, joint)
             try:
-                make(self.resolve(path))
+                if kind == "directory":
+                    os.mkdir(self.resolve(path))
+                else:
+                    write_atomically(self.resolve(path), data, refuse_existing)
                 return self.model(path, self.resolve(path))
             except FileExistsError:   # somebody took the name meanwhile
                 continue
@@ -710,12 +670,7 @@ class Contents:
         with self.lock, FOLDERS[-1](os.path.dirname(new)):
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            left = [companion(self, path) for companion in COMPANIONS]
             MOVE[-1](old, new)
-            for companion, behind in zip(COMPANIONS, left, strict=True):
-                if os.path.exists(behind):
-                    os.makedirs(os.path.dirname(companion(self, new_path)), exist_ok=True)
-                    os.replace(behind, companion(self, new_path))
         return self.model(new_path, new)
 
     def refuse_private(self, path, absolute):
@@ -729,9 +684,6 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
-            for companion in COMPANIONS:
-                with contextlib.suppress(OSError):   # as a rule there is none
-                    os.remove(companion(self, path))
             return os.remove(absolute)
         self.refuse_private(path, absolute)
         if not with_content and {*os.listdir(absolute)} - NO_CONTENT:
@@ -2527,7 +2479,6 @@ class Bridge:
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
 # come from our own page? To let somebody in for another secret, call `Access.add_key`.
 
-LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
 METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
 LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
@@ -2536,6 +2487,15 @@ LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", r
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
     return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def as_it_is(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in an address."""
+    return re.compile(b"|".join(re.escape(text.encode("utf-8", "surrogatepass"))
+                                for text in (secret, quote(secret, errors="replace"))))
+
+
+SPELLINGS = [as_it_is]   # functions of a secret -> pattern of its spellings: the last one is used
 
 
 def is_loopback(ip):
@@ -2549,35 +2509,6 @@ def as_utf8(value):
         return value.encode("latin-1").decode()
     except UnicodeDecodeError:
         return value
-
-
-def spellings(secret):
-    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
-    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
-    return re.compile(b"".join(map(spellings_of_character, secret)))
-
-
-def longest_spelling(secret):
-    """How many bytes no spelling is longer than."""
-    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
-
-
-@functools.lru_cache(1000)
-def spellings_of_character(each):
-    """A pattern for one character; letters and digits nobody encodes."""
-    number, data = ord(each), each.encode("utf-8", "surrogatepass")
-    if each.isascii() and each.isalnum():
-        return data
-    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
-    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
-    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
-    # The longer one first, where one begins like another.
-    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
-            b"&#x?0*(?:%d|%x);" % (number, number),
-            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
-    ways += [rb"\+"] if each == " " else []
-    ways += [re.escape(bytes([number]))] if number < 256 else []
-    return b"(?i:%b)" % b"|".join(ways)
 
 
 class Access:
@@ -2604,8 +2535,8 @@ class Access:
         return same_secret(given, self.token)
 
     def without_token(self, data):
-        """Bytes as a text in which the token, however it is spelled, cannot be read."""
-        return spellings(self.token).sub(b"...", data).decode("utf-8", "replace")
+        """Bytes as a text in which the token cannot be read."""
+        return SPELLINGS[-1](self.token).sub(b"...", data).decode("utf-8", "replace")
 
     def given_token(self, headers, query):
         """The token of the Authorization header or of the query; None when there is none."""
@@ -3555,31 +3486,34 @@ def serve(server):
 # stands behind its name:
 #
 #    10 Byte for byte                            DOCUMENTS
-#    11 Old formats                              UPGRADES
-#    12 What the schema says                     REMARKS
-#    13 Large things, a little at a time         CODEC
-#    14 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
-#    15 What was read or asked for a moment ago  CONTENTS
-#    16 Files that cannot be replaced            REPLACE, CONTENTS
-#    17 Links that lead where they led           MOVE
-#    18 Copies                                   MAKERS
-#    19 Checkpoints                              ROUTES, COMPANIONS
-#    20 Uploads in pieces                        SAVERS
-#    21 Ranges                                   RANGES
-#    22 Bodies in chunks, or on demand           CODINGS, HANDLERS
-#    23 Clients that send drop by drop           HANDLERS
-#    24 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    25 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    26 Orphans                                  KERNEL_EXTRAS
-#    27 The other layout of messages             LAYOUTS
-#    28 Compression                              EXTENSIONS
-#    29 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    30 TLS                                      OPTIONS, AT_START
-#    31 How kernels are reached                  OPTIONS, AT_START
-#    32 Idle kernels                             OPTIONS, AT_START
-#    33 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
-#    34 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    35 Other servers                            COMMANDS
+#    11 Cells that are not whole                 MEND
+#    12 Old formats                              UPGRADES
+#    13 What the schema says                     REMARKS
+#    14 Large things, a little at a time         CODEC
+#    15 Fewer questions to the disk              CONTENTS
+#    16 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
+#    17 What was read or asked for a moment ago  CONTENTS
+#    18 Files that cannot be replaced            REPLACE, CONTENTS
+#    19 Links that lead where they led           MOVE
+#    20 Copies                                   MAKERS
+#    21 Checkpoints                              ROUTES, CONTENTS
+#    22 Uploads in pieces                        SAVERS
+#    23 Ranges                                   RANGES
+#    24 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    25 Clients that send drop by drop           HANDLERS
+#    26 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    27 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    28 Orphans                                  KERNEL_EXTRAS
+#    29 The other layout of messages             LAYOUTS
+#    30 Compression                              EXTENSIONS
+#    31 However a secret is spelled              SPELLINGS
+#    32 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    33 TLS                                      OPTIONS, AT_START
+#    34 How kernels are reached                  OPTIONS, AT_START
+#    35 Idle kernels                             OPTIONS, AT_START
+#    36 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
+#    37 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    38 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -3869,7 +3803,35 @@ def in_javascript(value):
 DOCUMENTS.append(NotebookFile)
 
 
-# ---- 11. Old formats: nbformat 2 and 3 ---------------------------------------------------------
+# ---- 11. Cells that are not whole --------------------------------------------------------------
+DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
+    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
+    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
+
+
+def mend(notebook):
+    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
+    outputs or sources, or write null; with a default for each such cell the file is good."""
+    cells = notebook.get("cells") if isinstance(notebook, dict) else None
+    if not isinstance(cells, list):
+        return notebook, set()
+    whole = [*map(whole_cell, cells)]
+    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
+    return ({**notebook, "cells": whole} if mended else notebook), mended
+
+
+def whole_cell(cell):
+    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
+        return cell   # nothing that we could mend
+    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
+               if cell.get(key) is None and not (key in cell and kind is type(None))}
+    return {**cell, **missing} if missing else cell
+
+
+MEND.append(mend)
+
+
+# ---- 12. Old formats: nbformat 2 and 3 ---------------------------------------------------------
 
 SHORT_MIME = {   # nbformat 3's names
     "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
@@ -3930,7 +3892,7 @@ def upgrade_output(old):
 UPGRADES.update({2: upgrade, 3: upgrade})
 
 
-# ---- 12. What the schema says: such a notebook can be drawn, and its readers are told ----------
+# ---- 13. What the schema says: such a notebook can be drawn, and its readers are told ----------
 
 MEMBERS = {   # of a notebook, cell or output, by type: (those it must have, those it may have)
     kind: ({*required.split()}, {*required.split(), *optional.split()})
@@ -3984,7 +3946,7 @@ def strangers(where, part, kind):
 REMARKS.append(validation_message)
 
 
-# ---- 13. Large things, a little at a time ------------------------------------------------------
+# ---- 14. Large things, a little at a time ------------------------------------------------------
 #
 # While Python's json is at work all other threads wait: a file of 500 MB would hold up every page
 # for seconds. So what is long is read and written piece by piece.
@@ -4139,7 +4101,36 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
              encode_base64=encode_base64, decode_base64=decode_base64)
 
 
-# ---- 14. Many servers, owners, crashes: what a save minds, too ---------------------------------
+# ---- 15. Fewer questions to the disk -----------------------------------------------------------
+class QuickContents(CONTENTS[-1]):
+    def follow(self, absolute):
+        """(real path, os.stat_result or None) of a path below the root. The root is real: only
+        what comes after it can be a link, and one question to the disk per name tells."""
+        real, info = self.root, None
+        try:
+            for name in filter(None, absolute[len(self.root):].split(os.sep)):
+                real = os.path.join(real, name)
+                info = os.lstat(real)
+                if stat.S_ISLNK(info.st_mode) or getattr(info, "st_reparse_tag", 0):
+                    return os.path.realpath(absolute), os.stat(absolute)
+            return real, info or os.stat(real)
+        except OSError:
+            return os.path.realpath(absolute), None
+
+    def entry(self, folder, real, name):
+        """The model of what is in a folder; of a plain file one question to the disk is enough."""
+        absolute, path = os.path.join(real, name), f"{folder}/{name}"
+        if self.is_visible(name):
+            info = os.lstat(absolute)
+            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
+                return self.model(path, absolute, info)
+        return super().entry(folder, real, name)
+
+
+CONTENTS.append(QuickContents)
+
+
+# ---- 16. Many servers, owners, crashes: what a save minds, too ---------------------------------
 #
 # S5 Between a look at the file and its replacement no other server comes either: both happen
 #    under a lock of its folder.
@@ -4262,7 +4253,7 @@ FOLDERS.append(locked)
 CONTENTS.append(TidyContents)
 
 
-# ---- 15. What was read or asked for a moment ago -----------------------------------------------
+# ---- 17. What was read or asked for a moment ago -----------------------------------------------
 
 class Recent:
     """The notebook files that were read or written last, because what is opened or saved will be
@@ -4369,7 +4360,7 @@ class RememberingContents(CONTENTS[-1]):
 CONTENTS.append(RememberingContents)
 
 
-# ---- 16. Files that cannot be replaced ---------------------------------------------------------
+# ---- 18. Files that cannot be replaced ---------------------------------------------------------
 #
 # A file with other names (hard links), a mount, a file in a folder that takes no new one or of an
 # owner that is not ours to give: old and new bytes go into a record in the runtime folder, then the
@@ -4481,7 +4472,7 @@ REPLACE.append(or_write_over)
 CONTENTS.append(FinishingContents)
 
 
-# ---- 17. Links that lead where they led --------------------------------------------------------
+# ---- 19. Links that lead where they led --------------------------------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4514,7 +4505,7 @@ def mend_links(tree, came_from):
 MOVE.append(move)
 
 
-# ---- 18. Copies ----------------------------------------------------------------------------------
+# ---- 20. Copies ----------------------------------------------------------------------------------
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4605,7 +4596,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 19. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 21. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4678,10 +4669,29 @@ ROUTES += [("GET", r"/api/contents/(.+)/checkpoints", list_checkpoints),
            ("DELETE", r"/api/contents/(.+)/checkpoints/([^/]+)", delete_checkpoint)]
 
 
-COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
+class CheckedContents(CONTENTS[-1]):
+    """A checkpoint goes along with its file."""
+
+    def rename(self, path, new_path):
+        left = Checkpoints(self).path(path)
+        model = super().rename(path, new_path)
+        if os.path.exists(left):
+            taken = Checkpoints(self).path(new_path)
+            os.makedirs(os.path.dirname(taken), exist_ok=True)
+            os.replace(left, taken)
+        return model
+
+    def delete(self, path, with_content=True):
+        left = Checkpoints(self).path(path)
+        super().delete(path, with_content)
+        if os.path.isfile(left):
+            os.remove(left)
 
 
-# ---- 20. Uploads in pieces: a model with a chunk's number --------------------------------------
+CONTENTS.append(CheckedContents)
+
+
+# ---- 22. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4782,7 +4792,7 @@ UPLOADS = Uploads()
 SAVERS["chunk"] = save_chunk
 
 
-# ---- 21. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 23. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
@@ -4802,7 +4812,7 @@ def range_of(header, size):
 RANGES.append(range_of)
 
 
-# ---- 22. Bodies in chunks, or on demand --------------------------------------------------------
+# ---- 24. Bodies in chunks, or on demand --------------------------------------------------------
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
 
@@ -4868,7 +4878,7 @@ CODINGS["chunked"] = read_chunks
 HANDLERS.append(AskingHandler)
 
 
-# ---- 23. Clients that send drop by drop --------------------------------------------------------
+# ---- 25. Clients that send drop by drop --------------------------------------------------------
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
 
@@ -4935,7 +4945,7 @@ class ImpatientHandler(HANDLERS[-1]):
 HANDLERS.append(ImpatientHandler)
 
 
-# ---- 24. Strangers -----------------------------------------------------------------------------
+# ---- 26. Strangers -----------------------------------------------------------------------------
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
 
@@ -5030,7 +5040,7 @@ ADMITTED.append(is_known)
 AFTER.append(is_answered)
 
 
-# ---- 25. The journal: what no file holds yet ---------------------------------------------------
+# ---- 27. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5298,7 +5308,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 26. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 28. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5353,7 +5363,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 27. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 29. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5386,7 +5396,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 28. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 30. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5467,7 +5477,35 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 29. Login: forms, passwords ---------------------------------------------------------------
+# ---- 31. However a secret is spelled -----------------------------------------------------------
+def spellings(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
+    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
+    return re.compile(b"".join(map(spellings_of_character, secret)))
+
+
+@functools.lru_cache(1000)
+def spellings_of_character(each):
+    """A pattern for one character; letters and digits nobody encodes."""
+    number, data = ord(each), each.encode("utf-8", "surrogatepass")
+    if each.isascii() and each.isalnum():
+        return data
+    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
+    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
+    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
+    # The longer one first, where one begins like another.
+    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
+            b"&#x?0*(?:%d|%x);" % (number, number),
+            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
+    ways += [rb"\+"] if each == " " else []
+    ways += [re.escape(bytes([number]))] if number < 256 else []
+    return b"(?i:%b)" % b"|".join(ways)
+
+
+SPELLINGS.append(spellings)
+
+
+# ---- 32. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5622,7 +5660,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 30. TLS -----------------------------------------------------------------------------------
+# ---- 33. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5649,7 +5687,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 31. How kernels are reached ---------------------------------------------------------------
+# ---- 34. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5663,7 +5701,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 32. Idle kernels --------------------------------------------------------------------------
+# ---- 35. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5691,7 +5729,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 33. What few clients ask for --------------------------------------------------------------
+# ---- 36. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -5937,7 +5975,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 34. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 37. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -5963,6 +6001,7 @@ PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second grou
     rb"((?:[?&]|%3F|%26)(?:token|_xsrf)(?:=|%3D))([^&\s#]+)",
     rb"""(name="_xsrf" value=")([^"]+)""")]
 TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
+LONGEST_SPELLING = 20        # bytes of a character: four in UTF-8, each percent-encoded twice
 SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
 
 
@@ -6007,6 +6046,11 @@ def split_frame(frame):
     return frame[:size], frame[size:masked], frame[masked:]
 
 
+def longest_spelling(secret):
+    """How many bytes no spelling is longer than."""
+    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
+
+
 class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
@@ -6021,7 +6065,7 @@ class Secrets:
                  *(kernel.connection["key"] for kernel in kernels)]
         for each in known:
             if len(each) >= SHORTEST_SECRET and each not in self.known:
-                self.known[each] = spellings(each)
+                self.known[each] = SPELLINGS[-1](each)
 
     def seen(self, event):
         """The parts of an event as they may be seen, each as long as it was. Of one that was cut
@@ -6367,7 +6411,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 35. Other servers: list, stop -------------------------------------------------------------
+# ---- 38. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
