@@ -37,6 +37,9 @@ Part I's extension points, and what is plugged in there:
     HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
     CODINGS                transfer coding -> its reader           bodies in chunks
     RANGES                 what part of a file is sent             ranges
+    CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
+    RESOURCES              files of a kernel spec                  pictures
+    DATA_FOLDERS           where kernel specs are looked for       `jupyter --paths`
     BEFORE, AFTER          functions of the handler                Under the hood, strangers
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
@@ -859,53 +862,26 @@ SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
-LOGO_FILE = "logo-svg.svg"    # of our own kernel
-LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
-<rect width="64" height="64" rx="12" fill="#306998"/>
-<path d="M12 18l14 14-14 14" fill="none" stroke="#ffd43b" stroke-width="7"/>
-<path d="M32 47h20" stroke="#fff" stroke-width="7"/></svg>"""
+SPEC_CHECKS = []   # functions(spec): ValueError for what no process can be given
 SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
     "argv": (list, None), "display_name": (str, ""), "language": (str, ""), "env": (dict, {}),
     "interrupt_mode": (str, "signal"), "metadata": (dict, {}), "kernel_protocol_version": (str, "")}
 
 
-def data_folders():
-    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
-    import site
+def usual_folders():
+    """Jupyter's data folders: the user's, this Python's, the system's."""
     share = os.path.join("share", "jupyter")
-    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
-    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
-    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
-        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
-    user = [JUPYTER_DATA]
-    if site.ENABLE_USER_SITE:
-        user.append(os.path.join(site.getuserbase(), share))
-    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
-    nearest = [*own, *user] if prefers_environment() else [*user, *own]
-    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+    return [JUPYTER_DATA, *(os.path.join(prefix, share)
+                            for prefix in (sys.prefix, "/usr/local", "/usr"))]
 
 
-def prefers_environment():
-    """True when this Python's own folder comes before the user's: when asked for, or by default
-    in a virtual or Conda environment that belongs to the user."""
-    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
-        return is_set("JUPYTER_PREFER_ENV_PATH")
-    conda = os.environ.get("CONDA_PREFIX")
-    is_conda = bool(conda) and sys.prefix.startswith(conda) \
-        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
-    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
-    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
-
-
-def is_set(name):
-    value = os.environ.get(name, "no").lower()
-    return value not in ("no", "n", "false", "off", "0", "0.0")
+DATA_FOLDERS = [usual_folders]   # functions: the last one is used
 
 
 def spec_folders():
     """Every folder of kernel specs: the first that has a name wins."""
     ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
+    return [os.path.join(path, "kernels") for path in (*DATA_FOLDERS[-1](), ipython)]
 
 
 def find_specs():
@@ -941,9 +917,10 @@ def complete_spec(found):
     for name, (kind, _) in SPEC_FIELDS.items():
         if not isinstance(spec[name], kind):
             raise ValueError(f"{name} must be of type {kind.__name__}")
-    if not spec["argv"] or not all(map(is_plain_text, spec["argv"])):
+    if not spec["argv"] or not all(isinstance(word, str) for word in spec["argv"]):
         raise ValueError("argv must be a list of words")
-    check_environment(spec["env"])
+    for check in SPEC_CHECKS:
+        check(spec)
     spec["interrupt_mode"] = spec["interrupt_mode"].lower()
     if spec["interrupt_mode"] not in ("signal", "message"):
         raise ValueError("interrupt_mode must be signal or message")
@@ -959,22 +936,6 @@ def find_spec(name):
     problem = Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
     problem.more = {"short_message": f"{name} not found"}   # what Notebook shows as a title
     raise problem
-
-
-def is_plain_text(value, most=100_000):
-    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
-    each), no NUL, no half of a surrogate pair."""
-    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
-            and len(value.encode()) <= most)
-
-
-def check_environment(variables):
-    """Raise ValueError unless this is {name: value} as a process can be given it."""
-    if not isinstance(variables, dict):
-        raise ValueError("env must be an object")
-    for name, value in variables.items():
-        if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
-            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
 
 
 def fill_in(argv, values):
@@ -1285,7 +1246,7 @@ class KernelProcess:
             self.process = subprocess.Popen(
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as problem:
+        except (OSError, ValueError) as problem:   # no such program; or a NUL among its words
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
@@ -2598,7 +2559,6 @@ ROUTES = [
     ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
     ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
-    ("GET", r"/kernelspecs/([^/]+)/(.+)", "kernelspec_file"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -2617,7 +2577,9 @@ PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to
 BEFORE = []    # functions of the handler, called when the head of a request has come …
 ADMITTED = []  # … when it has shown the token or the cookie …
 AFTER = []     # … and when it is answered, or has become a WebSocket
+CHECKS = []    # functions(handler, JSON object of a body): Problem 400 for what cannot be wished
 CODINGS = {}   # transfer coding -> function(handler, most bytes) -> the body
+RESOURCES = [lambda handler, name, folder: {}]   # name of a file -> its address: the last one
 RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
@@ -2625,9 +2587,6 @@ MOST_FORM = 1 << 16                   # bytes of a request from who is not let i
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
 MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
-MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
-MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
-TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
@@ -2911,10 +2870,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
         if not isinstance(value, dict) or not isinstance(value.get("kernel") or {}, dict):
             raise Problem(400, "The body must be a JSON object, and so must its kernel")
-        for part in (value, value.get("kernel") or {}):
-            for name in TEXT_FIELDS & part.keys():
-                if not isinstance(part[name], (str, type(None))):
-                    raise Problem(400, f"{name} must be a string")
+        for check in CHECKS:
+            check(self, value)
         return value
 
     def find_route(self):
@@ -3191,53 +3148,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def spec_model(self, name, spec, folder):
         """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
-        address = f"{self.server.base_url}kernelspecs/{quote(name)}/"
-        files = os.listdir(folder) if folder else [LOGO_FILE]
-        resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
-                     address + quote(file) for file in files
-                     if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
-        return {"name": name, "spec": spec, "resources": resources}
-
-    def kernelspec_file(self, name, file):
-        """A logo or the like from a kernel spec's folder."""
-        spec, folder = find_specs().get(name.lower(), (None, None))
-        if spec and not folder and file == LOGO_FILE:   # of our own kernel, which has no folder
-            return self.send(200, LOGO, "image/svg+xml")
-        path = os.path.realpath(os.path.join(folder or HERE, file)) if "\0" not in file else ""
-        if not folder or not is_within(path, os.path.realpath(folder)) or not os.path.isfile(path):
-            raise Problem(404, f"There is no {file} of the kernel spec {name}")
-        is_picture = file.lower().endswith(".png")
-        self.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
+        return {"name": name, "spec": spec, "resources": RESOURCES[-1](self, name, folder)}
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
 
-    def kernel_wish(self):
-        """The JSON object in the body of a request for a kernel or session. All that its process
-        would be given is looked at before there is one; Problem 400 for what it cannot be given."""
-        body = self.json_body()
-        parts = (body, body.get("kernel"), body.get("notebook"))
-        for name, value in [item for part in parts if isinstance(part, dict)
-                            for item in part.items()]:
-            if name == "env" and value is not None:
-                self.check_variables(value)
-            is_text = name in TEXT_FIELDS and value is not None
-            if is_text and not is_plain_text(value, MOST_NAME):
-                raise Problem(400, f"{name} is too long, or has a character that no name has")
-        return body
-
-    def check_variables(self, env):
-        """Problem 400 unless a process can be given a client's `env`."""
-        try:
-            check_environment(env)
-            if sum(map(len, env.values())) > MOST_VARIABLES:
-                raise ValueError("env is too large")
-        except ValueError as problem:
-            raise Problem(400, str(problem)) from None
-
     def start_kernel(self):
         """A new kernel; the one with the wished `kernel_id`, when there is one."""
-        body = self.kernel_wish()
+        body = self.json_body()
         kernel = self.server.kernels.all.get(body.get("kernel_id")) or self.server.kernels.start(
             body.get("name"), body.get("path") or "", body.get("kernel_id"), body.get("env"))
         self.created(kernel.model(), "kernels", kernel.id)
@@ -3280,7 +3198,7 @@ class Handler(BaseHTTPRequestHandler):
         its path stood in `notebook`: some clients still say it so."""
         if not self.body:
             raise Problem(400, "No JSON data provided")
-        wish = self.kernel_wish()
+        wish = self.json_body()
         notebook = wish.pop("notebook", None)
         if isinstance(notebook, dict) and notebook.get("path"):
             wish.update(path=notebook["path"], type="notebook")
@@ -3502,18 +3420,21 @@ def serve(server):
 #    24 Bodies in chunks, or on demand           CODINGS, HANDLERS
 #    25 Clients that send drop by drop           HANDLERS
 #    26 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    27 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    28 Orphans                                  KERNEL_EXTRAS
-#    29 The other layout of messages             LAYOUTS
-#    30 Compression                              EXTENSIONS
-#    31 However a secret is spelled              SPELLINGS
-#    32 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    33 TLS                                      OPTIONS, AT_START
-#    34 How kernels are reached                  OPTIONS, AT_START
-#    35 Idle kernels                             OPTIONS, AT_START
-#    36 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
-#    37 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    38 Other servers                            COMMANDS
+#    27 Where Jupyter looks                      DATA_FOLDERS
+#    28 Pictures of kernels                      ROUTES, RESOURCES
+#    29 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
+#    30 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    31 Orphans                                  KERNEL_EXTRAS
+#    32 The other layout of messages             LAYOUTS
+#    33 Compression                              EXTENSIONS
+#    34 However a secret is spelled              SPELLINGS
+#    35 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    36 TLS                                      OPTIONS, AT_START
+#    37 How kernels are reached                  OPTIONS, AT_START
+#    38 Idle kernels                             OPTIONS, AT_START
+#    39 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
+#    40 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    41 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4673,7 +4594,7 @@ class CheckedContents(CONTENTS[-1]):
     """A checkpoint goes along with its file."""
 
     def rename(self, path, new_path):
-        left = Checkpoints(self).path(path)
+        left = self.checkpoint_of(path)
         model = super().rename(path, new_path)
         if os.path.exists(left):
             taken = Checkpoints(self).path(new_path)
@@ -4682,10 +4603,15 @@ class CheckedContents(CONTENTS[-1]):
         return model
 
     def delete(self, path, with_content=True):
-        left = Checkpoints(self).path(path)
+        left = self.checkpoint_of(path)
         super().delete(path, with_content)
         if os.path.isfile(left):
             os.remove(left)
+
+    def checkpoint_of(self, path):
+        with contextlib.suppress(Problem):   # what has none cannot be moved or deleted either
+            return Checkpoints(self).path(path)
+        return ""
 
 
 CONTENTS.append(CheckedContents)
@@ -5040,7 +4966,144 @@ ADMITTED.append(is_known)
 AFTER.append(is_answered)
 
 
-# ---- 27. The journal: what no file holds yet ---------------------------------------------------
+# ---- 27. Where Jupyter looks -------------------------------------------------------------------
+def data_folders():
+    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
+    import site
+    share = os.path.join("share", "jupyter")
+    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
+    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
+        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
+    user = [JUPYTER_DATA]
+    if site.ENABLE_USER_SITE:
+        user.append(os.path.join(site.getuserbase(), share))
+    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
+    nearest = [*own, *user] if prefers_environment() else [*user, *own]
+    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+
+
+def prefers_environment():
+    """True when this Python's own folder comes before the user's: when asked for, or by default
+    in a virtual or Conda environment that belongs to the user."""
+    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
+        return is_set("JUPYTER_PREFER_ENV_PATH")
+    conda = os.environ.get("CONDA_PREFIX")
+    is_conda = bool(conda) and sys.prefix.startswith(conda) \
+        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
+    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
+
+
+def is_set(name):
+    value = os.environ.get(name, "no").lower()
+    return value not in ("no", "n", "false", "off", "0", "0.0")
+
+
+DATA_FOLDERS.append(data_folders)
+
+
+# ---- 28. Pictures of kernels -------------------------------------------------------------------
+LOGO_FILE = "logo-svg.svg"    # of our own kernel
+LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="12" fill="#306998"/>
+<path d="M12 18l14 14-14 14" fill="none" stroke="#ffd43b" stroke-width="7"/>
+<path d="M32 47h20" stroke="#fff" stroke-width="7"/></svg>"""
+
+
+def resources(handler, name, folder):
+    """What frontends want of a kernel spec's files: logos, and scripts for the classic page."""
+    address = f"{handler.server.base_url}kernelspecs/{quote(name)}/"
+    files = os.listdir(folder) if folder else [LOGO_FILE]
+    return {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
+            address + quote(file) for file in files
+            if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
+
+
+def kernelspec_file(handler, name, file):
+    """A logo or the like from a kernel spec's folder."""
+    spec, folder = find_specs().get(name.lower(), (None, None))
+    if spec and not folder and file == LOGO_FILE:   # of our own kernel, which has no folder
+        return handler.send(200, LOGO, "image/svg+xml")
+    path = os.path.realpath(os.path.join(folder or HERE, file)) if "\0" not in file else ""
+    if not folder or not is_within(path, os.path.realpath(folder)) or not os.path.isfile(path):
+        raise Problem(404, f"There is no {file} of the kernel spec {name}")
+    is_picture = file.lower().endswith(".png")
+    handler.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
+
+
+RESOURCES.append(resources)
+ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
+
+
+# ---- 29. Wishes that cannot be fulfilled -------------------------------------------------------
+#
+# All that a process would be given is looked at before there is one.
+
+MOST_NAME = 1 << 14          # bytes of a path or name; Linux takes a quarter of it
+MOST_VARIABLES = 1 << 16     # characters of all that a client would have in `env`
+TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
+KERNEL_WISHES = {"start_kernel", "create_session", "change_session"}
+
+
+def check_texts(handler, body):
+    """Problem 400 for a number or the like where a text is wanted, and for what the process of a
+    kernel cannot be given."""
+    for part in (body, body.get("kernel") or {}):
+        for name in TEXT_FIELDS & part.keys():
+            if not isinstance(part[name], (str, type(None))):
+                raise Problem(400, f"{name} must be a string")
+    if handler.name in KERNEL_WISHES:
+        for part in (body, body.get("kernel"), body.get("notebook")):
+            check_kernel_wish(part if isinstance(part, dict) else {})
+
+
+def check_kernel_wish(part):
+    for name, value in part.items():
+        if name == "env" and value is not None:
+            check_variables(value)
+        is_text = name in TEXT_FIELDS and value is not None
+        if is_text and not is_plain_text(value, MOST_NAME):
+            raise Problem(400, f"{name} is too long, or has a character that no name has")
+
+
+def check_variables(env):
+    """Problem 400 unless a process can be given a client's `env`."""
+    try:
+        check_environment(env)
+        if sum(map(len, env.values())) > MOST_VARIABLES:
+            raise ValueError("env is too large")
+    except ValueError as problem:
+        raise Problem(400, str(problem)) from None
+
+
+def is_plain_text(value, most=100_000):
+    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
+    each), no NUL, no half of a surrogate pair."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+            and len(value.encode()) <= most)
+
+
+def check_environment(variables):
+    """Raise ValueError unless this is {name: value} as a process can be given it."""
+    if not isinstance(variables, dict):
+        raise ValueError("env must be an object")
+    for name, value in variables.items():
+        if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
+            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
+
+
+def check_spec(spec):
+    if not all(map(is_plain_text, spec["argv"])):
+        raise ValueError("argv must be a list of words")
+    check_environment(spec["env"])
+
+
+CHECKS.append(check_texts)
+SPEC_CHECKS.append(check_spec)
+
+
+# ---- 30. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5308,7 +5371,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 28. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 31. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5363,7 +5426,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 29. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 32. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5396,7 +5459,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 30. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 33. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5477,7 +5540,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 31. However a secret is spelled -----------------------------------------------------------
+# ---- 34. However a secret is spelled -----------------------------------------------------------
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
     or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
@@ -5505,7 +5568,7 @@ def spellings_of_character(each):
 SPELLINGS.append(spellings)
 
 
-# ---- 32. Login: forms, passwords ---------------------------------------------------------------
+# ---- 35. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5660,7 +5723,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 33. TLS -----------------------------------------------------------------------------------
+# ---- 36. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5687,7 +5750,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 34. How kernels are reached ---------------------------------------------------------------
+# ---- 37. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5701,7 +5764,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 35. Idle kernels --------------------------------------------------------------------------
+# ---- 38. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5729,7 +5792,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 36. What few clients ask for --------------------------------------------------------------
+# ---- 39. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -5929,7 +5992,9 @@ ROUTES += [("GET", r"/view/(.+)", view),
 def path_at(kernel, path):
     """The absolute path of an existing file as a kernel's code would find it, or None."""
     absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
-    return absolute if is_plain_text(path) and os.path.exists(absolute) else None
+    with contextlib.suppress(ValueError):   # a NUL, or half of a surrogate pair
+        return absolute if os.path.exists(absolute) else None
+    return None
 
 
 def path_template(pattern, names):
@@ -5975,7 +6040,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 37. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 40. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6411,7 +6476,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 38. Other servers: list, stop -------------------------------------------------------------
+# ---- 41. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
