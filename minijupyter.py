@@ -19,12 +19,13 @@ Part I is the architecture, complete: it runs alone. Read it in order: 1 Documen
 Part I's extension points, and what is plugged in there:
 
     DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
-    CONTENTS               subclasses of Contents, the last used   what was asked for a moment ago
+    MEND                   what makes a notebook's cells whole     defaults
+    CONTENTS               subclasses of Contents, the last used   answers that are kept, leftovers
     CODEC                  how models become JSON and back         large things, piece by piece
     REMARKS                what is not quite right in a notebook   what the schema says
     SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
-    WRITERS, MOVE          other ways to replace, to move it       hard links and mounts, links
-    COMPANIONS             files that go along with a file         checkpoints
+    TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
+    REPLACE, MOVE          other ways to replace, to move it       hard links and mounts, links
     AFTER_SAVE             functions, when a file was saved        journal
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
     kernel.on_request, on_publish, on_join, on_end                 journal
@@ -34,12 +35,19 @@ Part I's extension points, and what is plugged in there:
     OWN_CHANNELS           channels between page and server        journal
     EXTENSIONS, LAYOUTS    of a WebSocket, of messages on it       compression, the v1 layout
     ROUTES, OPEN_TO_ALL    method, path, endpoint                  login, checkpoints, many others
+    HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
+    CODINGS                transfer coding -> its reader           bodies in chunks
     RANGES                 what part of a file is sent             ranges
-    BEFORE, AFTER          functions of the handler                Under the hood
+    CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
+    RESOURCES              files of a kernel spec                  pictures
+    DATA_FOLDERS           where kernel specs are looked for       `jupyter --paths`
+    BEFORE, AFTER          functions of the handler                Under the hood, strangers
+    ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
     access.add_key         what else opens the server              password
+    SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
 Of a cell's journey it holds stations 2, 3 and 11, each marked at its line: a WebSocket frame is
@@ -182,9 +190,6 @@ ANY_CELL_FIELDS = {"cell_type": str, "metadata": dict}
 CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
-DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
-    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
-    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
 is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
@@ -197,10 +202,8 @@ NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder wit
 SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
 MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -> the new model
 REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
-WRITERS = []      # for files that cannot be replaced: objects with `is_needed`, `write`
 MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
-COMPANIONS = []   # functions(contents, path) -> absolute path of what is moved and deleted with it
 
 
 class NotANotebook(ValueError):
@@ -281,6 +284,7 @@ class PlainDocument:
 
 
 DOCUMENTS = [PlainDocument]   # ways to read and write notebook files: the last one is used
+MEND = [lambda notebook: (notebook, ())]   # see `mend`: the last one is used
 UPGRADES = {}                 # older nbformat -> function(notebook of that version) -> of version 4
 
 
@@ -295,28 +299,9 @@ def current(notebook):
     elif version != 4:
         known = ", ".join(map(str, sorted([*UPGRADES, 4])))
         raise NotANotebook(f"this is nbformat {version}; what can be read is nbformat {known}")
-    notebook, mended = mend(notebook)
+    notebook, mended = MEND[-1](notebook)
     validate(notebook)
     return notebook, version, mended
-
-
-def mend(notebook):
-    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
-    outputs or sources, or write null; with a default for each such cell the file is good."""
-    cells = notebook.get("cells")
-    if not isinstance(cells, list):
-        return notebook, set()
-    whole = [*map(whole_cell, cells)]
-    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
-    return ({**notebook, "cells": whole} if mended else notebook), mended
-
-
-def whole_cell(cell):
-    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
-        return cell   # nothing that we could mend
-    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
-               if cell.get(key) is None and not (key in cell and kind is type(None))}
-    return {**cell, **missing} if missing else cell
 
 
 def validate(notebook):
@@ -386,7 +371,7 @@ def new_notebook():
 def write_notebook(notebook, old=None):
     """The document that says what `notebook` says; `old` is the one that is on disk now. Raises
     NotANotebook."""
-    notebook, _ = mend(notebook) if isinstance(notebook, dict) else (notebook, ())
+    notebook, _ = MEND[-1](notebook)
     validate(notebook)
     if notebook.get("nbformat") != 4:
         raise NotANotebook("/nbformat must be 4")
@@ -432,7 +417,6 @@ class Contents:
         self.private = [os.path.realpath(folder) for folder in private]
         self.lock = threading.Lock()   # while a name is chosen
         self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
-        tidy(self.root)
 
     def look(self, path):
         """(absolute path on disk, its os.stat_result or None when nothing is there) of an API path.
@@ -458,16 +442,9 @@ class Contents:
         return info
 
     def follow(self, absolute):
-        """(real path, os.stat_result or None) of a path below the root. The root is real: only
-        what comes after it can be a link, and one question to the disk per name tells."""
-        real, info = self.root, None
+        """(real path, os.stat_result or None) of a path below the root."""
         try:
-            for name in filter(None, absolute[len(self.root):].split(os.sep)):
-                real = os.path.join(real, name)
-                info = os.lstat(real)
-                if stat.S_ISLNK(info.st_mode) or getattr(info, "st_reparse_tag", 0):
-                    return os.path.realpath(absolute), os.stat(absolute)
-            return real, info or os.stat(real)
+            return os.path.realpath(absolute), os.stat(absolute)
         except OSError:
             return os.path.realpath(absolute), None
 
@@ -535,7 +512,6 @@ class Contents:
         """(models of a folder's visible files and folders in the order of their names, what to say
         of those whose names no client could send back, or None)."""
         real, models, unlisted = os.path.realpath(absolute), [], 0
-        tidy(real)
         for name in sorted(os.listdir(real), key=str.casefold):
             if name.endswith(LEFTOVERS) and not self.allow_hidden:
                 continue
@@ -548,12 +524,8 @@ class Contents:
                         f"backslash: {unlisted} (rename them in a terminal)")
 
     def entry(self, folder, real, name):
-        """The model of what is in a folder; of a plain file one question to the disk is enough."""
-        absolute, path = os.path.join(real, name), f"{folder}/{name}"
-        if self.is_visible(name):
-            info = os.lstat(absolute)
-            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
-                return self.model(path, absolute, info)
+        """The model of what is in a folder, whose real path is `real`."""
+        path = f"{folder}/{name}"
         return self.model(path, self.existing(path))
 
     def content(self, path, kind, form, data):
@@ -671,22 +643,14 @@ class Contents:
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
         data = self.written(new_notebook(), None).data if kind == "notebook" else b""
-
-        def make(absolute):
-            if kind == "directory":
-                os.mkdir(absolute)
-            else:
-                write_atomically(absolute, data, refuse_existing)
-
-        space = " " if kind == "directory" else ""
-        return self.make_new(make, folder, stem, extension or usual, space)
-
-    def make_new(self, make, *names):
-        """The model of what `make(absolute)` makes under the first free name, see `free_name`."""
+        joint = " " if kind == "directory" else ""
         while True:
-            path = self.free_name(*names)
+            path = self.free_name(folder, stem, extension or usual, joint)
             try:
-                make(self.resolve(path))
+                if kind == "directory":
+                    os.mkdir(self.resolve(path))
+                else:
+                    write_atomically(self.resolve(path), data, refuse_existing)
                 return self.model(path, self.resolve(path))
             except FileExistsError:   # somebody took the name meanwhile
                 continue
@@ -707,16 +671,10 @@ class Contents:
         self.refuse_private(path, old)
         if not os.path.isdir(os.path.dirname(new)):
             raise Problem(404, f"No such folder: {os.path.dirname(new_path)}")
-        with self.lock, locked(os.path.dirname(new)) as folder:
+        with self.lock, FOLDERS[-1](os.path.dirname(new)):
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            left = [companion(self, path) for companion in COMPANIONS]
             MOVE[-1](old, new)
-            for companion, behind in zip(COMPANIONS, left, strict=True):
-                if os.path.exists(behind):
-                    os.makedirs(os.path.dirname(companion(self, new_path)), exist_ok=True)
-                    os.replace(behind, companion(self, new_path))
-            sync(folder)
         return self.model(new_path, new)
 
     def refuse_private(self, path, absolute):
@@ -730,9 +688,6 @@ class Contents:
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         if not os.path.isdir(absolute) or os.path.islink(absolute):
-            for companion in COMPANIONS:
-                with contextlib.suppress(OSError):   # as a rule there is none
-                    os.remove(companion(self, path))
             return os.remove(absolute)
         self.refuse_private(path, absolute)
         if not with_content and {*os.listdir(absolute)} - NO_CONTENT:
@@ -768,19 +723,14 @@ def is_within(real, root):
 # S2 A save is answered when the bytes, and the name that leads to them, are on the disk.
 # S3 Whenever the machine stops, the file is the old one or the new one. (A test replays every
 #    point at which a save can stop, and every order in which the disk may have done its work.)
-# S4 Of two saves that expect the same old file one is refused, whichever server gets them: one
-#    more look at the file and its replacement happen under a lock of its folder.
-# S5 Owner, rights and other names of the file stay.
-# S6 What a killed server left over goes as soon as somebody looks into that folder again.
+# S4 Of two saves that expect the same old file one is refused: each looks once more at the file
+#    right before it replaces it, and no other save of that file comes between (`one_save`).
 #
 # A file is replaced: a hidden file is written beside it, fsync, rename, fsync of the folder.
 
-IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch
-CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
-LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
 WRITTEN_AT_ONCE = 1 << 20   # bytes
+IS_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.saving").fullmatch   # what `leftover_name` gives
 O_BINARY = getattr(os, "O_BINARY", 0)   # Windows must not change line ends
-TIDIED = set()           # folders in which we have looked for leftovers
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -788,30 +738,17 @@ os.umask(UMASK)
 def write_atomically(path, data, look=None):
     """Replace the bytes of the file at `path`, or of what that links to; or change nothing.
 
-    `look(target)` is called when no other server can come between it and the replacement; what
-    it raises stops the save.
+    `look(target)` is called right before the replacement; what it raises stops the save.
     """
     target = os.path.realpath(path)
     refuse_protected(target)
 
     def replace():
-        with Temporary(target) as temporary:
+        with TEMPORARIES[-1](target) as temporary:
             temporary.write(data)
             temporary.replace(look)
 
-    or_write_over(target, replace, lambda: data, look)
-
-
-def or_write_over(target, replace, data, look=None):
-    """Call `replace`, or let one of WRITERS write what `data` returns into the file itself."""
-    try:
-        if any(writer.is_needed(target) for writer in WRITERS):
-            raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
-        replace()
-    except OSError as problem:
-        if not WRITERS or problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
-            raise
-        WRITERS[-1].write(target, data(), look)
+    REPLACE[-1](target, replace, lambda: data, look)
 
 
 def refuse_protected(target):
@@ -836,21 +773,15 @@ def stat_of(path):
 
 
 class Temporary:
-    """A hidden file beside `target` that is to take its place. It is locked as long as it is in
-    use, so that it is no leftover to anybody who tidies the folder."""
+    """A hidden file beside `target` that is to take its place."""
 
     def __init__(self, target):
-        """Raises OSError; one of CANNOT_REPLACE when the folder takes no new file."""
         self.target, self.folder = target, os.path.dirname(target)
-        tidy(self.folder)
-        self.descriptor = None
-        # Before it is locked another server that tidies could take it for a leftover.
-        while self.descriptor is None:
-            self.path = leftover_name(self.folder)
-            self.descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-            if lock(self.descriptor) is False or not os.path.exists(self.path):
-                self.close()
+        self.make()
+
+    def make(self):
+        self.path = leftover_name(self.folder)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
 
     def __enter__(self):
         return self
@@ -874,35 +805,18 @@ class Temporary:
 
     def replace(self, look=None):
         """Take the place of the target, now or never."""
-        self.dress()
+        self.dress(stat_of(self.target))
         os.fsync(self.descriptor)
-        with locked(self.folder) as folder:
+        with FOLDERS[-1](self.folder):
             if look:
                 look(self.target)
             if os.name == "nt":   # where no open file is renamed
                 self.close()
             os.replace(self.path, self.target)
-            unlock(folder)   # the next one can go on while the disk works
-            sync(folder)
 
-    def dress(self):
-        """Take the owner and the rights of the file that is to be replaced. Raises PermissionError
-        when they are not ours to give."""
-        old, new = stat_of(self.target), os.fstat(self.descriptor)
-        if old is None:
-            return os.chmod(self.path, 0o666 & ~UMASK)
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.chown(self.path, old.st_uid, old.st_gid)
-        copy_attributes(self.target, self.path)
-        os.chmod(self.path, stat.S_IMODE(old.st_mode))
-
-
-def copy_attributes(source, target):
-    """Access control lists and the like, where there are any and we may give them."""
-    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
-        for name in os.listxattr(source):
-            with contextlib.suppress(OSError):
-                os.setxattr(target, name, os.getxattr(source, name))
+    def dress(self, old):
+        """Take the rights of the file that is to be replaced: its os.stat_result, or None."""
+        os.chmod(self.path, stat.S_IMODE(old.st_mode) if old else 0o666 & ~UMASK)
 
 
 def write_all(descriptor, data):
@@ -916,84 +830,26 @@ def leftover_name(folder):
     return os.path.join(folder, f".{secrets.token_hex(8)}.saving")
 
 
-def tidy(folder):
-    """Remove what killed servers left over in a folder; that of running ones is locked.
-
-    Done when a folder is first listed or saved into. (A walk through all folders at the start
-    could take minutes; a list of what is being written would cost each save an fsync more.)
-    """
-    if folder in TIDIED:
-        return
-    TIDIED.add(folder)
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
-            with contextlib.suppress(OSError), locked(folder):
-                remove_if_unlocked(path)
-
-
-def remove_if_unlocked(path):
-    """Remove a leftover, file or folder. Raises OSError when it is in use."""
-    # Network file systems lock only what may be written; a folder is never opened for that.
-    is_folder = os.path.isdir(path)
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-    try:
-        if lock(descriptor) and is_folder:
-            shutil.rmtree(path)
-        elif lock(descriptor):
-            os.unlink(path)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def locked(folder):
-    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
-    folder itself: nothing is created, and nothing left over. Gives the folder's descriptor, or
-    None where a folder cannot be opened (Windows) or a file system has no locks."""
+def changing(folder):
+    """While names in a folder change; in the end they are on the disk. Gives its descriptor, None
+    where a folder cannot be opened (Windows)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         descriptor = None
     try:
-        if descriptor is not None:
-            wait_for_lock(descriptor)
         yield descriptor
+        with contextlib.suppress(OSError, TypeError):   # some file systems know no such thing
+            os.fsync(descriptor)
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def wait_for_lock(descriptor):
-    """A program that holds the lock and was stopped must not stop us for ever."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while lock(descriptor) is False and time.monotonic() < deadline:
-        time.sleep(0.0005)
-
-
-def lock(descriptor):
-    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
-    process. False when somebody else has it, None when there are no locks here: then the look
-    right before the replacement must do. (On Windows an open file is neither removed nor
-    replaced, and its C runtime locks no folder.)"""
-    try:
-        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
-
-def unlock(descriptor):
-    if fcntl and descriptor is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def sync(folder):
-    """Have the names in a folder on the disk; None: it cannot be opened."""
-    if folder is not None:
-        with contextlib.suppress(OSError):   # some file systems know no such thing
-            os.fsync(folder)
+TEMPORARIES = [Temporary]   # classes: the last one is used
+FOLDERS = [changing]        # context managers like that one: the last one is used
+REPLACE = [lambda target, replace, data, look: replace()]   # functions: the last one is used
 
 
 # ---- 2. Kernel specs: which kernels there are -------------------------------------------------
@@ -1007,53 +863,26 @@ SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
-LOGO_FILE = "logo-svg.svg"    # of our own kernel
-LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
-<rect width="64" height="64" rx="12" fill="#306998"/>
-<path d="M12 18l14 14-14 14" fill="none" stroke="#ffd43b" stroke-width="7"/>
-<path d="M32 47h20" stroke="#fff" stroke-width="7"/></svg>"""
+SPEC_CHECKS = []   # functions(spec): ValueError for what no process can be given
 SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
     "argv": (list, None), "display_name": (str, ""), "language": (str, ""), "env": (dict, {}),
     "interrupt_mode": (str, "signal"), "metadata": (dict, {}), "kernel_protocol_version": (str, "")}
 
 
-def data_folders():
-    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
-    import site
+def usual_folders():
+    """Jupyter's data folders: the user's, this Python's, the system's."""
     share = os.path.join("share", "jupyter")
-    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
-    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
-    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
-        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
-    user = [JUPYTER_DATA]
-    if site.ENABLE_USER_SITE:
-        user.append(os.path.join(site.getuserbase(), share))
-    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
-    nearest = [*own, *user] if prefers_environment() else [*user, *own]
-    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+    return [JUPYTER_DATA, *(os.path.join(prefix, share)
+                            for prefix in (sys.prefix, "/usr/local", "/usr"))]
 
 
-def prefers_environment():
-    """True when this Python's own folder comes before the user's: when asked for, or by default
-    in a virtual or Conda environment that belongs to the user."""
-    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
-        return is_set("JUPYTER_PREFER_ENV_PATH")
-    conda = os.environ.get("CONDA_PREFIX")
-    is_conda = bool(conda) and sys.prefix.startswith(conda) \
-        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
-    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
-    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
-
-
-def is_set(name):
-    value = os.environ.get(name, "no").lower()
-    return value not in ("no", "n", "false", "off", "0", "0.0")
+DATA_FOLDERS = [usual_folders]   # functions: the last one is used
 
 
 def spec_folders():
     """Every folder of kernel specs: the first that has a name wins."""
     ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
+    return [os.path.join(path, "kernels") for path in (*DATA_FOLDERS[-1](), ipython)]
 
 
 def find_specs():
@@ -1089,9 +918,10 @@ def complete_spec(found):
     for name, (kind, _) in SPEC_FIELDS.items():
         if not isinstance(spec[name], kind):
             raise ValueError(f"{name} must be of type {kind.__name__}")
-    if not spec["argv"] or not all(map(is_plain_text, spec["argv"])):
+    if not spec["argv"] or not all(isinstance(word, str) for word in spec["argv"]):
         raise ValueError("argv must be a list of words")
-    check_environment(spec["env"])
+    for check in SPEC_CHECKS:
+        check(spec)
     spec["interrupt_mode"] = spec["interrupt_mode"].lower()
     if spec["interrupt_mode"] not in ("signal", "message"):
         raise ValueError("interrupt_mode must be signal or message")
@@ -1107,22 +937,6 @@ def find_spec(name):
     problem = Problem(501, f"There is no kernel called {name}; there are: {', '.join(specs)}")
     problem.more = {"short_message": f"{name} not found"}   # what Notebook shows as a title
     raise problem
-
-
-def is_plain_text(value, most=100_000):
-    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
-    each), no NUL, no half of a surrogate pair."""
-    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
-            and len(value.encode()) <= most)
-
-
-def check_environment(variables):
-    """Raise ValueError unless this is {name: value} as a process can be given it."""
-    if not isinstance(variables, dict):
-        raise ValueError("env must be an object")
-    for name, value in variables.items():
-        if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
-            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
 
 
 def fill_in(argv, values):
@@ -1438,7 +1252,7 @@ class KernelProcess:
             self.process = subprocess.Popen(
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as problem:
+        except (OSError, ValueError) as problem:   # no such program; or a NUL among its words
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
@@ -2658,7 +2472,6 @@ class Bridge:
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
 # come from our own page? To let somebody in for another secret, call `Access.add_key`.
 
-LONGEST_SPELLING = 20     # bytes of a character: four in UTF-8, each percent-encoded twice
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
 METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
 LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", re.I)   # and port
@@ -2667,6 +2480,15 @@ LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]*)?", r
 def same_secret(given, secret):
     """Compare without telling by the time it takes how much was right."""
     return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (given, secret)))
+
+
+def as_it_is(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in an address."""
+    return re.compile(b"|".join(re.escape(text.encode("utf-8", "surrogatepass"))
+                                for text in (secret, quote(secret, errors="replace"))))
+
+
+SPELLINGS = [as_it_is]   # functions of a secret -> pattern of its spellings: the last one is used
 
 
 def is_loopback(ip):
@@ -2680,35 +2502,6 @@ def as_utf8(value):
         return value.encode("latin-1").decode()
     except UnicodeDecodeError:
         return value
-
-
-def spellings(secret):
-    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
-    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
-    return re.compile(b"".join(map(spellings_of_character, secret)))
-
-
-def longest_spelling(secret):
-    """How many bytes no spelling is longer than."""
-    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
-
-
-@functools.lru_cache(1000)
-def spellings_of_character(each):
-    """A pattern for one character; letters and digits nobody encodes."""
-    number, data = ord(each), each.encode("utf-8", "surrogatepass")
-    if each.isascii() and each.isalnum():
-        return data
-    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
-    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
-    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
-    # The longer one first, where one begins like another.
-    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
-            b"&#x?0*(?:%d|%x);" % (number, number),
-            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
-    ways += [rb"\+"] if each == " " else []
-    ways += [re.escape(bytes([number]))] if number < 256 else []
-    return b"(?i:%b)" % b"|".join(ways)
 
 
 class Access:
@@ -2735,8 +2528,8 @@ class Access:
         return same_secret(given, self.token)
 
     def without_token(self, data):
-        """Bytes as a text in which the token, however it is spelled, cannot be read."""
-        return spellings(self.token).sub(b"...", data).decode("utf-8", "replace")
+        """Bytes as a text in which the token cannot be read."""
+        return SPELLINGS[-1](self.token).sub(b"...", data).decode("utf-8", "replace")
 
     def given_token(self, headers, query):
         """The token of the Authorization header or of the query; None when there is none."""
@@ -2790,7 +2583,6 @@ ROUTES = [
     ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
-    ("GET", r"/api/status", "status"),
     ("POST", r"/api/shutdown", "shutdown_server"),
     ("GET", r"/api/contents(?:/(.*))?", "get_contents"),
     ("POST", r"/api/contents(?:/(.*))?", "create_contents"),
@@ -2799,7 +2591,6 @@ ROUTES = [
     ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
     ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
-    ("GET", r"/kernelspecs/([^/]+)/(.+)", "kernelspec_file"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -2813,27 +2604,21 @@ ROUTES = [
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 ]
-OPEN_TO_ALL = {"version", "frame", "options"}   # endpoints that need no token
+OPEN_TO_ALL = {"version", "frame"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
+ADMITTED = []  # … when it has shown the token or the cookie …
 AFTER = []     # … and when it is answered, or has become a WebSocket
+CHECKS = []    # functions(handler, JSON object of a body): Problem 400 for what cannot be wished
+CODINGS = {}   # transfer coding -> function(handler, most bytes) -> the body
+RESOURCES = [lambda handler, name, folder: {}]   # name of a file -> its address: the last one
 RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
 PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
-MOST_STRANGERS = 128                  # connections without a token; a browser makes six to a server
-SHORTAGE_SECONDS = 0.1                # until descriptors may be free again
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
 MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
-MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
-HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
-SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
-# They are asked by programs that look whether anybody is here: nobody is, for all they do.
-NO_ACTIVITY = {"status", "resolve_path"}
-MOST_NAME = 1 << 14                   # bytes of a path or name; Linux takes a quarter of it
-MOST_VARIABLES = 1 << 16              # characters of all that a client would have in `env`
-TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
@@ -2866,7 +2651,6 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
 TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
 FIELD = re.compile(rf"({TOKEN}):({TEXT_BYTES})")                                  # RFC 9112 5
-CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")              # RFC 9112 7.1
 HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                              # RFC 3986 3.2
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
@@ -2940,13 +2724,10 @@ class Head:
         self.length = self.body_length()
         options = [word.lower() for word in words(self.headers, "Connection")]
         self.is_last = "keep-alive" not in options if self.is_old else "close" in options
-        # RFC 9110 10.1.1: the client asks whether it shall send its body.
-        self.asks_first = (self.headers.get("Expect", "").lower() == "100-continue"
-                           and not self.is_old and self.length != 0)
 
     def body_length(self):
-        """How many bytes the body has; None when it comes in chunks (RFC 9112 6.3). Problem 400
-        where one cannot be sure, 501 for a coding that we do not know (6.1)."""
+        """How many bytes the body has; None when its coding tells its end (RFC 9112 6.3). Problem
+        400 where one cannot be sure, 501 for a coding that is not in CODINGS (6.1)."""
         lengths, codings = (self.headers.get_all(name) for name in (
             "Content-Length", "Transfer-Encoding"))
         if not lengths and not codings:
@@ -2957,8 +2738,9 @@ class Head:
             return int(lengths[0])
         if lengths or self.is_old:
             raise Problem(400, "Transfer-Encoding goes with HTTP/1.1, and with no Content-Length")
-        if [coding.lower() for coding in codings] != ["chunked"]:
-            raise Problem(501, "The only Transfer-Encoding that this server knows is chunked")
+        self.coding = ", ".join(codings).lower()
+        if self.coding not in CODINGS:
+            raise Problem(501, f"This server knows no Transfer-Encoding {self.coding}")
         return None
 
 
@@ -2974,42 +2756,6 @@ def split_target(target):
         return unquote(url.path), parse_qs(url.query, max_num_fields=MOST_FIELDS), url.netloc
     except ValueError:
         raise Problem(400, "This is no path, or its query is too long") from None
-
-
-class Incoming(io.RawIOBase):
-    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
-
-    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
-    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
-    deadline, so that a slow upload of any size passes.
-    """
-
-    def __init__(self, sock, silence):
-        self.socket, self.silence = sock, silence
-        self.deadline = None    # by time.monotonic(); None between two requests
-
-    def readable(self):
-        return True
-
-    def allow(self, seconds):
-        self.deadline = time.monotonic() + seconds
-
-    def rest(self):
-        """No more is awaited; what is sent has the whole `silence` again."""
-        if self.deadline is not None:
-            self.deadline = None
-            self.socket.settimeout(self.silence)
-
-    def readinto(self, buffer):
-        if self.deadline is None:
-            return self.socket.recv_into(buffer)
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request takes too long")
-        self.socket.settimeout(min(left, self.silence))
-        count = self.socket.recv_into(buffer)
-        self.deadline += count / SLOWEST
-        return count
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -3028,9 +2774,6 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.hangs_up = False    # True when the last we said is that the connection ends
-        self.is_stranger = True  # until a request shows a token or the cookie
-        self.rfile.close()
-        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
 
     def handle(self):
         """Serve a connection to its end; a client that vanishes is no error."""
@@ -3042,13 +2785,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection, self.is_answered, self.is_over = True, False, False
         self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
         self.endpoint, self.query, self.body = type(self).answer, {}, b""
-        self.is_wanted = True       # False while a client waits for us to ask for the body
         self.head_bytes = self.read_head()
         if self.head_bytes:
             self.answer()
             self.wfile.flush()
-            if self.is_stranger:
-                self.server.strangers.add(self.connection)
 
     def answer(self):
         """Check the request, read its body, find its route, send what the handler returns."""
@@ -3103,15 +2843,12 @@ class Handler(BaseHTTPRequestHandler):
         end = ahead.find(b"\r\n\r\n") + 4
         if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
             return self.rfile.read(end)
-        incoming = self.rfile.raw
-        incoming.allow(HEAD_SECONDS)
         head = line = self.rfile.readline(MOST_HEAD)
         if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
             head = line = self.rfile.readline(MOST_HEAD)
         while line[-2:] == b"\r\n" and len(line) > 2 and len(head) < MOST_HEAD:
             line = self.rfile.readline(MOST_HEAD - len(head))
             head += line
-        incoming.rest()
         return head
 
     def take_head(self):
@@ -3123,7 +2860,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(414 if is_line else 431, "The head of the request is too large")
         head = self.head = parse_head(data)
         self.command, self.path, self.headers = head.method, head.target, head.headers
-        self.close_connection, self.is_wanted = head.is_last, not head.asks_first
+        self.close_connection = head.is_last
         self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
@@ -3142,15 +2879,8 @@ class Handler(BaseHTTPRequestHandler):
         if length is not None and length > most:
             self.close_connection = True
             raise Problem(413, f"A body may have {most} bytes here")
-        if not self.is_wanted:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.is_wanted = True
-        if length == 0:
-            return b""
-        self.rfile.raw.allow(BODY_SECONDS)
-        body = self.read_chunks(most) if length is None else self.read_exactly(length)
-        self.rfile.raw.rest()
-        return body
+        return CODINGS[self.head.coding](self, most) if length is None else (
+            self.read_exactly(length))
 
     def read_exactly(self, size):
         data = self.rfile.read(size)
@@ -3158,45 +2888,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionError("the client ended the connection in the middle of a body")
         return data
 
-    def read_chunks(self, most):
-        """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
-        trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
-        keeps, self.close_connection = self.close_connection, True
-        body = io.BytesIO()
-        while size := self.chunk_size():
-            if body.tell() + size > most:
-                raise Problem(413, f"A body may have {most} bytes here")
-            body.write(self.read_exactly(size))
-            if self.read_exactly(2) != b"\r\n":
-                raise Problem(400, "A chunk is not as long as it says")
-        for _ in range(MOST_FIELDS):
-            if (line := self.chunk_line()) == "":
-                self.close_connection = keeps
-                return body.getvalue()
-            if not FIELD.fullmatch(line):
-                raise Problem(400, "A trailer of the body is malformed")
-        raise Problem(431, "The body has too many trailers")
-
-    def chunk_size(self):
-        match = CHUNK.fullmatch(self.chunk_line())
-        if not match:
-            raise Problem(400, "This is no size of a chunk")
-        return int(match[1], 16)
-
-    def chunk_line(self):
-        """A line between chunks, without its CRLF."""
-        line = self.rfile.readline(MOST_CHUNK_LINE)
-        if line[-2:] != b"\r\n":
-            raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
-        return line[:-2].decode("latin-1")
-
     def discard_body(self):
         """Read a body that nobody wants, or the next request on this connection would begin in its
-        middle. A large one, and one that the client has not begun to send, is not worth it."""
-        self.body = b""
-        if not self.is_wanted:
-            self.close_connection = True
-            return
+        middle. A large one is not worth it."""
         with contextlib.suppress(Problem):
             self.read_body(MOST_DISCARDED)
 
@@ -3208,10 +2902,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Problem(400, f"Invalid JSON in the body of the request: {problem}") from None
         if not isinstance(value, dict) or not isinstance(value.get("kernel") or {}, dict):
             raise Problem(400, "The body must be a JSON object, and so must its kernel")
-        for part in (value, value.get("kernel") or {}):
-            for name in TEXT_FIELDS & part.keys():
-                if not isinstance(part[name], (str, type(None))):
-                    raise Problem(400, f"{name} must be a string")
+        for check in CHECKS:
+            check(self, value)
         return value
 
     def find_route(self):
@@ -3225,8 +2917,6 @@ class Handler(BaseHTTPRequestHandler):
         allowed = [*routes]
         if not allowed:
             raise Problem(404, f"There is nothing at {self.route}")
-        if self.command == "OPTIONS":
-            return "options", [allowed]
         problem = Problem(405, f"{self.command} is not possible at {self.route}")
         methods = {*allowed, *(["HEAD"] if "GET" in allowed else [])}
         problem.headers = {"Allow": ", ".join(sorted(methods))}
@@ -3242,27 +2932,20 @@ class Handler(BaseHTTPRequestHandler):
         if name in OPEN_TO_ALL:
             return True
         given = access.given_token(self.headers, self.query)
-        if given is not None and access.is_token(given):
-            self.note_activity()
-            return not (name in PAGES and "token" in self.query) or self.move_token_to_cookie()
-        if given is None and access.has_cookie(self.headers):
+        has_token = given is not None and access.is_token(given)
+        if has_token or given is None and access.has_cookie(self.headers):
             is_navigation = name in PAGES and self.command in SAFE_METHODS   # a link leads here
-            if not is_navigation and not access.is_our_page(
+            if not has_token and not is_navigation and not access.is_our_page(
                     self.command, self.headers, self.query):
                 raise Problem(403, "The request comes from another site")
-            self.note_activity()
-            return True
+            for hear in ADMITTED:
+                hear(self)
+            shows_token = has_token and name in PAGES and "token" in self.query
+            return not shows_token or self.move_token_to_cookie()
         if name not in PAGES or not routes_at("/login"):
             raise Problem(403, "Forbidden: a valid token is needed")
         self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
-
-    def note_activity(self):
-        if self.is_stranger:
-            self.is_stranger = False
-            self.server.strangers.remove(self.connection)
-        if "no_track_activity" not in self.query and self.name not in NO_ACTIVITY:
-            self.server.last_activity = time.time()
 
     def address_without_token(self):
         query = "&".join(f"{quote(key)}={quote(value)}" for key, values in self.query.items()
@@ -3332,13 +3015,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(status, model, {**self.location("contents", model["path"]),
                                        "Last-Modified": written_date(model["last_modified"])})
 
-    def options(self, allowed):
-        """What a browser asks before a request from elsewhere; no origin but ours is allowed."""
-        self.send(204, b"", "text/plain", {
-            "Allow": ", ".join(sorted({*allowed, "OPTIONS"})),
-            "Access-Control-Allow-Methods": "GET, PUT, POST, PATCH, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": "accept, content-type, authorization, x-xsrftoken"})
-
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
         if log.level in ("debug", "info"):
@@ -3402,12 +3078,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def version(self):
         return {"version": __version__}
-
-    def status(self):
-        kernels = list(self.server.kernels.all.values())
-        latest = max([self.server.last_activity, *(kernel.last_activity for kernel in kernels)])
-        return {"started": iso(self.server.started), "last_activity": iso(latest),
-                "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
 
     def shutdown_server(self):
         """End the server and its kernels, once this answer is sent."""
@@ -3510,53 +3180,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def spec_model(self, name, spec, folder):
         """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
-        address = f"{self.server.base_url}kernelspecs/{quote(name)}/"
-        files = os.listdir(folder) if folder else [LOGO_FILE]
-        resources = {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
-                     address + quote(file) for file in files
-                     if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
-        return {"name": name, "spec": spec, "resources": resources}
-
-    def kernelspec_file(self, name, file):
-        """A logo or the like from a kernel spec's folder."""
-        spec, folder = find_specs().get(name.lower(), (None, None))
-        if spec and not folder and file == LOGO_FILE:   # of our own kernel, which has no folder
-            return self.send(200, LOGO, "image/svg+xml")
-        path = os.path.realpath(os.path.join(folder or HERE, file)) if "\0" not in file else ""
-        if not folder or not is_within(path, os.path.realpath(folder)) or not os.path.isfile(path):
-            raise Problem(404, f"There is no {file} of the kernel spec {name}")
-        is_picture = file.lower().endswith(".png")
-        self.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
+        return {"name": name, "spec": spec, "resources": RESOURCES[-1](self, name, folder)}
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
 
-    def kernel_wish(self):
-        """The JSON object in the body of a request for a kernel or session. All that its process
-        would be given is looked at before there is one; Problem 400 for what it cannot be given."""
-        body = self.json_body()
-        parts = (body, body.get("kernel"), body.get("notebook"))
-        for name, value in [item for part in parts if isinstance(part, dict)
-                            for item in part.items()]:
-            if name == "env" and value is not None:
-                self.check_variables(value)
-            is_text = name in TEXT_FIELDS and value is not None
-            if is_text and not is_plain_text(value, MOST_NAME):
-                raise Problem(400, f"{name} is too long, or has a character that no name has")
-        return body
-
-    def check_variables(self, env):
-        """Problem 400 unless a process can be given a client's `env`."""
-        try:
-            check_environment(env)
-            if sum(map(len, env.values())) > MOST_VARIABLES:
-                raise ValueError("env is too large")
-        except ValueError as problem:
-            raise Problem(400, str(problem)) from None
-
     def start_kernel(self):
         """A new kernel; the one with the wished `kernel_id`, when there is one."""
-        body = self.kernel_wish()
+        body = self.json_body()
         kernel = self.server.kernels.all.get(body.get("kernel_id")) or self.server.kernels.start(
             body.get("name"), body.get("path") or "", body.get("kernel_id"), body.get("env"))
         self.created(kernel.model(), "kernels", kernel.id)
@@ -3599,7 +3230,7 @@ class Handler(BaseHTTPRequestHandler):
         its path stood in `notebook`: some clients still say it so."""
         if not self.body:
             raise Problem(400, "No JSON data provided")
-        wish = self.kernel_wish()
+        wish = self.json_body()
         notebook = wish.pop("notebook", None)
         if isinstance(notebook, dict) and notebook.get("path"):
             wish.update(path=notebook["path"], type="notebook")
@@ -3616,46 +3247,7 @@ class Handler(BaseHTTPRequestHandler):
         return 204, None
 
 
-class Strangers:
-    """Connections on which nobody has shown a token yet; the first has been silent longest.
-
-    Their number has a limit: who only connects must not take the descriptors that pages, files and
-    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
-    come again.
-    """
-
-    def __init__(self, most):
-        self.most, self.sockets, self.lock = most, {}, threading.Lock()
-
-    def add(self, sock):
-        """From the connection's thread: it has come, or has got an answer, just now."""
-        with self.lock:
-            self.sockets.pop(sock, None)
-            self.sockets[sock] = True
-        if len(self.sockets) > self.most:
-            self.cut_off()
-
-    def remove(self, sock):
-        """It has shown a token, or it ends."""
-        with self.lock:
-            self.sockets.pop(sock, None)
-
-    def cut_off(self):
-        """End the first: its thread sees the end, and closes it."""
-        with self.lock, contextlib.suppress(OSError, StopIteration):
-            sock = next(iter(self.sockets))
-            del self.sockets[sock]
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
-
-
-def most_strangers():
-    """How many there may be: of the descriptors that this process may open a quarter at most."""
-    try:
-        import resource
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    except ImportError:    # not on Windows, which has no such limit
-        return MOST_STRANGERS
-    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+HANDLERS = [Handler]   # classes: the last one is used
 
 
 class Server(ThreadingHTTPServer):
@@ -3667,13 +3259,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self, root, ip, port, token, base_url="/", allow_hidden=False):
         """Raises OSError when it cannot listen there."""
         self.address_family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        super().__init__((ip, port), Handler)
+        super().__init__((ip, port), HANDLERS[-1])
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
-        self.started = self.last_activity = time.time()
-        self.user = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
         self.access = Access(token, ip, self.server_port, base_url)
-        self.strangers = Strangers(most_strangers())
         self.contents = CONTENTS[-1](root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
@@ -3688,26 +3277,10 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
-    def get_request(self):
-        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
-        waiting would wake us again and again."""
-        try:
-            return super().get_request()
-        except OSError as problem:
-            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.strangers.cut_off()
-                time.sleep(SHORTAGE_SECONDS)
-            raise    # socketserver waits for the next
-
     def finish_request(self, request, client_address):
         """Serve a connection, in its own thread."""
-        connection = self.wrap(request)
-        self.strangers.add(connection)
-        try:
+        with contextlib.closing(self.wrap(request)) as connection:
             super().finish_request(connection, client_address)
-        finally:
-            self.strangers.remove(connection)
-            connection.close()
 
     @property
     def url(self):
@@ -3721,6 +3294,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         log(f"A connection failed: {sys.exc_info()[1]!r}")
+
+
+SERVERS = [Server]     # classes: the last one is used
 
 
 # ---- 9. main: options, commands ----------------------------------------------------------------
@@ -3786,8 +3362,8 @@ def open_server(arguments):
     ports = [*range(FIRST_PORT, FIRST_PORT + PORTS_TRIED), 0]   # 0: one that the system chooses
     for port in ports if wish is None else [wish]:
         try:
-            return Server(arguments.folder, arguments.ip, port, arguments.token,
-                          arguments.base_url, arguments.allow_hidden)
+            return SERVERS[-1](arguments.folder, arguments.ip, port, arguments.token,
+                               arguments.base_url, arguments.allow_hidden)
         except (OSError, OverflowError) as problem:
             is_taken = getattr(problem, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
             if wish is not None or not is_taken or port == 0:
@@ -3860,28 +3436,38 @@ def serve(server):
 # stands behind its name:
 #
 #    10 Byte for byte                            DOCUMENTS
-#    11 Old formats                              UPGRADES
-#    12 What the schema says                     REMARKS
-#    13 Large things, a little at a time         CODEC
-#    14 What was read or asked for a moment ago  CONTENTS
-#    15 Files that cannot be replaced            WRITERS, AT_START
-#    16 Links that lead where they led           MOVE
-#    17 Copies                                   MAKERS
-#    18 Checkpoints                              ROUTES, COMPANIONS
-#    19 Uploads in pieces                        SAVERS
-#    20 Ranges                                   RANGES
-#    21 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    22 Orphans                                  KERNEL_EXTRAS
-#    23 Windows                                  OUTPUTS
-#    24 The other layout of messages             LAYOUTS
-#    25 Compression                              EXTENSIONS
-#    26 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    27 TLS                                      OPTIONS, AT_START
-#    28 How kernels are reached                  OPTIONS, AT_START
-#    29 Idle kernels                             OPTIONS, AT_START
-#    30 What few clients ask for                 ROUTES, AT_START
-#    31 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    32 Other servers                            COMMANDS
+#    11 Cells that are not whole                 MEND
+#    12 Old formats                              UPGRADES
+#    13 What the schema says                     REMARKS
+#    14 Large things, a little at a time         CODEC
+#    15 Fewer questions to the disk              CONTENTS
+#    16 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
+#    17 What was read or asked for a moment ago  CONTENTS
+#    18 Files that cannot be replaced            REPLACE, CONTENTS
+#    19 Links that lead where they led           MOVE
+#    20 Copies                                   MAKERS
+#    21 Checkpoints                              ROUTES, CONTENTS
+#    22 Uploads in pieces                        SAVERS
+#    23 Ranges                                   RANGES
+#    24 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    25 Clients that send drop by drop           HANDLERS
+#    26 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    27 Where Jupyter looks                      DATA_FOLDERS
+#    28 Pictures of kernels                      ROUTES, RESOURCES
+#    29 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
+#    30 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    31 Orphans                                  KERNEL_EXTRAS
+#    32 Windows                                  OUTPUTS
+#    33 The other layout of messages             LAYOUTS
+#    34 Compression                              EXTENSIONS
+#    35 However a secret is spelled              SPELLINGS
+#    36 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    37 TLS                                      OPTIONS, AT_START
+#    38 How kernels are reached                  OPTIONS, AT_START
+#    39 Idle kernels                             OPTIONS, AT_START
+#    40 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
+#    41 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    42 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4171,7 +3757,35 @@ def in_javascript(value):
 DOCUMENTS.append(NotebookFile)
 
 
-# ---- 11. Old formats: nbformat 2 and 3 ---------------------------------------------------------
+# ---- 11. Cells that are not whole --------------------------------------------------------------
+DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
+    "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
+    "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
+
+
+def mend(notebook):
+    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
+    outputs or sources, or write null; with a default for each such cell the file is good."""
+    cells = notebook.get("cells") if isinstance(notebook, dict) else None
+    if not isinstance(cells, list):
+        return notebook, set()
+    whole = [*map(whole_cell, cells)]
+    mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
+    return ({**notebook, "cells": whole} if mended else notebook), mended
+
+
+def whole_cell(cell):
+    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
+        return cell   # nothing that we could mend
+    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
+               if cell.get(key) is None and not (key in cell and kind is type(None))}
+    return {**cell, **missing} if missing else cell
+
+
+MEND.append(mend)
+
+
+# ---- 12. Old formats: nbformat 2 and 3 ---------------------------------------------------------
 
 SHORT_MIME = {   # nbformat 3's names
     "text": "text/plain", "html": "text/html", "svg": "image/svg+xml", "png": "image/png",
@@ -4232,7 +3846,7 @@ def upgrade_output(old):
 UPGRADES.update({2: upgrade, 3: upgrade})
 
 
-# ---- 12. What the schema says: such a notebook can be drawn, and its readers are told ----------
+# ---- 13. What the schema says: such a notebook can be drawn, and its readers are told ----------
 
 MEMBERS = {   # of a notebook, cell or output, by type: (those it must have, those it may have)
     kind: ({*required.split()}, {*required.split(), *optional.split()})
@@ -4286,7 +3900,7 @@ def strangers(where, part, kind):
 REMARKS.append(validation_message)
 
 
-# ---- 13. Large things, a little at a time ------------------------------------------------------
+# ---- 14. Large things, a little at a time ------------------------------------------------------
 #
 # While Python's json is at work all other threads wait: a file of 500 MB would hold up every page
 # for seconds. So what is long is read and written piece by piece.
@@ -4441,7 +4055,159 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
              encode_base64=encode_base64, decode_base64=decode_base64)
 
 
-# ---- 14. What was read or asked for a moment ago -----------------------------------------------
+# ---- 15. Fewer questions to the disk -----------------------------------------------------------
+class QuickContents(CONTENTS[-1]):
+    def follow(self, absolute):
+        """(real path, os.stat_result or None) of a path below the root. The root is real: only
+        what comes after it can be a link, and one question to the disk per name tells."""
+        real, info = self.root, None
+        try:
+            for name in filter(None, absolute[len(self.root):].split(os.sep)):
+                real = os.path.join(real, name)
+                info = os.lstat(real)
+                if stat.S_ISLNK(info.st_mode) or getattr(info, "st_reparse_tag", 0):
+                    return os.path.realpath(absolute), os.stat(absolute)
+            return real, info or os.stat(real)
+        except OSError:
+            return os.path.realpath(absolute), None
+
+    def entry(self, folder, real, name):
+        """The model of what is in a folder; of a plain file one question to the disk is enough."""
+        absolute, path = os.path.join(real, name), f"{folder}/{name}"
+        if self.is_visible(name):
+            info = os.lstat(absolute)
+            if stat.S_ISREG(info.st_mode) and not getattr(info, "st_reparse_tag", 0):
+                return self.model(path, absolute, info)
+        return super().entry(folder, real, name)
+
+
+CONTENTS.append(QuickContents)
+
+
+# ---- 16. Many servers, owners, crashes: what a save minds, too ---------------------------------
+#
+# S5 Between a look at the file and its replacement no other server comes either: both happen
+#    under a lock of its folder.
+# S6 Owner and access rights of the file stay.
+# S7 What a killed server left over goes as soon as somebody looks into that folder again.
+
+LOCK_SECONDS = 10        # that another program may hold a folder; then we go on without the lock
+TIDIED = set()           # folders in which we have looked for leftovers
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """No other server that asks for this lock writes in the folder meanwhile. The lock is on the
+    folder itself: nothing is created, and nothing left over; a file system may have no locks."""
+    with changing(folder) as descriptor:
+        if descriptor is not None:
+            wait_for_lock(descriptor)
+        yield descriptor
+        unlock(descriptor)   # the next one can go on while the disk works
+
+
+def wait_for_lock(descriptor):
+    """A program that holds the lock and was stopped must not stop us for ever."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while lock(descriptor) is False and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def lock(descriptor):
+    """Take the lock of an open file or folder (flock); it goes when that is closed, or with the
+    process. False when somebody else has it, None when there are no locks here: then the look
+    right before the replacement must do. (On Windows an open file is neither removed nor
+    replaced, and its C runtime locks no folder.)"""
+    try:
+        return fcntl and not fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def unlock(descriptor):
+    if fcntl and descriptor is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+class LockedTemporary(TEMPORARIES[-1]):
+    """It is locked as long as it is in use, so that it is no leftover to anybody who tidies the
+    folder."""
+
+    def make(self):
+        tidy(self.folder)
+        self.descriptor = None
+        # Before it is locked another server that tidies could take it for a leftover.
+        while self.descriptor is None:
+            super().make()
+            if lock(self.descriptor) is False or not os.path.exists(self.path):
+                self.close()
+
+    def dress(self, old):
+        """Take the owner as well. Raises PermissionError when that is not ours to give."""
+        new = os.fstat(self.descriptor)
+        if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(self.path, old.st_uid, old.st_gid)
+        if old:
+            copy_attributes(self.target, self.path)
+        super().dress(old)
+
+
+def copy_attributes(source, target):
+    """Access control lists and the like, where there are any and we may give them."""
+    with contextlib.suppress(OSError, AttributeError):   # only Linux has these functions
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
+                os.setxattr(target, name, os.getxattr(source, name))
+
+
+def tidy(folder):
+    """Remove what killed servers left over in a folder; that of running ones is locked.
+
+    Done when a folder is first listed or saved into. (A walk through all folders at the start
+    could take minutes; a list of what is being written would cost each save an fsync more.)
+    """
+    if folder in TIDIED:
+        return
+    TIDIED.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for path in [entry.path for entry in entries if IS_LEFTOVER(entry.name)]:
+            with contextlib.suppress(OSError), locked(folder):
+                remove_if_unlocked(path)
+
+
+def remove_if_unlocked(path):
+    """Remove a leftover, file or folder. Raises OSError when it is in use."""
+    # Network file systems lock only what may be written; a folder is never opened for that.
+    is_folder = os.path.isdir(path)
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        if lock(descriptor) and is_folder:
+            shutil.rmtree(path)
+        elif lock(descriptor):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+class TidyContents(CONTENTS[-1]):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        tidy(self.root)
+
+    def listing(self, path, absolute):
+        tidy(os.path.realpath(absolute))
+        return super().listing(path, absolute)
+
+
+TEMPORARIES.append(LockedTemporary)
+FOLDERS.append(locked)
+CONTENTS.append(TidyContents)
+
+
+# ---- 17. What was read or asked for a moment ago -----------------------------------------------
 
 class Recent:
     """The notebook files that were read or written last, because what is opened or saved will be
@@ -4548,7 +4314,7 @@ class RememberingContents(CONTENTS[-1]):
 CONTENTS.append(RememberingContents)
 
 
-# ---- 15. Files that cannot be replaced ---------------------------------------------------------
+# ---- 18. Files that cannot be replaced ---------------------------------------------------------
 #
 # A file with other names (hard links), a mount, a file in a folder that takes no new one or of an
 # owner that is not ours to give: old and new bytes go into a record in the runtime folder, then the
@@ -4556,12 +4322,13 @@ CONTENTS.append(RememberingContents)
 # records.
 
 IS_RECORD = re.compile(r"save-[0-9a-f]{16}\.record").fullmatch
+CANNOT_REPLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 SECTOR = 512             # bytes that a disk writes whole or not at all
 
 
 def write_over(target, data, look=None):
     """Put new bytes into the file itself. Until that is done a record keeps the old ones, too."""
-    with locked(os.path.dirname(target)):
+    with FOLDERS[-1](os.path.dirname(target)):
         if look:
             look(target)
         with open(target, "r+b", buffering=0) as file:
@@ -4589,7 +4356,7 @@ def make_record(target, old, new):
     os.makedirs(RUNTIME, mode=0o700, exist_ok=True)
     record = os.path.join(RUNTIME, f"save-{secrets.token_hex(8)}.record")
     head = {"path": target, "old": len(old), "new": len(new)}
-    with Temporary(record) as temporary:
+    with TEMPORARIES[-1](record) as temporary:
         temporary.write(json.dumps(head).encode() + b"\n")
         temporary.write(old)
         temporary.write(new)
@@ -4600,9 +4367,8 @@ def make_record(target, old, new):
 
 def remove_record(record):
     """It must not come back after a later save: its removal is on the disk, too."""
-    os.unlink(record)
-    with locked(os.path.dirname(record)) as folder:
-        sync(folder)
+    with FOLDERS[-1](os.path.dirname(record)):
+        os.unlink(record)
 
 
 def finish_records():
@@ -4620,7 +4386,7 @@ def finish_record(record):
         old, new = file.read(head["old"]), file.read(head["new"])
     if os.path.isfile(head["path"]):
         # Who still writes it holds this lock.
-        with locked(os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
+        with FOLDERS[-1](os.path.dirname(head["path"])), open(head["path"], "r+b") as file:
             found = file.read()
             if found not in (old, new) and is_between(found, old, new):
                 fill(file.fileno(), new)
@@ -4637,23 +4403,30 @@ def is_between(found, old, new):
         for at in range(0, size, SECTOR))
 
 
-class IntoTheFile:
-    """The writer of files that cannot be replaced."""
-
-    def is_needed(self, target):
-        """True for a file with other names: a new file would not have them."""
+def or_write_over(target, replace, data, look):
+    """Call `replace`, or else write what `data` returns into the file itself."""
+    try:
         info = stat_of(target)
-        return bool(info) and info.st_nlink > 1
+        if info and info.st_nlink > 1:
+            raise OSError(errno.EBUSY, "The file has other names, which a new one would not have")
+        replace()
+    except OSError as problem:
+        if problem.errno not in CANNOT_REPLACE or not os.path.isfile(target):
+            raise
+        write_over(target, data(), look)
 
-    def write(self, target, data, look=None):
-        write_over(target, data, look)
+
+class FinishingContents(CONTENTS[-1]):
+    def __init__(self, *arguments, **options):
+        finish_records()
+        super().__init__(*arguments, **options)
 
 
-WRITERS.append(IntoTheFile())
-AT_START.append(lambda server, arguments: finish_records())
+REPLACE.append(or_write_over)
+CONTENTS.append(FinishingContents)
 
 
-# ---- 16. Links that lead where they led --------------------------------------------------------
+# ---- 19. Links that lead where they led --------------------------------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4686,7 +4459,7 @@ def mend_links(tree, came_from):
 MOVE.append(move)
 
 
-# ---- 17. Copies ----------------------------------------------------------------------------------
+# ---- 20. Copies ----------------------------------------------------------------------------------
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4738,17 +4511,16 @@ class Copies:
         when it is whole."""
         growing = leftover_name(into)
         with removed_on_error(growing), contextlib.ExitStack() as in_use:
-            with locked(os.path.dirname(growing)):   # nobody tidies between these two lines
+            with FOLDERS[-1](os.path.dirname(growing)):   # nobody tidies between these two lines
                 os.mkdir(growing)
-                in_use.enter_context(locked(growing))
+                in_use.enter_context(FOLDERS[-1](growing))
             shutil.copytree(absolute, growing, symlinks=True, ignore=self.not_copied,
                             dirs_exist_ok=True)
             mend_links(growing, os.path.realpath(absolute))
-            with self.contents.lock, locked(os.path.dirname(growing)) as parent:
+            with self.contents.lock, FOLDERS[-1](os.path.dirname(growing)):
                 path = choose()
                 refuse_existing(self.contents.resolve(path))
                 os.rename(growing, self.contents.resolve(path))
-                sync(parent)
         return self.contents.model(path, self.contents.resolve(path))
 
     def not_copied(self, folder, names):
@@ -4778,7 +4550,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 18. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 21. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4851,10 +4623,34 @@ ROUTES += [("GET", r"/api/contents/(.+)/checkpoints", list_checkpoints),
            ("DELETE", r"/api/contents/(.+)/checkpoints/([^/]+)", delete_checkpoint)]
 
 
-COMPANIONS.append(lambda contents, path: Checkpoints(contents).path(path))
+class CheckedContents(CONTENTS[-1]):
+    """A checkpoint goes along with its file."""
+
+    def rename(self, path, new_path):
+        left = self.checkpoint_of(path)
+        model = super().rename(path, new_path)
+        if os.path.exists(left):
+            taken = Checkpoints(self).path(new_path)
+            os.makedirs(os.path.dirname(taken), exist_ok=True)
+            os.replace(left, taken)
+        return model
+
+    def delete(self, path, with_content=True):
+        left = self.checkpoint_of(path)
+        super().delete(path, with_content)
+        if os.path.isfile(left):
+            os.remove(left)
+
+    def checkpoint_of(self, path):
+        with contextlib.suppress(Problem):   # what has none cannot be moved or deleted either
+            return Checkpoints(self).path(path)
+        return ""
 
 
-# ---- 19. Uploads in pieces: a model with a chunk's number --------------------------------------
+CONTENTS.append(CheckedContents)
+
+
+# ---- 22. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4864,7 +4660,7 @@ def put_in_place(temporary):
         with open(temporary.path, "rb") as file:
             return file.read()
 
-    or_write_over(temporary.target, temporary.replace, data)
+    REPLACE[-1](temporary.target, temporary.replace, data, None)
 
 
 class Upload:
@@ -4873,7 +4669,7 @@ class Upload:
 
     def __init__(self, target, data):
         """`data`: of piece 1, which is still to be added."""
-        self.file, self.first, self.number = Temporary(target), sha256(data), 0
+        self.file, self.first, self.number = TEMPORARIES[-1](target), sha256(data), 0
         self.latest = time.monotonic()
 
     def add(self, number, data):
@@ -4955,7 +4751,7 @@ UPLOADS = Uploads()
 SAVERS["chunk"] = save_chunk
 
 
-# ---- 20. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 23. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
@@ -4975,7 +4771,372 @@ def range_of(header, size):
 RANGES.append(range_of)
 
 
-# ---- 21. The journal: what no file holds yet ---------------------------------------------------
+# ---- 24. Bodies in chunks, or on demand --------------------------------------------------------
+MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
+CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
+
+
+def read_chunks(handler, most):
+    """The body that comes in chunks, each behind its size in hexadecimal; what extensions and
+    trailers say is not for us (RFC 9112 7.1). Problem 400 or 413, and the connection ends."""
+    keeps, handler.close_connection = handler.close_connection, True
+    body = io.BytesIO()
+    while size := chunk_size(handler):
+        if body.tell() + size > most:
+            raise Problem(413, f"A body may have {most} bytes here")
+        body.write(handler.read_exactly(size))
+        if handler.read_exactly(2) != b"\r\n":
+            raise Problem(400, "A chunk is not as long as it says")
+    for _ in range(MOST_FIELDS):
+        if (line := chunk_line(handler)) == "":
+            handler.close_connection = keeps
+            return body.getvalue()
+        if not FIELD.fullmatch(line):
+            raise Problem(400, "A trailer of the body is malformed")
+    raise Problem(431, "The body has too many trailers")
+
+
+def chunk_size(handler):
+    match = CHUNK.fullmatch(chunk_line(handler))
+    if not match:
+        raise Problem(400, "This is no size of a chunk")
+    return int(match[1], 16)
+
+
+def chunk_line(handler):
+    """A line between chunks, without its CRLF."""
+    line = handler.rfile.readline(MOST_CHUNK_LINE)
+    if line[-2:] != b"\r\n":
+        raise Problem(400, "A line between chunks is too long, or does not end in CRLF")
+    return line[:-2].decode("latin-1")
+
+
+class AskingHandler(HANDLERS[-1]):
+    """Asks for the body of a client that waits for that (RFC 9110 10.1.1)."""
+
+    def take_head(self):
+        super().take_head()
+        expects = self.headers.get("Expect", "").lower() == "100-continue"
+        self.is_wanted = not expects or self.head.is_old or self.head.length == 0
+
+    def read_body(self, most):
+        if not self.is_wanted and (self.head.length or 0) <= most:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.is_wanted = True
+        return super().read_body(most)
+
+    def discard_body(self):
+        """What the client has not begun to send need not be read."""
+        if self.is_wanted:
+            super().discard_body()
+        else:
+            self.close_connection, self.body = True, b""
+
+
+CODINGS["chunked"] = read_chunks
+HANDLERS.append(AskingHandler)
+
+
+# ---- 25. Clients that send drop by drop --------------------------------------------------------
+HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
+SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
+
+
+class Incoming(io.RawIOBase):
+    """The bytes of a connection as they arrive; its BufferedReader is the handler's rfile.
+
+    Raises TimeoutError for a client that is silent for `silence` seconds, and past the `deadline`,
+    which a client that sends drop by drop would never meet by silence alone. Every byte moves the
+    deadline, so that a slow upload of any size passes.
+    """
+
+    def __init__(self, sock, silence):
+        self.socket, self.silence = sock, silence
+        self.deadline = None    # by time.monotonic(); None between two requests
+
+    def readable(self):
+        return True
+
+    def allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+
+    def rest(self):
+        """No more is awaited; what is sent has the whole `silence` again."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.socket.settimeout(self.silence)
+
+    def readinto(self, buffer):
+        if self.deadline is None:
+            return self.socket.recv_into(buffer)
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.socket.settimeout(min(left, self.silence))
+        count = self.socket.recv_into(buffer)
+        self.deadline += count / SLOWEST
+        return count
+
+
+class ImpatientHandler(HANDLERS[-1]):
+    """Waits so long for a head and for a body, and not for each of their bytes."""
+
+    def setup(self):
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection, self.timeout))
+
+    def read_head(self):
+        if b"\r\n\r\n" not in self.rfile.peek(1):   # most often it comes in one piece
+            self.rfile.raw.allow(HEAD_SECONDS)
+        head = super().read_head()
+        self.rfile.raw.rest()
+        return head
+
+    def read_body(self, most):
+        if self.head.length != 0:
+            self.rfile.raw.allow(BODY_SECONDS)
+        body = super().read_body(most)
+        self.rfile.raw.rest()
+        return body
+
+
+HANDLERS.append(ImpatientHandler)
+
+
+# ---- 26. Strangers -----------------------------------------------------------------------------
+MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
+SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
+
+
+class Strangers:
+    """Connections on which nobody has shown a token yet; the first has been silent longest.
+
+    Their number has a limit: who only connects must not take the descriptors that pages, files and
+    kernels need. One too many, or one when descriptors run short, and the first is cut off. It may
+    come again.
+    """
+
+    def __init__(self, most):
+        self.most, self.sockets, self.lock = most, {}, threading.Lock()
+
+    def add(self, sock):
+        """From the connection's thread: it has come, or has got an answer, just now."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+            self.sockets[sock] = True
+        if len(self.sockets) > self.most:
+            self.cut_off()
+
+    def remove(self, sock):
+        """It has shown a token, or it ends."""
+        with self.lock:
+            self.sockets.pop(sock, None)
+
+    def cut_off(self):
+        """End the first: its thread sees the end, and closes it."""
+        with self.lock, contextlib.suppress(OSError, StopIteration):
+            sock = next(iter(self.sockets))
+            del self.sockets[sock]
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)   # of TLS the owner's thread takes care
+
+
+def most_strangers():
+    """How many there may be: of the descriptors that this process may open a quarter at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:    # not on Windows, which has no such limit
+        return MOST_STRANGERS
+    return MOST_STRANGERS if limit < 0 else min(MOST_STRANGERS, limit // 4)
+
+
+class CountedHandler(HANDLERS[-1]):
+    """A connection is a stranger until a request shows a token or the cookie."""
+
+    is_stranger = True
+
+    def setup(self):
+        super().setup()
+        self.server.strangers.add(self.connection)
+
+    def finish(self):
+        super().finish()
+        self.server.strangers.remove(self.connection)
+
+
+class FrugalServer(SERVERS[-1]):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.strangers = Strangers(most_strangers())
+
+    def get_request(self):
+        """Accept a connection. When descriptors run short it has to wait, and so do we: or else its
+        waiting would wake us again and again."""
+        try:
+            return super().get_request()
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.strangers.cut_off()
+                time.sleep(SHORTAGE_SECONDS)
+            raise    # socketserver waits for the next
+
+
+def is_known(handler):
+    if handler.is_stranger:
+        handler.is_stranger = False
+        handler.server.strangers.remove(handler.connection)
+
+
+def is_answered(handler):
+    if handler.is_stranger:
+        handler.server.strangers.add(handler.connection)
+
+
+HANDLERS.append(CountedHandler)
+SERVERS.append(FrugalServer)
+ADMITTED.append(is_known)
+AFTER.append(is_answered)
+
+
+# ---- 27. Where Jupyter looks -------------------------------------------------------------------
+def data_folders():
+    """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
+    import site
+    share = os.path.join("share", "jupyter")
+    listed = [path.rstrip(os.sep) for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"] if os.name == "posix" else []
+    if os.name == "nt" and is_set("JUPYTER_USE_PROGRAMDATA") and "PROGRAMDATA" in os.environ:
+        system = [os.path.join(os.environ["PROGRAMDATA"], "jupyter")]
+    user = [JUPYTER_DATA]
+    if site.ENABLE_USER_SITE:
+        user.append(os.path.join(site.getuserbase(), share))
+    own = [path for path in [os.path.join(sys.prefix, share)] if path not in system]
+    nearest = [*own, *user] if prefers_environment() else [*user, *own]
+    return list(dict.fromkeys(path for path in (*listed, *nearest, *system) if path))
+
+
+def prefers_environment():
+    """True when this Python's own folder comes before the user's: when asked for, or by default
+    in a virtual or Conda environment that belongs to the user."""
+    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
+        return is_set("JUPYTER_PREFER_ENV_PATH")
+    conda = os.environ.get("CONDA_PREFIX")
+    is_conda = bool(conda) and sys.prefix.startswith(conda) \
+        and os.environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    is_owner = not hasattr(os, "geteuid") or os.stat(sys.prefix).st_uid == os.geteuid()
+    return (sys.prefix != sys.base_prefix or is_conda) and is_owner
+
+
+def is_set(name):
+    value = os.environ.get(name, "no").lower()
+    return value not in ("no", "n", "false", "off", "0", "0.0")
+
+
+DATA_FOLDERS.append(data_folders)
+
+
+# ---- 28. Pictures of kernels -------------------------------------------------------------------
+LOGO_FILE = "logo-svg.svg"    # of our own kernel
+LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="12" fill="#306998"/>
+<path d="M12 18l14 14-14 14" fill="none" stroke="#ffd43b" stroke-width="7"/>
+<path d="M32 47h20" stroke="#fff" stroke-width="7"/></svg>"""
+
+
+def resources(handler, name, folder):
+    """What frontends want of a kernel spec's files: logos, and scripts for the classic page."""
+    address = f"{handler.server.base_url}kernelspecs/{quote(name)}/"
+    files = os.listdir(folder) if folder else [LOGO_FILE]
+    return {file if file in ("kernel.js", "kernel.css") else os.path.splitext(file)[0]:
+            address + quote(file) for file in files
+            if file.startswith("logo-") or file in ("kernel.js", "kernel.css")}
+
+
+def kernelspec_file(handler, name, file):
+    """A logo or the like from a kernel spec's folder."""
+    spec, folder = find_specs().get(name.lower(), (None, None))
+    if spec and not folder and file == LOGO_FILE:   # of our own kernel, which has no folder
+        return handler.send(200, LOGO, "image/svg+xml")
+    path = os.path.realpath(os.path.join(folder or HERE, file)) if "\0" not in file else ""
+    if not folder or not is_within(path, os.path.realpath(folder)) or not os.path.isfile(path):
+        raise Problem(404, f"There is no {file} of the kernel spec {name}")
+    is_picture = file.lower().endswith(".png")
+    handler.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
+
+
+RESOURCES.append(resources)
+ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
+
+
+# ---- 29. Wishes that cannot be fulfilled -------------------------------------------------------
+#
+# All that a process would be given is looked at before there is one.
+
+MOST_NAME = 1 << 14          # bytes of a path or name; Linux takes a quarter of it
+MOST_VARIABLES = 1 << 16     # characters of all that a client would have in `env`
+TEXT_FIELDS = {"path", "name", "type", "format", "ext", "copy_from", "id", "kernel_id"}
+KERNEL_WISHES = {"start_kernel", "create_session", "change_session"}
+
+
+def check_texts(handler, body):
+    """Problem 400 for a number or the like where a text is wanted, and for what the process of a
+    kernel cannot be given."""
+    for part in (body, body.get("kernel") or {}):
+        for name in TEXT_FIELDS & part.keys():
+            if not isinstance(part[name], (str, type(None))):
+                raise Problem(400, f"{name} must be a string")
+    if handler.name in KERNEL_WISHES:
+        for part in (body, body.get("kernel"), body.get("notebook")):
+            check_kernel_wish(part if isinstance(part, dict) else {})
+
+
+def check_kernel_wish(part):
+    for name, value in part.items():
+        if name == "env" and value is not None:
+            check_variables(value)
+        is_text = name in TEXT_FIELDS and value is not None
+        if is_text and not is_plain_text(value, MOST_NAME):
+            raise Problem(400, f"{name} is too long, or has a character that no name has")
+
+
+def check_variables(env):
+    """Problem 400 unless a process can be given a client's `env`."""
+    try:
+        check_environment(env)
+        if sum(map(len, env.values())) > MOST_VARIABLES:
+            raise ValueError("env is too large")
+    except ValueError as problem:
+        raise Problem(400, str(problem)) from None
+
+
+def is_plain_text(value, most=100_000):
+    """True for a string that a process can be given: at most so many bytes (Linux takes 128 KB of
+    each), no NUL, no half of a surrogate pair."""
+    return (isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+            and len(value.encode()) <= most)
+
+
+def check_environment(variables):
+    """Raise ValueError unless this is {name: value} as a process can be given it."""
+    if not isinstance(variables, dict):
+        raise ValueError("env must be an object")
+    for name, value in variables.items():
+        if not name or "=" in name or not is_plain_text(name) or not is_plain_text(value):
+            raise ValueError(f"env cannot give {name!r:.99} the value {value!r:.99}")
+
+
+def check_spec(spec):
+    if not all(map(is_plain_text, spec["argv"])):
+        raise ValueError("argv must be a list of words")
+    check_environment(spec["env"])
+
+
+CHECKS.append(check_texts)
+SPEC_CHECKS.append(check_spec)
+
+
+# ---- 30. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5243,7 +5404,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 22. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 31. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5298,7 +5459,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 23. Windows -------------------------------------------------------------------------------
+# ---- 32. Windows -------------------------------------------------------------------------------
 #
 # What is POSIX's alone stands in one place each, with a portable way beside it: see `if POSIX`,
 # getattr(socket, …), and this. A poller there knows sockets alone; so a thread copies what a
@@ -5333,7 +5494,7 @@ class PortableOutput:
 OUTPUTS[False] = PortableOutput
 
 
-# ---- 24. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 33. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5366,7 +5527,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 25. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 34. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5447,7 +5608,35 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 26. Login: forms, passwords ---------------------------------------------------------------
+# ---- 35. However a secret is spelled -----------------------------------------------------------
+def spellings(secret):
+    """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
+    or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
+    return re.compile(b"".join(map(spellings_of_character, secret)))
+
+
+@functools.lru_cache(1000)
+def spellings_of_character(each):
+    """A pattern for one character; letters and digits nobody encodes."""
+    number, data = ord(each), each.encode("utf-8", "surrogatepass")
+    if each.isascii() and each.isalnum():
+        return data
+    encoded = b"".join(b"(?:%b|%%(?:25)*%02x)" % (re.escape(bytes([byte])), byte) for byte in data)
+    units = each.encode("utf-16-be", "surrogatepass")    # as JSON counts
+    unicode = b"".join(rb"\\u%02x%02x" % pair for pair in zip(units[::2], units[1::2], strict=True))
+    # The longer one first, where one begins like another.
+    ways = [unicode, re.escape(json.dumps(each)[1:-1].encode()), encoded,
+            b"&#x?0*(?:%d|%x);" % (number, number),
+            re.escape(html.escape(each).encode("utf-8", "surrogatepass"))]
+    ways += [rb"\+"] if each == " " else []
+    ways += [re.escape(bytes([number]))] if number < 256 else []
+    return b"(?i:%b)" % b"|".join(ways)
+
+
+SPELLINGS.append(spellings)
+
+
+# ---- 36. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5602,7 +5791,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 27. TLS -----------------------------------------------------------------------------------
+# ---- 37. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5629,7 +5818,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 28. How kernels are reached ---------------------------------------------------------------
+# ---- 38. How kernels are reached ---------------------------------------------------------------
 
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
@@ -5643,7 +5832,7 @@ def choose_transport(server, arguments):
 AT_START.append(choose_transport)
 
 
-# ---- 29. Idle kernels --------------------------------------------------------------------------
+# ---- 39. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5671,8 +5860,10 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 30. What few clients ask for --------------------------------------------------------------
+# ---- 40. What few clients ask for --------------------------------------------------------------
 
+# They are asked by programs that look whether anybody is here: nobody is, for all they do.
+NO_ACTIVITY = {"status", "resolve_path"}
 JUPYTER_CONFIG = os.environ.get("JUPYTER_CONFIG_DIR") or os.path.expanduser("~/.jupyter")
 VIEW_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; frame-src 'self'; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'self'")
@@ -5741,6 +5932,22 @@ def merge(old, new):
     return merged
 
 
+def status(handler):
+    server = handler.server
+    kernels = list(server.kernels.all.values())
+    latest = max([server.last_activity, *(kernel.last_activity for kernel in kernels)])
+    return {"started": iso(server.started), "last_activity": iso(latest),
+            "kernels": len(kernels), "connections": sum(k.connections for k in kernels)}
+
+
+def note_activity(handler):
+    if "no_track_activity" not in handler.query and handler.name not in NO_ACTIVITY:
+        handler.server.last_activity = time.time()
+
+
+ADMITTED.append(note_activity)
+
+
 def me(handler):
     """Who uses the server: always the same one person."""
     try:
@@ -5751,7 +5958,7 @@ def me(handler):
         is_list = False
     if not is_list:
         raise Problem(400, 'permissions should be a JSON dict of {"resource": ["action",]}')
-    name = handler.server.user
+    name = os.environ.get("USER") or os.environ.get("USERNAME") or "user"
     return {"identity": {"username": name, "name": name, "display_name": name,
                          "initials": name[:1].upper(), "avatar_url": None, "color": None},
             "permissions": {**wanted, "updatable_fields": []}}
@@ -5839,6 +6046,7 @@ def path_below_root(handler, path):
 
 
 ROUTES += [("GET", r"/view/(.+)", view),
+           ("GET", r"/api/status", status),
            ("GET", r"/api/me", me),
            ("PATCH", r"/api/me", change_me),
            ("GET", r"/api/resolvePath", resolve_path),
@@ -5852,7 +6060,9 @@ ROUTES += [("GET", r"/view/(.+)", view),
 def path_at(kernel, path):
     """The absolute path of an existing file as a kernel's code would find it, or None."""
     absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
-    return absolute if is_plain_text(path) and os.path.exists(absolute) else None
+    with contextlib.suppress(ValueError):   # a NUL, or half of a surrogate pair
+        return absolute if os.path.exists(absolute) else None
+    return None
 
 
 def path_template(pattern, names):
@@ -5863,14 +6073,42 @@ def path_template(pattern, names):
     return re.sub(r"\([^)]*\)", lambda _: f"{{{next(names)}}}", text)
 
 
-def keep_settings(server, arguments):
-    server.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
+def options(handler, allowed):
+    """The answer to that; no origin but ours is allowed."""
+    handler.send(204, b"", "text/plain", {
+        "Allow": ", ".join(sorted({*allowed, "OPTIONS"})),
+        "Access-Control-Allow-Methods": "GET, PUT, POST, PATCH, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": "accept, content-type, authorization, x-xsrftoken"})
 
 
-AT_START.append(keep_settings)
+OPEN_TO_ALL.add("options")
 
 
-# ---- 31. Under the hood: what passes, shown ---------------------------------------------------
+class WellKnownServer(SERVERS[-1]):
+    """Knows since when it runs, and what settings it keeps."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.started = self.last_activity = time.time()
+        self.config = Config(os.path.join(JUPYTER_CONFIG, "serverconfig"))
+
+
+class HelpfulHandler(HANDLERS[-1]):
+    def find_route(self):
+        """Also what a browser asks before a request from elsewhere: which methods there are."""
+        try:
+            return super().find_route()
+        except Problem as problem:
+            if self.command != "OPTIONS" or problem.status != 405:
+                raise
+            return options, [problem.headers["Allow"].split(", ")]
+
+
+SERVERS.append(WellKnownServer)
+HANDLERS.append(HelpfulHandler)
+
+
+# ---- 41. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -5896,6 +6134,7 @@ PRIVATE = [re.compile(pattern, re.M | re.I) for pattern in (   # the second grou
     rb"((?:[?&]|%3F|%26)(?:token|_xsrf)(?:=|%3D))([^&\s#]+)",
     rb"""(name="_xsrf" value=")([^"]+)""")]
 TYPED = re.compile(rb'("value"\s*:\s*")((?:[^"\\]|\\.)*)')   # in an input_reply
+LONGEST_SPELLING = 20        # bytes of a character: four in UTF-8, each percent-encoded twice
 SHORTEST_SECRET = 4          # characters; stars for a shorter one would tell more than it does
 
 
@@ -5940,6 +6179,11 @@ def split_frame(frame):
     return frame[:size], frame[size:masked], frame[masked:]
 
 
+def longest_spelling(secret):
+    """How many bytes no spelling is longer than."""
+    return sum(1 if each.isascii() and each.isalnum() else LONGEST_SPELLING for each in secret)
+
+
 class Secrets:
     """What a trace must not tell: token, cookies, passwords, the keys of kernels."""
 
@@ -5954,7 +6198,7 @@ class Secrets:
                  *(kernel.connection["key"] for kernel in kernels)]
         for each in known:
             if len(each) >= SHORTEST_SECRET and each not in self.known:
-                self.known[each] = spellings(each)
+                self.known[each] = SPELLINGS[-1](each)
 
     def seen(self, event):
         """The parts of an event as they may be seen, each as long as it was. Of one that was cut
@@ -6300,7 +6544,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 32. Other servers: list, stop -------------------------------------------------------------
+# ---- 42. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything

@@ -841,7 +841,7 @@ class ServerCase(Case):
 
     def here(self, **options):
         """A server in this process, so that a test can change its constants."""
-        server = minijupyter.Server(self.folder(), "127.0.0.1", 0, "secret", **options)
+        server = minijupyter.SERVERS[-1](self.folder(), "127.0.0.1", 0, "secret", **options)
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         for end in (thread.join, server.server_close, server.shutdown):
@@ -7141,7 +7141,7 @@ class Http(ServerCase):
 
     def test_options_are_answered_to_everybody_and_allow_no_other_origin(self):
         reply = self.server.request("OPTIONS", "/api/kernels", headers={"Authorization": None})
-        self.assertEqual((reply.status, reply.headers["Allow"]), (204, "GET, OPTIONS, POST"))
+        self.assertEqual((reply.status, reply.headers["Allow"]), (204, "GET, HEAD, OPTIONS, POST"))
         self.assertNotIn("Access-Control-Allow-Origin", reply.headers)
 
     def test_errors_are_json_with_a_message(self):
@@ -7437,11 +7437,12 @@ class HttpRequests(ServerCase):
         split = {"X": "y\r\nSet-Cookie: a=b"}
         server = self.here()
         with unittest.mock.patch.object(
-                minijupyter.Handler, "status", lambda self: self.send(200, b"", "text/plain", split)
+                minijupyter.Handler, "list_kernels",
+                lambda self: self.send(200, b"", "text/plain", split)
                 ), contextlib.redirect_stderr(io.StringIO()):
             client = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
             self.addCleanup(client.close)
-            client.request("GET", "/api/status", headers={"Authorization": "token secret"})
+            client.request("GET", "/api/kernels", headers={"Authorization": "token secret"})
             reply = Reply(client.getresponse())
         self.assertEqual((reply.status, reply.headers["Set-Cookie"]), (500, None))
 
@@ -8895,7 +8896,7 @@ class ServerLife(ServerCase):
     def test_on_windows_nobody_else_can_take_the_port(self):
         with unittest.mock.patch.object(socket, "SO_EXCLUSIVEADDRUSE", 77, create=True), \
                 unittest.mock.patch.object(socket.socket, "setsockopt") as setsockopt:
-            server = minijupyter.Server(self.folder(), "127.0.0.1", 0, "secret")
+            server = minijupyter.SERVERS[-1](self.folder(), "127.0.0.1", 0, "secret")
             server.server_close()
         options = [call.args for call in setsockopt.call_args_list]
         self.assertIn((socket.SOL_SOCKET, 77, 1), options)
@@ -11236,7 +11237,7 @@ class FuzzedHttp(ServerCase):
     def test_a_client_that_stalls_is_left_and_holds_up_nobody(self):
         with tempfile.TemporaryDirectory() as root, \
                 unittest.mock.patch.object(minijupyter.Handler, "timeout", 0.2):
-            server = minijupyter.Server(root, "127.0.0.1", 0, "secret")
+            server = minijupyter.SERVERS[-1](root, "127.0.0.1", 0, "secret")
             thread = threading.Thread(target=server.serve_forever, daemon=True)
             thread.start()
             for begun in (b"", b"GET /ap", b"GET /api HTTP/1.1\r\nHost: loc",
@@ -11925,13 +11926,13 @@ class PastFlaws(ServerCase):
     def test_an_error_shows_no_path_and_no_traceback(self):
         """CVE-2023-49080: not even one that nobody foresaw."""
         with tempfile.TemporaryDirectory() as root, unittest.mock.patch.object(
-                minijupyter.Handler, "status", side_effect=RuntimeError(f"in {root}")), \
+                minijupyter.Handler, "list_kernels", side_effect=RuntimeError(f"in {root}")), \
                 contextlib.redirect_stderr(io.StringIO()) as log:
-            server = minijupyter.Server(root, "127.0.0.1", 0, "secret")
+            server = minijupyter.SERVERS[-1](root, "127.0.0.1", 0, "secret")
             thread = threading.Thread(target=server.serve_forever, daemon=True)
             thread.start()
             client = http.client.HTTPConnection(*server.server_address, timeout=SECONDS)
-            client.request("GET", "/api/status", headers={"Authorization": "token secret"})
+            client.request("GET", "/api/kernels", headers={"Authorization": "token secret"})
             reply = Reply(client.getresponse())
             client.close()
             server.shutdown()
