@@ -764,6 +764,15 @@ def may_write(path, info):
     return not is_protected and os.access(path, os.W_OK)
 
 
+def replace_file(source, target):
+    """os.replace; on Windows a virus scanner or the like may have the file open for a moment."""
+    for seconds in () if POSIX else (0.01, 0.05, 0.2, 0.5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(seconds)
+    return os.replace(source, target)
+
+
 def stat_of(path):
     """The os.stat_result, or None when nothing is there."""
     try:
@@ -812,7 +821,7 @@ class Temporary:
                 look(self.target)
             if os.name == "nt":   # where no open file is renamed
                 self.close()
-            os.replace(self.path, self.target)
+            replace_file(self.path, self.target)
 
     def dress(self, old):
         """Take the rights of the file that is to be replaced: its os.stat_result, or None."""
@@ -1847,12 +1856,14 @@ class Kernels:
 
     def shutdown_all(self):
         """End all kernels at the same time."""
-        threads = [threading.Thread(target=kernel.shutdown) for kernel in list(self.all.values())]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.all.clear()
+        while kernels := list(self.all.values()):   # a request may start one meanwhile
+            threads = [threading.Thread(target=kernel.shutdown) for kernel in kernels]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for kernel in kernels:
+                self.all.pop(kernel.id, None)
 
 
 # ---- 4. Sessions: which file belongs to which kernel ------------------------------------------
@@ -3423,9 +3434,10 @@ def serve(server):
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)   # a second one must not leave kernels behind
         print("\nStopping the kernels …", flush=True)
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):   # a second one must not leave kernels behind
+            signal.signal(number, signal.SIG_IGN)
         server.kernels.shutdown_all()
         server.server_close()
 

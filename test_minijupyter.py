@@ -8240,6 +8240,13 @@ class ServerPortable(ServerCase):
 
     save = ConflictsAndFullDisks.save
 
+    def test_a_file_that_a_scanner_holds_for_a_moment_is_replaced_all_the_same(self):
+        held = [PermissionError, PermissionError, None]
+        with unittest.mock.patch.object(minijupyter, "POSIX", False), \
+                unittest.mock.patch.object(os, "replace", side_effect=held) as replace:
+            minijupyter.replace_file("new", "old")
+        self.assertEqual(replace.call_count, 3)
+
     def test_the_kernels_of_a_killed_server_end_by_themselves(self):
         server = self.own_server(**self.options)
         _, _, pid = self.start_kernel(server)
