@@ -3436,7 +3436,7 @@ def serve(server):
     except KeyboardInterrupt:
         print("\nStopping the kernels …", flush=True)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):   # a second one must not leave kernels behind
+        for number in (signal.SIGINT, signal.SIGTERM):   # a second one must leave no kernel behind
             signal.signal(number, signal.SIG_IGN)
         server.kernels.shutdown_all()
         server.server_close()

@@ -6030,6 +6030,7 @@ class Saving(ServerCase):
         return self.leftovers(Path(self.server.folder.name))
 
     def test_a_write_protected_file_stays_as_it_is_for_root_too(self):
+        """S1."""
         path = self.write("protected.txt", mode=0o444)
         before = path.stat()
         self.assertFalse(self.server.get("/api/contents/protected.txt").json["writable"])
@@ -6134,6 +6135,7 @@ class Saving(ServerCase):
                 self.assertEqual(path.read_text(), f"{number} {won.port}")
 
     def test_what_another_program_writes_during_a_save_is_not_overwritten(self):
+        """S4."""
         root = self.folder()
         contents, encode = minijupyter.CONTENTS[-1](root), minijupyter.Contents.encode
         (root / "a.txt").write_text("old")
@@ -6386,6 +6388,7 @@ class Crashes(Case):
                     self.assertTrue(found in (old, new), f"{len(found)} bytes, a mixture")
 
     def test_no_crash_loses_a_notebook_that_is_replaced(self):
+        """S2, S3."""
         self.assertOldOrNew(names=1)
 
     def test_no_crash_loses_a_notebook_that_is_written_over(self):
@@ -7995,6 +7998,7 @@ class Kernels(ServerCase):
         wait_until(lambda: not is_alive(pid))
 
     def test_what_comes_before_the_news_of_a_restart_does_not_reach_the_new_process(self):
+        """P5."""
         kernel_id, frontend, pid = self.start_kernel()
         for _ in range(5):   # who is too late is told first, and the new process runs the cell
             restart = threading.Thread(
@@ -8011,7 +8015,7 @@ class Kernels(ServerCase):
         self.fail("the new process has run it")
 
     def test_a_restart_that_was_asked_for_is_no_crash_to_other_clients(self):
-        """JupyterLab and VS Code tell their users of each `restarting` that the kernel died."""
+        """P6. JupyterLab and VS Code tell their users of each `restarting` that the kernel died."""
         kernel_id, frontend, _ = self.start_kernel()
         page = Page(WebSocketWire(self.server, kernel_id, journal=1))
         self.addCleanup(page.wire.close)
@@ -8055,6 +8059,7 @@ class Kernels(ServerCase):
         self.assertEqual(again.finish(again.start("6 * 7")).result, "42")
 
     def test_a_kernel_that_crashes_is_started_again_and_every_frontend_is_told_why(self):
+        """P6."""
         kernel_id, frontend, pid = self.start_kernel()
         other = self.server.frontend(kernel_id)
         self.addCleanup(other.wire.close)
@@ -8072,6 +8077,7 @@ class Kernels(ServerCase):
         self.assertFails(cell, "NameError")
 
     def test_what_was_sent_to_a_dying_kernel_does_not_run_in_the_next_one(self):
+        """P5."""
         _, frontend, pid = self.start_kernel()
         was_sent_before_the_news = False
         while not was_sent_before_the_news:     # on a busy machine it may come too late
@@ -8192,6 +8198,7 @@ class ManyKernels(ServerCase):
             return [*pool.map(run, range(self.COUNT))]
 
     def test_none_of_them_dies_and_no_first_cell_is_lost(self):
+        """P1."""
         server = self.own_server()
         self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
 
@@ -9359,6 +9366,7 @@ class Bridge(ServerCase):
         self.assertEqual(len(cell.result), 5_000_002)
 
     def test_every_frontend_sees_the_output_and_only_the_asker_the_reply(self):
+        """P2."""
         other = self.server.frontend(self.kernel_id)
         self.addCleanup(other.wire.close)
         cell = self.run_cell("print('for all')")
@@ -9604,6 +9612,7 @@ class Journal(ServerCase):
         self.assertEqual(again.cells["a"].text(), "before\n")
 
     def test_another_client_that_returns_gets_what_it_missed_like_from_jupyter_server(self):
+        """P3."""
         wire = WebSocketWire(self.server, self.kernel_id, "same")
         client = Frontend(wire)
         client.greet()
@@ -9657,6 +9666,7 @@ class Journal(ServerCase):
         return self.server.get(f"/api/kernels/{self.kernel_id}").json["connections"]
 
     def test_a_page_that_reads_nothing_holds_up_no_other(self):
+        """P4."""
         self.follow()
         cell = self.plain.start("for _ in range(50): print('x' * 1_000_000)\n'done'")
         self.plain.finish(cell, seconds=60)
@@ -9664,6 +9674,7 @@ class Journal(ServerCase):
         self.assertEqual(self.connections(), 2)   # nobody waited until it was cut off
 
     def test_a_page_far_behind_the_others_is_cut_off_and_may_come_back(self):
+        """P4."""
         stuck = self.follow()
         own = stuck.start("6 * 7", cell="a")
         cell = self.plain.start("import time\nfor _ in range(30): print('x' * 5_000_000); "
@@ -9687,7 +9698,7 @@ class Journal(ServerCase):
 
     @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
     def test_what_no_page_reads_waits_in_the_kernel_and_not_in_the_server(self):
-        """The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
+        """P4. The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
         self.plain.wire.close()
         stuck = self.follow()
         before, = memory(self.server.process.pid)
