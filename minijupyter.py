@@ -1014,6 +1014,7 @@ ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
 NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
 LAST_WORDS_MS = 100         # that what a kernel said before its death may take through TCP
+LAST_WORDS_SECONDS = 10     # in all: of a wrapper's process the kernel may go on talking
 HEARTBEAT_SECONDS = 3       # between two beats
 SILENT_BEATS = 3            # without an echo are reported
 STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
@@ -1025,6 +1026,7 @@ LATE_SECONDS = 1            # when it has taken nothing for so long
 MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that waits for subscribers
 MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
 MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
+LEAVE_SECONDS = 5           # that the bridge of a session's old connection gets to end
 MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
 MOST_STARTS = 5             # of a kernel whose ports others take
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
@@ -1039,11 +1041,21 @@ FOLLOWERS = {}       # value of ?journal= -> class of the page's mailbox
 OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
 
 
+def call_all(functions, *args):
+    """Call what extras have plugged in. A mistake in one of them must not end a kernel."""
+    for function in functions:
+        try:
+            function(*args)
+        except Exception:
+            import traceback
+            log(traceback.format_exc())
+
+
 class Entry:
     """One message on its way through the server: its JSON as it came; the headers are read."""
 
     __slots__ = ("channel", "json_parts", "buffers", "header", "parent_id", "client", "number",
-                 "size")
+                 "life", "size")
 
     def __init__(self, channel, json_parts, buffers=()):
         """Raises ValueError when the headers are not JSON objects with the fields they need."""
@@ -1051,6 +1063,7 @@ class Entry:
         self.header, self.parent_id = read_header(json_parts[0]), parent_id(json_parts[1])
         self.client = None   # session_id of the page that has said it, or that it is for
         self.number = 0      # its place in the journal
+        self.life = 0        # of the process that follows, where this tells that one has ended
         self.size = 1_000 + len(json_parts[3]) + sum(map(len, buffers))   # bytes, about
 
     @property
@@ -1068,12 +1081,6 @@ class Entry:
     @property
     def is_idle(self):
         return self.msg_type == "status" and b'"idle"' in self.json_parts[3]
-
-    @property
-    def ends_process(self):
-        """True for the server's news that a process has ended."""
-        return self.msg_type == "status" and any(
-            state in self.json_parts[3] for state in (b'"restarting"', b'"dead"'))
 
 
 def read_header(part):
@@ -1153,13 +1160,13 @@ class Mailbox:
 class Request:
     """What a page, or the server itself, has for a kernel: signed parts, as they will be sent.
 
-    `entry` is the same as an Entry, None for what no page has asked. `life` says for which process
-    it is meant: the newest that its sender could know of (P5); None: for whichever there is.
+    `entry` is the same as an Entry, None for what is the server's own. `life` says for which
+    process it is meant: the newest that its sender could know of (P5).
     """
 
     __slots__ = ("channel", "parts", "entry", "life", "came_at", "size")
 
-    def __init__(self, channel, parts, entry=None, life=None):
+    def __init__(self, channel, parts, entry=None, *, life):
         self.channel, self.parts, self.entry, self.life = channel, parts, entry, life
         self.came_at = time.monotonic()
         self.size = sum(map(len, parts))
@@ -1229,13 +1236,15 @@ class KernelProcess:
                                          and knows_local(spec))
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
         self.session = Session(self.connection["key"], username="server")
-        self.process, self.ended = None, threading.Event()
+        self.process = self.watcher = None     # the newest
+        self.ended = threading.Event()         # its end is told
         self.ended.set()
         self.requests = Mailbox()              # for the watcher
         self.waiting = []                      # those that it has taken and may not send yet
         self.asked = {}           # msg_id of a request -> session_id of its page; the watcher's
         self.awaited = {}         # msg_id of a request of the server's own -> Event
         self.pages_lock = threading.Lock()     # guards the next, and what extras know of pages
+        self.page_left = threading.Condition(self.pages_lock)
         self.mailboxes = {}       # session_id -> PageMailbox, also of some that are away
         # What extras plug in: functions of an Entry, of Entries, of a PageMailbox, of nothing.
         self.on_request, self.on_publish, self.on_join, self.on_end = [], [], [], []
@@ -1251,13 +1260,22 @@ class KernelProcess:
 
     # -- the process --
 
+    def start(self):
+        """Start the first process. Raises Problem 500, or 404 when it was shut down meanwhile."""
+        with self.lock:
+            if self.is_gone:
+                raise Problem(404, f"Kernel does not exist: {self.id}")
+            self.launch()
+
     def launch(self):
-        """Write the connection file and start the process. Raises Problem 500."""
-        write_secret(self.connection_file, json.dumps(self.connection, indent=1))
+        """Write the connection file and start the process; the lock is held. Raises Problem 500."""
         argv = fill_in(self.spec["argv"], {
             "connection_file": os.path.realpath(self.connection_file),
             "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
+            for file in self.files():   # somebody may have cleaned up
+                os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
+            write_secret(self.connection_file, json.dumps(self.connection, indent=1))
             self.process = subprocess.Popen(
                 argv, cwd=self.cwd, env=self.environment(), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -1265,12 +1283,11 @@ class KernelProcess:
             self.state, self.reason = "dead", f"The kernel {self.name} cannot be started: {problem}"
             self.publish([self.status("dead")])
             raise Problem(500, self.reason) from None
-        for function in self.on_launch:
-            function()
+        call_all(self.on_launch)
         self.report("out", f"start as process {self.process.pid}: {' '.join(argv)}")
         self.state, self.reason, self.intent, self.is_heard = "starting", None, None, False
-        self.ended = threading.Event()
-        threading.Thread(target=Watcher(self).run, name="watcher", daemon=True).start()
+        self.watcher, self.ended = Watcher(self), threading.Event()
+        threading.Thread(target=self.watcher.run, name="watcher", daemon=True).start()
 
     def report(self, way, text):
         """Tell what was done to the process, or what it said itself."""
@@ -1317,8 +1334,7 @@ class KernelProcess:
     def stop(self, intent):
         """End the process in the specification's order: request, SIGTERM, SIGKILL."""
         self.intent = intent
-        if not self.ended.is_set():
-            self.ask("shutdown_request", {"restart": intent == "restart"}, 1)
+        self.ask("shutdown_request", {"restart": intent == "restart"}, 1)
         for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             if self.ended.wait(SHUTDOWN_SECONDS):
                 break
@@ -1330,7 +1346,8 @@ class KernelProcess:
         with self.lock:
             if self.is_gone:
                 raise Problem(404, f"Kernel does not exist: {self.id}")
-            self.state, self.is_heard, self.crashes = "restarting", False, 0
+            self.state, self.intent, self.is_heard = "restarting", "restart", False
+            self.crashes = 0
             self.stop("restart")
             self.launch()
 
@@ -1347,8 +1364,10 @@ class KernelProcess:
             self.stop("shutdown")
             self.wake_pages()   # they see that the kernel is gone, and close
             for file in self.files():
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.unlink(file)
+            if self.ended.is_set():
+                self.requests.close()
 
     def files(self):
         """The connection file, and the socket files, which most kernels leave behind."""
@@ -1364,11 +1383,15 @@ class KernelProcess:
             self.requests.put([request])
 
     def ask(self, msg_type, content, seconds):
-        """Send a request of the server's own on control, and wait so long for its reply."""
+        """Send a request of the server's own on control, to the process that there is, and wait so
+        long for its reply."""
+        if self.ended.is_set():
+            return
         message = self.session.message(msg_type, content)
         msg_id = message["header"]["msg_id"]
         answered = self.awaited[msg_id] = threading.Event()
-        self.requests.put([Request("control", self.session.pack(message))])
+        self.requests.put([Request(
+            "control", self.session.pack(message), life=self.watcher.life)])
         answered.wait(seconds)
         self.awaited.pop(msg_id, None)
 
@@ -1391,8 +1414,7 @@ class KernelProcess:
     def publish(self, entries):
         """Put Entries into the mailboxes of those whom they are for."""
         with self.pages_lock:
-            for function in self.on_publish:
-                function(entries)
+            call_all(self.on_publish, entries)
             for box in list(self.mailboxes.values()):
                 if wanted := [entry for entry in entries if box.wants(entry)]:
                     box.put(wanted)
@@ -1406,17 +1428,21 @@ class KernelProcess:
 
     def join(self, box):
         """A page connects: from now on `box` gets what is for it. First it gets what waited for its
-        session, whose old connection ends (P3)."""
-        with self.pages_lock:
-            old = self.mailboxes.pop(box.session_id, None)
-            box.life = self.life
+        session, whose old connection ends: its bridge puts back what it could not send (P3)."""
+        def has_made_way():
+            old = self.mailboxes.get(box.session_id)
             if old:
                 old.cut_off()
+            return not old or not old.websocket
+
+        with self.pages_lock:
+            self.page_left.wait_for(has_made_way, LEAVE_SECONDS)
+            old = self.mailboxes.pop(box.session_id, None)
+            box.life = self.life
             if old and box.is_kept:
                 box.put(old.take())
                 box.life = old.life
-            for function in self.on_join:
-                function(box)
+            call_all(self.on_join, box)
             if self.state == "dead":
                 box.put([self.status("dead")])
             self.mailboxes[box.session_id] = box
@@ -1433,6 +1459,7 @@ class KernelProcess:
             away = [each for each in self.mailboxes.values() if not each.websocket]
             for each in away[:-MOST_AWAY]:
                 del self.mailboxes[each.session_id]
+            self.page_left.notify_all()
         self.requests.put()   # the watcher may wait for room in it
 
     def begin_life(self, is_known):
@@ -1455,6 +1482,7 @@ class Watcher:
 
     def __init__(self, kernel):
         self.kernel, self.process, self.life = kernel, kernel.process, kernel.life
+        self.sockets, self.output, self.poller = {}, None, zmq.Poller()   # channel -> its socket
         self.tail = ""   # the last that the process wrote on its own stdout or stderr
         self.started = self.last_echo = time.monotonic()
         self.next_nudge = self.next_beat = 0.0
@@ -1462,17 +1490,29 @@ class Watcher:
         self.full_since = None   # since when no page has room, and iopub is not heard; monotonic
 
     def run(self):
+        """Follow the process to its end. When that cannot be done, as descriptors run short, its
+        end comes now: nobody would hear it any more."""
+        try:
+            self.connect()
+            with watched_process(self.process, self.poller) as is_watched:
+                while self.process.poll() is None:
+                    # Without a pidfd the end is looked for twice a second.
+                    self.step(min(self.patience(), 60 if is_watched else 0.5))
+            self.hear_last_words()
+        except Exception as problem:
+            self.tail += f"The server could not follow it: {problem!r}"
+            self.kernel.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+            self.process.wait()
+        self.end()
+
+    def connect(self):
         # One identity on all channels: the kernel asks on stdin whom it heard on shell.
         identity = secrets.token_bytes(16)
-        self.sockets = {channel: self.kernel.connect(channel, identity) for channel in CHANNELS}
-        self.output, self.poller = OUTPUTS[POSIX](self.process.stdout), zmq.Poller()
+        for channel in CHANNELS:
+            self.sockets[channel] = self.kernel.connect(channel, identity)
+        self.output = OUTPUTS[POSIX](self.process.stdout)
         for source in (*self.sockets.values(), self.output.fileno(), self.kernel.requests.fileno()):
             self.poller.register(source, zmq.POLLIN)
-        with watched_process(self.process, self.poller) as is_watched:
-            while self.process.poll() is None:
-                # Without a pidfd the end is looked for twice a second.
-                self.step(min(self.patience(), 60 if is_watched else 0.5))
-        self.end()
 
     def step(self, seconds):
         """Wait for either side and carry what has come."""
@@ -1570,13 +1610,15 @@ class Watcher:
         kernel = self.kernel
         waiting, kernel.waiting = [*kernel.waiting, *requests], []
         for request in waiting:
-            if request.life is None or request.life == self.life and kernel.is_heard:
-                try:
-                    self.send(request)
-                except (ValueError, RecursionError) as problem:
-                    log(f"kernel {kernel.id}: dropped a page's message: {problem!r}")
-            elif request.life == self.life:
+            if request.life != self.life:
+                continue
+            if request.entry and not kernel.is_heard:
                 kernel.waiting.append(request)
+                continue
+            try:
+                self.send(request)
+            except Exception as problem:   # also of an extra: the kernel goes on
+                log(f"kernel {kernel.id}: dropped a page's message: {problem!r}")
 
     def send(self, request):
         if entry := request.entry:
@@ -1631,33 +1673,30 @@ class Watcher:
         return bool(data)
 
     def end(self):
-        """The process is gone: hear its last words, tell every page, and start it anew or not."""
+        """The process is gone: tell every page, and start it anew or not."""
         kernel, spoke = self.kernel, self.kernel.is_heard
-        kernel.is_heard = False
-        for function in self.kernel.on_exit:
-            function()
+        kernel.is_heard = starts_again = False
+        call_all(kernel.on_exit)
+        kernel.report("in", f"ended with exit code {self.process.returncode}")
+        for each in (*self.sockets.values(), self.output or self.process.stdout):
+            each.close()
         try:
-            self.hear_last_words()
-            kernel.report("in", f"ended with exit code {self.process.returncode}")
-            self.output.close()
-            for sock in self.sockets.values():
-                sock.close()
             starts_again = self.tell_end(spoke)
         finally:
+            kernel.ended.set()   # whoever stops the kernel waits for this
             for answered in list(kernel.awaited.values()):
                 answered.set()
-            kernel.ended.set()   # whoever stops the kernel waits for this
         if starts_again:
             kernel.start_again(self.process)
 
     def hear_last_words(self):
         """Publish what the process has said before its end, and what is held at gates."""
-        last = zmq.Poller()
+        last, deadline = zmq.Poller(), time.monotonic() + LAST_WORDS_SECONDS
         for channel in HEARD:
             last.register(self.sockets[channel], zmq.POLLIN)
         for gate in self.kernel.gates:
             self.kernel.publish(gate.release())
-        while ready := dict(last.poll(LAST_WORDS_MS)):
+        while time.monotonic() < deadline and (ready := dict(last.poll(LAST_WORDS_MS))):
             self.kernel.publish([entry for channel in HEARD if self.sockets[channel] in ready
                                  for entry in self.hear(channel)])
         self.read()
@@ -1665,7 +1704,8 @@ class Watcher:
     def tell_end(self, spoke):
         """Publish that the process has ended, and why; True when it is to be started again. An end
         that a client has asked for is no crash, and no status tells it."""
-        kernel, is_crash = self.kernel, self.kernel.intent is None
+        kernel, intent = self.kernel, self.kernel.intent   # which may change: it is read once
+        is_crash = intent is None
         if is_crash and not spoke and self.lost_a_port():
             return True
         if is_crash:
@@ -1674,23 +1714,27 @@ class Watcher:
             was_short = time.monotonic() - self.started < STABLE_SECONDS
             kernel.crashes = kernel.crashes + 1 if was_short else 1
         will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
-        kernel.state = "restarting" if will_restart or kernel.intent == "restart" else "dead"
-        for function in kernel.on_end:
-            function()
+        kernel.state = "restarting" if will_restart or intent == "restart" else "dead"
+        call_all(kernel.on_end)
         kernel.begin_life(is_known=not is_crash)
-        if kernel.intent != "restart":
-            kernel.publish([kernel.status(kernel.state)])
+        if intent != "restart":
+            news = kernel.status(kernel.state)
+            news.life = kernel.life
+            kernel.publish([news])
         return will_restart
 
     def lost_a_port(self):
         """True when the process could not begin because others have taken one of its ports since
         they were chosen: it gets new ones, and nobody needs to know."""
         kernel = self.kernel
-        if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
+        try:
+            if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
+                return False
+            kernel.connection = {**new_connection(kernel.name, kernel.session_name),
+                                 "key": kernel.connection["key"]}
+        except OSError:   # descriptors run short
             return False
         kernel.starts += 1
-        kernel.connection = {**new_connection(kernel.name, kernel.session_name),
-                             "key": kernel.connection["key"]}
         log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
         return True
 
@@ -1757,7 +1801,6 @@ def new_connection(name, session_name, is_local=False):
     # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
     prefix = os.path.join(SOCKETS, secrets.token_hex(4))
     if is_local and len(os.fsencode(f"{prefix}-5")) <= MOST_SOCKET_PATH:
-        os.makedirs(SOCKETS, mode=0o700, exist_ok=True)
         ports, where = range(1, 6), {"ip": prefix, "transport": "ipc"}
     else:
         ports, where = free_ports(), {"ip": "127.0.0.1", "transport": "tcp"}
@@ -1828,9 +1871,9 @@ class Kernels:
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
-            new.launch()
+            new.start()
         except Problem:
-            del self.all[new.id]
+            self.all.pop(new.id, None)
             new.shutdown()
             raise
         return new
@@ -2205,8 +2248,8 @@ class WebSocket:
 
     def abort(self):
         """End the connection from another thread: its owner then sees its end."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):   # TLS's own shutdown would let the owner go on in clear
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def receive(self):
         """The next message, str or bytes; None when the connection is closed. Waits."""
@@ -2261,8 +2304,10 @@ class WebSocket:
         """Send finished frames; a peer that is gone or does not read closes the connection."""
         if self.close_sent:
             return
+        left = memoryview(b"".join(frames))
         try:
-            self.socket.sendall(b"".join(frames))
+            while left:   # not sendall, which gives a slow peer no more time for more
+                left = left[self.socket.send(left):]
         except OSError:
             self.is_closed = True
             return
@@ -2420,8 +2465,8 @@ class Bridge:
 
     def step(self):
         """Wait for either side and carry what has come."""
-        page, is_read = self.websocket.fileno(), self.kernel.has_room
-        self.poller.register(page, zmq.POLLIN if is_read else 0)
+        page, has_room = self.websocket.fileno(), self.kernel.has_room
+        self.poller.register(page, zmq.POLLIN if has_room else 0)
         ready = dict(self.poller.poll(0 if self.websocket.has_bytes else PING_SECONDS * 1000))
         if page in ready or self.websocket.has_bytes:
             for message in self.websocket.arrived():
@@ -2435,20 +2480,22 @@ class Bridge:
         if self.kernel.is_gone and self.kernel.ended.is_set() and not self.inbox.items:
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True
-        if is_read:   # else it only seems to be silent
-            self.websocket.ping_or_give_up()
+        if not has_room:   # who is not read is not silent
+            self.websocket.last_heard = time.monotonic()
+        self.websocket.ping_or_give_up()
 
     def carry_down(self, entries):
         """Send Entries to the page."""
-        if any(entry.ends_process for entry in entries) and self.inbox.life < self.kernel.life:
-            self.learn_of_crash()
+        # Of several crashes the last counts: a page that was away hears of all at once.
+        if (life := max((entry.life for entry in entries), default=0)) > self.inbox.life:
+            self.learn_of_crash(life)
         if entries:
             # Journey 11: verified, marked with its channel, and on its way to the page.
             self.websocket.write(*(self.websocket.frame(*self.splice(each)) for each in entries))
         if self.websocket.is_closed:
             self.inbox.put_back(entries)
 
-    def learn_of_crash(self):
+    def learn_of_crash(self, life):
         """The page is told now. What it has said until this moment was meant for the process that
         is gone, and must not reach the next one (P5)."""
         arrived = zmq.Poller()
@@ -2456,7 +2503,7 @@ class Bridge:
         while not self.websocket.is_closed and (self.websocket.has_bytes or arrived.poll(0)):
             for message in self.websocket.arrived():
                 self.carry_up(message)   # under the old life
-        self.inbox.life += 1
+        self.inbox.life = life
 
     def carry_up(self, message):
         """Sign what the page has said, and put it to the kernel's watcher. Large messages are
@@ -2471,7 +2518,7 @@ class Bridge:
             signature = self.kernel.session.sign(entry.json_parts)
             self.kernel.send(Request(
                 entry.channel, [our_kernel.DELIMITER, signature, *entry.json_parts, *entry.buffers],
-                entry, self.inbox.life))
+                entry, life=self.inbox.life))
         except Exception as problem:   # whatever a page may send: the bridge goes on
             log(f"kernel {self.kernel.id}: dropped a page's message: {problem!r}")
 
@@ -5448,10 +5495,10 @@ class Reaper:
         with self.lock, contextlib.suppress(OSError):   # without a shell: kernels watch us, too
             if self.shell is None and POSIX:
                 self.shell = subprocess.Popen(
-                    ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, text=True, bufsize=1,
+                    ["/bin/sh", "-c", self.SCRIPT], stdin=subprocess.PIPE, bufsize=0,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-            if self.shell:
-                self.shell.stdin.write(f"{sign} {word}\n")
+            if self.shell and "\n" not in str(word):   # of a path two lines would be two files
+                self.shell.stdin.write(os.fsencode(f"{sign} {word}\n"))
 
 
 REAPER = Reaper()
@@ -6340,7 +6387,8 @@ class Gate:
         held, stuck, passed = [], set(), []
         for came_at, each in waiting:
             way = type(each), each.channel
-            if way not in stuck and (room < 0 or self.is_free(each, came_at)):
+            is_own = isinstance(each, Request) and each.entry is None   # the server's
+            if is_own or way not in stuck and (room < 0 or self.is_free(each, came_at)):
                 room += each.size
                 passed.append(each)
             else:
@@ -6353,8 +6401,6 @@ class Gate:
     def is_free(self, each, came_at):
         """True when the oldest that waits on its way may go on now."""
         rule, seconds = self.rules.get(each.channel, ("delay", 0))
-        if isinstance(each, Request) and each.life is None:
-            return True   # the server's own
         if rule == "pause":
             with self.lock:
                 may_pass, self.steps = self.steps > 0, max(0, self.steps - 1)
@@ -6520,7 +6566,8 @@ class Spectator:
         """Send these very parts, in base64, down a channel, as one could who knows no key."""
         if wish["channel"] not in UPWARD:
             raise ValueError(f"nobody sends on {wish['channel']}")
-        kernel.requests.put([Request(wish["channel"], [*map(base64.b64decode, wish["parts"])])])
+        kernel.requests.put([Request(
+            wish["channel"], [*map(base64.b64decode, wish["parts"])], life=kernel.life)])
 
     def key(self, kernel, wish):
         """Tell the key of a kernel, with which the page checks signatures. Who may run code there

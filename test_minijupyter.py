@@ -71,6 +71,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -98,6 +99,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unittest
 import unittest.mock
 import zlib
@@ -8076,6 +8078,21 @@ class Kernels(ServerCase):
         self.assertNotEqual(int(cell.text()), pid)
         self.assertFails(cell, "NameError")
 
+    def test_a_page_that_hears_of_two_crashes_at_once_can_go_on(self):
+        kernel_id, frontend, pid = self.start_kernel()
+        other = self.server.frontend(kernel_id)
+        self.addCleanup(other.wire.close)
+        session = frontend.wire.session_id
+        frontend.wire.close()
+        for count in (1, 2):
+            os.kill(pid, signal.SIGKILL)
+            other.until(lambda count=count: other.log.count("restarting") == count)
+            pid = int(other.finish(other.start("import os; os.getpid()")).result)
+        frontend.wire = WebSocketWire(self.server, kernel_id, session)
+        self.addCleanup(frontend.wire.close)
+        frontend.until(lambda: frontend.log.count("restarting") == 2)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
     def test_what_was_sent_to_a_dying_kernel_does_not_run_in_the_next_one(self):
         """P5."""
         _, frontend, pid = self.start_kernel()
@@ -8139,6 +8156,21 @@ class Kernels(ServerCase):
         wait_until(lambda: server.get(f"/api/kernels/{left}").status == 404)
         self.assertEqual(server.get(f"/api/kernels/{used}").status, 200)
 
+    @unittest.skipUnless(Path("/proc/self/fd").exists(), "no /proc tells of descriptors")
+    def test_kernels_that_were_shut_down_hold_no_descriptor(self):
+        server = self.own_server()
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+
+        def start_and_shut_down():
+            kernel_id = server.post("/api/kernels", {}).json["id"]
+            self.assertReply(server.delete(f"/api/kernels/{kernel_id}"), 204)
+
+        start_and_shut_down()
+        first = len(list(descriptors.iterdir()))
+        for _ in range(4):
+            start_and_shut_down()
+        wait_until(lambda: len(list(descriptors.iterdir())) <= first)
+
     def test_a_client_may_name_a_kernel_and_pass_kernel_variables(self):
         wish = "11111111-2222-3333-4444-555555555555"
         kernel_id, frontend, _ = self.start_kernel(
@@ -8176,6 +8208,130 @@ class Kernels(ServerCase):
         path = f"/api/kernels/{reply.json['id']}"
         wait_until(lambda: server.get(path).json["execution_state"] == "dead")
         return server.get(path).json["reason"]
+
+
+class KernelsFromWithin(ServerCase):
+    """What must happen at one moment: the server runs in this process."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = Path("never")
+
+    def setUp(self):
+        runtime = self.folder()
+        self.enterContext(unittest.mock.patch.multiple(
+            minijupyter, RUNTIME=str(runtime), SOCKETS=str(runtime / "sockets")))
+        self.webserver = self.here()
+        self.kernels = self.webserver.kernels
+        self.addCleanup(self.kernels.shutdown_all)
+
+    def start(self, *args):
+        """(a new kernel, a frontend)"""
+        kernel_ = self.kernels.start(*args)
+        address = types.SimpleNamespace(port=self.webserver.server_port, token="secret")
+        frontend = Frontend(WebSocketWire(address, kernel_.id))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        return kernel_, frontend
+
+    def test_a_restart_just_after_a_crash_does_not_ask_the_new_process_to_end(self):
+        kernel_, _ = self.start()
+        said = []
+        self.enterContext(unittest.mock.patch.object(
+            minijupyter, "TAPS", [lambda kind, way, about, parts: said.extend(parts)]))
+        kernel_.process.kill()
+        wait_until(lambda: kernel_.process.returncode is not None)   # last words are heard now
+        kernel_.restart()
+        kernel_.ask("kernel_info_request", {}, SECONDS)
+        self.assertNotIn(b"shutdown_request", b"".join(said))
+
+    def test_a_restart_that_is_asked_for_while_a_crash_is_told_leaves_no_page_behind(self):
+        kernel_, frontend = self.start()
+        restart = threading.Thread(target=kernel_.restart)
+
+        def press():
+            if not restart.ident:
+                restart.start()
+                wait_until(lambda: kernel_.intent == "restart")
+
+        kernel_.on_end.append(press)
+        kernel_.process.kill()
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        restart.join()
+
+    def test_a_mistake_in_an_extra_ends_no_kernel(self):
+        kernel_, frontend = self.start()
+        for functions in (kernel_.on_publish, kernel_.on_end, kernel_.on_exit, kernel_.on_launch):
+            functions.append(lambda *args: 1 / 0)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        kernel_.process.kill()
+        frontend.until(lambda: "restarting" in frontend.log)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_kernel_that_cannot_be_followed_is_ended_and_told_dead(self):
+        kernel_, frontend = self.start()
+        with unittest.mock.patch.object(minijupyter.KernelProcess, "connect") as connect:
+            connect.side_effect = OSError(errno.EMFILE, "Too many open files")
+            kernel_.restart()
+            frontend.until(lambda: "dead" in frontend.log)
+        self.assertIn("Too many open files", kernel_.reason)
+        self.assertEqual(kernel_.process.returncode, -signal.SIGKILL)
+        kernel_.restart()
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_full_disk_is_told_and_leaves_no_kernel_that_never_starts(self):
+        kernel_, frontend = self.start()
+        with unittest.mock.patch.object(minijupyter, "write_secret") as write:
+            write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+            for start in (self.kernels.start, kernel_.restart):
+                with self.assertRaises(minijupyter.Problem) as caught:
+                    start()
+                self.assertIn("No space left", caught.exception.message)
+        self.assertEqual(([*self.kernels.all.values()], kernel_.state), ([kernel_], "dead"))
+        frontend.until(lambda: "dead" in frontend.log)
+        kernel_.restart()
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_kernel_whose_files_cannot_be_removed_is_shut_down_all_the_same(self):
+        kernel_ = self.kernels.start()
+        with unittest.mock.patch.object(os, "unlink", side_effect=PermissionError):
+            self.kernels.shutdown(kernel_.id)
+        self.assertEqual(self.kernels.all, {})
+
+    def test_a_kernel_that_is_shut_down_while_it_is_started_leaves_no_process(self):
+        write, ends = minijupyter.write_secret, []
+
+        def write_slowly(*args):
+            (kernel_,) = self.kernels.all.values()
+            ends.append(threading.Thread(target=self.kernels.shutdown, args=[kernel_.id]))
+            ends[0].start()
+            ends[0].join(0.2)
+            write(*args)
+
+        with unittest.mock.patch.object(minijupyter, "write_secret", write_slowly):
+            kernel_ = self.kernels.start()
+        ends[0].join()
+        self.assertIsNotNone(kernel_.process.poll())
+
+    def test_a_kernel_that_outlives_its_wrapper_and_talks_on_does_not_hide_its_end(self):
+        wrapper = ("import subprocess, sys, time\n"
+                   f"subprocess.Popen({OURS[:-1]!r} + sys.argv[1:], start_new_session=True)\n"
+                   "time.sleep(60)")
+        spec = minijupyter.complete_spec(
+            {"argv": [sys.executable, "-c", wrapper, "{connection_file}"], "language": "python",
+             "display_name": "wrapped"})
+        self.enterContext(unittest.mock.patch.object(minijupyter, "LAST_WORDS_SECONDS", 0.5))
+        self.enterContext(unittest.mock.patch.object(
+            minijupyter, "find_specs", return_value={"wrapped": (spec, None)}))
+        kernel_, frontend = self.start("wrapped")
+        cell = frontend.finish(frontend.start("import os, time; os.getpid()"))
+        self.addCleanup(os.kill, int(cell.result), signal.SIGKILL)
+        cell = frontend.start("while True: print('on and on'); time.sleep(0.01)")
+        frontend.until(lambda: cell.text())
+        kernel_.start_again = lambda process: None
+        kernel_.process.kill()
+        frontend.until(lambda: "restarting" in frontend.log)
 
 
 class ManyKernels(ServerCase):
@@ -9698,7 +9854,7 @@ class Journal(ServerCase):
 
     @unittest.skipUnless(Path("/proc/self/smaps_rollup").exists(), "no /proc tells of memory")
     def test_what_no_page_reads_waits_in_the_kernel_and_not_in_the_server(self):
-        """P4. The kernel's own memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
+        """P4. The kernel's memory holds some 100 MB, ZeroMQ's queues and the system the rest."""
         self.plain.wire.close()
         stuck = self.follow()
         before, = memory(self.server.process.pid)
