@@ -31,6 +31,7 @@ Part I's extension points, and what is plugged in there:
     kernel.on_request, on_publish, on_join, on_end                 journal
     kernel.on_launch, on_exit, gates                               orphans, Under the hood
     OUTPUTS                what a process says itself, by system   Windows
+    PORTS, REPAIRS         where a kernel is reached, tried again  socket files, new ports
     FOLLOWERS              ?journal= -> class of a mailbox         journal
     OWN_CHANNELS           channels between page and server        journal
     EXTENSIONS, LAYOUTS    of a WebSocket, of messages on it       compression, the v1 layout
@@ -483,10 +484,7 @@ class Contents:
                 raise Problem(400, f"{path} is a {model['type']}, not a {kind}", "bad type")
             model["type"] = kind
         if content and model["type"] == "directory":
-            content, message = self.listing(path, absolute)
-            model.update(format="json", content=content)
-            if message:
-                model["message"] = message
+            model.update(format="json", content=self.listing(path, absolute))
         elif model["type"] != "directory" and (content or with_hash):
             data = self.read(absolute)
             if with_hash:
@@ -509,19 +507,13 @@ class Contents:
                 "content": None, "format": None, "hash": None, "hash_algorithm": None}
 
     def listing(self, path, absolute):
-        """(models of a folder's visible files and folders in the order of their names, what to say
-        of those whose names no client could send back, or None)."""
-        real, models, unlisted = os.path.realpath(absolute), [], 0
+        """The models of a folder's visible files and folders in the order of their names."""
+        real, models = os.path.realpath(absolute), []
         for name in sorted(os.listdir(real), key=str.casefold):
-            if name.endswith(LEFTOVERS) and not self.allow_hidden:
-                continue
-            unlisted += not is_plain(name)
-            with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
-                models.append(self.entry(path, real, name))
-        if not unlisted:
-            return models, None
-        return models, (f"Not listed because of their names, which are not UTF-8 or hold a "
-                        f"backslash: {unlisted} (rename them in a terminal)")
+            if not name.endswith(LEFTOVERS) or self.allow_hidden:
+                with contextlib.suppress(OSError, Problem):   # gone by now, or not to be seen
+                    models.append(self.entry(path, real, name))
+        return models
 
     def entry(self, folder, real, name):
         """The model of what is in a folder, whose real path is `real`."""
@@ -868,8 +860,6 @@ REPLACE = [lambda target, replace, data, look: replace()]   # functions: the las
 
 JUPYTER_DATA = our_kernel.data_folder()
 RUNTIME = os.environ.get("JUPYTER_RUNTIME_DIR") or os.path.join(JUPYTER_DATA, "runtime")
-SOCKETS = os.path.join(RUNTIME, "sockets")
-MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 DEFAULT_KERNEL = "python3"
 LOCAL = "local-provisioner"   # who starts a kernel; of others (clusters and the like) we know none
 SPEC_CHECKS = []   # functions(spec): ValueError for what no process can be given
@@ -997,7 +987,7 @@ def kernel_environment(spec):
 #
 #     state        the process            what leads on
 #     starting     runs, not heard yet    heard on iopub and shell -> idle; its end -> dead, or,
-#                                         when others have its ports, starting with new ones
+#                                         with one of REPAIRS, starting
 #     idle, busy   runs                   a cell begins, the last one ends; its end -> restarting,
 #                                         or dead after MOST_RESTARTS in a row
 #     restarting   is about to end, or    the next one is launched -> starting
@@ -1028,7 +1018,6 @@ MOST_UNSENT = 100           # requests that wait for a kernel; while there are m
 MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
 LEAVE_SECONDS = 5           # that the bridge of a session's old connection gets to end
 MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
-MOST_STARTS = 5             # of a kernel whose ports others take
 BATCH = 1 << 20             # bytes that are taken from a socket in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
 TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
@@ -1036,6 +1025,7 @@ TAIL = 4_000                # characters of a kernel's own stderr that are kept 
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
                   "shutdown_request", "abort_request"}
+REPAIRS = []         # functions(kernel): True when one that could not begin shall try again
 KERNEL_EXTRAS = []   # functions or classes, called with each new KernelProcess: to plug into it
 FOLLOWERS = {}       # value of ?journal= -> class of the page's mailbox
 OWN_CHANNELS = {}    # channel between page and server alone -> function of kernel and Entry
@@ -1217,8 +1207,7 @@ class KernelProcess:
     Any thread may call it; the sockets belong to the watcher of the process alone.
     """
 
-    def __init__(self, name, spec, folder, cwd, session_name="", id=None, env=None,
-                 transport=None):
+    def __init__(self, name, spec, folder, cwd, session_name="", id=None, env=None):
         self.id = id or str(uuid.uuid4())
         self.name, self.spec, self.folder, self.cwd = name, spec, folder, cwd
         self.session_name = session_name   # what it is told of its notebook
@@ -1230,11 +1219,10 @@ class KernelProcess:
         self.is_heard = False     # iopub of this process is connected: no answer can be missed
         self.life = 0             # counts the processes that have ended
         self.crashes = 0          # in a row
-        self.starts = 0           # in vain, because others had taken a port
         self.lock = threading.Lock()           # one start or stop at a time
-        self.connection = new_connection(name, session_name, is_local=transport != "tcp"
-                                         and knows_local(spec))
         self.connection_file = os.path.join(RUNTIME, f"kernel-{self.id}.json")
+        self.files = [self.connection_file]    # to be removed in the end
+        self.connection = new_connection(self)
         self.session = Session(self.connection["key"], username="server")
         self.process = self.watcher = None     # the newest
         self.ended = threading.Event()         # its end is told
@@ -1273,7 +1261,7 @@ class KernelProcess:
             "connection_file": os.path.realpath(self.connection_file),
             "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
-            for file in self.files():   # somebody may have cleaned up
+            for file in self.files:   # somebody may have cleaned up
                 os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
             write_secret(self.connection_file, json.dumps(self.connection, indent=1))
             self.process = subprocess.Popen(
@@ -1363,17 +1351,11 @@ class KernelProcess:
             self.is_gone = True
             self.stop("shutdown")
             self.wake_pages()   # they see that the kernel is gone, and close
-            for file in self.files():
+            for file in self.files:
                 with contextlib.suppress(OSError):
                     os.unlink(file)
             if self.ended.is_set():
                 self.requests.close()
-
-    def files(self):
-        """The connection file, and the socket files, which most kernels leave behind."""
-        is_local = self.connection["transport"] == "ipc"
-        return [self.connection_file, *(endpoint(self.connection, channel).removeprefix("ipc://")
-                                        for channel in (CHANNELS if is_local else ()))]
 
     # -- requests: from any thread to the watcher --
 
@@ -1706,7 +1688,7 @@ class Watcher:
         that a client has asked for is no crash, and no status tells it."""
         kernel, intent = self.kernel, self.kernel.intent   # which may change: it is read once
         is_crash = intent is None
-        if is_crash and not spoke and self.lost_a_port():
+        if is_crash and not spoke and any(repair(kernel) for repair in REPAIRS):
             return True
         if is_crash:
             kernel.reason = self.explain()
@@ -1722,21 +1704,6 @@ class Watcher:
             news.life = kernel.life
             kernel.publish([news])
         return will_restart
-
-    def lost_a_port(self):
-        """True when the process could not begin because others have taken one of its ports since
-        they were chosen: it gets new ones, and nobody needs to know."""
-        kernel = self.kernel
-        try:
-            if kernel.starts >= MOST_STARTS or not any_is_taken(kernel.connection):
-                return False
-            kernel.connection = {**new_connection(kernel.name, kernel.session_name),
-                                 "key": kernel.connection["key"]}
-        except OSError:   # descriptors run short
-            return False
-        kernel.starts += 1
-        log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
-        return True
 
     def explain(self):
         code, said = self.process.returncode, self.tail.strip()
@@ -1793,52 +1760,29 @@ def watched_process(process, poller):
         os.close(descriptor)
 
 
-def new_connection(name, session_name, is_local=False):
-    """The fields of a connection file: of five socket files, where they can be, or five free ports.
-
-    Nobody else on this machine can reach a file in a folder of ours; a port anybody can.
-    """
-    # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
-    prefix = os.path.join(SOCKETS, secrets.token_hex(4))
-    if is_local and len(os.fsencode(f"{prefix}-5")) <= MOST_SOCKET_PATH:
-        ports, where = range(1, 6), {"ip": prefix, "transport": "ipc"}
-    else:
-        ports, where = free_ports(), {"ip": "127.0.0.1", "transport": "tcp"}
+def new_connection(kernel):
+    """The fields of a kernel's connection file."""
+    ports, where = PORTS[-1](kernel)
     return {**dict(zip((f"{channel}_port" for channel in CHANNELS), ports, strict=True)), **where,
-            "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256", "kernel_name": name,
-            "jupyter_session": session_name}
+            "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256",
+            "kernel_name": kernel.name, "jupyter_session": kernel.session_name}
 
 
-def free_ports():
+def free_ports(kernel):
+    """(five of them, where they are)"""
     with contextlib.ExitStack() as open_sockets:
         taken = [open_sockets.enter_context(socket.socket()) for _ in CHANNELS]
         for sock in taken:   # all open at once, so that no two get the same port
             sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in taken]
+        return [sock.getsockname()[1] for sock in taken], {"ip": "127.0.0.1", "transport": "tcp"}
 
 
-def knows_local(spec):
-    """True when a kernel is known to bind socket files; xeus-python, for one, cannot."""
-    return zmq.has("ipc") and POSIX and (
-        "ipc" in spec["metadata"].get("supported_transports", ())
-        or any("ipykernel" in word for word in spec["argv"]))
+PORTS = [free_ports]   # functions: the last one is used
 
 
 def endpoint(connection, channel):
     joint = ":" if connection["transport"] == "tcp" else "-"
     return f"{connection['transport']}://{connection['ip']}{joint}{connection[f'{channel}_port']}"
-
-
-def any_is_taken(connection):
-    """True when another process listens on a port of a connection."""
-    for channel in CHANNELS if connection["transport"] == "tcp" else ():
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ours has just ended
-            try:
-                sock.bind((connection["ip"], connection[f"{channel}_port"]))
-            except OSError:
-                return True
-    return False
 
 
 def write_secret(path, text):
@@ -1852,8 +1796,8 @@ def write_secret(path, text):
 class Kernels:
     """All kernels, by id. Used from every connection's thread."""
 
-    def __init__(self, contents, transport=None):
-        self.contents, self.transport = contents, transport   # "tcp", or None: local where it can
+    def __init__(self, contents):
+        self.contents = contents
         self.all = {}   # id -> KernelProcess
 
     def start(self, name=None, path="", id=None, env=None, session_name=""):
@@ -1867,7 +1811,7 @@ class Kernels:
         env = {name: value for name, value in (env or {}).items()
                if name.startswith("KERNEL_") and isinstance(value, str)}
         new = KernelProcess(name, *found, cwd=self.folder_of(path), session_name=session_name,
-                            id=id, env=env, transport=self.transport)
+                            id=id, env=env)
         if self.all.setdefault(new.id, new) is not new:
             raise Problem(400, f"{id} is the id of another kernel")
         try:
@@ -3177,32 +3121,12 @@ class Handler(BaseHTTPRequestHandler):
             model = self.server.contents.create(path, body.get("type"), extension)
         self.send_contents(201, model)
 
-    def refuse_hidden(self, action, *paths):
-        """Problem 400 when one of the paths is hidden. A GET of it is a 404, as in Jupyter."""
-        names = [name for path in paths for name in path.split("/")]
-        is_hidden = any(name.startswith(".") and name not in (".", "..") for name in names)
-        if is_hidden and not self.server.contents.allow_hidden:
-            raise Problem(400, f"Cannot {action} file or directory {paths[0]!r}")
-
-    def kind_of(self, path, wish):
-        """The type of the file that a PUT describes: said by it, or for a new one by its name.
-        Problem 400 when an existing file would lose its content."""
-        kind = wish.get("type") or ("notebook" if path.endswith(".ipynb") else "file")
-        kind = kind if kind in UNTITLED else "file"   # of types that others have
-        if self.server.contents.look(path)[1] and kind != "directory":
-            for field in ("type", "content"):
-                if wish.get(field) is None:
-                    raise Problem(400, f"No file {field} provided")
-        return kind
-
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
                     self.headers.get("If-Match", "").strip('"') or None)
         body = self.json_body(CODEC["read_model"])
         if not body:
             return self.create_contents(path)
-        self.refuse_hidden("create", path)
-        body["type"] = self.kind_of(path, body)
         model, is_new = self.server.contents.save(
             path, body, expected, with_hash=self.asked("hash") == "1")
         if model["type"] == "notebook":
@@ -3215,14 +3139,12 @@ class Handler(BaseHTTPRequestHandler):
         new_path = self.json_body().get("path")
         if not isinstance(new_path, str):
             raise Problem(400, "The body must name the new path")
-        self.refuse_hidden("rename", path, new_path)
         model = self.server.contents.rename(path, new_path)
         self.server.sessions.follow_rename(path.strip("/"), model["path"])
         self.send_contents(200, model)
 
     def delete_contents(self, path):
         """With ?recursive=0 a folder that is not empty stays: a page can ask once more."""
-        self.refuse_hidden("delete", path)
         self.server.contents.delete(path, self.asked("recursive", "1", "01") == "1")
         return 204, None
 
@@ -3274,31 +3196,18 @@ class Handler(BaseHTTPRequestHandler):
         mailbox = FOLLOWERS.get(self.asked("journal"), PageMailbox)
         Bridge(websocket, kernel, mailbox(self.asked("session_id"), websocket)).run()
 
-    # -- what few clients ask for --
-
     def list_sessions(self):
         return self.server.sessions.list()
 
     def create_session(self):
-        session = self.server.sessions.create(self.session_wish())
+        session = self.server.sessions.create(self.json_body())
         self.created(self.server.sessions.model(session), "sessions", session["id"])
-
-    def session_wish(self):
-        """The JSON object of a request for a session. Before there were sessions of other types,
-        its path stood in `notebook`: some clients still say it so."""
-        if not self.body:
-            raise Problem(400, "No JSON data provided")
-        wish = self.json_body()
-        notebook = wish.pop("notebook", None)
-        if isinstance(notebook, dict) and notebook.get("path"):
-            wish.update(path=notebook["path"], type="notebook")
-        return wish
 
     def get_session(self, id):
         return self.server.sessions.model(self.server.sessions.get(id))
 
     def change_session(self, id):
-        return self.server.sessions.model(self.server.sessions.change(id, self.session_wish()))
+        return self.server.sessions.model(self.server.sessions.change(id, self.json_body()))
 
     def delete_session(self, id):
         self.server.sessions.delete(id)
@@ -3499,34 +3408,37 @@ def serve(server):
 #    12 Old formats                              UPGRADES
 #    13 What the schema says                     REMARKS
 #    14 Large things, a little at a time         CODEC
-#    15 Fewer questions to the disk              CONTENTS
-#    16 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
-#    17 What was read or asked for a moment ago  CONTENTS
-#    18 Files that cannot be replaced            REPLACE, CONTENTS
-#    19 Links that lead where they led           MOVE
-#    20 Copies                                   MAKERS
-#    21 Checkpoints                              ROUTES, CONTENTS
-#    22 Uploads in pieces                        SAVERS
-#    23 Ranges                                   RANGES
-#    24 Bodies in chunks, or on demand           CODINGS, HANDLERS
-#    25 Clients that send drop by drop           HANDLERS
-#    26 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    27 Where Jupyter looks                      DATA_FOLDERS
-#    28 Pictures of kernels                      ROUTES, RESOURCES
-#    29 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
-#    30 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    31 Orphans                                  KERNEL_EXTRAS
-#    32 Windows                                  OUTPUTS
-#    33 The other layout of messages             LAYOUTS
-#    34 Compression                              EXTENSIONS
-#    35 However a secret is spelled              SPELLINGS
-#    36 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    37 TLS                                      OPTIONS, AT_START
-#    38 How kernels are reached                  OPTIONS, AT_START
-#    39 Idle kernels                             OPTIONS, AT_START
-#    40 What few clients ask for                 ROUTES, ADMITTED, HANDLERS, SERVERS, OPEN_TO_ALL
-#    41 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    42 Other servers                            COMMANDS
+#    15 Names that no client could send back     CONTENTS
+#    16 Fewer questions to the disk              CONTENTS
+#    17 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
+#    18 What was read or asked for a moment ago  CONTENTS
+#    19 Files that cannot be replaced            REPLACE, CONTENTS
+#    20 Links that lead where they led           MOVE
+#    21 Copies                                   MAKERS
+#    22 Checkpoints                              ROUTES, CONTENTS
+#    23 Uploads in pieces                        SAVERS
+#    24 What Jupyter refuses and guesses         CONTENTS, CHECKS
+#    25 Ranges                                   RANGES
+#    26 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    27 Clients that send drop by drop           HANDLERS
+#    28 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    29 Where Jupyter looks                      DATA_FOLDERS
+#    30 Pictures of kernels                      ROUTES, RESOURCES
+#    31 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
+#    32 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    33 Orphans                                  KERNEL_EXTRAS
+#    34 Windows                                  OUTPUTS
+#    35 The other layout of messages             LAYOUTS
+#    36 Compression                              EXTENSIONS
+#    37 However a secret is spelled              SPELLINGS
+#    38 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    39 TLS                                      OPTIONS, AT_START
+#    40 How kernels are reached                  PORTS, OPTIONS, AT_START
+#    41 Ports that others took                   REPAIRS
+#    42 Idle kernels                             OPTIONS, AT_START
+#    43 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    44 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    45 Other servers                            COMMANDS
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4114,7 +4026,25 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
              encode_base64=encode_base64, decode_base64=decode_base64)
 
 
-# ---- 15. Fewer questions to the disk -----------------------------------------------------------
+# ---- 15. Names that no client could send back --------------------------------------------------
+class HonestContents(CONTENTS[-1]):
+    def get(self, path, kind=None, form=None, content=True, with_hash=False):
+        """Of a folder also how much in it is not listed."""
+        model = super().get(path, kind, form, content, with_hash)
+        if model["type"] == "directory" and content:
+            names = os.listdir(self.existing(path))
+            unlisted = sum(not is_plain(name) and (
+                self.allow_hidden or not name.endswith(LEFTOVERS)) for name in names)
+            if unlisted:
+                model["message"] = ("Not listed because of their names, which are not UTF-8 or "
+                                    f"hold a backslash: {unlisted} (rename them in a terminal)")
+        return model
+
+
+CONTENTS.append(HonestContents)
+
+
+# ---- 16. Fewer questions to the disk -----------------------------------------------------------
 class QuickContents(CONTENTS[-1]):
     def follow(self, absolute):
         """(real path, os.stat_result or None) of a path below the root. The root is real: only
@@ -4143,7 +4073,7 @@ class QuickContents(CONTENTS[-1]):
 CONTENTS.append(QuickContents)
 
 
-# ---- 16. Many servers, owners, crashes: what a save minds, too ---------------------------------
+# ---- 17. Many servers, owners, crashes: what a save minds, too ---------------------------------
 #
 # S5 Between a look at the file and its replacement no other server comes either: both happen
 #    under a lock of its folder.
@@ -4266,7 +4196,7 @@ FOLDERS.append(locked)
 CONTENTS.append(TidyContents)
 
 
-# ---- 17. What was read or asked for a moment ago -----------------------------------------------
+# ---- 18. What was read or asked for a moment ago -----------------------------------------------
 
 class Recent:
     """The notebook files that were read or written last, because what is opened or saved will be
@@ -4373,7 +4303,7 @@ class RememberingContents(CONTENTS[-1]):
 CONTENTS.append(RememberingContents)
 
 
-# ---- 18. Files that cannot be replaced ---------------------------------------------------------
+# ---- 19. Files that cannot be replaced ---------------------------------------------------------
 #
 # A file with other names (hard links), a mount, a file in a folder that takes no new one or of an
 # owner that is not ours to give: old and new bytes go into a record in the runtime folder, then the
@@ -4485,7 +4415,7 @@ REPLACE.append(or_write_over)
 CONTENTS.append(FinishingContents)
 
 
-# ---- 19. Links that lead where they led --------------------------------------------------------
+# ---- 20. Links that lead where they led --------------------------------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4518,7 +4448,7 @@ def mend_links(tree, came_from):
 MOVE.append(move)
 
 
-# ---- 20. Copies ----------------------------------------------------------------------------------
+# ---- 21. Copies ----------------------------------------------------------------------------------
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4593,7 +4523,6 @@ class Copies:
 
 def copy_from(handler, folder, body):
     """POST with a member `copy_from`: the path of a file or folder."""
-    handler.refuse_hidden("copy", body["copy_from"])
     return Copies(handler.server.contents).copy(body["copy_from"], folder)
 
 
@@ -4609,7 +4538,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 21. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 22. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4709,7 +4638,7 @@ class CheckedContents(CONTENTS[-1]):
 CONTENTS.append(CheckedContents)
 
 
-# ---- 22. Uploads in pieces: a model with a chunk's number --------------------------------------
+# ---- 23. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4810,7 +4739,50 @@ UPLOADS = Uploads()
 SAVERS["chunk"] = save_chunk
 
 
-# ---- 23. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 24. What Jupyter refuses and guesses ---------------------------------------------
+class JupytersContents(CONTENTS[-1]):
+    def save(self, path, model, *arguments, **options):
+        self.refuse_hidden("create", path)
+        model = {**model, "type": self.kind_of(path, model)}
+        return super().save(path, model, *arguments, **options)
+
+    def rename(self, path, new_path):
+        self.refuse_hidden("rename", path, new_path)
+        return super().rename(path, new_path)
+
+    def delete(self, path, *arguments, **options):
+        self.refuse_hidden("delete", path)
+        super().delete(path, *arguments, **options)
+
+    def refuse_hidden(self, action, *paths):
+        """Problem 400 when one of the paths is hidden. A GET of it is a 404, as in Jupyter."""
+        names = [name for path in paths for name in path.split("/")]
+        is_hidden = any(name.startswith(".") and name not in (".", "..") for name in names)
+        if is_hidden and not self.allow_hidden:
+            raise Problem(400, f"Cannot {action} file or directory {paths[0]!r}")
+
+    def kind_of(self, path, wish):
+        """The type of the file that a PUT describes: said by it, or for a new one by its name.
+        Problem 400 when an existing file would lose its content."""
+        kind = wish.get("type") or ("notebook" if path.endswith(".ipynb") else "file")
+        kind = kind if kind in UNTITLED else "file"   # of types that others have
+        if self.look(path)[1] and kind != "directory":
+            for field in ("type", "content"):
+                if wish.get(field) is None:
+                    raise Problem(400, f"No file {field} provided")
+        return kind
+
+
+def refuse_hidden_source(handler, body):
+    if handler.name == "create_contents" and body.get("copy_from"):
+        handler.server.contents.refuse_hidden("copy", str(body["copy_from"]))
+
+
+CONTENTS.append(JupytersContents)
+CHECKS.append(refuse_hidden_source)
+
+
+# ---- 25. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
@@ -4830,7 +4802,7 @@ def range_of(header, size):
 RANGES.append(range_of)
 
 
-# ---- 24. Bodies in chunks, or on demand --------------------------------------------------------
+# ---- 26. Bodies in chunks, or on demand --------------------------------------------------------
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
 
@@ -4896,7 +4868,7 @@ CODINGS["chunked"] = read_chunks
 HANDLERS.append(AskingHandler)
 
 
-# ---- 25. Clients that send drop by drop --------------------------------------------------------
+# ---- 27. Clients that send drop by drop --------------------------------------------------------
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
 
@@ -4963,7 +4935,7 @@ class ImpatientHandler(HANDLERS[-1]):
 HANDLERS.append(ImpatientHandler)
 
 
-# ---- 26. Strangers -----------------------------------------------------------------------------
+# ---- 28. Strangers -----------------------------------------------------------------------------
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
 
@@ -5058,7 +5030,7 @@ ADMITTED.append(is_known)
 AFTER.append(is_answered)
 
 
-# ---- 27. Where Jupyter looks -------------------------------------------------------------------
+# ---- 29. Where Jupyter looks -------------------------------------------------------------------
 def data_folders():
     """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
     import site
@@ -5095,7 +5067,7 @@ def is_set(name):
 DATA_FOLDERS.append(data_folders)
 
 
-# ---- 28. Pictures of kernels -------------------------------------------------------------------
+# ---- 30. Pictures of kernels -------------------------------------------------------------------
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 <rect width="64" height="64" rx="12" fill="#306998"/>
@@ -5128,7 +5100,7 @@ RESOURCES.append(resources)
 ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
 
 
-# ---- 29. Wishes that cannot be fulfilled -------------------------------------------------------
+# ---- 31. Wishes that cannot be fulfilled -------------------------------------------------------
 #
 # All that a process would be given is looked at before there is one.
 
@@ -5195,7 +5167,7 @@ CHECKS.append(check_texts)
 SPEC_CHECKS.append(check_spec)
 
 
-# ---- 30. The journal: what no file holds yet ---------------------------------------------------
+# ---- 32. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5463,7 +5435,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 31. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 33. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5508,7 +5480,7 @@ def watch_over(kernel):
     """Tell the reaper of each process of a kernel, and of what files it may leave."""
     def note_launch():
         REAPER.note("+", kernel.process.pid)
-        for file in kernel.files():
+        for file in kernel.files:
             REAPER.note("file", file)
 
     kernel.on_launch.append(note_launch)
@@ -5518,7 +5490,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 32. Windows -------------------------------------------------------------------------------
+# ---- 34. Windows -------------------------------------------------------------------------------
 #
 # What is POSIX's alone stands in one place each, with a portable way beside it: see `if POSIX`,
 # getattr(socket, …), and this. A poller there knows sockets alone; so a thread copies what a
@@ -5553,7 +5525,7 @@ class PortableOutput:
 OUTPUTS[False] = PortableOutput
 
 
-# ---- 33. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 35. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5586,7 +5558,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 34. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 36. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5667,7 +5639,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 35. However a secret is spelled -----------------------------------------------------------
+# ---- 37. However a secret is spelled -----------------------------------------------------------
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
     or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
@@ -5695,7 +5667,7 @@ def spellings_of_character(each):
 SPELLINGS.append(spellings)
 
 
-# ---- 36. Login: forms, passwords ---------------------------------------------------------------
+# ---- 38. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5850,7 +5822,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 37. TLS -----------------------------------------------------------------------------------
+# ---- 39. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5877,21 +5849,80 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 38. How kernels are reached ---------------------------------------------------------------
+# ---- 40. How kernels are reached ---------------------------------------------------------------
 
+SOCKETS = os.path.join(RUNTIME, "sockets")
+MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
 OPTIONS.append((["--transport"], {"choices": ["tcp"], "help":
     "how kernels are reached (default: by files that only you can open, for kernels that can; "
     "tcp: by ports, so that others can listen, as in a lab)"}))
 
 
+def knows_local(spec):
+    """True when a kernel is known to bind socket files; xeus-python, for one, cannot."""
+    return zmq.has("ipc") and POSIX and (
+        "ipc" in spec["metadata"].get("supported_transports", ())
+        or any("ipykernel" in word for word in spec["argv"]))
+
+
+def socket_files(kernel):
+    """The same as files, for kernels that can. Nobody else on this machine can reach a file in a
+    folder of ours; a port anybody can."""
+    # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
+    prefix = os.path.join(SOCKETS, secrets.token_hex(4))
+    if not knows_local(kernel.spec) or len(os.fsencode(f"{prefix}-5")) > MOST_SOCKET_PATH:
+        return free_ports(kernel)
+    kernel.files += [f"{prefix}-{number}" for number in range(1, 6)]   # most kernels leave them
+    return range(1, 6), {"ip": prefix, "transport": "ipc"}
+
+
 def choose_transport(server, arguments):
-    server.kernels.transport = arguments.transport
+    if arguments.transport == "tcp":
+        PORTS.remove(socket_files)
 
 
+PORTS.append(socket_files)
 AT_START.append(choose_transport)
 
 
-# ---- 39. Idle kernels --------------------------------------------------------------------------
+# ---- 41. Ports that others took ----------------------------------------------------------------
+#
+# Between the choice of a port and its kernel's start another program may take it.
+
+MOST_STARTS = 5             # of a kernel whose ports others take
+
+
+def lost_a_port(kernel):
+    """True when the process could not begin because others have taken one of its ports since
+    they were chosen: it gets new ones, and nobody needs to know."""
+    starts = getattr(kernel, "starts_in_vain", 0)
+    try:
+        if starts >= MOST_STARTS or not any_is_taken(kernel.connection):
+            return False
+        kernel.connection = {**new_connection(kernel), "key": kernel.connection["key"]}
+    except OSError:   # descriptors run short
+        return False
+    kernel.starts_in_vain = starts + 1
+    log(f"kernel {kernel.id}: a port was taken, so it gets new ones", "info")
+    return True
+
+
+def any_is_taken(connection):
+    """True when another process listens on a port of a connection."""
+    for channel in CHANNELS if connection["transport"] == "tcp" else ():
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)   # ours has just ended
+            try:
+                sock.bind((connection["ip"], connection[f"{channel}_port"]))
+            except OSError:
+                return True
+    return False
+
+
+REPAIRS.append(lost_a_port)
+
+
+# ---- 42. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5919,7 +5950,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 40. What few clients ask for --------------------------------------------------------------
+# ---- 43. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6005,6 +6036,20 @@ def note_activity(handler):
 
 
 ADMITTED.append(note_activity)
+
+
+def old_session_wish(handler, wish):
+    """Before there were sessions of other types, its path stood in `notebook`: some clients still
+    say it so."""
+    if handler.name in ("create_session", "change_session"):
+        if not handler.body:
+            raise Problem(400, "No JSON data provided")
+        notebook = wish.pop("notebook", None)
+        if isinstance(notebook, dict) and notebook.get("path"):
+            wish.update(path=notebook["path"], type="notebook")
+
+
+CHECKS.append(old_session_wish)
 
 
 def me(handler):
@@ -6119,9 +6164,7 @@ ROUTES += [("GET", r"/view/(.+)", view),
 def path_at(kernel, path):
     """The absolute path of an existing file as a kernel's code would find it, or None."""
     absolute = os.path.join(kernel.cwd, os.path.expanduser(path))
-    with contextlib.suppress(ValueError):   # a NUL, or half of a surrogate pair
-        return absolute if os.path.exists(absolute) else None
-    return None
+    return absolute if os.path.exists(absolute) else None
 
 
 def path_template(pattern, names):
@@ -6167,7 +6210,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 41. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 44. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6603,7 +6646,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 42. Other servers: list, stop -------------------------------------------------------------
+# ---- 45. Other servers: list, stop -------------------------------------------------------------
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
