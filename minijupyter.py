@@ -51,8 +51,9 @@ Part I's extension points, and what is plugged in there:
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
-Of a cell's journey it holds stations 2, 3 and 11, each marked at its line: a WebSocket frame is
-put together, the signed request leaves, and what comes back is handed on as it came.
+Of a cell's journey (README) it holds stations 2, 3 and 11, each marked at its line: a WebSocket
+frame is put together, the signed request leaves, and what comes back is handed on as it came. (1
+and 12 are in index.html, 4 to 10 in kernel.py.)
 
 Left out on purpose: users, extensions, a database. One person, one folder, one token.
 
@@ -64,8 +65,8 @@ Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC
 import os
 import sys
 
-# A script's syntax tree (7 MB here) stays for as long as it runs; a module comes from the bytecode
-# cache. So this file starts itself again as a module. (Whoever debugs it wants to see the script.)
+# Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from the
+# bytecode cache. So the script starts itself again as a module, except under a debugger.
 if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
     start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
              "import minijupyter; minijupyter.main()")
@@ -967,6 +968,11 @@ def kernel_environment(spec):
 #     bridge of a page  -- Request -> KernelProcess.requests ->  watcher  -- shell, control, stdin
 #                       <- PageMailbox <- Entry ----------------          <- iopub, replies
 #
+# Words: a *page* is any client with a WebSocket (ours, JupyterLab, a program), known by its
+# session_id; an *Entry* is a message on its way to pages, a *Request* one on its way to the kernel;
+# a *life* is the number of a process of the kernel; *heard*: something has come on iopub of this
+# process, so that nothing can be missed any more; *away*: a page whose connection has ended.
+#
 # What can be relied on, with the moment for which each was made:
 #
 #     P1 heard     A kernel publishes to those who have subscribed *by then*. A page that asks while
@@ -975,19 +981,22 @@ def kernel_environment(spec):
 #     P2 whose     Two pages run cells of one kernel. A reply or a question goes to the page whose
 #                  request it names as its parent, what is on iopub goes to all.
 #     P3 the rest  A laptop sleeps in mid-run. The mailbox stays; who comes back under the same
-#                  session finds in it what came meanwhile, in order, once.
-#     P4 pace      A tab in the background reads nothing while 600 MB are printed. The fastest page
-#                  sets the pace and misses nothing; while none has room, iopub is not read and the
-#                  kernel holds whoever prints; a page that is far behind is cut off, alone.
-#     P5 one life  Somebody presses Run as the kernel crashes. A request reaches the process that
-#                  its sender could know of, or none: the next one has none of its variables.
+#                  session finds in it what came meanwhile, in order, once. (What TCP had taken by
+#                  then nobody can tell: pages acknowledge nothing.)
+#     P4 pace      A tab in the background reads nothing while 600 MB are printed. While others
+#                  read, they miss nothing, and it is cut off, alone, when it is far behind. While
+#                  nobody reads, iopub is not read either, and a kernel that waits for its
+#                  subscribers (ours does) holds whoever prints.
+#     P5 one life  Somebody presses Run as the kernel crashes. What the server has got before it
+#                  tells of the crash never reaches the next process, which has other variables.
 #     P6 an end    A cell calls a library that crashes. What it printed before is shown, then every
 #                  page is told why, as `status: restarting` or `dead`. A restart that was asked
 #                  for is no crash, and other clients would take that status for one.
 #
 #     state        the process            what leads on
-#     starting     runs, not heard yet    heard on iopub and shell -> idle; its end -> dead, or,
-#                                         with one of REPAIRS, starting
+#     starting     runs, not heard yet    heard on iopub and shell -> idle; its end -> dead (who
+#                                         never spoke would not at the next try), or, with one of
+#                                         REPAIRS, starting
 #     idle, busy   runs                   a cell begins, the last one ends; its end -> restarting,
 #                                         or dead after MOST_RESTARTS in a row
 #     restarting   is about to end, or    the next one is launched -> starting
@@ -1003,25 +1012,25 @@ ZMQ = zmq.Context()
 ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
 NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
-LAST_WORDS_MS = 100         # that what a kernel said before its death may take through TCP
-LAST_WORDS_SECONDS = 10     # in all: of a wrapper's process the kernel may go on talking
+LAST_WORDS_MS = 100         # of silence after a process's end, and we have heard its last words
+LAST_WORDS_SECONDS = 10     # in all: the kernel of a wrapper that has ended may go on talking
 HEARTBEAT_SECONDS = 3       # between two beats
-SILENT_BEATS = 3            # without an echo are reported
-STABLE_SECONDS = 10         # of life, after which a crash is not one in a row (jupyter_client's)
-MOST_RESTARTS = 5           # after crashes in a row (jupyter_client's)
+SILENT_BEATS = 3            # beats without an echo before it is reported
+STABLE_SECONDS = 10         # a process that lived so long starts a new count of crashes, and after
+MOST_RESTARTS = 5           # so many in a row the kernel is given up (both jupyter_client's)
 MOST_WAITING = 16 << 20     # bytes in a page's mailbox; when all are full, who prints has to wait
-STALLED_SECONDS = 8         # and no longer, or our kernel would give us up (STALL_SECONDS there)
-MOST_BEHIND = 64 << 20      # bytes in the mailbox of one page while others have room; it is cut off
-LATE_SECONDS = 1            # when it has taken nothing for so long
+STALLED_SECONDS = 8         # it waits at most: later our kernel would give us up (STALL_SECONDS)
+MOST_BEHIND = 64 << 20      # bytes in the mailbox of one page while others have room: it is cut off
+LATE_SECONDS = 1            # a page that took nothing for so long can be cut off
 MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that waits for subscribers
 MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
-MOST_AWAY = 16              # pages that have left whose mailbox is kept, per kernel
+MOST_AWAY = 16              # mailboxes that are kept of pages that are away, per kernel
 LEAVE_SECONDS = 5           # that the bridge of a session's old connection gets to end
-MOST_ASKED = 10_000         # requests of a kernel whose reply may still come
-BATCH = 1 << 20             # bytes that are taken from a socket in one go
+MOST_ASKED = 10_000         # requests whose page is remembered, because a reply may still come
+BATCH = 1 << 20             # bytes that are taken from a socket, or a mailbox, in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
 TAIL = 4_000                # characters of a kernel's own stderr that are kept for an explanation
-# Their busy and idle say nothing about running code; a frontend sends them all the time.
+# The busy and idle of these do not mean that code runs; frontends send them all the time.
 QUIET_REQUESTS = {"kernel_info_request", "comm_info_request", "is_complete_request",
                   "complete_request", "inspect_request", "history_request", "interrupt_request",
                   "shutdown_request", "abort_request"}
