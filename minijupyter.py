@@ -65,8 +65,8 @@ Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC
 import os
 import sys
 
-# Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from the
-# bytecode cache. So the script starts itself again as a module, except under a debugger.
+# Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
+# the bytecode cache. So the script starts itself again as a module, except under a debugger.
 if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
     start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
              "import minijupyter; minijupyter.main()")
@@ -170,8 +170,8 @@ def log(text, level="warning"):
 
 
 log.level = "warning"
-# Functions (kind, way, about, parts) that hear of the bytes that come "in" or go "out" at the
-# server's edge: of WebSocket frames, parts of ZeroMQ messages, and what is done to a process.
+# Functions (kind, way, about, parts). They are called with all bytes that enter ("in") or leave
+# ("out") the server: WebSocket frames, parts of ZeroMQ messages, what is done to a process.
 TAPS = []
 
 
