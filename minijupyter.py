@@ -5879,7 +5879,7 @@ def socket_files(kernel):
     folder of ours; a port anybody can."""
     # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
     prefix = os.path.join(SOCKETS, secrets.token_hex(4))
-    if not knows_local(kernel.spec) or len(os.fsencode(f"{prefix}-5")) > MOST_SOCKET_PATH:
+    if not knows_local(kernel.spec) or not is_plain_text(f"{prefix}-5", MOST_SOCKET_PATH):
         return free_ports(kernel)
     kernel.files += [f"{prefix}-{number}" for number in range(1, 6)]   # most kernels leave them
     return range(1, 6), {"ip": prefix, "transport": "ipc"}
