@@ -1270,6 +1270,7 @@ class KernelProcess:
             "connection_file": os.path.realpath(self.connection_file),
             "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
+            self.remove_files()       # a child of the last process may still listen there, dumb
             for file in self.files:   # somebody may have cleaned up
                 os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
             write_secret(self.connection_file, json.dumps(self.connection, indent=1))
@@ -1360,11 +1361,14 @@ class KernelProcess:
             self.is_gone = True
             self.stop("shutdown")
             self.wake_pages()   # they see that the kernel is gone, and close
-            for file in self.files:
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
+            self.remove_files()
             if self.ended.is_set():
                 self.requests.close()
+
+    def remove_files(self):
+        for file in self.files:
+            with contextlib.suppress(OSError):
+                os.unlink(file)
 
     # -- requests: from any thread to the watcher --
 

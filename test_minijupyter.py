@@ -8513,6 +8513,17 @@ class LocalSockets(ServerCase):
         wait_until(lambda: not [*Path(server.folder.name).rglob("kernel-*.json")])
         self._cleanups = [c for c in self._cleanups if c[0] != server.delete]
 
+    def test_a_child_that_holds_the_sockets_does_not_keep_the_next_process_waiting(self):
+        """Its ZeroMQ has no thread: who connects to it is accepted, and hears nothing."""
+        _, frontend, _ = self.start_kernel()
+        frontend.start("import os, time\nchild = os.fork()\nif child: os._exit(3)\n"
+                       "open('child', 'w').write(str(os.getpid()))\n"
+                       "os.rename('child', 'forked'); time.sleep(60); os._exit(0)")
+        frontend.until(lambda: "restarting" in frontend.log)
+        wait_until((self.root / "forked").exists)
+        self.addCleanup(os.kill, int((self.root / "forked").read_text()), signal.SIGKILL)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
     def test_a_restart_works_when_somebody_has_cleaned_up_the_runtime_folder(self):
         server = self.own_server()
         kernel_id, frontend, _ = self.start_kernel(server)
