@@ -1026,6 +1026,8 @@ MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that wait
 MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
 MOST_AWAY = 16              # mailboxes that are kept of pages that are away, per kernel
 LEAVE_SECONDS = 5           # that the bridge of a session's old connection gets to end
+MOST_DESCRIPTORS = 32       # that must be free for a kernel: 14 are its own; the last ones are for
+                            # connections, or nobody could come in to shut a kernel down
 MOST_ASKED = 10_000         # requests whose page is remembered, because a reply may still come
 BATCH = 1 << 20             # bytes that are taken from a socket, or a mailbox, in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
@@ -1270,6 +1272,7 @@ class KernelProcess:
             "connection_file": os.path.realpath(self.connection_file),
             "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
+            need_descriptors(MOST_DESCRIPTORS)
             self.remove_files()       # a child of the last process may still listen there, dumb
             for file in self.files:   # somebody may have cleaned up
                 os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
@@ -1796,6 +1799,13 @@ PORTS = [free_ports]   # functions: the last one is used
 def endpoint(connection, channel):
     joint = ":" if connection["transport"] == "tcp" else "-"
     return f"{connection['transport']}://{connection['ip']}{joint}{connection[f'{channel}_port']}"
+
+
+def need_descriptors(count):
+    """Raises OSError unless so many can be opened now."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(count):
+            opened.enter_context(open(os.devnull))
 
 
 def write_secret(path, text):

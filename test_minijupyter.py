@@ -9247,6 +9247,19 @@ class ServerLife(ServerCase):
             each.close()
         self.assertEqual(server.get("/api/kernels").status, 200)
 
+    def test_kernels_leave_descriptors_for_those_who_come_to_end_them(self):
+        server, kernels = self.with_descriptors(100), []
+        for _ in range(8):
+            reply = server.post("/api/kernels", {})
+            if reply.status == 201:
+                kernels.append(reply.json["id"])
+                server.frontend(kernels[-1]).wire.close()   # by now it has all of its own
+        self.assertIn("Too many open files", self.assertReply(reply, 500).json["message"])
+        self.assertEqual(len(server.get("/api/kernels").json), len(kernels))
+        for id in kernels:
+            self.assertReply(server.delete(f"/api/kernels/{id}"), 204)
+        self.start_kernel(server)
+
     def test_a_killed_server_leaves_no_kernel_behind(self):
         pids = [self.start_kernel(self.server)[2] for _ in range(2)]
         cell = ("import subprocess, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
