@@ -1713,8 +1713,8 @@ class Watcher:
             kernel.crashes = kernel.crashes + 1 if was_short else 1
         will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
         kernel.state = "restarting" if will_restart or intent == "restart" else "dead"
-        call_all(kernel.on_end)
         kernel.begin_life(is_known=not is_crash)
+        call_all(kernel.on_end)
         if intent != "restart":
             news = kernel.status(kernel.state)
             news.life = kernel.life
@@ -5411,10 +5411,13 @@ class Journal:
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
         are due."""
         self.questions.clear()
-        endings = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
-                   "idle": ("iopub", "status", {"execution_state": "idle"})}
-        return [said(self.session, *endings[due], record.request)
-                for record in self.records.values() for due in sorted(record.due)]
+        last = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
+                "idle": ("iopub", "status", {"execution_state": "idle"})}
+        endings = [said(self.session, *last[due], record.request)
+                   for record in self.records.values() for due in sorted(record.due)]
+        for ending in endings:
+            ending.life = self.kernel.life   # whoever hears it knows of the end
+        return endings
 
 
 class Follower(PageMailbox):

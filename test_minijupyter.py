@@ -698,9 +698,9 @@ class WebSocketClient:
 
     def receive(self, seconds=SECONDS):
         """The next message, whole; None for a close, whose code is kept."""
-        payload, kind = b"", None
-        while True:
-            fin, opcode, data = self.receive_frame(seconds)
+        payload, kind, deadline = b"", None, time.monotonic() + seconds
+        while True:   # pings do not prolong it
+            fin, opcode, data = self.receive_frame(deadline - time.monotonic())
             if opcode == CLOSE:
                 self.close_code = int.from_bytes(data[:2], "big")
                 return None
@@ -8221,15 +8221,15 @@ class KernelsFromWithin(ServerCase):
         runtime = self.folder()
         self.enterContext(unittest.mock.patch.multiple(
             minijupyter, RUNTIME=str(runtime), SOCKETS=str(runtime / "sockets")))
-        self.webserver = self.here()
-        self.kernels = self.webserver.kernels
+        server = self.here()
+        self.kernels = server.kernels
+        self.address = types.SimpleNamespace(port=server.server_port, token="secret")
         self.addCleanup(self.kernels.shutdown_all)
 
     def start(self, *args):
         """(a new kernel, a frontend)"""
         kernel_ = self.kernels.start(*args)
-        address = types.SimpleNamespace(port=self.webserver.server_port, token="secret")
-        frontend = Frontend(WebSocketWire(address, kernel_.id))
+        frontend = Frontend(WebSocketWire(self.address, kernel_.id))
         self.addCleanup(frontend.wire.close)
         frontend.greet()
         return kernel_, frontend
@@ -8260,8 +8260,23 @@ class KernelsFromWithin(ServerCase):
         self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
         restart.join()
 
+    def test_who_has_seen_its_cell_end_with_the_process_may_ask_the_next_at_once(self):
+        kernel_, _ = self.start()
+        page = Page(WebSocketWire(self.address, kernel_.id, journal=1))
+        self.addCleanup(page.wire.close)
+        cell, has_asked = page.start("print('ready'); input()", cell="a"), threading.Event()
+        page.until(lambda: cell.questions)
+        kernel_.on_end.append(lambda: has_asked.wait(SECONDS))   # the end is not yet told
+        kernel_.process.kill()
+        page.until(lambda: cell.is_done)
+        again = page.start("6 * 7", cell="b")
+        wait_until(lambda: kernel_.requests.items)
+        has_asked.set()
+        self.assertEqual(page.finish(again).result, "42")
+
     def test_a_mistake_in_an_extra_ends_no_kernel(self):
         kernel_, frontend = self.start()
+        self.enterContext(unittest.mock.patch.object(minijupyter.log, "level", "error"))
         for functions in (kernel_.on_publish, kernel_.on_end, kernel_.on_exit, kernel_.on_launch):
             functions.append(lambda *args: 1 / 0)
         self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
@@ -9881,8 +9896,8 @@ class Journal(ServerCase):
         first.greet()
         self.plain.wire.close()
         first.start("for i in range(14): print(f'<{i}>' + 'x' * 1_500_000)\n"
-                    "open('printed', 'w').close()")
-        wait_until((self.root / "printed").exists)   # its bridge cannot send it all
+                    "open('said', 'w').close()")
+        wait_until((self.root / "said").exists)   # its bridge cannot send it all
         second = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
         self.addCleanup(second.wire.close)
         second.until(lambda: "idle" in second.log)
