@@ -1013,7 +1013,7 @@ ZMQ.set(zmq.MAX_SOCKETS, 65_536)
 SHUTDOWN_SECONDS = 2.5      # that a kernel gets to end, after the request and after SIGTERM
 NUDGE_SECONDS = 0.5         # between two kernel_info_requests to a kernel that is silent
 LAST_WORDS_MS = 100         # of silence after a process's end, and we have heard its last words
-LAST_WORDS_SECONDS = 10     # in all: the kernel of a wrapper that has ended may go on talking
+LAST_WORDS_SECONDS = 5      # in all: the kernel of a wrapper that has ended may go on talking
 HEARTBEAT_SECONDS = 3       # between two beats
 SILENT_BEATS = 3            # beats without an echo before it is reported
 STABLE_SECONDS = 10         # a process that lived so long starts a new count of crashes, and after
@@ -1240,7 +1240,9 @@ class KernelProcess:
         self.ended.set()
         self.requests = Mailbox()              # for the watcher
         self.waiting = []                      # those that it has taken and may not send yet
-        self.asked = {}           # msg_id of a request -> session_id of its page; the watcher's
+        # msg_id of a request -> session_id of its page; the watcher's. Those that run code may
+        # take hours, and are not forgotten for all that is asked meanwhile.
+        self.asked, self.asked_to_run = {}, {}
         self.awaited = {}         # msg_id of a request of the server's own -> Event
         self.pages_lock = threading.Lock()     # guards the next, and what extras know of pages
         self.page_left = threading.Condition(self.pages_lock)
@@ -1340,7 +1342,7 @@ class KernelProcess:
             if self.ended.wait(SHUTDOWN_SECONDS):
                 break
             self.send_signal(number)
-        self.ended.wait(SHUTDOWN_SECONDS)   # its watcher hears its last words
+        self.ended.wait(SHUTDOWN_SECONDS + LAST_WORDS_SECONDS)   # its watcher hears its last words
 
     def restart(self):
         """A new process on the same ports: the clients stay connected."""
@@ -1569,7 +1571,7 @@ class Watcher:
             return
         self.has_answered = True
         # P2: a reply or a question belongs to the page whose request it names as its parent.
-        entry.client = kernel.asked.get(entry.parent_id)
+        entry.client = kernel.asked_to_run.get(entry.parent_id) or kernel.asked.get(entry.parent_id)
         if answered := kernel.awaited.get(entry.parent_id):
             answered.set()
 
@@ -1620,9 +1622,11 @@ class Watcher:
 
     def send(self, request):
         if entry := request.entry:
-            self.kernel.asked[entry.header["msg_id"]] = entry.client
-            if len(self.kernel.asked) > MOST_ASKED:
-                del self.kernel.asked[next(iter(self.kernel.asked))]
+            runs = entry.msg_type == "execute_request"
+            asked = self.kernel.asked_to_run if runs else self.kernel.asked
+            asked[entry.header["msg_id"]] = entry.client
+            if len(asked) > MOST_ASKED:
+                del asked[next(iter(asked))]
             for function in self.kernel.on_request:
                 function(entry)
         # Journey 3: the signed request leaves on the ZeroMQ socket of its channel.

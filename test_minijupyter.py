@@ -8344,14 +8344,14 @@ class KernelsFromWithin(ServerCase):
         self.assertEqual(new.take(), [first, last])
         kernel_.leave(new)
 
-    def test_a_kernel_that_outlives_its_wrapper_and_talks_on_does_not_hide_its_end(self):
+    def start_wrapped(self):
+        """(a kernel whose process is a wrapper, a frontend); the real one talks on and on."""
         wrapper = ("import subprocess, sys, time\n"
                    f"subprocess.Popen({OURS[:-1]!r} + sys.argv[1:], start_new_session=True)\n"
                    "time.sleep(60)")
         spec = minijupyter.complete_spec(
             {"argv": [sys.executable, "-c", wrapper, "{connection_file}"], "language": "python",
-             "display_name": "wrapped"})
-        self.enterContext(unittest.mock.patch.object(minijupyter, "LAST_WORDS_SECONDS", 0.5))
+             "display_name": "wrapped", "metadata": {"supported_transports": ["tcp", "ipc"]}})
         self.enterContext(unittest.mock.patch.object(
             minijupyter, "find_specs", return_value={"wrapped": (spec, None)}))
         kernel_, frontend = self.start("wrapped")
@@ -8359,9 +8359,34 @@ class KernelsFromWithin(ServerCase):
         self.addCleanup(os.kill, int(cell.result), signal.SIGKILL)
         cell = frontend.start("while True: print('on and on'); time.sleep(0.01)")
         frontend.until(lambda: cell.text())
+        return kernel_, frontend
+
+    def test_a_kernel_that_outlives_its_wrapper_and_talks_on_does_not_hide_its_end(self):
+        self.enterContext(unittest.mock.patch.object(minijupyter, "LAST_WORDS_SECONDS", 0.5))
+        kernel_, frontend = self.start_wrapped()
         kernel_.start_again = lambda process: None
         kernel_.process.kill()
         frontend.until(lambda: "restarting" in frontend.log)
+
+    def test_the_next_process_begins_when_the_last_words_of_the_former_are_heard(self):
+        self.enterContext(unittest.mock.patch.multiple(
+            minijupyter, LAST_WORDS_SECONDS=1, SHUTDOWN_SECONDS=0.1))
+        kernel_, frontend = self.start_wrapped()
+        former, launched = kernel_.ended, []
+        kernel_.launch = lambda: launched.append(former.is_set())
+        kernel_.ask = lambda *args: None
+        kernel_.restart()
+        self.assertEqual(launched, [True])
+
+    def test_a_cell_gets_its_reply_however_much_was_asked_meanwhile(self):
+        self.enterContext(unittest.mock.patch.object(minijupyter, "MOST_ASKED", 3))
+        _, frontend = self.start()
+        cell = frontend.start("input()")
+        frontend.until(lambda: cell.questions)
+        for _ in range(5):
+            frontend.request("kernel_info_request", "control")
+        frontend.type("")
+        self.assertEqual(frontend.finish(cell).result, "''")
 
 
 class ManyKernels(ServerCase):
