@@ -5900,7 +5900,9 @@ def socket_files(kernel):
     folder of ours; a port anybody can."""
     # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
     prefix = os.path.join(SOCKETS, secrets.token_hex(4))
-    if not knows_local(kernel.spec) or not is_plain_text(f"{prefix}-5", MOST_SOCKET_PATH):
+    is_too_long = len(os.fsencode(f"{prefix}-5")) > MOST_SOCKET_PATH
+    # ZeroMQ takes no address that is not UTF-8, which is not printable.
+    if not knows_local(kernel.spec) or is_too_long or not prefix.isprintable():
         return free_ports(kernel)
     kernel.files += [f"{prefix}-{number}" for number in range(1, 6)]   # most kernels leave them
     return range(1, 6), {"ip": prefix, "transport": "ipc"}
