@@ -2520,7 +2520,7 @@ def entry_of(text, buffers):
 
 def json_members(text):
     """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
-    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
+    find_string, find_value = json.decoder.scanstring, JSON.raw_decode
     members, at = {}, expect_token("{", text, 0)
     while at < len(text) and text[at] != "}":
         if members:
@@ -2534,10 +2534,14 @@ def json_members(text):
     return members
 
 
+WHITE = r"[ \t\n\r]*"
+TOKENS = {token: re.compile(WHITE + re.escape(token) + WHITE * (token != '"'))
+          for token in ("{", "}", ",", ":", '"', "")}   # behind a quotation mark a string begins
+
+
 def expect_token(token, text, at):
     """Where text goes on behind white space, `token` and (but in a string) white space."""
-    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
-                       ).match(text, at)
+    match = TOKENS[token].match(text, at)
     if not match:
         raise ValueError(f"{token} is missing at character {at} of the JSON object")
     return match.end()
