@@ -5277,7 +5277,7 @@ class KernelPortable(KernelCase):
     BARE = """if True:
         import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
         for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
-                     "pidfd_open", "execv", "sysconf"):
+                     "pidfd_open", "execv", "execve", "sysconf"):
             if hasattr(os, name):
                 delattr(os, name)
         import zmq
@@ -8323,6 +8323,11 @@ class Sessions(ServerCase):
         self.addCleanup(frontend.wire.close)
         cell = frontend.finish(frontend.start("import os; print(os.environ['JPY_SESSION_NAME'])"))
         return cell.text().strip()
+
+    def test_how_the_server_allocates_is_no_matter_of_its_kernels(self):
+        _, frontend, _ = self.start_kernel()
+        cell = frontend.finish(frontend.start("'GLIBC_TUNABLES' in os.environ"))
+        self.assertEqual(cell.result, str("GLIBC_TUNABLES" in os.environ))
 
     def test_a_kernel_is_told_the_whole_path_of_its_notebook(self):
         (self.root / "told").mkdir()
