@@ -2585,7 +2585,10 @@ class Bridge:
                 self.carry_up(message)
         # Only now, for a page that has left must find what is for it when it comes back (P3).
         if self.inbox.fileno() in ready and not self.websocket.is_closed:
-            self.carry_down(self.inbox.take())
+            was_full, entries = self.inbox.size > MOST_WAITING, self.inbox.take()
+            if was_full:
+                self.kernel.requests.put()   # the watcher waits for room in it, perhaps
+            self.carry_down(entries)
         if self.kernel.is_gone and self.kernel.ended.is_set():
             self.websocket.close(GOING_AWAY, "the kernel was shut down")
             self.websocket.is_closed = True

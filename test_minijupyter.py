@@ -9579,6 +9579,23 @@ class Journal(ServerCase):
         self.assertEqual((cell.result, len(cell.text())), ("'done'", 50_000_050))
         self.assertEqual(self.connections(), 2)   # nobody waited until it was cut off
 
+    def test_iopub_is_read_again_as_soon_as_a_page_has_room(self):
+        """Nobody else would tell the watcher: it would look a second later."""
+        ends = socket.socketpair()
+        for end in ends:
+            self.addCleanup(end.close)
+        process = unittest.mock.Mock(requests=minijupyter.Mailbox(), has_room=True, is_gone=False)
+        inbox = minijupyter.PageMailbox("page", None)
+        bridge = minijupyter.Bridge(minijupyter.WebSocket(ends[0]), process, inbox)
+        bridge.poller = zmq.Poller()
+        bridge.poller.register(inbox.fileno(), zmq.POLLIN)
+        for size, is_woken in (1_000, False), (minijupyter.MOST_WAITING + 1, True):
+            entry = minijupyter.said(kernel.Session("key"), "iopub", "status", {})
+            entry.size = size
+            inbox.put([entry])
+            bridge.step()
+            self.assertEqual((process.requests.is_signalled, inbox.size), (is_woken, 0))
+
     def test_a_page_far_behind_the_others_is_cut_off_and_may_come_back(self):
         stuck = self.follow()
         own = stuck.start("6 * 7", cell="a")
