@@ -67,11 +67,16 @@ import sys
 
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger.
+# On the way it has glibc ask for large pages: half the time of a copy of a large notebook or message
+# is spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
 if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-    start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+    ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    start = (f"import os, sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+             f"[os.environ.pop(name) for name in {[*ours]}]; "
              "import minijupyter; minijupyter.main()")
     flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+    os.execve(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]],
+              {**os.environ, **ours})
 
 import argparse
 import atexit
@@ -2371,7 +2376,7 @@ def entry_of(text, buffers):
 
 def json_members(text):
     """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
-    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
+    find_string, find_value = json.decoder.scanstring, JSON.raw_decode
     members, at = {}, expect_token("{", text, 0)
     while at < len(text) and text[at] != "}":
         if members:
@@ -2385,10 +2390,14 @@ def json_members(text):
     return members
 
 
+WHITE = r"[ \t\n\r]*"
+TOKENS = {token: re.compile(WHITE + re.escape(token) + WHITE * (token != '"'))
+          for token in ("{", "}", ",", ":", '"', "")}   # behind a quotation mark a string begins
+
+
 def expect_token(token, text, at):
     """Where text goes on behind white space, `token` and (but in a string) white space."""
-    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
-                       ).match(text, at)
+    match = TOKENS[token].match(text, at)
     if not match:
         raise ValueError(f"{token} is missing at character {at} of the JSON object")
     return match.end()

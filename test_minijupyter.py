@@ -5276,7 +5276,7 @@ class KernelHoldsTheSwitch(Case):
 BARE = """if True:
     import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
     for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
-                 "pidfd_open", "execv", "sysconf", "set_blocking"):
+                 "pidfd_open", "execv", "execve", "sysconf", "set_blocking"):
         if hasattr(os, name):
             delattr(os, name)
     import zmq
@@ -8545,6 +8545,11 @@ class Sessions(ServerCase):
         cell = frontend.finish(frontend.start("import os; print(os.environ['JPY_SESSION_NAME'])"))
         return cell.text().strip()
 
+    def test_how_the_server_allocates_is_no_matter_of_its_kernels(self):
+        _, frontend, _ = self.start_kernel()
+        cell = frontend.finish(frontend.start("'GLIBC_TUNABLES' in os.environ"))
+        self.assertEqual(cell.result, str("GLIBC_TUNABLES" in os.environ))
+
     def test_a_kernel_is_told_the_whole_path_of_its_notebook(self):
         (self.root / "told").mkdir()
         model = self.post("told/x.ipynb", name="x.ipynb")
@@ -9828,6 +9833,23 @@ class Journal(ServerCase):
         self.plain.finish(cell, seconds=60)
         self.assertEqual((cell.result, len(cell.text())), ("'done'", 50_000_050))
         self.assertEqual(self.connections(), 2)   # nobody waited until it was cut off
+
+    def test_iopub_is_read_again_as_soon_as_a_page_has_room(self):
+        """Nobody else would tell the watcher: it would look a second later."""
+        ends = socket.socketpair()
+        for end in ends:
+            self.addCleanup(end.close)
+        process = unittest.mock.Mock(requests=minijupyter.Mailbox(), has_room=True, is_gone=False)
+        inbox = minijupyter.PageMailbox("page", None)
+        bridge = minijupyter.Bridge(minijupyter.WebSocket(ends[0]), process, inbox)
+        bridge.poller = zmq.Poller()
+        bridge.poller.register(inbox.fileno(), zmq.POLLIN)
+        for size, is_woken in (1_000, False), (minijupyter.MOST_WAITING + 1, True):
+            entry = minijupyter.said(kernel.Session("key"), "iopub", "status", {})
+            entry.size = size
+            inbox.put([entry])
+            bridge.step()
+            self.assertEqual((process.requests.is_signalled, inbox.size), (is_woken, 0))
 
     def test_a_page_far_behind_the_others_is_cut_off_and_may_come_back(self):
         """P4."""
