@@ -1031,6 +1031,8 @@ MOST_AHEAD = 64             # messages that ZeroMQ takes from a kernel that wait
 MOST_UNSENT = 100           # requests that wait for a kernel; while there are more, no page is read
 MOST_AWAY = 16              # mailboxes that are kept of pages that are away, per kernel
 LEAVE_SECONDS = 5           # that the bridge of a session's old connection gets to end
+MOST_DESCRIPTORS = 32       # that must be free for a kernel: 14 are its own; the last ones are for
+                            # connections, or nobody could come in to shut a kernel down
 MOST_ASKED = 10_000         # requests whose page is remembered, because a reply may still come
 BATCH = 1 << 20             # bytes that are taken from a socket, or a mailbox, in one go
 ID = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"   # of kernels and sessions: UUIDs
@@ -1275,6 +1277,8 @@ class KernelProcess:
             "connection_file": os.path.realpath(self.connection_file),
             "resource_dir": self.folder or HERE, "prefix": sys.prefix})
         try:
+            need_descriptors(MOST_DESCRIPTORS)
+            self.remove_files()       # a child of the last process may still listen there, dumb
             for file in self.files:   # somebody may have cleaned up
                 os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
             write_secret(self.connection_file, json.dumps(self.connection, indent=1))
@@ -1365,11 +1369,14 @@ class KernelProcess:
             self.is_gone = True
             self.stop("shutdown")
             self.wake_pages()   # they see that the kernel is gone, and close
-            for file in self.files:
-                with contextlib.suppress(OSError):
-                    os.unlink(file)
+            self.remove_files()
             if self.ended.is_set():
                 self.requests.close()
+
+    def remove_files(self):
+        for file in self.files:
+            with contextlib.suppress(OSError):
+                os.unlink(file)
 
     # -- requests: from any thread to the watcher --
 
@@ -1711,8 +1718,8 @@ class Watcher:
             kernel.crashes = kernel.crashes + 1 if was_short else 1
         will_restart = is_crash and spoke and kernel.crashes <= MOST_RESTARTS
         kernel.state = "restarting" if will_restart or intent == "restart" else "dead"
-        call_all(kernel.on_end)
         kernel.begin_life(is_known=not is_crash)
+        call_all(kernel.on_end)
         if intent != "restart":
             news = kernel.status(kernel.state)
             news.life = kernel.life
@@ -1797,6 +1804,13 @@ PORTS = [free_ports]   # functions: the last one is used
 def endpoint(connection, channel):
     joint = ":" if connection["transport"] == "tcp" else "-"
     return f"{connection['transport']}://{connection['ip']}{joint}{connection[f'{channel}_port']}"
+
+
+def need_descriptors(count):
+    """Raises OSError unless so many can be opened now."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(count):
+            opened.enter_context(open(os.devnull))
 
 
 def write_secret(path, text):
@@ -5406,10 +5420,13 @@ class Journal:
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
         are due."""
         self.questions.clear()
-        endings = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
-                   "idle": ("iopub", "status", {"execution_state": "idle"})}
-        return [said(self.session, *endings[due], record.request)
-                for record in self.records.values() for due in sorted(record.due)]
+        last = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
+                "idle": ("iopub", "status", {"execution_state": "idle"})}
+        endings = [said(self.session, *last[due], record.request)
+                   for record in self.records.values() for due in sorted(record.due)]
+        for ending in endings:
+            ending.life = self.kernel.life   # whoever hears it knows of the end
+        return endings
 
 
 class Follower(PageMailbox):
@@ -5888,7 +5905,7 @@ def socket_files(kernel):
     folder of ours; a port anybody can."""
     # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
     prefix = os.path.join(SOCKETS, secrets.token_hex(4))
-    if not knows_local(kernel.spec) or len(os.fsencode(f"{prefix}-5")) > MOST_SOCKET_PATH:
+    if not knows_local(kernel.spec) or not is_plain_text(f"{prefix}-5", MOST_SOCKET_PATH):
         return free_ports(kernel)
     kernel.files += [f"{prefix}-{number}" for number in range(1, 6)]   # most kernels leave them
     return range(1, 6), {"ip": prefix, "transport": "ipc"}

@@ -698,9 +698,9 @@ class WebSocketClient:
 
     def receive(self, seconds=SECONDS):
         """The next message, whole; None for a close, whose code is kept."""
-        payload, kind = b"", None
-        while True:
-            fin, opcode, data = self.receive_frame(seconds)
+        payload, kind, deadline = b"", None, time.monotonic() + seconds
+        while True:   # pings do not prolong it
+            fin, opcode, data = self.receive_frame(deadline - time.monotonic())
             if opcode == CLOSE:
                 self.close_code = int.from_bytes(data[:2], "big")
                 return None
@@ -8221,15 +8221,15 @@ class KernelsFromWithin(ServerCase):
         runtime = self.folder()
         self.enterContext(unittest.mock.patch.multiple(
             minijupyter, RUNTIME=str(runtime), SOCKETS=str(runtime / "sockets")))
-        self.webserver = self.here()
-        self.kernels = self.webserver.kernels
+        server = self.here()
+        self.kernels = server.kernels
+        self.address = types.SimpleNamespace(port=server.server_port, token="secret")
         self.addCleanup(self.kernels.shutdown_all)
 
     def start(self, *args):
         """(a new kernel, a frontend)"""
         kernel_ = self.kernels.start(*args)
-        address = types.SimpleNamespace(port=self.webserver.server_port, token="secret")
-        frontend = Frontend(WebSocketWire(address, kernel_.id))
+        frontend = Frontend(WebSocketWire(self.address, kernel_.id))
         self.addCleanup(frontend.wire.close)
         frontend.greet()
         return kernel_, frontend
@@ -8260,8 +8260,23 @@ class KernelsFromWithin(ServerCase):
         self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
         restart.join()
 
+    def test_who_has_seen_its_cell_end_with_the_process_may_ask_the_next_at_once(self):
+        kernel_, _ = self.start()
+        page = Page(WebSocketWire(self.address, kernel_.id, journal=1))
+        self.addCleanup(page.wire.close)
+        cell, has_asked = page.start("print('ready'); input()", cell="a"), threading.Event()
+        page.until(lambda: cell.questions)
+        kernel_.on_end.append(lambda: has_asked.wait(SECONDS))   # the end is not yet told
+        kernel_.process.kill()
+        page.until(lambda: cell.is_done)
+        again = page.start("6 * 7", cell="b")
+        wait_until(lambda: kernel_.requests.items)
+        has_asked.set()
+        self.assertEqual(page.finish(again).result, "42")
+
     def test_a_mistake_in_an_extra_ends_no_kernel(self):
         kernel_, frontend = self.start()
+        self.enterContext(unittest.mock.patch.object(minijupyter.log, "level", "error"))
         for functions in (kernel_.on_publish, kernel_.on_end, kernel_.on_exit, kernel_.on_launch):
             functions.append(lambda *args: 1 / 0)
         self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
@@ -8313,6 +8328,21 @@ class KernelsFromWithin(ServerCase):
             kernel_ = self.kernels.start()
         ends[0].join()
         self.assertIsNotNone(kernel_.process.poll())
+
+    def test_a_session_that_returns_gets_what_its_old_connection_could_not_send(self):
+        kernel_, _ = self.start()
+        old, new = (minijupyter.PageMailbox("same", unittest.mock.Mock()) for _ in range(2))
+        kernel_.join(old)
+        joining = threading.Thread(target=kernel_.join, args=[new])
+        joining.start()
+        wait_until(lambda: old.websocket.abort.called)
+        first, last = (kernel_.status("idle") for _ in range(2))
+        kernel_.publish([last])
+        old.put_back([first])
+        kernel_.leave(old)
+        joining.join()
+        self.assertEqual(new.take(), [first, last])
+        kernel_.leave(new)
 
     def test_a_kernel_that_outlives_its_wrapper_and_talks_on_does_not_hide_its_end(self):
         wrapper = ("import subprocess, sys, time\n"
@@ -8497,6 +8527,32 @@ class LocalSockets(ServerCase):
         wait_until(lambda: not self.socket_files(server))
         wait_until(lambda: not [*Path(server.folder.name).rglob("kernel-*.json")])
         self._cleanups = [c for c in self._cleanups if c[0] != server.delete]
+
+    def test_a_child_that_holds_the_sockets_does_not_keep_the_next_process_waiting(self):
+        """Its ZeroMQ has no thread: who connects to it is accepted, and hears nothing."""
+        _, frontend, _ = self.start_kernel()
+        frontend.start("import os, time\nchild = os.fork()\nif child: os._exit(3)\n"
+                       "open('child', 'w').write(str(os.getpid()))\n"
+                       "os.rename('child', 'forked'); time.sleep(60); os._exit(0)")
+        frontend.until(lambda: "restarting" in frontend.log)
+        wait_until((self.root / "forked").exists)
+        self.addCleanup(os.kill, int((self.root / "forked").read_text()), signal.SIGKILL)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_restart_works_when_somebody_has_cleaned_up_the_runtime_folder(self):
+        server = self.own_server()
+        kernel_id, frontend, _ = self.start_kernel(server)
+        shutil.rmtree(Path(server.folder.name, "jupyter_runtime_dir"))
+        self.assertReply(server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_the_runtime_folder_may_have_any_name(self):
+        for name in (b"two\nlines", b"\xff no UTF-8"):
+            with self.subTest(name):
+                runtime = os.fsdecode(os.path.join(os.fsencode(self.folder()), name))
+                server = self.own_server(env={"JUPYTER_RUNTIME_DIR": runtime})
+                _, frontend, _ = self.start_kernel(server)
+                self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
 
     def test_where_the_path_is_too_long_there_are_ports(self):
         long = self.folder() / ("x" * 100)
@@ -9211,6 +9267,19 @@ class ServerLife(ServerCase):
             each.close()
         self.assertEqual(server.get("/api/kernels").status, 200)
 
+    def test_kernels_leave_descriptors_for_those_who_come_to_end_them(self):
+        server, kernels = self.with_descriptors(100), []
+        for _ in range(8):
+            reply = server.post("/api/kernels", {})
+            if reply.status == 201:
+                kernels.append(reply.json["id"])
+                server.frontend(kernels[-1]).wire.close()   # by now it has all of its own
+        self.assertIn("Too many open files", self.assertReply(reply, 500).json["message"])
+        self.assertEqual(len(server.get("/api/kernels").json), len(kernels))
+        for id in kernels:
+            self.assertReply(server.delete(f"/api/kernels/{id}"), 204)
+        self.start_kernel(server)
+
     def test_a_killed_server_leaves_no_kernel_behind(self):
         pids = [self.start_kernel(self.server)[2] for _ in range(2)]
         cell = ("import subprocess, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -9397,6 +9466,19 @@ class WebSocketConnection(Case):
     def test_a_frame_glued_to_the_handshake_is_read(self):
         client = self.connect(first=frame(TEXT, b"first") + frame(TEXT, b"second"))
         self.assertEqual([client.receive(), client.receive()], ["first", "second"])
+
+    def test_a_slow_line_gets_as_much_time_as_it_needs(self):
+        ours, theirs = socket.socketpair()
+        ours.settimeout(0.3)   # that a peer may take nothing
+        websocket, received = minijupyter.WebSocket(ours), 0
+        sending = threading.Thread(target=lambda: (websocket.send("x" * (4 << 20)), ours.close()))
+        sending.start()
+        with theirs:
+            while data := theirs.recv(1 << 18):
+                received += len(data)
+                time.sleep(0.05)
+        sending.join()
+        self.assertEqual((received, websocket.is_closed), ((4 << 20) + 10, False))
 
     def test_a_ping_is_answered_with_its_payload_even_between_fragments(self):
         client = self.connect()
@@ -9813,6 +9895,25 @@ class Journal(ServerCase):
         client.type("Ada", cell.question)
         self.assertEqual(client.finish(cell).result, "'Ada'")
 
+    def test_what_a_connection_could_not_take_is_there_for_the_next_of_its_session(self):
+        first = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        self.addCleanup(first.wire.close)
+        first.greet()
+        self.plain.wire.close()
+        first.start("for i in range(14): print(f'<{i}>' + 'x' * 1_500_000)\n"
+                    "open('said', 'w').close()")
+        wait_until((self.root / "said").exists)   # its bridge cannot send it all
+        second = Frontend(WebSocketWire(self.server, self.kernel_id, "same"))
+        self.addCleanup(second.wire.close)
+        second.until(lambda: "idle" in second.log)
+        with contextlib.suppress(EOFError, ConnectionError):
+            first.until(lambda: False)
+        texts = ["".join(each["content"]["text"] for each in messages if word(each) == "stream")
+                 for messages in (first.answers.popitem()[1].messages, second.unasked)]
+        marks = [[int(mark) for mark in re.findall(r"<(\d+)>", text)] for text in texts]
+        self.assertEqual({*marks[0], *marks[1]}, {*range(14)}, marks)
+        self.assertEqual(marks[1], [*range(marks[1][0], 14)])
+
     def test_a_second_connection_of_a_session_ends_the_first(self):
         first = WebSocketWire(self.server, self.kernel_id, "same")
         Frontend(first).greet()   # by now its bridge is there
@@ -9886,6 +9987,18 @@ class Journal(ServerCase):
         self.assertFalse((self.root / "printed").exists())
         self.assertLess(next(memory(self.server.process.pid)) - before, 200)
         self.assertReply(self.server.post(f"/api/kernels/{self.kernel_id}/interrupt"), 204)
+
+    def test_a_page_that_is_not_read_because_the_kernel_is_busy_is_not_silent(self):
+        with unittest.mock.patch.multiple(minijupyter, PING_SECONDS=0.1, MOST_UNSENT=0):
+            server = self.here()
+            kernel_ = server.kernels.start()
+            self.addCleanup(kernel_.shutdown)
+            address = types.SimpleNamespace(port=server.server_port, token="secret")
+            client = WebSocketWire(address, kernel_.id).client
+            self.addCleanup(client.close)
+            pings = 0
+            while pings < 6:   # who is silent for three of them is gone
+                pings += client.receive_frame()[1] == PING
 
     def test_a_restart_need_not_wait_for_a_page_that_reads_nothing(self):
         self.follow().start("import time\nfor _ in range(50): print('x' * 1_000_000)\n"
@@ -10167,6 +10280,14 @@ class WebSocketOverTls(Case):
         client, answer = self.handshake(frame(TEXT, b"glued")), b""
         while not answer.endswith(b"\r\n\r\n\x81\x05glued"):
             answer += client.recv(1000)
+
+    def test_a_connection_that_is_cut_off_from_another_thread_does_not_go_on_in_clear(self):
+        client = self.handshake()
+        websocket = minijupyter.WebSocket(client)
+        websocket.abort()
+        self.assertIsNotNone(client.version())   # it still speaks TLS
+        websocket.send("secret")
+        self.assertTrue(websocket.is_closed)
 
     def test_has_bytes_tells_what_tls_has_decrypted_already(self):
         client = self.handshake()
@@ -11871,6 +11992,15 @@ class UnderTheHood(ServerCase):
         self.waiting(1)
         self.hold()
         self.page.finish(answer)
+
+    def test_what_the_server_itself_asks_passes_what_is_held(self):
+        self.hold(control=PAUSE)
+        self.page.ask("kernel_info_request", "control")
+        self.waiting(1, "control")
+        self.server.post(f"/api/kernels/{self.kernel_id}/restart")
+        self.watch.until(lambda: b"shutdown_request" in b"".join(
+            part for event in self.watch.of("zmq", "out", channel="control")
+            for part in event["parts"]))
 
     def test_what_is_held_for_a_process_that_ends_does_not_reach_the_next(self):
         self.hold(shell=PAUSE)
