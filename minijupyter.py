@@ -67,8 +67,8 @@ import sys
 
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger.
-# On the way it has glibc ask for large pages: half the time of a copy of a large notebook or message
-# is spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
+# On the way it has glibc ask for large pages: half the time of a copy of a large notebook or
+# message is spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
 if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
     ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     start = (f"import os, sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
