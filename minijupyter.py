@@ -20,12 +20,11 @@ Part I's extension points, and what is plugged in there:
 
     DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
     MEND                   what makes a notebook's cells whole     defaults
-    CONTENTS               subclasses of Contents, the last used   answers that are kept, leftovers
+    CONTENTS               subclasses of Contents, the last used   checkpoints, uploads, copies …
     CODEC                  how models become JSON and back         large things, piece by piece
     REMARKS                what is not quite right in a notebook   what the schema says
-    SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
     TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
-    REPLACE, MOVE          other ways to replace, to move it       hard links and mounts, links
+    REPLACE                how a file takes another one's place    hard links, mounts
     AFTER_SAVE             functions, when a file was saved        journal
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
     kernel.on_request, on_publish, on_join, on_end                 journal
@@ -199,10 +198,7 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
 NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
-SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
-MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -> the new model
 REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
-MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
 
 
@@ -553,12 +549,8 @@ class Contents:
             return self.saved.setdefault(os.path.realpath(absolute), threading.Lock())
 
     def save(self, path, model, expected=None, with_hash=False):
-        """Write a model's content, or let one of SAVERS do it. `expected` is the hash that the
-        file must have now, "*" (any) or NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns
-        (new model, was it created)."""
-        for member, save in SAVERS.items():
-            if isinstance(model.get(member), int):
-                return save(self, path, model)
+        """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
+        NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
@@ -628,15 +620,19 @@ class Contents:
             raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
                                f"{problem}") from None
 
-    def create(self, folder, kind="file", extension=""):
-        """A new, empty file, notebook or folder with a name of its own."""
+    def create(self, folder, wish):
+        """A new, empty file, notebook or folder, as the `type` and `ext` of the wish say, with a
+        name of its own."""
+        extension = wish.get("ext") or ""
+        kind = wish.get("type") or ("notebook" if extension == ".ipynb" else "file")
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
+        extension = usual if kind == "notebook" else extension or usual
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
         data = self.written(new_notebook(), None).data if kind == "notebook" else b""
         joint = " " if kind == "directory" else ""
         while True:
-            path = self.free_name(folder, stem, extension or usual, joint)
+            path = self.free_name(folder, stem, extension, joint)
             try:
                 if kind == "directory":
                     os.mkdir(self.resolve(path))
@@ -665,8 +661,11 @@ class Contents:
         with self.lock, FOLDERS[-1](os.path.dirname(new)):
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            MOVE[-1](old, new)
+            self.move(old, new)
         return self.model(new_path, new)
+
+    def move(self, old, new):
+        os.rename(old, new)
 
     def refuse_private(self, path, absolute):
         if any(is_within(folder, os.path.realpath(absolute)) for folder in self.private):
@@ -2222,8 +2221,8 @@ def buffered(handler):
 # ---- 6. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
 #
 # One thread for each page waits for two things: what the page says, and its mailbox. A kernel's
-# message is four JSON parts, a page's is a JSON object with four such members: both ways they go on
-# as they came, and only headers are read.
+# message is four JSON parts, a page's is a JSON object with four such members. What a kernel says
+# goes on as it came, and only its headers are read.
 
 def splice(entry):
     """(opcode, payload) of an Entry in Jupyter's default protocol: its JSON as it came.
@@ -2252,10 +2251,13 @@ def join_parts(parts):
 
 def unsplice(message):
     """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
-    if isinstance(message, str):
-        return entry_of(message, [])
-    parts = split_parts(message)
-    return entry_of(parts[0].decode(), parts[1:])
+    text, *buffers = [message] if isinstance(message, str) else split_parts(message)
+    members = {"channel": "shell", "parent_header": {}, "metadata": {}, **json.loads(text)}
+    if not {"header", "content"} <= members.keys():
+        raise ValueError("a message needs a header and a content")
+    parts = [to_json(members[name])
+             for name in ("header", "parent_header", "metadata", "content")]
+    return Entry(members["channel"], parts, buffers)
 
 
 def split_parts(message):
@@ -2266,41 +2268,6 @@ def split_parts(message):
     except struct.error as problem:
         raise ValueError(f"a truncated binary message: {problem}") from None
     return [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-
-
-def entry_of(text, buffers):
-    """The Entry in a message's JSON, whose parts go on as they stand there."""
-    members = json_members(text)
-    if not {"header", "content"} <= members.keys():
-        raise ValueError("a message needs a header and a content")
-    parts = [members.get(name, "{}").encode()
-             for name in ("header", "parent_header", "metadata", "content")]
-    return Entry(json.loads(members.get("channel", '"shell"')), parts, buffers)
-
-
-def json_members(text):
-    """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
-    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
-    members, at = {}, expect_token("{", text, 0)
-    while at < len(text) and text[at] != "}":
-        if members:
-            at = expect_token(",", text, at)
-        key, at = find_string(text, expect_token('"', text, at))
-        start = expect_token(":", text, at)
-        _, end = find_value(text, start)
-        members[key], at = text[start:end], expect_token("", text, end)
-    if expect_token("}", text, at) != len(text):
-        raise ValueError("there is something behind the JSON object")
-    return members
-
-
-def expect_token(token, text, at):
-    """Where text goes on behind white space, `token` and (but in a string) white space."""
-    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
-                       ).match(text, at)
-    if not match:
-        raise ValueError(f"{token} is missing at character {at} of the JSON object")
-    return match.end()
 
 
 LAYOUTS = {None: (unsplice, splice)}   # subprotocol -> functions: message -> Entry, and back
@@ -2494,7 +2461,6 @@ class Access:
 ROUTES = [
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
-    ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("POST", r"/api/shutdown", "shutdown_server"),
@@ -2504,7 +2470,6 @@ ROUTES = [
     ("PATCH", r"/api/contents/(.+)", "rename_contents"),
     ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
-    ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -2518,7 +2483,7 @@ ROUTES = [
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 ]
-OPEN_TO_ALL = {"version", "frame"}   # endpoints that need no token
+OPEN_TO_ALL = {"version"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
 ADMITTED = []  # … when it has shown the token or the cookie …
@@ -2545,22 +2510,6 @@ PAGE_POLICY = (
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
     "trusted-types inert")
-FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
-FRAME = b"""<!doctype html><meta charset="utf-8"><script>
-// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
-// answers with its height whenever that changes.
-addEventListener('message', event => {
-  if (event.source !== parent || typeof event.data.html !== 'string') return;
-  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
-    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
-    + '.observe(document.body)';
-  document.open();
-  document.write('<!doctype html><meta charset="utf-8">'
-    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
-    + event.data.html + '<script>' + tell + '</' + 'script>');
-  document.close();
-});
-</script>"""
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
 TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
@@ -2600,9 +2549,6 @@ class Headers:
 
     def get_all(self, name, default=None):
         return self.values.get(name.lower(), default)
-
-    def items(self):
-        return self.fields
 
     def __contains__(self, name):
         return name.lower() in self.values
@@ -2880,10 +2826,11 @@ class Handler(BaseHTTPRequestHandler):
     # -- the response --
 
     def send(self, status, data, content_type, headers=()):
-        """Send a whole response; HEAD gets the same headers and no body."""
+        """Send a whole response, bytes or a list of them; HEAD gets the same headers, no body."""
+        pieces = data if isinstance(data, list) else [data]
         if self.body is None:
             self.discard_body()
-        fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
+        fields = {"Content-Type": content_type, "Content-Length": str(sum(map(len, pieces))),
                   "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
                   "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
                   **dict(headers)}
@@ -2902,7 +2849,8 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answered = True
         self.wfile.write(head)
         if self.command != "HEAD" and status != 204:
-            self.wfile.write(data)
+            for piece in pieces:
+                self.wfile.write(piece)
 
     def send_json(self, status, value, headers=()):
         self.send(status, b"" if value is None else to_json(value), "application/json", headers)
@@ -2930,13 +2878,7 @@ class Handler(BaseHTTPRequestHandler):
                                        "Last-Modified": written_date(model["last_modified"])})
 
     def log_request(self, code="-", size="-"):
-        """A line per request, when asked for; a query may hold the token and is left out."""
-        if log.level in ("debug", "info"):
-            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
-            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
-
-    def log_message(self, format, *values):
-        """What the standard library would say of bad requests is answered to them."""
+        """Nothing is said of a request in the terminal."""
 
     # -- pages and files --
 
@@ -2951,10 +2893,6 @@ class Handler(BaseHTTPRequestHandler):
         digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
         self.send(200, data, "text/html; charset=utf-8",
                   {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
-
-    def frame(self):
-        """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
-        self.send(200, FRAME, "text/html; charset=utf-8", {"Content-Security-Policy": FRAME_POLICY})
 
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
@@ -3014,24 +2952,10 @@ class Handler(BaseHTTPRequestHandler):
             self.asked("content", "1", "01") == "1", self.asked("hash", "0", "01") == "1")
         written = iso(info.st_mtime if info else 0)
         headers = {"Last-Modified": written_date(written)}
-        if isinstance(answer, bytes):
-            return self.send(200, answer, "application/json", headers)
-        length = sum(map(len, answer))
-        self.send(200, b"", "application/json", {**headers, "Content-Length": str(length)})
-        if self.command != "HEAD":
-            self.wfile.writelines(answer)
+        self.send(200, answer, "application/json", headers)
 
     def create_contents(self, path):
-        body = self.json_body()
-        extension = body.get("ext") or ""
-        make = next((make for member, make in MAKERS.items() if body.get(member)), None)
-        if make:
-            model = make(self, path, body)
-        elif body.get("type") == "notebook" or not body.get("type") and extension == ".ipynb":
-            model = self.server.contents.create(path, "notebook")
-        else:
-            model = self.server.contents.create(path, body.get("type"), extension)
-        self.send_contents(201, model)
+        self.send_contents(201, self.server.contents.create(path, self.json_body()))
 
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
@@ -3063,12 +2987,6 @@ class Handler(BaseHTTPRequestHandler):
     def list_kernelspecs(self):
         specs = {name: self.spec_model(name, *found) for name, found in find_specs().items()}
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
-
-    def get_kernelspec(self, name):
-        found = find_specs().get(name.lower())
-        if not found:
-            raise Problem(404, f"Kernel spec {name} not found")
-        return self.spec_model(name, *found)
 
     def spec_model(self, name, spec, folder):
         """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
@@ -3180,9 +3098,6 @@ SERVERS = [Server]     # classes: the last one is used
 
 # ---- 9. main: options, commands ----------------------------------------------------------------
 #
-# Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
-# finds it, and `list` below: its address, its process, its token (only its owner may read it).
-#
 # To add an option, add a row to OPTIONS, and to AT_START a function that obeys it. To add a
 # command, write a function of its words whose docstring says how it is called and what it does.
 
@@ -3196,9 +3111,6 @@ OPTIONS = [   # (names, what argparse wants to know of it)
     (["--base-url"], {"default": "/", "metavar": "PATH",
                       "help": "what all its addresses begin with"}),
     (["--allow-hidden"], {"action": "store_true", "help": "show and serve hidden files"}),
-    (["--log-level"], {"choices": LEVELS, "default": "warning", "metavar": "LEVEL", "help":
-                       f"{', '.join(LEVELS)}; info prints a line for each request "
-                       "(default: %(default)s)"}),
     (["--no-browser"], {"action": "store_true", "help": "do not open a browser"}),
 ]
 AT_START = []   # functions (server, arguments): when it listens, before it answers
@@ -3250,23 +3162,6 @@ def open_server(arguments):
                 sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
 
 
-@contextlib.contextmanager
-def announced(server):
-    """The server's file in the runtime folder, as long as it runs (jupyter_server's fields)."""
-    path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
-    write_secret(path, json.dumps({
-        "base_url": server.base_url, "hostname": server.ip,
-        "password": len(server.access.keys) > 1,
-        "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
-        "secure": server.scheme == "https", "sock": "", "token": server.access.token,
-        "url": server.url, "version": __version__}, indent=2))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
 def stop(signum, frame):
     raise KeyboardInterrupt
 
@@ -3276,7 +3171,6 @@ def main():
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
     arguments = parse_arguments()
-    log.level = arguments.log_level
     server = open_server(arguments)
     for obey in AT_START:
         obey(server, arguments)
@@ -3285,16 +3179,15 @@ def main():
     # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
     gc.freeze()
     gc.set_threshold(100_000, *gc.get_threshold()[1:])
-    with announced(server):
-        print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
-              f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
-        if not is_loopback(server.ip) and server.scheme == "http":
-            print("Other machines can reach it, and the network between can read along.",
-                  flush=True)
-        if not arguments.no_browser:
-            import webbrowser
-            threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
-        serve(server)
+    print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
+          f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
+    if not is_loopback(server.ip) and server.scheme == "http":
+        print("Other machines can reach it, and the network between can read along.",
+              flush=True)
+    if not arguments.no_browser:
+        import webbrowser
+        threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+    serve(server)
 
 
 def serve(server):
@@ -3324,11 +3217,11 @@ def serve(server):
 #    17 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
 #    18 What was read or asked for a moment ago  CONTENTS
 #    19 Files that cannot be replaced            REPLACE, CONTENTS
-#    20 Links that lead where they led           MOVE
-#    21 Copies                                   MAKERS
+#    20 Links that lead where they led           CONTENTS
+#    21 Copies                                   CONTENTS
 #    22 Checkpoints                              ROUTES, CONTENTS
-#    23 Uploads in pieces                        SAVERS
-#    24 What Jupyter refuses and guesses         CONTENTS, CHECKS
+#    23 Uploads in pieces                        CONTENTS
+#    24 What Jupyter refuses and guesses         CONTENTS
 #    25 Ranges                                   RANGES
 #    26 Bodies in chunks, or on demand           CODINGS, HANDLERS
 #    27 Clients that send drop by drop           HANDLERS
@@ -3338,17 +3231,20 @@ def serve(server):
 #    31 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
 #    32 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
 #    33 Orphans                                  KERNEL_EXTRAS
-#    34 The other layout of messages             LAYOUTS
-#    35 Compression                              EXTENSIONS
-#    36 However a secret is spelled              SPELLINGS
-#    37 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    38 TLS                                      OPTIONS, AT_START
-#    39 How kernels are reached                  PORTS, OPTIONS, AT_START
-#    40 Ports that others took                   REPAIRS
-#    41 Idle kernels                             OPTIONS, AT_START
-#    42 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    43 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    44 Other servers                            COMMANDS
+#    34 What a page says, as it stands           LAYOUTS
+#    35 The other layout of messages             LAYOUTS
+#    36 Compression                              EXTENSIONS
+#    37 However a secret is spelled              SPELLINGS
+#    38 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    39 TLS                                      OPTIONS, AT_START
+#    40 How kernels are reached                  PORTS, OPTIONS, AT_START
+#    41 Ports that others took                   REPAIRS
+#    42 Outputs with scripts                     ROUTES, OPEN_TO_ALL
+#    43 What the terminal shows                  HANDLERS, OPTIONS, AT_START
+#    44 Idle kernels                             OPTIONS, AT_START
+#    45 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    46 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    47 Other servers                            COMMANDS, AT_START
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4355,7 +4251,12 @@ def mend_links(tree, came_from):
                     os.symlink(os.path.relpath(aim, folder), link)
 
 
-MOVE.append(move)
+class LeadingContents(CONTENTS[-1]):
+    def move(self, old, new):
+        move(old, new)
+
+
+CONTENTS.append(LeadingContents)
 
 
 # ---- 21. Copies ----------------------------------------------------------------------------------
@@ -4431,12 +4332,15 @@ class Copies:
                        for private in self.contents.private)]
 
 
-def copy_from(handler, folder, body):
-    """POST with a member `copy_from`: the path of a file or folder."""
-    return Copies(handler.server.contents).copy(body["copy_from"], folder)
+class CopyingContents(CONTENTS[-1]):
+    def create(self, folder, wish):
+        """POST with a member `copy_from`: the path of a file or folder."""
+        if source := wish.get("copy_from"):
+            return Copies(self).copy(source, folder)
+        return super().create(folder, wish)
 
 
-MAKERS["copy_from"] = copy_from
+CONTENTS.append(CopyingContents)
 
 
 @contextlib.contextmanager
@@ -4645,12 +4549,23 @@ def save_chunk(contents, path, model):
     return contents.model(path, gathering or absolute), not gathering and not was_there
 
 
+class UploadedContents(CONTENTS[-1]):
+    def save(self, path, model, *arguments, **options):
+        if isinstance(model.get("chunk"), int):
+            return save_chunk(self, path, model)
+        return super().save(path, model, *arguments, **options)
+
+
 UPLOADS = Uploads()
-SAVERS["chunk"] = save_chunk
+CONTENTS.append(UploadedContents)
 
 
 # ---- 24. What Jupyter refuses and guesses ---------------------------------------------
 class JupytersContents(CONTENTS[-1]):
+    def create(self, folder, wish):
+        self.refuse_hidden("copy", str(wish.get("copy_from") or ""))
+        return super().create(folder, wish)
+
     def save(self, path, model, *arguments, **options):
         self.refuse_hidden("create", path)
         model = {**model, "type": self.kind_of(path, model)}
@@ -4683,13 +4598,7 @@ class JupytersContents(CONTENTS[-1]):
         return kind
 
 
-def refuse_hidden_source(handler, body):
-    if handler.name == "create_contents" and body.get("copy_from"):
-        handler.server.contents.refuse_hidden("copy", str(body["copy_from"]))
-
-
 CONTENTS.append(JupytersContents)
-CHECKS.append(refuse_hidden_source)
 
 
 # ---- 25. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
@@ -5400,7 +5309,58 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 34. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 34. What a page says, as it stands --------------------------------------------------------
+#
+# A large message is costly to read and to write anew, and to write 1.0 as it stood nobody can who
+# has read it with JavaScript's numbers: its parts are cut out of the page's JSON.
+
+def unsplice_as_it_stands(message):
+    """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
+    if isinstance(message, str):
+        return entry_of(message, [])
+    parts = split_parts(message)
+    return entry_of(parts[0].decode(), parts[1:])
+
+
+def entry_of(text, buffers):
+    """The Entry in a message's JSON, whose parts go on as they stand there."""
+    members = json_members(text)
+    if not {"header", "content"} <= members.keys():
+        raise ValueError("a message needs a header and a content")
+    parts = [members.get(name, "{}").encode()
+             for name in ("header", "parent_header", "metadata", "content")]
+    return Entry(json.loads(members.get("channel", '"shell"')), parts, buffers)
+
+
+def json_members(text):
+    """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
+    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
+    members, at = {}, expect_token("{", text, 0)
+    while at < len(text) and text[at] != "}":
+        if members:
+            at = expect_token(",", text, at)
+        key, at = find_string(text, expect_token('"', text, at))
+        start = expect_token(":", text, at)
+        _, end = find_value(text, start)
+        members[key], at = text[start:end], expect_token("", text, end)
+    if expect_token("}", text, at) != len(text):
+        raise ValueError("there is something behind the JSON object")
+    return members
+
+
+def expect_token(token, text, at):
+    """Where text goes on behind white space, `token` and (but in a string) white space."""
+    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
+                       ).match(text, at)
+    if not match:
+        raise ValueError(f"{token} is missing at character {at} of the JSON object")
+    return match.end()
+
+
+LAYOUTS[None] = unsplice_as_it_stands, splice
+
+
+# ---- 35. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5433,7 +5393,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 35. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 36. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5514,7 +5474,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 36. However a secret is spelled -----------------------------------------------------------
+# ---- 37. However a secret is spelled -----------------------------------------------------------
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
     or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
@@ -5542,7 +5502,7 @@ def spellings_of_character(each):
 SPELLINGS.append(spellings)
 
 
-# ---- 37. Login: forms, passwords ---------------------------------------------------------------
+# ---- 38. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5697,7 +5657,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 38. TLS -----------------------------------------------------------------------------------
+# ---- 39. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5724,7 +5684,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 39. How kernels are reached ---------------------------------------------------------------
+# ---- 40. How kernels are reached ---------------------------------------------------------------
 
 SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
@@ -5761,7 +5721,7 @@ PORTS.append(socket_files)
 AT_START.append(choose_transport)
 
 
-# ---- 40. Ports that others took ----------------------------------------------------------------
+# ---- 41. Ports that others took ----------------------------------------------------------------
 #
 # Between the choice of a port and its kernel's start another program may take it.
 
@@ -5795,7 +5755,56 @@ def any_is_taken(connection):
 REPAIRS.append(lost_a_port)
 
 
-# ---- 41. Idle kernels --------------------------------------------------------------------------
+# ---- 42. Outputs with scripts ------------------------------------------------------------------
+FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
+FRAME = b"""<!doctype html><meta charset="utf-8"><script>
+// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
+// answers with its height whenever that changes.
+addEventListener('message', event => {
+  if (event.source !== parent || typeof event.data.html !== 'string') return;
+  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
+    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
+    + '.observe(document.body)';
+  document.open();
+  document.write('<!doctype html><meta charset="utf-8">'
+    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
+    + event.data.html + '<script>' + tell + '</' + 'script>');
+  document.close();
+});
+</script>"""
+
+
+def frame(handler):
+    """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
+    handler.send(200, FRAME, "text/html; charset=utf-8",
+                 {"Content-Security-Policy": FRAME_POLICY})
+
+
+ROUTES.append(("GET", "/frame", frame))
+OPEN_TO_ALL.add("frame")
+
+
+# ---- 43. What the terminal shows ---------------------------------------------------------------
+class LoggingHandler(HANDLERS[-1]):
+    def log_request(self, code="-", size="-"):
+        """A line per request, when asked for; a query may hold the token and is left out."""
+        if log.level in ("debug", "info"):
+            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
+            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
+
+
+def choose_level(server, arguments):
+    log.level = arguments.log_level
+
+
+OPTIONS.append((["--log-level"], {
+    "choices": LEVELS, "default": "warning", "metavar": "LEVEL",
+    "help": f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)"}))
+HANDLERS.append(LoggingHandler)
+AT_START.append(choose_level)
+
+
+# ---- 44. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5823,7 +5832,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 42. What few clients ask for --------------------------------------------------------------
+# ---- 45. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -5947,6 +5956,13 @@ def change_me(handler):
     raise Problem(501, "The user of this server is whoever started it")
 
 
+def get_kernelspec(handler, name):
+    found = find_specs().get(name.lower())
+    if not found:
+        raise Problem(404, f"Kernel spec {name} not found")
+    return handler.spec_model(name, *found)
+
+
 def get_config(handler, section):
     return handler.server.config.get(section)
 
@@ -6024,6 +6040,7 @@ def path_below_root(handler, path):
 
 ROUTES += [("GET", r"/view/(.+)", view),
            ("GET", r"/api/status", status),
+           ("GET", r"/api/kernelspecs/([^/]+)", get_kernelspec),
            ("GET", r"/api/me", me),
            ("PATCH", r"/api/me", change_me),
            ("GET", r"/api/resolvePath", resolve_path),
@@ -6083,7 +6100,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 43. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 46. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6519,7 +6536,11 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 44. Other servers: list, stop -------------------------------------------------------------
+# ---- 47. Other servers: list, stop -------------------------------------------------------------
+
+#
+# Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
+# finds it, and `list` below: its address, its process, its token (only its owner may read it).
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
@@ -6591,7 +6612,25 @@ def stop_server(words):
     print(f"{servers[0]['url']} has ended.")
 
 
+def announce(server, arguments):
+    """Leave the server's file in the runtime folder until it ends (jupyter_server's fields)."""
+    path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
+    write_secret(path, json.dumps({
+        "base_url": server.base_url, "hostname": server.ip,
+        "password": len(server.access.keys) > 1,
+        "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
+        "secure": server.scheme == "https", "sock": "", "token": server.access.token,
+        "url": server.url, "version": __version__}, indent=2))
+    atexit.register(remove_if_there, path)
+
+
+def remove_if_there(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 COMMANDS.update(list=list_servers, stop=stop_server)
+AT_START.append(announce)
 
 
 # ==== End of Part II ====
