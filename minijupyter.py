@@ -22,7 +22,6 @@ Part I's extension points, and what is plugged in there:
     MEND                   what makes a notebook's cells whole     defaults
     CONTENTS               subclasses of Contents, the last used   checkpoints, uploads, copies …
     CODEC                  how models become JSON and back         large things, piece by piece
-    REMARKS                what is not quite right in a notebook   what the schema says
     TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
     REPLACE                how a file takes another one's place    hard links, mounts
     AFTER_SAVE             functions, when a file was saved        journal
@@ -36,9 +35,7 @@ Part I's extension points, and what is plugged in there:
     ROUTES, OPEN_TO_ALL    method, path, endpoint                  login, checkpoints, many others
     HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
     CODINGS                transfer coding -> its reader           bodies in chunks
-    RANGES                 what part of a file is sent             ranges
     CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
-    RESOURCES              files of a kernel spec                  pictures
     DATA_FOLDERS           where kernel specs are looked for       `jupyter --paths`
     BEFORE, AFTER          functions of the handler                Under the hood, strangers
     ADMITTED               functions of the handler                strangers, activity
@@ -198,7 +195,6 @@ UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
 NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
-REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
 
 
@@ -397,12 +393,6 @@ CODEC = {   # how models and long texts are read and written: at once
     "decode_base64": lambda texts: base64.b64decode("".join(texts))}
 
 
-def remarks(notebook):
-    """{"message": what is not quite right} of a notebook that can be used all the same, else {}."""
-    found = [text for remark in REMARKS if notebook and (text := remark(notebook))]
-    return {"message": found[0]} if found else {}
-
-
 class Contents:
     """Files as the models of Jupyter's contents API. The methods raise Problem, or the OSError of
     the disk, which the HTTP section turns into a status."""
@@ -519,8 +509,7 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                notebook = self.document(data).served
-                return {"content": notebook, "format": "json", **remarks(notebook)}
+                return {"content": self.document(data).served, "format": "json"}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -2490,14 +2479,10 @@ ADMITTED = []  # … when it has shown the token or the cookie …
 AFTER = []     # … and when it is answered, or has become a WebSocket
 CHECKS = []    # functions(handler, JSON object of a body): Problem 400 for what cannot be wished
 CODINGS = {}   # transfer coding -> function(handler, most bytes) -> the body
-RESOURCES = [lambda handler, name, folder: {}]   # name of a file -> its address: the last one
-RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
-PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
-MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
@@ -2518,14 +2503,6 @@ HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                           
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
-def remembered(function):
-    """A function of a text, with its last hundred results at hand: clients ask the same again and
-    again. Long texts are not kept, or a stranger could fill the memory with them."""
-    known = functools.lru_cache(100)(function)
-    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
-
-
-@remembered
 def routes_at(path):
     """{method: (endpoint, groups of its pattern)} of a path."""
     matches = [(method, endpoint, re.fullmatch(pattern, path, re.S))
@@ -2604,10 +2581,6 @@ class Head:
         return None
 
 
-parse_head = remembered(Head)
-
-
-@remembered
 def split_target(target):
     """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
     "//host/" is a path here, never a host. Problem 400."""
@@ -2630,10 +2603,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 75                     # seconds of silence before a kept-alive connection is closed
     wbufsize = 1 << 16               # headers and body leave together
     request_version = protocol_version   # for send_response, which knows HTTP/0.9 as well
-
-    def setup(self):
-        super().setup()
-        self.hangs_up = False    # True when the last we said is that the connection ends
+    parse_head, split_target, routes_at = map(staticmethod, (Head, split_target, routes_at))
 
     def handle(self):
         """Serve a connection to its end; a client that vanishes is no error."""
@@ -2688,11 +2658,8 @@ class Handler(BaseHTTPRequestHandler):
                 hear(self)
 
     def finish(self):
-        """Leave; a client that still sends a body which nobody reads gets its refusal first."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):   # the client is gone
             super().finish()
-            if self.hangs_up:
-                hang_up(self.connection)
 
     # -- the request --
 
@@ -2718,14 +2685,14 @@ class Handler(BaseHTTPRequestHandler):
         if len(data) >= MOST_HEAD or data.count(b"\n") > MOST_FIELDS + 2:
             is_line = b"\n" not in data
             raise Problem(414 if is_line else 431, "The head of the request is too large")
-        head = self.head = parse_head(data)
+        head = self.head = self.parse_head(data)
         self.command, self.path, self.headers = head.method, head.target, head.headers
         self.close_connection = head.is_last
         self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
         """`route` and `query` of the request line."""
-        path, query, self.named_host = split_target(self.path)
+        path, query, self.named_host = self.split_target(self.path)
         self.query = dict(query)
         base = self.server.base_url
         if not f"{path}/".startswith(base):
@@ -2771,7 +2738,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command not in METHODS:
             raise Problem(501, f"This server knows no {self.command}")   # RFC 9110 9.1
         method = "GET" if self.command == "HEAD" else self.command
-        routes = routes_at(self.route.rstrip("/") or "/")
+        routes = self.routes_at(self.route.rstrip("/") or "/")
         if method in routes:
             return routes[method]
         allowed = [*routes]
@@ -2802,7 +2769,7 @@ class Handler(BaseHTTPRequestHandler):
                 hear(self)
             shows_token = has_token and name in PAGES and "token" in self.query
             return not shows_token or self.move_token_to_cookie()
-        if name not in PAGES or not routes_at("/login"):
+        if name not in PAGES or not self.routes_at("/login"):
             raise Problem(403, "Forbidden: a valid token is needed")
         self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
@@ -2836,7 +2803,6 @@ class Handler(BaseHTTPRequestHandler):
                   **dict(headers)}
         if status == 204:
             del fields["Content-Length"]       # RFC 9110 8.6
-        self.hangs_up = self.close_connection
         if self.close_connection or self.head.is_old:
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         self.log_request(status)
@@ -2906,25 +2872,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(absolute, headers)
 
     def send_file(self, path, headers):
-        """Send a file piece by piece, or the one range of it that is asked for (RFC 9110 14)."""
-        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            status, start, end = RANGES[-1](self.headers.get("Range"), size)
-            headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
-                       self.date_time_string(os.fstat(file.fileno()).st_mtime)}
-            if status != 200:
-                extent = f"{start}-{end - 1}" if end else "*"
-                headers["Content-Range"] = f"bytes {extent}/{size}"
-            self.send(status, b"", kind, {**headers, "Content-Length": str(end - start)})
-            file.seek(start)
-            while self.command != "HEAD" and start < end:
-                piece = file.read(min(PIECE, end - start))
-                if not piece:             # the file has become shorter: the length is a lie now
-                    self.close_connection = True
-                    break
-                self.wfile.write(piece)
-                start += len(piece)
+            kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+            self.send(200, file.read(), kind, headers)
 
     # -- /api --
 
@@ -2965,8 +2915,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.create_contents(path)
         model, is_new = self.server.contents.save(
             path, body, expected, with_hash=self.asked("hash") == "1")
-        if model["type"] == "notebook":
-            model.update(remarks(body.get("content")))
         for hear in AFTER_SAVE:
             hear(self.server, path, model)
         self.send_contents(201 if is_new else 200, model)
@@ -2989,8 +2937,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
 
     def spec_model(self, name, spec, folder):
-        """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
-        return {"name": name, "spec": spec, "resources": RESOURCES[-1](self, name, folder)}
+        """A kernel spec as the API gives it; its resources are some of the files in its folder."""
+        return {"name": name, "spec": spec, "resources": {}}
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
@@ -3210,7 +3158,7 @@ def serve(server):
 #    10 Byte for byte                            DOCUMENTS
 #    11 Cells that are not whole                 MEND
 #    12 Old formats                              UPGRADES
-#    13 What the schema says                     REMARKS
+#    13 What the schema says                     CONTENTS
 #    14 Large things, a little at a time         CODEC
 #    15 Names that no client could send back     CONTENTS
 #    16 Fewer questions to the disk              CONTENTS
@@ -3222,29 +3170,30 @@ def serve(server):
 #    22 Checkpoints                              ROUTES, CONTENTS
 #    23 Uploads in pieces                        CONTENTS
 #    24 What Jupyter refuses and guesses         CONTENTS
-#    25 Ranges                                   RANGES
-#    26 Bodies in chunks, or on demand           CODINGS, HANDLERS
-#    27 Clients that send drop by drop           HANDLERS
-#    28 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    29 Where Jupyter looks                      DATA_FOLDERS
-#    30 Pictures of kernels                      ROUTES, RESOURCES
-#    31 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
-#    32 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    33 Orphans                                  KERNEL_EXTRAS
-#    34 What a page says, as it stands           LAYOUTS
-#    35 The other layout of messages             LAYOUTS
-#    36 Compression                              EXTENSIONS
-#    37 However a secret is spelled              SPELLINGS
-#    38 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    39 TLS                                      OPTIONS, AT_START
-#    40 How kernels are reached                  PORTS, OPTIONS, AT_START
-#    41 Ports that others took                   REPAIRS
-#    42 Outputs with scripts                     ROUTES, OPEN_TO_ALL
-#    43 What the terminal shows                  HANDLERS, OPTIONS, AT_START
-#    44 Idle kernels                             OPTIONS, AT_START
-#    45 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    46 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    47 Other servers                            COMMANDS, AT_START
+#    25 Ranges                                   HANDLERS
+#    26 Bodies                                   CODINGS, HANDLERS
+#    27 What clients ask again and again         HANDLERS
+#    28 Clients that send drop by drop           HANDLERS
+#    29 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    30 Where Jupyter looks                      DATA_FOLDERS
+#    31 Pictures of kernels                      ROUTES, HANDLERS
+#    32 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
+#    33 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    34 Orphans                                  KERNEL_EXTRAS
+#    35 What a page says, as it stands           LAYOUTS
+#    36 The other layout of messages             LAYOUTS
+#    37 Compression                              EXTENSIONS
+#    38 However a secret is spelled              SPELLINGS
+#    39 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    40 TLS                                      OPTIONS, AT_START
+#    41 How kernels are reached                  PORTS, OPTIONS, AT_START
+#    42 Ports that others took                   REPAIRS
+#    43 Outputs with scripts                     ROUTES, OPEN_TO_ALL
+#    44 What the terminal shows                  HANDLERS, OPTIONS, AT_START
+#    45 Idle kernels                             OPTIONS, AT_START
+#    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    48 Other servers                            COMMANDS, AT_START
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -3535,6 +3484,7 @@ DOCUMENTS.append(NotebookFile)
 
 
 # ---- 11. Cells that are not whole --------------------------------------------------------------
+
 DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
     "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
     "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
@@ -3674,7 +3624,25 @@ def strangers(where, part, kind):
         yield f"{where}/{name} is not allowed"
 
 
-REMARKS.append(validation_message)
+class RemarkingContents(CONTENTS[-1]):
+    """Adds what is not quite right in a notebook to its model, when it is read or saved."""
+
+    def content(self, path, kind, form, data):
+        return self.with_remark(super().content(path, kind, form, data), kind)
+
+    def save(self, path, model, *arguments, **options):
+        saved, is_new = super().save(path, model, *arguments, **options)
+        message = self.with_remark({"content": model.get("content")}, saved["type"])
+        message.pop("content")
+        return {**saved, **message}, is_new
+
+    def with_remark(self, model, kind):
+        notebook = model["content"] if kind == "notebook" else None
+        message = notebook and validation_message(notebook)
+        return {**model, "message": message} if message else model
+
+
+CONTENTS.append(RemarkingContents)
 
 
 # ---- 14. Large things, a little at a time ------------------------------------------------------
@@ -3833,6 +3801,7 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
 
 
 # ---- 15. Names that no client could send back --------------------------------------------------
+
 class HonestContents(CONTENTS[-1]):
     def get(self, path, kind=None, form=None, content=True, with_hash=False):
         """Of a folder also how much in it is not listed."""
@@ -3851,6 +3820,7 @@ CONTENTS.append(HonestContents)
 
 
 # ---- 16. Fewer questions to the disk -----------------------------------------------------------
+
 class QuickContents(CONTENTS[-1]):
     def follow(self, absolute):
         """(real path, os.stat_result or None) of a path below the root. The root is real: only
@@ -4561,6 +4531,7 @@ CONTENTS.append(UploadedContents)
 
 
 # ---- 24. What Jupyter refuses and guesses ---------------------------------------------
+
 class JupytersContents(CONTENTS[-1]):
     def create(self, folder, wish):
         self.refuse_hidden("copy", str(wish.get("copy_from") or ""))
@@ -4603,6 +4574,9 @@ CONTENTS.append(JupytersContents)
 
 # ---- 25. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
+PIECE = 1 << 18    # bytes of a file that are read and sent at a time
+
+
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
     match = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", header or "")
@@ -4618,10 +4592,34 @@ def range_of(header, size):
     return (206, start, end) if start < end else (416, 0, 0)
 
 
-RANGES.append(range_of)
+class RangingHandler(HANDLERS[-1]):
+    def send_file(self, path, headers):
+        """Send a file piece by piece, or the one range of it that is asked for (RFC 9110 14)."""
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            status, start, end = range_of(self.headers.get("Range"), size)
+            headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
+                       self.date_time_string(os.fstat(file.fileno()).st_mtime)}
+            if status != 200:
+                extent = f"{start}-{end - 1}" if end else "*"
+                headers["Content-Range"] = f"bytes {extent}/{size}"
+            self.send(status, b"", kind, {**headers, "Content-Length": str(end - start)})
+            file.seek(start)
+            while self.command != "HEAD" and start < end:
+                piece = file.read(min(PIECE, end - start))
+                if not piece:             # the file has become shorter: the length is a lie now
+                    self.close_connection = True
+                    break
+                self.wfile.write(piece)
+                start += len(piece)
 
 
-# ---- 26. Bodies in chunks, or on demand --------------------------------------------------------
+HANDLERS.append(RangingHandler)
+
+
+# ---- 26. Bodies: in chunks, on demand, refused -------------------------------------------------
+
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
 
@@ -4683,11 +4681,47 @@ class AskingHandler(HANDLERS[-1]):
             self.close_connection, self.body = True, b""
 
 
+class LastingHandler(AskingHandler):
+    """A client that still sends a body which nobody reads gets its refusal first."""
+
+    hangs_up = False    # True when the last we said is that the connection ends
+
+    def send(self, *arguments):
+        super().send(*arguments)
+        self.hangs_up = self.close_connection
+
+    def finish(self):
+        super().finish()
+        if self.hangs_up:
+            hang_up(self.connection)
+
+
 CODINGS["chunked"] = read_chunks
-HANDLERS.append(AskingHandler)
+HANDLERS += [AskingHandler, LastingHandler]
 
 
-# ---- 27. Clients that send drop by drop --------------------------------------------------------
+# ---- 27. What clients ask again and again ------------------------------------------------------
+
+MOST_REMEMBERED = 1 << 12      # bytes of a head or path whose meaning is kept
+
+
+def remembered(function):
+    """A function of a text, with its last hundred results at hand: clients ask the same again and
+    again. Long texts are not kept, or a stranger could fill the memory with them."""
+    known = functools.lru_cache(100)(function)
+    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
+
+
+class RememberingHandler(HANDLERS[-1]):
+    parse_head, split_target, routes_at = (staticmethod(remembered(function)) for function in (
+        Head, split_target, routes_at))
+
+
+HANDLERS.append(RememberingHandler)
+
+
+# ---- 28. Clients that send drop by drop --------------------------------------------------------
+
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
 
@@ -4754,7 +4788,8 @@ class ImpatientHandler(HANDLERS[-1]):
 HANDLERS.append(ImpatientHandler)
 
 
-# ---- 28. Strangers -----------------------------------------------------------------------------
+# ---- 29. Strangers -----------------------------------------------------------------------------
+
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
 
@@ -4849,7 +4884,8 @@ ADMITTED.append(is_known)
 AFTER.append(is_answered)
 
 
-# ---- 29. Where Jupyter looks -------------------------------------------------------------------
+# ---- 30. Where Jupyter looks -------------------------------------------------------------------
+
 def data_folders():
     """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
     import site
@@ -4886,7 +4922,8 @@ def is_set(name):
 DATA_FOLDERS.append(data_folders)
 
 
-# ---- 30. Pictures of kernels -------------------------------------------------------------------
+# ---- 31. Pictures of kernels -------------------------------------------------------------------
+
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 <rect width="64" height="64" rx="12" fill="#306998"/>
@@ -4915,11 +4952,17 @@ def kernelspec_file(handler, name, file):
     handler.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
 
 
-RESOURCES.append(resources)
+class PicturesHandler(HANDLERS[-1]):
+    def spec_model(self, name, spec, folder):
+        return {**super().spec_model(name, spec, folder),
+                "resources": resources(self, name, folder)}
+
+
+HANDLERS.append(PicturesHandler)
 ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
 
 
-# ---- 31. Wishes that cannot be fulfilled -------------------------------------------------------
+# ---- 32. Wishes that cannot be fulfilled -------------------------------------------------------
 #
 # All that a process would be given is looked at before there is one.
 
@@ -4986,7 +5029,7 @@ CHECKS.append(check_texts)
 SPEC_CHECKS.append(check_spec)
 
 
-# ---- 32. The journal: what no file holds yet ---------------------------------------------------
+# ---- 33. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5254,7 +5297,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 33. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 34. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5309,7 +5352,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 34. What a page says, as it stands --------------------------------------------------------
+# ---- 35. What a page says, as it stands --------------------------------------------------------
 #
 # A large message is costly to read and to write anew, and to write 1.0 as it stood nobody can who
 # has read it with JavaScript's numbers: its parts are cut out of the page's JSON.
@@ -5360,7 +5403,7 @@ def expect_token(token, text, at):
 LAYOUTS[None] = unsplice_as_it_stands, splice
 
 
-# ---- 35. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 36. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5393,7 +5436,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 36. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 37. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5474,7 +5517,8 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 37. However a secret is spelled -----------------------------------------------------------
+# ---- 38. However a secret is spelled -----------------------------------------------------------
+
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
     or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
@@ -5502,7 +5546,7 @@ def spellings_of_character(each):
 SPELLINGS.append(spellings)
 
 
-# ---- 38. Login: forms, passwords ---------------------------------------------------------------
+# ---- 39. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5657,7 +5701,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 39. TLS -----------------------------------------------------------------------------------
+# ---- 40. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5684,7 +5728,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 40. How kernels are reached ---------------------------------------------------------------
+# ---- 41. How kernels are reached ---------------------------------------------------------------
 
 SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
@@ -5721,7 +5765,7 @@ PORTS.append(socket_files)
 AT_START.append(choose_transport)
 
 
-# ---- 41. Ports that others took ----------------------------------------------------------------
+# ---- 42. Ports that others took ----------------------------------------------------------------
 #
 # Between the choice of a port and its kernel's start another program may take it.
 
@@ -5755,7 +5799,8 @@ def any_is_taken(connection):
 REPAIRS.append(lost_a_port)
 
 
-# ---- 42. Outputs with scripts ------------------------------------------------------------------
+# ---- 43. Outputs with scripts ------------------------------------------------------------------
+
 FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
 FRAME = b"""<!doctype html><meta charset="utf-8"><script>
 // An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
@@ -5784,7 +5829,8 @@ ROUTES.append(("GET", "/frame", frame))
 OPEN_TO_ALL.add("frame")
 
 
-# ---- 43. What the terminal shows ---------------------------------------------------------------
+# ---- 44. What the terminal shows ---------------------------------------------------------------
+
 class LoggingHandler(HANDLERS[-1]):
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
@@ -5804,7 +5850,7 @@ HANDLERS.append(LoggingHandler)
 AT_START.append(choose_level)
 
 
-# ---- 44. Idle kernels --------------------------------------------------------------------------
+# ---- 45. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5832,7 +5878,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 45. What few clients ask for --------------------------------------------------------------
+# ---- 46. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6100,7 +6146,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 46. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 47. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6536,7 +6582,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 47. Other servers: list, stop -------------------------------------------------------------
+# ---- 48. Other servers: list, stop -------------------------------------------------------------
 
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
