@@ -187,9 +187,10 @@ CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+is_json = re.compile(r"application/json|.*\+json", re.S).fullmatch
 is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
-REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
+REQUEST = json.JSONDecoder(parse_constant=lambda name: None)   # … or null, as from a browser
 UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
@@ -200,10 +201,6 @@ AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
 
 class NotANotebook(ValueError):
     """The text is no notebook that we can read; says what is wrong and where (a JSON pointer)."""
-
-
-def is_json_mime(mime):
-    return mime == "application/json" or mime.endswith("+json")
 
 
 def is_split_mime(mime):
@@ -223,7 +220,7 @@ def split(text):
     return re.findall(r"[^\n]*\n|[^\n]+", text) if isinstance(text, str) else text
 
 
-def map_strings(cell, convert, is_converted=lambda mime: not is_json_mime(mime)):
+def map_strings(cell, convert, is_converted=lambda mime: not is_json(mime)):
     """A copy of `cell` with `convert` applied to its source and to the text in its outputs."""
     cell = {**cell}
     if "source" in cell:
@@ -297,32 +294,28 @@ def current(notebook):
 
 
 def validate(notebook):
-    """Raise NotANotebook with the JSON pointer of the first part that nobody could draw."""
+    """Raise NotANotebook with the JSON pointer (RFC 6901) of the first part that nobody could
+    draw."""
     expect({"nbformat_minor": 0, **notebook}, NOTEBOOK_FIELDS)
     for i, cell in enumerate(notebook["cells"]):
-        expect(cell, ANY_CELL_FIELDS, "cells", i)
+        expect(cell, ANY_CELL_FIELDS, f"/cells/{i}")
         # Other types may come with a later minor version.
-        expect(cell, CELL_FIELDS.get(cell["cell_type"], {}), "cells", i)
+        expect(cell, CELL_FIELDS.get(cell["cell_type"], {}), f"/cells/{i}")
         outputs = cell.get("outputs", [])
         if not isinstance(outputs, list):
-            expect(cell, CELL_FIELDS["code"], "cells", i)
+            expect(cell, CELL_FIELDS["code"], f"/cells/{i}")
         for j, output in enumerate(outputs):
-            expect(output, OUTPUT_FIELDS, "cells", i, "outputs", j)
+            expect(output, OUTPUT_FIELDS, f"/cells/{i}/outputs/{j}")
 
 
-def expect(value, types, *where):
+def expect(value, types, where=""):
     if not isinstance(value, dict):
-        raise NotANotebook(f"{pointer(where)} must be an object")
+        raise NotANotebook(f"{where} must be an object")
     for key, kind in types.items():
         if not isinstance(value.get(key), kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             problem = f"must be of type {names}" if key in value else "is missing"
-            raise NotANotebook(f"{pointer((*where, key))} {problem}")
-
-
-def pointer(where):
-    """The JSON pointer (RFC 6901) of a part."""
-    return "".join(f"/{step}" for step in where)
+            raise NotANotebook(f"{where}/{key} {problem}")
 
 
 def as_served(notebook, cells):
@@ -339,17 +332,13 @@ def with_ids(cells):
         id, text = cell.get("id"), f"{number} "
         while not isinstance(id, str) or not is_id(id) or id in seen:
             text += str(join(cell.get("source", "")))
-            id = short_hash(text)
+            id = sha256(text.encode("utf-8", "replace"))[:8]
             text += " "
         if id != cell.get("id"):
             cell = {**cell, "id": id}
         seen.add(id)
         result.append(cell)
     return result
-
-
-def short_hash(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 def sha256(data):
@@ -382,13 +371,9 @@ def encode_text(text):
         return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text).encode()
 
 
-def read_json(data):
-    """The JSON value in a request's bytes; NaN, which JSON has not, is null, as from a browser."""
-    return REQUEST.decode(data.decode("utf-8-sig"))
-
-
 CODEC = {   # how models and long texts are read and written: at once
-    "model_json": to_json, "read_model": read_json, "decode_text": bytes.decode,
+    "model_json": to_json, "read_model": lambda data: REQUEST.decode(data.decode("utf-8-sig")),
+    "decode_text": bytes.decode,
     "encode_base64": lambda data: base64.b64encode(data).decode(),
     "decode_base64": lambda texts: base64.b64decode("".join(texts))}
 
@@ -2059,7 +2044,6 @@ class WebSocket:
         self.socket, self.protocol, self.extension = sock, protocol, extension
         self.parser = FrameParser(most_bytes, extension)
         self.first_bytes = first_bytes   # came glued to the handshake
-        self.messages = self.all_messages()
         self.is_closed = self.close_sent = False
         self.last_heard = self.last_ping = time.monotonic()
 
@@ -2102,14 +2086,6 @@ class WebSocket:
         """End the connection from another thread: its owner then sees its end."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-
-    def receive(self):
-        """The next message, str or bytes; None when the connection is closed. Waits."""
-        return next(self.messages, None)
-
-    def all_messages(self):
-        while not self.is_closed:
-            yield from self.arrived()
 
     def arrived(self):
         """Yield the messages in what has arrived; wait for it. Answers pings and closes, in turn
@@ -3124,9 +3100,6 @@ def main():
         obey(server, arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
-    gc.freeze()
-    gc.set_threshold(100_000, *gc.get_threshold()[1:])
     print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
           f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
     if not is_loopback(server.ip) and server.scheme == "http":
@@ -3190,10 +3163,11 @@ def serve(server):
 #    42 Ports that others took                   REPAIRS
 #    43 Outputs with scripts                     ROUTES, OPEN_TO_ALL
 #    44 What the terminal shows                  HANDLERS, OPTIONS, AT_START
-#    45 Idle kernels                             OPTIONS, AT_START
-#    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    48 Other servers                            COMMANDS, AT_START
+#    45 Few garbage collections                  AT_START
+#    46 Idle kernels                             OPTIONS, AT_START
+#    47 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    48 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    49 Other servers                            COMMANDS, AT_START
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -5850,7 +5824,18 @@ HANDLERS.append(LoggingHandler)
 AT_START.append(choose_level)
 
 
-# ---- 45. Idle kernels --------------------------------------------------------------------------
+# ---- 45. Few garbage collections ---------------------------------------------------------------
+
+def collect_rarely(server, arguments):
+    """A large notebook is a million objects without a cycle: looked at rarely, it loads faster."""
+    gc.freeze()
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])
+
+
+AT_START.append(collect_rarely)
+
+
+# ---- 46. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5878,7 +5863,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 46. What few clients ask for --------------------------------------------------------------
+# ---- 47. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6146,7 +6131,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 47. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 48. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6582,7 +6567,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 48. Other servers: list, stop -------------------------------------------------------------
+# ---- 49. Other servers: list, stop -------------------------------------------------------------
 
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`

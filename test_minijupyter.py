@@ -9028,8 +9028,9 @@ class EchoServer:
 
             def do_GET(self):
                 websocket = minijupyter.WebSocket.accept(self, **options)
-                while (message := websocket.receive()) is not None:
-                    websocket.send(message)
+                while not websocket.is_closed:
+                    for message in websocket.arrived():
+                        websocket.send(message)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -9831,8 +9832,9 @@ class WebSocketCloseCodes(Case):
             theirs.sendall(frame(TEXT, b"one") + frame(PING, b"?") + frame(TEXT, b"two")
                            + frame(3))
             theirs.shutdown(socket.SHUT_WR)
-            websocket = minijupyter.WebSocket(ours)
-            messages = list(iter(websocket.receive, None))
+            websocket, messages = minijupyter.WebSocket(ours), []
+            while not websocket.is_closed:
+                messages += websocket.arrived()
             answers = bytearray(theirs.recv(1000))
         self.assertEqual(messages, ["one", "two"])
         self.assertEqual([take_frame(answers)[1] for _ in range(2)], [PONG, CLOSE])
