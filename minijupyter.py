@@ -3777,8 +3777,9 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
 # ---- 15. Names that no client could send back --------------------------------------------------
 
 class HonestContents(CONTENTS[-1]):
+    """Says of a folder how much in it is not listed."""
+
     def get(self, path, kind=None, form=None, content=True, with_hash=False):
-        """Of a folder also how much in it is not listed."""
         model = super().get(path, kind, form, content, with_hash)
         if model["type"] == "directory" and content:
             names = os.listdir(self.existing(path))
@@ -3796,6 +3797,8 @@ CONTENTS.append(HonestContents)
 # ---- 16. Fewer questions to the disk -----------------------------------------------------------
 
 class QuickContents(CONTENTS[-1]):
+    """Asks the disk once for each name of a path, and once for each file in a folder."""
+
     def follow(self, absolute):
         """(real path, os.stat_result or None) of a path below the root. The root is real: only
         what comes after it can be a link, and one question to the disk per name tells."""
@@ -3932,6 +3935,8 @@ def remove_if_unlocked(path):
 
 
 class TidyContents(CONTENTS[-1]):
+    """Removes leftovers where files are first listed or saved."""
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         tidy(self.root)
@@ -4156,6 +4161,8 @@ def or_write_over(target, replace, data, look):
 
 
 class FinishingContents(CONTENTS[-1]):
+    """Finishes what a killed server was writing, before anything is read."""
+
     def __init__(self, *arguments, **options):
         finish_records()
         super().__init__(*arguments, **options)
@@ -4196,6 +4203,8 @@ def mend_links(tree, came_from):
 
 
 class LeadingContents(CONTENTS[-1]):
+    """Moves files so that links lead where they led."""
+
     def move(self, old, new):
         move(old, new)
 
@@ -4277,6 +4286,8 @@ class Copies:
 
 
 class CopyingContents(CONTENTS[-1]):
+    """Makes a copy where a new file is wished with a `copy_from`."""
+
     def create(self, folder, wish):
         """POST with a member `copy_from`: the path of a file or folder."""
         if source := wish.get("copy_from"):
@@ -4494,6 +4505,8 @@ def save_chunk(contents, path, model):
 
 
 class UploadedContents(CONTENTS[-1]):
+    """Saves a model that has a chunk's number as a piece of its file."""
+
     def save(self, path, model, *arguments, **options):
         if isinstance(model.get("chunk"), int):
             return save_chunk(self, path, model)
@@ -4507,6 +4520,8 @@ CONTENTS.append(UploadedContents)
 # ---- 24. What Jupyter refuses and guesses ---------------------------------------------
 
 class JupytersContents(CONTENTS[-1]):
+    """Answers 400 for what is hidden, as Jupyter Server does, and guesses a file's type."""
+
     def create(self, folder, wish):
         self.refuse_hidden("copy", str(wish.get("copy_from") or ""))
         return super().create(folder, wish)
@@ -4567,8 +4582,10 @@ def range_of(header, size):
 
 
 class RangingHandler(HANDLERS[-1]):
+    """Sends a file piece by piece, or the one range of it that is asked for."""
+
     def send_file(self, path, headers):
-        """Send a file piece by piece, or the one range of it that is asked for (RFC 9110 14)."""
+        """Of several ranges none is obeyed (RFC 9110 14)."""
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -4687,6 +4704,8 @@ def remembered(function):
 
 
 class RememberingHandler(HANDLERS[-1]):
+    """Reads a head or a path that it has just read only once."""
+
     parse_head, split_target, routes_at = (staticmethod(remembered(function)) for function in (
         Head, split_target, routes_at))
 
@@ -4825,6 +4844,8 @@ class CountedHandler(HANDLERS[-1]):
 
 
 class FrugalServer(SERVERS[-1]):
+    """Knows its strangers, and cuts one off when descriptors run short."""
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.strangers = Strangers(most_strangers())
@@ -4927,6 +4948,8 @@ def kernelspec_file(handler, name, file):
 
 
 class PicturesHandler(HANDLERS[-1]):
+    """Says where the files of a kernel spec are."""
+
     def spec_model(self, name, spec, folder):
         return {**super().spec_model(name, spec, folder),
                 "resources": resources(self, name, folder)}
@@ -5328,8 +5351,8 @@ KERNEL_EXTRAS.append(watch_over)
 
 # ---- 35. What a page says, as it stands --------------------------------------------------------
 #
-# A large message is costly to read and to write anew, and to write 1.0 as it stood nobody can who
-# has read it with JavaScript's numbers: its parts are cut out of the page's JSON.
+# A page may send a message of many megabytes. While Python reads and writes that anew, all other
+# threads wait. So its four parts are cut out of the page's JSON and go on as they stand there.
 
 def unsplice_as_it_stands(message):
     """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
@@ -5806,6 +5829,8 @@ OPEN_TO_ALL.add("frame")
 # ---- 44. What the terminal shows ---------------------------------------------------------------
 
 class LoggingHandler(HANDLERS[-1]):
+    """Prints a line for each request."""
+
     def log_request(self, code="-", size="-"):
         """A line per request, when asked for; a query may hold the token and is left out."""
         if log.level in ("debug", "info"):
@@ -6117,6 +6142,8 @@ class WellKnownServer(SERVERS[-1]):
 
 
 class HelpfulHandler(HANDLERS[-1]):
+    """Answers OPTIONS."""
+
     def find_route(self):
         """Also what a browser asks before a request from elsewhere: which methods there are."""
         try:
