@@ -42,7 +42,7 @@ Part I's extension points, and what is plugged in there:
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
-    access.add_key         what else opens the server              password
+    ACCESS                 subclasses of Access, the last used     password
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
@@ -2316,7 +2316,7 @@ class Bridge:
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
-# come from our own page? To let somebody in for another secret, call `Access.add_key`.
+# come from our own page?
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
 METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
@@ -2356,19 +2356,12 @@ class Access:
     def __init__(self, token, ip, port, base_url="/"):
         self.token, self.ip, self.base_url = token, ip, base_url
         self.is_secure = False   # True when cookies may go through TLS alone
-        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
         self.cookie_name = f"minijupyter-{port}"                # cookies do not know ports
-        self.cookie_value = self.new_cookie("")
+        self.cookie_value = self.new_cookie()
 
-    def new_cookie(self, about):
+    def new_cookie(self, about=""):
         """What a cookie says. It changes with the token, and with what else lets in."""
         return hmac.new(self.token.encode(), f"cookie {about}".encode(), "sha256").hexdigest()
-
-    def add_key(self, opens, about):
-        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
-        changed is out (CVE-2026-40934)."""
-        self.keys.append(opens)
-        self.cookie_value = self.new_cookie(about)
 
     def is_token(self, given):
         return same_secret(given, self.token)
@@ -2414,6 +2407,9 @@ class Access:
     def repeats_xsrf(self, headers, given):
         xsrf = self.cookie(headers, "_xsrf")
         return bool(xsrf) and same_secret(headers.get("X-XSRFToken") or given, xsrf)
+
+
+ACCESS = [Access]   # classes: the last one is used
 
 
 # ---- 8. HTTP: routes, handlers ----------------------------------------------------------------
@@ -2491,7 +2487,6 @@ class Headers:
     """The fields of a header section; their names have no case (RFC 9110 5.1)."""
 
     def __init__(self, fields=()):
-        self.fields = fields    # [(name, value)] in the order in which they came
         self.values = {}        # name in lower case -> [value]
         for name, value in fields:
             self.values.setdefault(name.lower(), []).append(value)
@@ -2588,7 +2583,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Answer a request; `close_connection` says that there will be no other."""
-        self.close_connection, self.is_answered, self.is_over = True, False, False
+        self.close_connection, self.is_answered = True, False
         self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
         self.endpoint, self.query, self.body = type(self).answer, {}, b""
         self.head_bytes = self.read_head()
@@ -2627,11 +2622,9 @@ class Handler(BaseHTTPRequestHandler):
             self.end_request()
 
     def end_request(self):
-        """Tell once that the request is over."""
-        if not self.is_over:
-            self.is_over = True
-            for hear in AFTER:
-                hear(self)
+        """Tell that the request is over; of a WebSocket again when that ends."""
+        for hear in AFTER:
+            hear(self)
 
     def finish(self):
         with contextlib.suppress(OSError):   # the client is gone
@@ -2642,10 +2635,6 @@ class Handler(BaseHTTPRequestHandler):
     def read_head(self):
         """The next request line and header section, as far as their limit; what ends them is their
         empty line, or a line that no head can have. Empty when the client has no more to ask."""
-        ahead = self.rfile.peek(1)
-        end = ahead.find(b"\r\n\r\n") + 4
-        if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
-            return self.rfile.read(end)
         head = line = self.rfile.readline(MOST_HEAD)
         if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
             head = line = self.rfile.readline(MOST_HEAD)
@@ -2983,7 +2972,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((ip, port), HANDLERS[-1])
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
-        self.access = Access(token, ip, self.server_port, base_url)
+        self.access = ACCESS[-1](token, ip, self.server_port, base_url)
         self.contents = CONTENTS[-1](root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
@@ -3157,7 +3146,7 @@ def serve(server):
 #    36 The other layout of messages             LAYOUTS
 #    37 Compression                              EXTENSIONS
 #    38 However a secret is spelled              SPELLINGS
-#    39 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
+#    39 Login                                    ACCESS, ROUTES, OPEN_TO_ALL, OPTIONS, COMMANDS
 #    40 TLS                                      OPTIONS, AT_START
 #    41 How kernels are reached                  PORTS, OPTIONS, AT_START
 #    42 Ports that others took                   REPAIRS
@@ -4704,10 +4693,16 @@ def remembered(function):
 
 
 class RememberingHandler(HANDLERS[-1]):
-    """Reads a head or a path that it has just read only once."""
+    """Reads a head in one go, and understands what it has just understood at once."""
 
     parse_head, split_target, routes_at = (staticmethod(remembered(function)) for function in (
         Head, split_target, routes_at))
+
+    def read_head(self):
+        """Most often it comes in one piece."""
+        ahead = self.rfile.peek(1)
+        end = ahead.find(b"\r\n\r\n") + 4
+        return self.rfile.read(end) if end > 4 and ahead[:1] != b"\r" else super().read_head()
 
 
 HANDLERS.append(RememberingHandler)
@@ -5676,6 +5671,23 @@ def hash_of_password(text):
         raise argparse.ArgumentTypeError("it takes no password, which others could see in the list "
                                          "of processes, but what `minijupyter.py password` prints")
     return text
+
+
+class KeyRing(ACCESS[-1]):
+    """Opens for what else a login takes."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
+
+    def add_key(self, opens, about):
+        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
+        changed is out (CVE-2026-40934)."""
+        self.keys.append(opens)
+        self.cookie_value = self.new_cookie(about)
+
+
+ACCESS.append(KeyRing)
 
 
 def let_password_in(server, arguments):
@@ -6675,7 +6687,7 @@ def announce(server, arguments):
     path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
     write_secret(path, json.dumps({
         "base_url": server.base_url, "hostname": server.ip,
-        "password": len(server.access.keys) > 1,
+        "password": getattr(arguments, "password", None) is not None,
         "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
         "secure": server.scheme == "https", "sock": "", "token": server.access.token,
         "url": server.url, "version": __version__}, indent=2))

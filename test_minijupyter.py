@@ -7761,7 +7761,7 @@ class Login(ServerCase):
             self.assertEqual(reply.status, status, token)
 
     def test_a_new_password_shuts_out_who_was_let_in_by_the_old_one(self):   # CVE-2026-40934
-        access = minijupyter.Access("token", "127.0.0.1", 1)
+        access = minijupyter.ACCESS[-1]("token", "127.0.0.1", 1)
         cookies = {access.cookie_value}
         for hash in (self.hash, minijupyter.hash_password("correct horse")):
             access.add_key(minijupyter.Password(hash).opens, hash)
