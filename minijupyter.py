@@ -42,7 +42,7 @@ Part I's extension points, and what is plugged in there:
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
-    ACCESS                 subclasses of Access, the last used     password
+    ACCESS                 subclasses of Access, the last used     password, tokens in UTF-8
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
@@ -2342,14 +2342,6 @@ def is_loopback(ip):
     return ip.startswith(LOOPBACK) or ip == "localhost"
 
 
-def as_utf8(value):
-    """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
-    try:
-        return value.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return value
-
-
 class Access:
     """What opens this server, and for whom. It knows requests by their headers alone."""
 
@@ -2374,7 +2366,7 @@ class Access:
         """The token of the Authorization header or of the query; None when there is none."""
         scheme, _, value = headers.get("Authorization", "").partition(" ")
         if scheme.lower() in ("token", "bearer"):
-            return as_utf8(value.strip(" "))
+            return value.strip(" ")
         return query["token"][0] if "token" in query else None
 
     def cookie(self, headers, name):
@@ -2497,9 +2489,6 @@ class Headers:
 
     def get_all(self, name, default=None):
         return self.values.get(name.lower(), default)
-
-    def __contains__(self, name):
-        return name.lower() in self.values
 
 
 NO_HEADERS = Headers()
@@ -3145,7 +3134,7 @@ def serve(server):
 #    35 What a page says, as it stands           LAYOUTS
 #    36 The other layout of messages             LAYOUTS
 #    37 Compression                              EXTENSIONS
-#    38 However a secret is spelled              SPELLINGS
+#    38 However a secret is spelled              SPELLINGS, ACCESS
 #    39 Login                                    ACCESS, ROUTES, OPEN_TO_ALL, OPTIONS, COMMANDS
 #    40 TLS                                      OPTIONS, AT_START
 #    41 How kernels are reached                  PORTS, OPTIONS, AT_START
@@ -5535,7 +5524,23 @@ def spellings_of_character(each):
     return b"(?i:%b)" % b"|".join(ways)
 
 
+def as_utf8(value):
+    """A header's text, which was read as Latin-1, as UTF-8 where it is that."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+class TolerantAccess(ACCESS[-1]):
+    """Takes a token in a header in UTF-8, as most clients send it, or in Latin-1, as Python's."""
+
+    def is_token(self, given):
+        return super().is_token(given) or super().is_token(as_utf8(given))
+
+
 SPELLINGS.append(spellings)
+ACCESS.append(TolerantAccess)
 
 
 # ---- 39. Login: forms, passwords ---------------------------------------------------------------
