@@ -36,7 +36,7 @@ Part I's extension points, and what is plugged in there:
     HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
     CODINGS                transfer coding -> its reader           bodies in chunks
     CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
-    DATA_FOLDERS           where kernel specs are looked for       `jupyter --paths`
+    SPEC_FOLDERS           where kernel specs are looked for       `jupyter --paths`
     BEFORE, AFTER          functions of the handler                Under the hood, strangers
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
@@ -832,25 +832,20 @@ SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
 
 
 def usual_folders():
-    """Jupyter's data folders: the user's, this Python's, the system's."""
-    share = os.path.join("share", "jupyter")
-    return [JUPYTER_DATA, *(os.path.join(prefix, share)
-                            for prefix in (sys.prefix, "/usr/local", "/usr"))]
+    """Every folder of kernel specs: the user's, this Python's, the system's. The first one that
+    has a name wins."""
+    prefixes = [os.path.join(prefix, "share", "jupyter")
+                for prefix in (sys.prefix, "/usr/local", "/usr")]
+    return [os.path.join(path, "kernels") for path in (JUPYTER_DATA, *prefixes)]
 
 
-DATA_FOLDERS = [usual_folders]   # functions: the last one is used
-
-
-def spec_folders():
-    """Every folder of kernel specs: the first that has a name wins."""
-    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    return [os.path.join(path, "kernels") for path in (*DATA_FOLDERS[-1](), ipython)]
+SPEC_FOLDERS = [usual_folders]   # functions: the last one is used
 
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
     specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
-    for folder in spec_folders():
+    for folder in SPEC_FOLDERS[-1]():
         for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             name = entry.lower()
             key = name if name != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
@@ -3126,7 +3121,7 @@ def serve(server):
 #    27 What clients ask again and again         HANDLERS
 #    28 Clients that send drop by drop           HANDLERS
 #    29 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    30 Where Jupyter looks                      DATA_FOLDERS
+#    30 Where Jupyter looks                      SPEC_FOLDERS
 #    31 Pictures of kernels                      ROUTES, HANDLERS
 #    32 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
 #    33 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
@@ -4898,7 +4893,13 @@ def is_set(name):
     return value not in ("no", "n", "false", "off", "0", "0.0")
 
 
-DATA_FOLDERS.append(data_folders)
+def spec_folders():
+    """Every folder of kernel specs; IPython's is where they were before there was Jupyter."""
+    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
+
+
+SPEC_FOLDERS.append(spec_folders)
 
 
 # ---- 31. Pictures of kernels -------------------------------------------------------------------
