@@ -4490,7 +4490,7 @@ UPLOADS = Uploads()
 CONTENTS.append(UploadedContents)
 
 
-# ---- 24. What Jupyter refuses and guesses ---------------------------------------------
+# ---- 24. What Jupyter refuses and guesses ------------------------------------------------------
 
 class JupytersContents(CONTENTS[-1]):
     """Answers 400 for what is hidden, as Jupyter Server does, and guesses a file's type."""
