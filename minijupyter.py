@@ -3111,36 +3111,35 @@ def serve(server):
 #    17 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
 #    18 What was read or asked for a moment ago  CONTENTS
 #    19 Files that cannot be replaced            REPLACE, CONTENTS
-#    20 Links that lead where they led           CONTENTS
-#    21 Copies                                   CONTENTS
-#    22 Checkpoints                              ROUTES, CONTENTS
-#    23 Uploads in pieces                        CONTENTS
-#    24 What Jupyter refuses and guesses         CONTENTS
-#    25 Ranges                                   HANDLERS
-#    26 Bodies                                   CODINGS, HANDLERS
-#    27 What clients ask again and again         HANDLERS
-#    28 Clients that send drop by drop           HANDLERS
-#    29 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    30 Where Jupyter looks                      SPEC_FOLDERS
-#    31 Pictures of kernels                      ROUTES, HANDLERS
-#    32 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
-#    33 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
-#    34 Orphans                                  KERNEL_EXTRAS
-#    35 What a page says, as it stands           LAYOUTS
-#    36 The other layout of messages             LAYOUTS
-#    37 Compression                              EXTENSIONS
-#    38 However a secret is spelled              SPELLINGS, ACCESS
-#    39 Login                                    ACCESS, ROUTES, OPEN_TO_ALL, OPTIONS, COMMANDS
-#    40 TLS                                      OPTIONS, AT_START
-#    41 How kernels are reached                  PORTS, OPTIONS, AT_START
-#    42 Ports that others took                   REPAIRS
-#    43 Outputs with scripts                     ROUTES, OPEN_TO_ALL
-#    44 What the terminal shows                  HANDLERS, OPTIONS, AT_START
-#    45 Few garbage collections                  AT_START
-#    46 Idle kernels                             OPTIONS, AT_START
-#    47 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    48 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    49 Other servers                            COMMANDS, AT_START
+#    20 Links and copies                         CONTENTS
+#    21 Checkpoints                              ROUTES, CONTENTS
+#    22 Uploads in pieces                        CONTENTS
+#    23 What Jupyter refuses and guesses         CONTENTS
+#    24 Ranges                                   HANDLERS
+#    25 Bodies                                   CODINGS, HANDLERS
+#    26 What clients ask again and again         HANDLERS
+#    27 Clients that send drop by drop           HANDLERS
+#    28 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
+#    29 Where Jupyter looks                      SPEC_FOLDERS
+#    30 Pictures of kernels                      ROUTES, HANDLERS
+#    31 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
+#    32 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
+#    33 Orphans                                  KERNEL_EXTRAS
+#    34 What a page says, as it stands           LAYOUTS
+#    35 The other layout of messages             LAYOUTS
+#    36 Compression                              EXTENSIONS
+#    37 However a secret is spelled              SPELLINGS, ACCESS
+#    38 Login                                    ACCESS, ROUTES, OPEN_TO_ALL, OPTIONS, COMMANDS
+#    39 TLS                                      OPTIONS, AT_START
+#    40 How kernels are reached                  PORTS, OPTIONS, AT_START
+#    41 Ports that others took                   REPAIRS
+#    42 Outputs with scripts                     ROUTES, OPEN_TO_ALL
+#    43 What the terminal shows                  HANDLERS, OPTIONS, AT_START
+#    44 Few garbage collections                  AT_START
+#    45 Idle kernels                             OPTIONS, AT_START
+#    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    48 Other servers                            COMMANDS, AT_START
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -4145,7 +4144,7 @@ REPLACE.append(or_write_over)
 CONTENTS.append(FinishingContents)
 
 
-# ---- 20. Links that lead where they led --------------------------------------------------------
+# ---- 20. Links and copies: relative links lead where they led ----------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4184,8 +4183,6 @@ class LeadingContents(CONTENTS[-1]):
 
 CONTENTS.append(LeadingContents)
 
-
-# ---- 21. Copies ----------------------------------------------------------------------------------
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4280,7 +4277,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 22. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 21. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4380,7 +4377,7 @@ class CheckedContents(CONTENTS[-1]):
 CONTENTS.append(CheckedContents)
 
 
-# ---- 23. Uploads in pieces: a model with a chunk's number --------------------------------------
+# ---- 22. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4490,7 +4487,7 @@ UPLOADS = Uploads()
 CONTENTS.append(UploadedContents)
 
 
-# ---- 24. What Jupyter refuses and guesses ------------------------------------------------------
+# ---- 23. What Jupyter refuses and guesses ------------------------------------------------------
 
 class JupytersContents(CONTENTS[-1]):
     """Answers 400 for what is hidden, as Jupyter Server does, and guesses a file's type."""
@@ -4534,7 +4531,7 @@ class JupytersContents(CONTENTS[-1]):
 CONTENTS.append(JupytersContents)
 
 
-# ---- 25. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 24. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
 
 PIECE = 1 << 18    # bytes of a file that are read and sent at a time
 
@@ -4582,7 +4579,7 @@ class RangingHandler(HANDLERS[-1]):
 HANDLERS.append(RangingHandler)
 
 
-# ---- 26. Bodies: in chunks, on demand, refused -------------------------------------------------
+# ---- 25. Bodies: in chunks, on demand, refused -------------------------------------------------
 
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
@@ -4664,7 +4661,7 @@ CODINGS["chunked"] = read_chunks
 HANDLERS += [AskingHandler, LastingHandler]
 
 
-# ---- 27. What clients ask again and again ------------------------------------------------------
+# ---- 26. What clients ask again and again ------------------------------------------------------
 
 MOST_REMEMBERED = 1 << 12      # bytes of a head or path whose meaning is kept
 
@@ -4692,7 +4689,7 @@ class RememberingHandler(HANDLERS[-1]):
 HANDLERS.append(RememberingHandler)
 
 
-# ---- 28. Clients that send drop by drop --------------------------------------------------------
+# ---- 27. Clients that send drop by drop --------------------------------------------------------
 
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
@@ -4760,7 +4757,7 @@ class ImpatientHandler(HANDLERS[-1]):
 HANDLERS.append(ImpatientHandler)
 
 
-# ---- 29. Strangers -----------------------------------------------------------------------------
+# ---- 28. Strangers -----------------------------------------------------------------------------
 
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
@@ -4841,24 +4838,24 @@ class FrugalServer(SERVERS[-1]):
             raise    # socketserver waits for the next
 
 
-def is_known(handler):
+def leave_strangers(handler):
     if handler.is_stranger:
         handler.is_stranger = False
         handler.server.strangers.remove(handler.connection)
 
 
-def is_answered(handler):
+def stay_a_stranger(handler):
     if handler.is_stranger:
         handler.server.strangers.add(handler.connection)
 
 
 HANDLERS.append(CountedHandler)
 SERVERS.append(FrugalServer)
-ADMITTED.append(is_known)
-AFTER.append(is_answered)
+ADMITTED.append(leave_strangers)
+AFTER.append(stay_a_stranger)
 
 
-# ---- 30. Where Jupyter looks -------------------------------------------------------------------
+# ---- 29. Where Jupyter looks -------------------------------------------------------------------
 
 def data_folders():
     """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
@@ -4902,7 +4899,7 @@ def spec_folders():
 SPEC_FOLDERS.append(spec_folders)
 
 
-# ---- 31. Pictures of kernels -------------------------------------------------------------------
+# ---- 30. Pictures of kernels -------------------------------------------------------------------
 
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
@@ -4944,7 +4941,7 @@ HANDLERS.append(PicturesHandler)
 ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
 
 
-# ---- 32. Wishes that cannot be fulfilled -------------------------------------------------------
+# ---- 31. Wishes that cannot be fulfilled -------------------------------------------------------
 #
 # All that a process would be given is looked at before there is one.
 
@@ -5011,7 +5008,7 @@ CHECKS.append(check_texts)
 SPEC_CHECKS.append(check_spec)
 
 
-# ---- 33. The journal: what no file holds yet ---------------------------------------------------
+# ---- 32. The journal: what no file holds yet ---------------------------------------------------
 #
 # A page that is closed, or comes new, is told what came of the cells whose outputs no file holds
 # yet, and then all that is new, with nothing twice and nothing missing. It is told of other pages'
@@ -5279,7 +5276,7 @@ def forget_saved(server, path, model):
 AFTER_SAVE.append(forget_saved)
 
 
-# ---- 34. Orphans: kernels of a server that was killed ------------------------------------------
+# ---- 33. Orphans: kernels of a server that was killed ------------------------------------------
 
 class Reaper:
     """A shell that outlives a killed server, to end the kernels that would otherwise be orphans.
@@ -5334,7 +5331,7 @@ def watch_over(kernel):
 KERNEL_EXTRAS.append(watch_over)
 
 
-# ---- 35. What a page says, as it stands --------------------------------------------------------
+# ---- 34. What a page says, as it stands --------------------------------------------------------
 #
 # A page may send a message of many megabytes. While Python reads and writes that anew, all other
 # threads wait. So its four parts are cut out of the page's JSON and go on as they stand there.
@@ -5385,7 +5382,7 @@ def expect_token(token, text, at):
 LAYOUTS[None] = unsplice_as_it_stands, splice
 
 
-# ---- 36. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 35. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5418,7 +5415,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 37. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 36. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5499,7 +5496,7 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 38. However a secret is spelled -----------------------------------------------------------
+# ---- 37. However a secret is spelled -----------------------------------------------------------
 
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
@@ -5544,7 +5541,7 @@ SPELLINGS.append(spellings)
 ACCESS.append(TolerantAccess)
 
 
-# ---- 39. Login: forms, passwords ---------------------------------------------------------------
+# ---- 38. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5716,7 +5713,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 40. TLS -----------------------------------------------------------------------------------
+# ---- 39. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5743,7 +5740,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 41. How kernels are reached ---------------------------------------------------------------
+# ---- 40. How kernels are reached ---------------------------------------------------------------
 
 SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
@@ -5780,7 +5777,7 @@ PORTS.append(socket_files)
 AT_START.append(choose_transport)
 
 
-# ---- 42. Ports that others took ----------------------------------------------------------------
+# ---- 41. Ports that others took ----------------------------------------------------------------
 #
 # Between the choice of a port and its kernel's start another program may take it.
 
@@ -5814,7 +5811,7 @@ def any_is_taken(connection):
 REPAIRS.append(lost_a_port)
 
 
-# ---- 43. Outputs with scripts ------------------------------------------------------------------
+# ---- 42. Outputs with scripts ------------------------------------------------------------------
 
 FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
 FRAME = b"""<!doctype html><meta charset="utf-8"><script>
@@ -5844,7 +5841,7 @@ ROUTES.append(("GET", "/frame", frame))
 OPEN_TO_ALL.add("frame")
 
 
-# ---- 44. What the terminal shows ---------------------------------------------------------------
+# ---- 43. What the terminal shows ---------------------------------------------------------------
 
 class LoggingHandler(HANDLERS[-1]):
     """Prints a line for each request."""
@@ -5867,7 +5864,7 @@ HANDLERS.append(LoggingHandler)
 AT_START.append(choose_level)
 
 
-# ---- 45. Few garbage collections ---------------------------------------------------------------
+# ---- 44. Few garbage collections ---------------------------------------------------------------
 
 def collect_rarely(server, arguments):
     """A large notebook is a million objects without a cycle: looked at rarely, it loads faster."""
@@ -5878,7 +5875,7 @@ def collect_rarely(server, arguments):
 AT_START.append(collect_rarely)
 
 
-# ---- 46. Idle kernels --------------------------------------------------------------------------
+# ---- 45. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5906,7 +5903,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 47. What few clients ask for --------------------------------------------------------------
+# ---- 46. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6176,7 +6173,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 48. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 47. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6612,7 +6609,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 49. Other servers: list, stop -------------------------------------------------------------
+# ---- 48. Other servers: list, stop -------------------------------------------------------------
 
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
