@@ -20,12 +20,10 @@ Part I's extension points, and what is plugged in there:
 
     DOCUMENTS, UPGRADES    ways to read and write notebooks        byte for byte, old formats
     MEND                   what makes a notebook's cells whole     defaults
-    CONTENTS               subclasses of Contents, the last used   answers that are kept, leftovers
+    CONTENTS               subclasses of Contents, the last used   checkpoints, uploads, copies …
     CODEC                  how models become JSON and back         large things, piece by piece
-    REMARKS                what is not quite right in a notebook   what the schema says
-    SAVERS, MAKERS         other ways to save, to make a file      uploads, copies
     TEMPORARIES, FOLDERS   how a file is written, a folder held    locks, owners, leftovers
-    REPLACE, MOVE          other ways to replace, to move it       hard links and mounts, links
+    REPLACE                how a file takes another one's place    hard links, mounts
     AFTER_SAVE             functions, when a file was saved        journal
     KERNEL_EXTRAS          called with each new KernelProcess      journal, orphans, Under the hood
     kernel.on_request, on_publish, on_join, on_end                 journal
@@ -38,16 +36,14 @@ Part I's extension points, and what is plugged in there:
     ROUTES, OPEN_TO_ALL    method, path, endpoint                  login, checkpoints, many others
     HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
     CODINGS                transfer coding -> its reader           bodies in chunks
-    RANGES                 what part of a file is sent             ranges
     CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
-    RESOURCES              files of a kernel spec                  pictures
-    DATA_FOLDERS           where kernel specs are looked for       `jupyter --paths`
+    SPEC_FOLDERS           where kernel specs are looked for       `jupyter --paths`
     BEFORE, AFTER          functions of the handler                Under the hood, strangers
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
     COMMANDS               first word -> function                  list, stop, password
-    access.add_key         what else opens the server              password
+    ACCESS                 subclasses of Access, the last used     password, tokens in UTF-8
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
 
@@ -67,11 +63,16 @@ import sys
 
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger.
+# On the way it has glibc ask for large pages: half the time of a copy of a large notebook or
+# message is spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
 if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-    start = (f"import sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+    ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    start = (f"import os, sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
+             f"[os.environ.pop(name) for name in {[*ours]}]; "
              "import minijupyter; minijupyter.main()")
     flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-    os.execv(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]])
+    os.execve(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]],
+              {**os.environ, **ours})
 
 import argparse
 import atexit
@@ -193,27 +194,20 @@ CELL_FIELDS = {  # cell_type -> what it must have, of which type
     "code": {"source": (str, list), "outputs": list},
     "markdown": {"source": (str, list)}, "raw": {"source": (str, list)}}
 ID_MINOR = 5     # the minor version of nbformat 4 that gave cells an id
+is_json = re.compile(r"application/json|.*\+json", re.S).fullmatch
 is_id = re.compile(r"[A-Za-z0-9_-]{1,64}").fullmatch
 JSON = json.JSONDecoder(parse_constant=str)   # NaN, which JSON has not, is read as its name
-REQUEST = json.JSONDecoder(parse_constant=lambda name: None)
+REQUEST = json.JSONDecoder(parse_constant=lambda name: None)   # … or null, as from a browser
 UNTITLED = {"notebook": ("Untitled", ".ipynb"), "file": ("untitled", ""),
             "directory": ("Untitled Folder", "")}
 NOT_THERE = "not there"     # what a file must be for a save that may overwrite nothing
 LEFTOVERS = ("~", ".pyc", ".pyo")   # what no listing shows, as in Jupyter
 NO_CONTENT = {".ipynb_checkpoints", "__pycache__", ".DS_Store"}   # a folder with these is empty
-SAVERS = {}       # member of a model that is a number -> function(contents, path, model) to save it
-MAKERS = {}       # member of a POST's body -> function(handler, folder, body) -> the new model
-REMARKS = []      # functions(notebook) -> what is not quite right with it, or None
-MOVE = [os.rename]   # functions(old, new absolute path) to move a file: the last one is used
 AFTER_SAVE = []   # functions(server, path, model), called when a file was saved
 
 
 class NotANotebook(ValueError):
     """The text is no notebook that we can read; says what is wrong and where (a JSON pointer)."""
-
-
-def is_json_mime(mime):
-    return mime == "application/json" or mime.endswith("+json")
 
 
 def is_split_mime(mime):
@@ -233,7 +227,7 @@ def split(text):
     return re.findall(r"[^\n]*\n|[^\n]+", text) if isinstance(text, str) else text
 
 
-def map_strings(cell, convert, is_converted=lambda mime: not is_json_mime(mime)):
+def map_strings(cell, convert, is_converted=lambda mime: not is_json(mime)):
     """A copy of `cell` with `convert` applied to its source and to the text in its outputs."""
     cell = {**cell}
     if "source" in cell:
@@ -250,6 +244,32 @@ def map_output(output, convert, is_converted):
         return {**output, "data": {mime: convert(data) if is_converted(mime) else data
                                    for mime, data in output["data"].items()}}
     return output
+
+
+def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
+    return space.match(text, at).end()
+
+
+def skip(mark, text, at):
+    """Where the next thing begins, after the mark that must stand at `at`."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
+    return skip_space(text, at + 1)
+
+
+def read_entries(text, at, end_mark, read_entry):
+    """Read the JSON list or object that opens at `at`; returns where it ends.
+
+    `read_entry(at)` reads one entry and returns its end.
+    """
+    at = skip_space(text, at + 1)
+    is_empty = text.startswith(end_mark, at)
+    while not is_empty:
+        at = skip_space(text, read_entry(at))
+        if text.startswith(end_mark, at):
+            break
+        at = skip(",", text, at)
+    return at + 1
 
 
 class PlainDocument:
@@ -307,32 +327,28 @@ def current(notebook):
 
 
 def validate(notebook):
-    """Raise NotANotebook with the JSON pointer of the first part that nobody could draw."""
+    """Raise NotANotebook with the JSON pointer (RFC 6901) of the first part that nobody could
+    draw."""
     expect({"nbformat_minor": 0, **notebook}, NOTEBOOK_FIELDS)
     for i, cell in enumerate(notebook["cells"]):
-        expect(cell, ANY_CELL_FIELDS, "cells", i)
+        expect(cell, ANY_CELL_FIELDS, f"/cells/{i}")
         # Other types may come with a later minor version.
-        expect(cell, CELL_FIELDS.get(cell["cell_type"], {}), "cells", i)
+        expect(cell, CELL_FIELDS.get(cell["cell_type"], {}), f"/cells/{i}")
         outputs = cell.get("outputs", [])
         if not isinstance(outputs, list):
-            expect(cell, CELL_FIELDS["code"], "cells", i)
+            expect(cell, CELL_FIELDS["code"], f"/cells/{i}")
         for j, output in enumerate(outputs):
-            expect(output, OUTPUT_FIELDS, "cells", i, "outputs", j)
+            expect(output, OUTPUT_FIELDS, f"/cells/{i}/outputs/{j}")
 
 
-def expect(value, types, *where):
+def expect(value, types, where=""):
     if not isinstance(value, dict):
-        raise NotANotebook(f"{pointer(where)} must be an object")
+        raise NotANotebook(f"{where} must be an object")
     for key, kind in types.items():
         if not isinstance(value.get(key), kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             problem = f"must be of type {names}" if key in value else "is missing"
-            raise NotANotebook(f"{pointer((*where, key))} {problem}")
-
-
-def pointer(where):
-    """The JSON pointer (RFC 6901) of a part."""
-    return "".join(f"/{step}" for step in where)
+            raise NotANotebook(f"{where}/{key} {problem}")
 
 
 def as_served(notebook, cells):
@@ -349,17 +365,13 @@ def with_ids(cells):
         id, text = cell.get("id"), f"{number} "
         while not isinstance(id, str) or not is_id(id) or id in seen:
             text += str(join(cell.get("source", "")))
-            id = short_hash(text)
+            id = sha256(text.encode("utf-8", "replace"))[:8]
             text += " "
         if id != cell.get("id"):
             cell = {**cell, "id": id}
         seen.add(id)
         result.append(cell)
     return result
-
-
-def short_hash(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 def sha256(data):
@@ -392,21 +404,11 @@ def encode_text(text):
         return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text).encode()
 
 
-def read_json(data):
-    """The JSON value in a request's bytes; NaN, which JSON has not, is null, as from a browser."""
-    return REQUEST.decode(data.decode("utf-8-sig"))
-
-
 CODEC = {   # how models and long texts are read and written: at once
-    "model_json": to_json, "read_model": read_json, "decode_text": bytes.decode,
+    "model_json": to_json, "read_model": lambda data: REQUEST.decode(data.decode("utf-8-sig")),
+    "decode_text": bytes.decode,
     "encode_base64": lambda data: base64.b64encode(data).decode(),
     "decode_base64": lambda texts: base64.b64decode("".join(texts))}
-
-
-def remarks(notebook):
-    """{"message": what is not quite right} of a notebook that can be used all the same, else {}."""
-    found = [text for remark in REMARKS if notebook and (text := remark(notebook))]
-    return {"message": found[0]} if found else {}
 
 
 class Contents:
@@ -525,8 +527,7 @@ class Contents:
         """content, format and mimetype of a file's bytes. Without `form`, text when it is UTF-8."""
         if kind == "notebook":
             try:
-                notebook = self.document(data).served
-                return {"content": notebook, "format": "json", **remarks(notebook)}
+                return {"content": self.document(data).served, "format": "json"}
             except NotANotebook as problem:
                 text = f"Unreadable notebook {path}: {problem}"
                 raise Problem(400, text, "bad notebook") from None
@@ -555,12 +556,8 @@ class Contents:
             return self.saved.setdefault(os.path.realpath(absolute), threading.Lock())
 
     def save(self, path, model, expected=None, with_hash=False):
-        """Write a model's content, or let one of SAVERS do it. `expected` is the hash that the
-        file must have now, "*" (any) or NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns
-        (new model, was it created)."""
-        for member, save in SAVERS.items():
-            if isinstance(model.get(member), int):
-                return save(self, path, model)
+        """Write a model's content. `expected` is the hash that the file must have now, "*" (any) or
+        NOT_THERE; otherwise Problem 412 (RFC 9110 13.1). Returns (new model, was it created)."""
         absolute, kind = self.resolve(path), model.get("type")
         if kind not in UNTITLED:
             raise Problem(400, "type must be notebook, file or directory")
@@ -630,15 +627,19 @@ class Contents:
             raise Problem(400, f"Not saved, the content of {path} is not {form or 'text'}: "
                                f"{problem}") from None
 
-    def create(self, folder, kind="file", extension=""):
-        """A new, empty file, notebook or folder with a name of its own."""
+    def create(self, folder, wish):
+        """A new, empty file, notebook or folder, as the `type` and `ext` of the wish say, with a
+        name of its own."""
+        extension = wish.get("ext") or ""
+        kind = wish.get("type") or ("notebook" if extension == ".ipynb" else "file")
         stem, usual = UNTITLED.get(kind, UNTITLED["file"])
+        extension = usual if kind == "notebook" else extension or usual
         if not os.path.isdir(self.existing(folder)):
             raise Problem(400, f"{folder} is not a folder")
         data = self.written(new_notebook(), None).data if kind == "notebook" else b""
         joint = " " if kind == "directory" else ""
         while True:
-            path = self.free_name(folder, stem, extension or usual, joint)
+            path = self.free_name(folder, stem, extension, joint)
             try:
                 if kind == "directory":
                     os.mkdir(self.resolve(path))
@@ -667,8 +668,11 @@ class Contents:
         with self.lock, FOLDERS[-1](os.path.dirname(new)):
             if os.path.lexists(new) and not os.path.samefile(old, new):
                 raise Problem(409, f"{new_path} exists already")
-            MOVE[-1](old, new)
+            self.move(old, new)
         return self.model(new_path, new)
+
+    def move(self, old, new):
+        os.rename(old, new)
 
     def refuse_private(self, path, absolute):
         if any(is_within(folder, os.path.realpath(absolute)) for folder in self.private):
@@ -870,25 +874,20 @@ SPEC_FIELDS = {   # of a kernel.json -> what it must be, what it is when missing
 
 
 def usual_folders():
-    """Jupyter's data folders: the user's, this Python's, the system's."""
-    share = os.path.join("share", "jupyter")
-    return [JUPYTER_DATA, *(os.path.join(prefix, share)
-                            for prefix in (sys.prefix, "/usr/local", "/usr"))]
+    """Every folder of kernel specs: the user's, this Python's, the system's. The first one that
+    has a name wins."""
+    prefixes = [os.path.join(prefix, "share", "jupyter")
+                for prefix in (sys.prefix, "/usr/local", "/usr")]
+    return [os.path.join(path, "kernels") for path in (JUPYTER_DATA, *prefixes)]
 
 
-DATA_FOLDERS = [usual_folders]   # functions: the last one is used
-
-
-def spec_folders():
-    """Every folder of kernel specs: the first that has a name wins."""
-    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    return [os.path.join(path, "kernels") for path in (*DATA_FOLDERS[-1](), ipython)]
+SPEC_FOLDERS = [usual_folders]   # functions: the last one is used
 
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
     specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
-    for folder in spec_folders():
+    for folder in SPEC_FOLDERS[-1]():
         for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             name = entry.lower()
             key = name if name != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
@@ -2178,7 +2177,6 @@ class WebSocket:
         self.socket, self.protocol, self.extension = sock, protocol, extension
         self.parser = FrameParser(most_bytes, extension)
         self.first_bytes = first_bytes   # came glued to the handshake
-        self.messages = self.all_messages()
         self.is_closed = self.close_sent = False
         self.last_heard = self.last_ping = time.monotonic()
 
@@ -2221,14 +2219,6 @@ class WebSocket:
         """End the connection from another thread: its owner then sees its end."""
         with contextlib.suppress(OSError):   # TLS's own shutdown would let the owner go on in clear
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-
-    def receive(self):
-        """The next message, str or bytes; None when the connection is closed. Waits."""
-        return next(self.messages, None)
-
-    def all_messages(self):
-        while not self.is_closed:
-            yield from self.arrived()
 
     def arrived(self):
         """Yield the messages in what has arrived; wait for it. Answers pings and closes, in turn
@@ -2331,8 +2321,8 @@ def buffered(handler):
 # ---- 6. The bridge: a page's WebSocket, and the mailboxes of its kernel ------------------------
 #
 # One thread for each page waits for two things: what the page says, and its mailbox. A kernel's
-# message is four JSON parts, a page's is a JSON object with four such members: both ways they go on
-# as they came, and only headers are read.
+# message is four JSON parts, a page's is a JSON object with four such members. What a kernel says
+# goes on as it came, and only its headers are read.
 
 def splice(entry):
     """(opcode, payload) of an Entry in Jupyter's default protocol: its JSON as it came.
@@ -2361,10 +2351,13 @@ def join_parts(parts):
 
 def unsplice(message):
     """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
-    if isinstance(message, str):
-        return entry_of(message, [])
-    parts = split_parts(message)
-    return entry_of(parts[0].decode(), parts[1:])
+    text, *buffers = [message] if isinstance(message, str) else split_parts(message)
+    members = {"channel": "shell", "parent_header": {}, "metadata": {}, **json.loads(text)}
+    if not {"header", "content"} <= members.keys():
+        raise ValueError("a message needs a header and a content")
+    parts = [to_json(members[name])
+             for name in ("header", "parent_header", "metadata", "content")]
+    return Entry(members["channel"], parts, buffers)
 
 
 def split_parts(message):
@@ -2375,41 +2368,6 @@ def split_parts(message):
     except struct.error as problem:
         raise ValueError(f"a truncated binary message: {problem}") from None
     return [message[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-
-
-def entry_of(text, buffers):
-    """The Entry in a message's JSON, whose parts go on as they stand there."""
-    members = json_members(text)
-    if not {"header", "content"} <= members.keys():
-        raise ValueError("a message needs a header and a content")
-    parts = [members.get(name, "{}").encode()
-             for name in ("header", "parent_header", "metadata", "content")]
-    return Entry(json.loads(members.get("channel", '"shell"')), parts, buffers)
-
-
-def json_members(text):
-    """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
-    find_string, find_value = json.decoder.scanstring, json.JSONDecoder().raw_decode
-    members, at = {}, expect_token("{", text, 0)
-    while at < len(text) and text[at] != "}":
-        if members:
-            at = expect_token(",", text, at)
-        key, at = find_string(text, expect_token('"', text, at))
-        start = expect_token(":", text, at)
-        _, end = find_value(text, start)
-        members[key], at = text[start:end], expect_token("", text, end)
-    if expect_token("}", text, at) != len(text):
-        raise ValueError("there is something behind the JSON object")
-    return members
-
-
-def expect_token(token, text, at):
-    """Where text goes on behind white space, `token` and (but in a string) white space."""
-    match = re.compile(rf"[ \t\n\r]*{re.escape(token)}" + (r"[ \t\n\r]*" if token != '"' else "")
-                       ).match(text, at)
-    if not match:
-        raise ValueError(f"{token} is missing at character {at} of the JSON object")
-    return match.end()
 
 
 LAYOUTS = {None: (unsplice, splice)}   # subprotocol -> functions: message -> Entry, and back
@@ -2499,7 +2457,7 @@ class Bridge:
 # Three questions come before any handler. Is the Host one of ours? (Else a foreign name may point
 # here: DNS rebinding.) Does the client know the token, or has it the cookie that the token was
 # exchanged for? And if it is a cookie, which a browser sends along whoever asks: does the request
-# come from our own page? To let somebody in for another secret, call `Access.add_key`.
+# come from our own page?
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}  # RFC 9110 9.2.1
 METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
@@ -2525,33 +2483,18 @@ def is_loopback(ip):
     return ip.startswith(LOOPBACK) or ip == "localhost"
 
 
-def as_utf8(value):
-    """A header's text in UTF-8, as most clients send it, or else in Latin-1, as Python's do."""
-    try:
-        return value.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return value
-
-
 class Access:
     """What opens this server, and for whom. It knows requests by their headers alone."""
 
     def __init__(self, token, ip, port, base_url="/"):
         self.token, self.ip, self.base_url = token, ip, base_url
         self.is_secure = False   # True when cookies may go through TLS alone
-        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
         self.cookie_name = f"minijupyter-{port}"                # cookies do not know ports
-        self.cookie_value = self.new_cookie("")
+        self.cookie_value = self.new_cookie()
 
-    def new_cookie(self, about):
+    def new_cookie(self, about=""):
         """What a cookie says. It changes with the token, and with what else lets in."""
         return hmac.new(self.token.encode(), f"cookie {about}".encode(), "sha256").hexdigest()
-
-    def add_key(self, opens, about):
-        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
-        changed is out (CVE-2026-40934)."""
-        self.keys.append(opens)
-        self.cookie_value = self.new_cookie(about)
 
     def is_token(self, given):
         return same_secret(given, self.token)
@@ -2564,7 +2507,7 @@ class Access:
         """The token of the Authorization header or of the query; None when there is none."""
         scheme, _, value = headers.get("Authorization", "").partition(" ")
         if scheme.lower() in ("token", "bearer"):
-            return as_utf8(value.strip(" "))
+            return value.strip(" ")
         return query["token"][0] if "token" in query else None
 
     def cookie(self, headers, name):
@@ -2599,6 +2542,9 @@ class Access:
         return bool(xsrf) and same_secret(headers.get("X-XSRFToken") or given, xsrf)
 
 
+ACCESS = [Access]   # classes: the last one is used
+
+
 # ---- 8. HTTP: routes, handlers ----------------------------------------------------------------
 #
 # ROUTES is the whole API: method, pattern of the path, endpoint. An endpoint is a function of the
@@ -2609,7 +2555,6 @@ class Access:
 ROUTES = [
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
-    ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("POST", r"/api/shutdown", "shutdown_server"),
@@ -2619,7 +2564,6 @@ ROUTES = [
     ("PATCH", r"/api/contents/(.+)", "rename_contents"),
     ("DELETE", r"/api/contents(?:/(.*))?", "delete_contents"),
     ("GET", r"/api/kernelspecs", "list_kernelspecs"),
-    ("GET", r"/api/kernelspecs/([^/]+)", "get_kernelspec"),
     ("GET", r"/api/kernels", "list_kernels"),
     ("POST", r"/api/kernels", "start_kernel"),
     ("GET", rf"/api/kernels/{ID}", "get_kernel"),
@@ -2633,21 +2577,17 @@ ROUTES = [
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 ]
-OPEN_TO_ALL = {"version", "frame"}   # endpoints that need no token
+OPEN_TO_ALL = {"version"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
 ADMITTED = []  # … when it has shown the token or the cookie …
 AFTER = []     # … and when it is answered, or has become a WebSocket
 CHECKS = []    # functions(handler, JSON object of a body): Problem 400 for what cannot be wished
 CODINGS = {}   # transfer coding -> function(handler, most bytes) -> the body
-RESOURCES = [lambda handler, name, folder: {}]   # name of a file -> its address: the last one
-RANGES = [lambda header, size: (200, 0, size)]   # (status, start, end) of what is sent: the last
-PIECE = 1 << 18                       # bytes of a file that are read and sent at a time
 MOST_BODY = 1 << 30                   # bytes of a request; a notebook of a gigabyte is a mistake
 MOST_FORM = 1 << 16                   # bytes of a request from who is not let in yet
 MOST_DISCARDED = 1 << 20              # bytes of a refused request; more, and the connection ends
 MOST_HEAD, MOST_FIELDS = 1 << 16, 100   # bytes and lines of a head, as http.server allows
-MOST_REMEMBERED = 1 << 12             # bytes of a head or path whose meaning is kept
 STATUS_OF = {   # errno -> HTTP status of what the disk refuses
     errno.EACCES: 403, errno.EPERM: 403, errno.EROFS: 403, errno.ENOENT: 404, errno.ENOSPC: 507,
     errno.EDQUOT: 507, errno.EFBIG: 507, errno.ENAMETOOLONG: 400, errno.EEXIST: 409,
@@ -2660,22 +2600,6 @@ PAGE_POLICY = (
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
     "trusted-types inert")
-FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
-FRAME = b"""<!doctype html><meta charset="utf-8"><script>
-// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
-// answers with its height whenever that changes.
-addEventListener('message', event => {
-  if (event.source !== parent || typeof event.data.html !== 'string') return;
-  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
-    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
-    + '.observe(document.body)';
-  document.open();
-  document.write('<!doctype html><meta charset="utf-8">'
-    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
-    + event.data.html + '<script>' + tell + '</' + 'script>');
-  document.close();
-});
-</script>"""
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
 TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
@@ -2684,14 +2608,6 @@ HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=%:-]*")                           
 DIGITS = re.compile("[0-9]{1,18}")       # a longer number counts no bytes
 
 
-def remembered(function):
-    """A function of a text, with its last hundred results at hand: clients ask the same again and
-    again. Long texts are not kept, or a stranger could fill the memory with them."""
-    known = functools.lru_cache(100)(function)
-    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
-
-
-@remembered
 def routes_at(path):
     """{method: (endpoint, groups of its pattern)} of a path."""
     matches = [(method, endpoint, re.fullmatch(pattern, path, re.S))
@@ -2704,7 +2620,6 @@ class Headers:
     """The fields of a header section; their names have no case (RFC 9110 5.1)."""
 
     def __init__(self, fields=()):
-        self.fields = fields    # [(name, value)] in the order in which they came
         self.values = {}        # name in lower case -> [value]
         for name, value in fields:
             self.values.setdefault(name.lower(), []).append(value)
@@ -2715,12 +2630,6 @@ class Headers:
 
     def get_all(self, name, default=None):
         return self.values.get(name.lower(), default)
-
-    def items(self):
-        return self.fields
-
-    def __contains__(self, name):
-        return name.lower() in self.values
 
 
 NO_HEADERS = Headers()
@@ -2773,10 +2682,6 @@ class Head:
         return None
 
 
-parse_head = remembered(Head)
-
-
-@remembered
 def split_target(target):
     """(path, query, host that it names, most often "") of a request's target (RFC 9112 3.2);
     "//host/" is a path here, never a host. Problem 400."""
@@ -2799,10 +2704,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 75                     # seconds of silence before a kept-alive connection is closed
     wbufsize = 1 << 16               # headers and body leave together
     request_version = protocol_version   # for send_response, which knows HTTP/0.9 as well
-
-    def setup(self):
-        super().setup()
-        self.hangs_up = False    # True when the last we said is that the connection ends
+    parse_head, split_target, routes_at = map(staticmethod, (Head, split_target, routes_at))
 
     def handle(self):
         """Serve a connection to its end; a client that vanishes is no error."""
@@ -2811,7 +2713,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Answer a request; `close_connection` says that there will be no other."""
-        self.close_connection, self.is_answered, self.is_over = True, False, False
+        self.close_connection, self.is_answered = True, False
         self.command, self.path, self.headers, self.head = "", "", NO_HEADERS, None
         self.endpoint, self.query, self.body = type(self).answer, {}, b""
         self.head_bytes = self.read_head()
@@ -2850,28 +2752,19 @@ class Handler(BaseHTTPRequestHandler):
             self.end_request()
 
     def end_request(self):
-        """Tell once that the request is over."""
-        if not self.is_over:
-            self.is_over = True
-            for hear in AFTER:
-                hear(self)
+        """Tell that the request is over; of a WebSocket again when that ends."""
+        for hear in AFTER:
+            hear(self)
 
     def finish(self):
-        """Leave; a client that still sends a body which nobody reads gets its refusal first."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):   # the client is gone
             super().finish()
-            if self.hangs_up:
-                hang_up(self.connection)
 
     # -- the request --
 
     def read_head(self):
         """The next request line and header section, as far as their limit; what ends them is their
         empty line, or a line that no head can have. Empty when the client has no more to ask."""
-        ahead = self.rfile.peek(1)
-        end = ahead.find(b"\r\n\r\n") + 4
-        if end > 4 and ahead[:1] != b"\r":          # most often it comes in one piece
-            return self.rfile.read(end)
         head = line = self.rfile.readline(MOST_HEAD)
         if line == b"\r\n":                 # RFC 9112 2.2: some send one behind the last body
             head = line = self.rfile.readline(MOST_HEAD)
@@ -2887,14 +2780,14 @@ class Handler(BaseHTTPRequestHandler):
         if len(data) >= MOST_HEAD or data.count(b"\n") > MOST_FIELDS + 2:
             is_line = b"\n" not in data
             raise Problem(414 if is_line else 431, "The head of the request is too large")
-        head = self.head = parse_head(data)
+        head = self.head = self.parse_head(data)
         self.command, self.path, self.headers = head.method, head.target, head.headers
         self.close_connection = head.is_last
         self.body = None    # it is still to be read, or to be discarded
 
     def split_path(self):
         """`route` and `query` of the request line."""
-        path, query, self.named_host = split_target(self.path)
+        path, query, self.named_host = self.split_target(self.path)
         self.query = dict(query)
         base = self.server.base_url
         if not f"{path}/".startswith(base):
@@ -2940,7 +2833,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command not in METHODS:
             raise Problem(501, f"This server knows no {self.command}")   # RFC 9110 9.1
         method = "GET" if self.command == "HEAD" else self.command
-        routes = routes_at(self.route.rstrip("/") or "/")
+        routes = self.routes_at(self.route.rstrip("/") or "/")
         if method in routes:
             return routes[method]
         allowed = [*routes]
@@ -2971,7 +2864,7 @@ class Handler(BaseHTTPRequestHandler):
                 hear(self)
             shows_token = has_token and name in PAGES and "token" in self.query
             return not shows_token or self.move_token_to_cookie()
-        if name not in PAGES or not routes_at("/login"):
+        if name not in PAGES or not self.routes_at("/login"):
             raise Problem(403, "Forbidden: a valid token is needed")
         self.redirect(f"{self.server.base_url}login?next={quote(self.address_without_token())}")
         return False
@@ -2995,16 +2888,16 @@ class Handler(BaseHTTPRequestHandler):
     # -- the response --
 
     def send(self, status, data, content_type, headers=()):
-        """Send a whole response; HEAD gets the same headers and no body."""
+        """Send a whole response, bytes or a list of them; HEAD gets the same headers, no body."""
+        pieces = data if isinstance(data, list) else [data]
         if self.body is None:
             self.discard_body()
-        fields = {"Content-Type": content_type, "Content-Length": str(len(data)),
+        fields = {"Content-Type": content_type, "Content-Length": str(sum(map(len, pieces))),
                   "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
                   "Content-Security-Policy": API_POLICY, "Referrer-Policy": "no-referrer",
                   **dict(headers)}
         if status == 204:
             del fields["Content-Length"]       # RFC 9110 8.6
-        self.hangs_up = self.close_connection
         if self.close_connection or self.head.is_old:
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         self.log_request(status)
@@ -3017,7 +2910,8 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answered = True
         self.wfile.write(head)
         if self.command != "HEAD" and status != 204:
-            self.wfile.write(data)
+            for piece in pieces:
+                self.wfile.write(piece)
 
     def send_json(self, status, value, headers=()):
         self.send(status, b"" if value is None else to_json(value), "application/json", headers)
@@ -3045,13 +2939,7 @@ class Handler(BaseHTTPRequestHandler):
                                        "Last-Modified": written_date(model["last_modified"])})
 
     def log_request(self, code="-", size="-"):
-        """A line per request, when asked for; a query may hold the token and is left out."""
-        if log.level in ("debug", "info"):
-            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
-            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
-
-    def log_message(self, format, *values):
-        """What the standard library would say of bad requests is answered to them."""
+        """Nothing is said of a request in the terminal."""
 
     # -- pages and files --
 
@@ -3067,10 +2955,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, data, "text/html; charset=utf-8",
                   {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
 
-    def frame(self):
-        """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
-        self.send(200, FRAME, "text/html; charset=utf-8", {"Content-Security-Policy": FRAME_POLICY})
-
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
         absolute = self.server.contents.existing(path)
@@ -3083,25 +2967,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(absolute, headers)
 
     def send_file(self, path, headers):
-        """Send a file piece by piece, or the one range of it that is asked for (RFC 9110 14)."""
-        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            status, start, end = RANGES[-1](self.headers.get("Range"), size)
-            headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
-                       self.date_time_string(os.fstat(file.fileno()).st_mtime)}
-            if status != 200:
-                extent = f"{start}-{end - 1}" if end else "*"
-                headers["Content-Range"] = f"bytes {extent}/{size}"
-            self.send(status, b"", kind, {**headers, "Content-Length": str(end - start)})
-            file.seek(start)
-            while self.command != "HEAD" and start < end:
-                piece = file.read(min(PIECE, end - start))
-                if not piece:             # the file has become shorter: the length is a lie now
-                    self.close_connection = True
-                    break
-                self.wfile.write(piece)
-                start += len(piece)
+            kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+            self.send(200, file.read(), kind, headers)
 
     # -- /api --
 
@@ -3129,24 +2997,10 @@ class Handler(BaseHTTPRequestHandler):
             self.asked("content", "1", "01") == "1", self.asked("hash", "0", "01") == "1")
         written = iso(info.st_mtime if info else 0)
         headers = {"Last-Modified": written_date(written)}
-        if isinstance(answer, bytes):
-            return self.send(200, answer, "application/json", headers)
-        length = sum(map(len, answer))
-        self.send(200, b"", "application/json", {**headers, "Content-Length": str(length)})
-        if self.command != "HEAD":
-            self.wfile.writelines(answer)
+        self.send(200, answer, "application/json", headers)
 
     def create_contents(self, path):
-        body = self.json_body()
-        extension = body.get("ext") or ""
-        make = next((make for member, make in MAKERS.items() if body.get(member)), None)
-        if make:
-            model = make(self, path, body)
-        elif body.get("type") == "notebook" or not body.get("type") and extension == ".ipynb":
-            model = self.server.contents.create(path, "notebook")
-        else:
-            model = self.server.contents.create(path, body.get("type"), extension)
-        self.send_contents(201, model)
+        self.send_contents(201, self.server.contents.create(path, self.json_body()))
 
     def save_contents(self, path):
         expected = (NOT_THERE if self.headers.get("If-None-Match") == "*" else
@@ -3156,8 +3010,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.create_contents(path)
         model, is_new = self.server.contents.save(
             path, body, expected, with_hash=self.asked("hash") == "1")
-        if model["type"] == "notebook":
-            model.update(remarks(body.get("content")))
         for hear in AFTER_SAVE:
             hear(self.server, path, model)
         self.send_contents(201 if is_new else 200, model)
@@ -3179,15 +3031,9 @@ class Handler(BaseHTTPRequestHandler):
         specs = {name: self.spec_model(name, *found) for name, found in find_specs().items()}
         return {"default": DEFAULT_KERNEL, "kernelspecs": specs}
 
-    def get_kernelspec(self, name):
-        found = find_specs().get(name.lower())
-        if not found:
-            raise Problem(404, f"Kernel spec {name} not found")
-        return self.spec_model(name, *found)
-
     def spec_model(self, name, spec, folder):
-        """A kernel spec as the API gives it; its resources are the files beside its kernel.json."""
-        return {"name": name, "spec": spec, "resources": RESOURCES[-1](self, name, folder)}
+        """A kernel spec as the API gives it; its resources are some of the files in its folder."""
+        return {"name": name, "spec": spec, "resources": {}}
 
     def list_kernels(self):
         return [kernel.model() for kernel in list(self.server.kernels.all.values())]
@@ -3256,7 +3102,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((ip, port), HANDLERS[-1])
         self.ip, self.base_url, self.scheme = ip, base_url, "http"
         self.wrap = lambda sock: sock   # what connections speak through; TLS replaces it
-        self.access = Access(token, ip, self.server_port, base_url)
+        self.access = ACCESS[-1](token, ip, self.server_port, base_url)
         self.contents = CONTENTS[-1](root, allow_hidden, private=[RUNTIME])
         self.kernels = Kernels(self.contents)
         self.sessions = Sessions(self.kernels)
@@ -3295,9 +3141,6 @@ SERVERS = [Server]     # classes: the last one is used
 
 # ---- 9. main: options, commands ----------------------------------------------------------------
 #
-# Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
-# finds it, and `list` below: its address, its process, its token (only its owner may read it).
-#
 # To add an option, add a row to OPTIONS, and to AT_START a function that obeys it. To add a
 # command, write a function of its words whose docstring says how it is called and what it does.
 
@@ -3311,9 +3154,6 @@ OPTIONS = [   # (names, what argparse wants to know of it)
     (["--base-url"], {"default": "/", "metavar": "PATH",
                       "help": "what all its addresses begin with"}),
     (["--allow-hidden"], {"action": "store_true", "help": "show and serve hidden files"}),
-    (["--log-level"], {"choices": LEVELS, "default": "warning", "metavar": "LEVEL", "help":
-                       f"{', '.join(LEVELS)}; info prints a line for each request "
-                       "(default: %(default)s)"}),
     (["--no-browser"], {"action": "store_true", "help": "do not open a browser"}),
 ]
 AT_START = []   # functions (server, arguments): when it listens, before it answers
@@ -3365,23 +3205,6 @@ def open_server(arguments):
                 sys.exit(f"Cannot listen on {arguments.ip}:{port}: {reason}")
 
 
-@contextlib.contextmanager
-def announced(server):
-    """The server's file in the runtime folder, as long as it runs (jupyter_server's fields)."""
-    path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
-    write_secret(path, json.dumps({
-        "base_url": server.base_url, "hostname": server.ip,
-        "password": len(server.access.keys) > 1,
-        "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
-        "secure": server.scheme == "https", "sock": "", "token": server.access.token,
-        "url": server.url, "version": __version__}, indent=2))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
 def stop(signum, frame):
     raise KeyboardInterrupt
 
@@ -3391,25 +3214,20 @@ def main():
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
     arguments = parse_arguments()
-    log.level = arguments.log_level
     server = open_server(arguments)
     for obey in AT_START:
         obey(server, arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    # A large notebook is a million objects without a cycle: looked at rarely, it loads much faster.
-    gc.freeze()
-    gc.set_threshold(100_000, *gc.get_threshold()[1:])
-    with announced(server):
-        print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
-              f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
-        if not is_loopback(server.ip) and server.scheme == "http":
-            print("Other machines can reach it, and the network between can read along.",
-                  flush=True)
-        if not arguments.no_browser:
-            import webbrowser
-            threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
-        serve(server)
+    print(f"MiniJupyter {__version__} serves {server.contents.root}\n\n    "
+          f"{server.address()}\n\nCtrl-C stops it and its kernels.", flush=True)
+    if not is_loopback(server.ip) and server.scheme == "http":
+        print("Other machines can reach it, and the network between can read along.",
+              flush=True)
+    if not arguments.no_browser:
+        import webbrowser
+        threading.Thread(target=webbrowser.open, args=[server.address()], daemon=True).start()
+    serve(server)
 
 
 def serve(server):
@@ -3433,39 +3251,43 @@ def serve(server):
 #    10 Byte for byte                            DOCUMENTS
 #    11 Cells that are not whole                 MEND
 #    12 Old formats                              UPGRADES
-#    13 What the schema says                     REMARKS
+#    13 What the schema says                     CONTENTS
 #    14 Large things, a little at a time         CODEC
 #    15 Names that no client could send back     CONTENTS
 #    16 Fewer questions to the disk              CONTENTS
 #    17 Many servers, owners, crashes            TEMPORARIES, FOLDERS, CONTENTS
 #    18 What was read or asked for a moment ago  CONTENTS
 #    19 Files that cannot be replaced            REPLACE, CONTENTS
-#    20 Links that lead where they led           MOVE
-#    21 Copies                                   MAKERS
-#    22 Checkpoints                              ROUTES, CONTENTS
-#    23 Uploads in pieces                        SAVERS
-#    24 What Jupyter refuses and guesses         CONTENTS, CHECKS
-#    25 Ranges                                   RANGES
-#    26 Bodies in chunks, or on demand           CODINGS, HANDLERS
+#    20 Links and copies                         CONTENTS
+#    21 Checkpoints                              ROUTES, CONTENTS
+#    22 Uploads in pieces                        CONTENTS
+#    23 What Jupyter refuses and guesses         CONTENTS
+#    24 Ranges                                   HANDLERS
+#    25 Bodies                                   CODINGS, HANDLERS
+#    26 What clients ask again and again         HANDLERS
 #    27 Clients that send drop by drop           HANDLERS
 #    28 Strangers                                HANDLERS, SERVERS, ADMITTED, AFTER
-#    29 Where Jupyter looks                      DATA_FOLDERS
-#    30 Pictures of kernels                      ROUTES, RESOURCES
+#    29 Where Jupyter looks                      SPEC_FOLDERS
+#    30 Pictures of kernels                      ROUTES, HANDLERS
 #    31 Wishes that cannot be fulfilled          CHECKS, SPEC_CHECKS
 #    32 The journal                              KERNEL_EXTRAS, FOLLOWERS, OWN_CHANNELS, AFTER_SAVE
 #    33 Orphans                                  KERNEL_EXTRAS
 #    34 Windows                                  OUTPUTS
-#    35 The other layout of messages             LAYOUTS
-#    36 Compression                              EXTENSIONS
-#    37 However a secret is spelled              SPELLINGS
-#    38 Login                                    ROUTES, OPEN_TO_ALL, OPTIONS, AT_START, COMMANDS
-#    39 TLS                                      OPTIONS, AT_START
-#    40 How kernels are reached                  PORTS, OPTIONS, AT_START
-#    41 Ports that others took                   REPAIRS
-#    42 Idle kernels                             OPTIONS, AT_START
-#    43 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    44 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    45 Other servers                            COMMANDS
+#    35 What a page says, as it stands           LAYOUTS
+#    36 The other layout of messages             LAYOUTS
+#    37 Compression                              EXTENSIONS
+#    38 However a secret is spelled              SPELLINGS, ACCESS
+#    39 Login                                    ACCESS, ROUTES, OPEN_TO_ALL, OPTIONS, COMMANDS
+#    40 TLS                                      OPTIONS, AT_START
+#    41 How kernels are reached                  PORTS, OPTIONS, AT_START
+#    42 Ports that others took                   REPAIRS
+#    43 Outputs with scripts                     ROUTES, OPEN_TO_ALL
+#    44 What the terminal shows                  HANDLERS, OPTIONS, AT_START
+#    45 Few garbage collections                  AT_START
+#    46 Idle kernels                             OPTIONS, AT_START
+#    47 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    48 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    49 Other servers                            COMMANDS, AT_START
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -3477,32 +3299,6 @@ def serve(server):
 
 BOM = codecs.BOM_UTF8
 to_text = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
-    return space.match(text, at).end()
-
-
-def skip(mark, text, at):
-    """Where the next thing begins, after the mark that must stand at `at`."""
-    if not text.startswith(mark, at):
-        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
-    return skip_space(text, at + 1)
-
-
-def read_entries(text, at, end_mark, read_entry):
-    """Read the JSON list or object that opens at `at`; returns where it ends.
-
-    `read_entry(at)` reads one entry and returns its end.
-    """
-    at = skip_space(text, at + 1)
-    is_empty = text.startswith(end_mark, at)
-    while not is_empty:
-        at = skip_space(text, read_entry(at))
-        if text.startswith(end_mark, at):
-            break
-        at = skip(",", text, at)
-    return at + 1
 
 
 class NotebookReader:
@@ -3756,6 +3552,7 @@ DOCUMENTS.append(NotebookFile)
 
 
 # ---- 11. Cells that are not whole --------------------------------------------------------------
+
 DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's new value
     "code": {"source": str, "outputs": list, "metadata": dict, "execution_count": type(None)},
     "markdown": {"source": str, "metadata": dict}, "raw": {"source": str, "metadata": dict}}
@@ -3895,7 +3692,25 @@ def strangers(where, part, kind):
         yield f"{where}/{name} is not allowed"
 
 
-REMARKS.append(validation_message)
+class RemarkingContents(CONTENTS[-1]):
+    """Adds what is not quite right in a notebook to its model, when it is read or saved."""
+
+    def content(self, path, kind, form, data):
+        return self.with_remark(super().content(path, kind, form, data), kind)
+
+    def save(self, path, model, *arguments, **options):
+        saved, is_new = super().save(path, model, *arguments, **options)
+        message = self.with_remark({"content": model.get("content")}, saved["type"])
+        message.pop("content")
+        return {**saved, **message}, is_new
+
+    def with_remark(self, model, kind):
+        notebook = model["content"] if kind == "notebook" else None
+        message = notebook and validation_message(notebook)
+        return {**model, "message": message} if message else model
+
+
+CONTENTS.append(RemarkingContents)
 
 
 # ---- 14. Large things, a little at a time ------------------------------------------------------
@@ -4054,9 +3869,11 @@ CODEC.update(model_json=model_json, read_model=read_model, decode_text=decode_te
 
 
 # ---- 15. Names that no client could send back --------------------------------------------------
+
 class HonestContents(CONTENTS[-1]):
+    """Says of a folder how much in it is not listed."""
+
     def get(self, path, kind=None, form=None, content=True, with_hash=False):
-        """Of a folder also how much in it is not listed."""
         model = super().get(path, kind, form, content, with_hash)
         if model["type"] == "directory" and content:
             names = os.listdir(self.existing(path))
@@ -4072,7 +3889,10 @@ CONTENTS.append(HonestContents)
 
 
 # ---- 16. Fewer questions to the disk -----------------------------------------------------------
+
 class QuickContents(CONTENTS[-1]):
+    """Asks the disk once for each name of a path, and once for each file in a folder."""
+
     def follow(self, absolute):
         """(real path, os.stat_result or None) of a path below the root. The root is real: only
         what comes after it can be a link, and one question to the disk per name tells."""
@@ -4209,6 +4029,8 @@ def remove_if_unlocked(path):
 
 
 class TidyContents(CONTENTS[-1]):
+    """Removes leftovers where files are first listed or saved."""
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         tidy(self.root)
@@ -4433,6 +4255,8 @@ def or_write_over(target, replace, data, look):
 
 
 class FinishingContents(CONTENTS[-1]):
+    """Finishes what a killed server was writing, before anything is read."""
+
     def __init__(self, *arguments, **options):
         finish_records()
         super().__init__(*arguments, **options)
@@ -4442,7 +4266,7 @@ REPLACE.append(or_write_over)
 CONTENTS.append(FinishingContents)
 
 
-# ---- 20. Links that lead where they led --------------------------------------------------------
+# ---- 20. Links and copies: relative links lead where they led ----------------------------------
 
 def move(old, new):
     """Rename a file or folder; links lead where they led."""
@@ -4472,10 +4296,15 @@ def mend_links(tree, came_from):
                     os.symlink(os.path.relpath(aim, folder), link)
 
 
-MOVE.append(move)
+class LeadingContents(CONTENTS[-1]):
+    """Moves files so that links lead where they led."""
+
+    def move(self, old, new):
+        move(old, new)
 
 
-# ---- 21. Copies ----------------------------------------------------------------------------------
+CONTENTS.append(LeadingContents)
+
 
 class Copies:
     """Copies of files and folders below the root of `contents`."""
@@ -4548,12 +4377,17 @@ class Copies:
                        for private in self.contents.private)]
 
 
-def copy_from(handler, folder, body):
-    """POST with a member `copy_from`: the path of a file or folder."""
-    return Copies(handler.server.contents).copy(body["copy_from"], folder)
+class CopyingContents(CONTENTS[-1]):
+    """Makes a copy where a new file is wished with a `copy_from`."""
+
+    def create(self, folder, wish):
+        """POST with a member `copy_from`: the path of a file or folder."""
+        if source := wish.get("copy_from"):
+            return Copies(self).copy(source, folder)
+        return super().create(folder, wish)
 
 
-MAKERS["copy_from"] = copy_from
+CONTENTS.append(CopyingContents)
 
 
 @contextlib.contextmanager
@@ -4565,7 +4399,7 @@ def removed_on_error(folder):
         raise
 
 
-# ---- 22. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
+# ---- 21. Checkpoints: one per file, beside it in .ipynb_checkpoints ----------------------------
 
 class Checkpoints:
     """The one checkpoint of each file. The methods raise Problem or OSError."""
@@ -4665,7 +4499,7 @@ class CheckedContents(CONTENTS[-1]):
 CONTENTS.append(CheckedContents)
 
 
-# ---- 23. Uploads in pieces: a model with a chunk's number --------------------------------------
+# ---- 22. Uploads in pieces: a model with a chunk's number --------------------------------------
 
 def put_in_place(temporary):
     """The same for bytes that are in a temporary file already."""
@@ -4762,12 +4596,28 @@ def save_chunk(contents, path, model):
     return contents.model(path, gathering or absolute), not gathering and not was_there
 
 
+class UploadedContents(CONTENTS[-1]):
+    """Saves a model that has a chunk's number as a piece of its file."""
+
+    def save(self, path, model, *arguments, **options):
+        if isinstance(model.get("chunk"), int):
+            return save_chunk(self, path, model)
+        return super().save(path, model, *arguments, **options)
+
+
 UPLOADS = Uploads()
-SAVERS["chunk"] = save_chunk
+CONTENTS.append(UploadedContents)
 
 
-# ---- 24. What Jupyter refuses and guesses ---------------------------------------------
+# ---- 23. What Jupyter refuses and guesses ------------------------------------------------------
+
 class JupytersContents(CONTENTS[-1]):
+    """Answers 400 for what is hidden, as Jupyter Server does, and guesses a file's type."""
+
+    def create(self, folder, wish):
+        self.refuse_hidden("copy", str(wish.get("copy_from") or ""))
+        return super().create(folder, wish)
+
     def save(self, path, model, *arguments, **options):
         self.refuse_hidden("create", path)
         model = {**model, "type": self.kind_of(path, model)}
@@ -4800,16 +4650,13 @@ class JupytersContents(CONTENTS[-1]):
         return kind
 
 
-def refuse_hidden_source(handler, body):
-    if handler.name == "create_contents" and body.get("copy_from"):
-        handler.server.contents.refuse_hidden("copy", str(body["copy_from"]))
-
-
 CONTENTS.append(JupytersContents)
-CHECKS.append(refuse_hidden_source)
 
 
-# ---- 25. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+# ---- 24. Ranges: a part of a file (RFC 9110 14) ------------------------------------------------
+
+PIECE = 1 << 18    # bytes of a file that are read and sent at a time
+
 
 def range_of(header, size):
     """(status, start, end) for a Range header; only a single range of bytes is obeyed."""
@@ -4826,10 +4673,36 @@ def range_of(header, size):
     return (206, start, end) if start < end else (416, 0, 0)
 
 
-RANGES.append(range_of)
+class RangingHandler(HANDLERS[-1]):
+    """Sends a file piece by piece, or the one range of it that is asked for."""
+
+    def send_file(self, path, headers):
+        """Of several ranges none is obeyed (RFC 9110 14)."""
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            status, start, end = range_of(self.headers.get("Range"), size)
+            headers = {**headers, "Accept-Ranges": "bytes", "Last-Modified":
+                       self.date_time_string(os.fstat(file.fileno()).st_mtime)}
+            if status != 200:
+                extent = f"{start}-{end - 1}" if end else "*"
+                headers["Content-Range"] = f"bytes {extent}/{size}"
+            self.send(status, b"", kind, {**headers, "Content-Length": str(end - start)})
+            file.seek(start)
+            while self.command != "HEAD" and start < end:
+                piece = file.read(min(PIECE, end - start))
+                if not piece:             # the file has become shorter: the length is a lie now
+                    self.close_connection = True
+                    break
+                self.wfile.write(piece)
+                start += len(piece)
 
 
-# ---- 26. Bodies in chunks, or on demand --------------------------------------------------------
+HANDLERS.append(RangingHandler)
+
+
+# ---- 25. Bodies: in chunks, on demand, refused -------------------------------------------------
+
 MOST_CHUNK_LINE = 1 << 12             # bytes of a chunk's size with its extensions
 CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:[ \t]*;{TEXT_BYTES})?")   # RFC 9112 7.1
 
@@ -4891,11 +4764,55 @@ class AskingHandler(HANDLERS[-1]):
             self.close_connection, self.body = True, b""
 
 
+class LastingHandler(AskingHandler):
+    """A client that still sends a body which nobody reads gets its refusal first."""
+
+    hangs_up = False    # True when the last we said is that the connection ends
+
+    def send(self, *arguments):
+        super().send(*arguments)
+        self.hangs_up = self.close_connection
+
+    def finish(self):
+        super().finish()
+        if self.hangs_up:
+            hang_up(self.connection)
+
+
 CODINGS["chunked"] = read_chunks
-HANDLERS.append(AskingHandler)
+HANDLERS += [AskingHandler, LastingHandler]
+
+
+# ---- 26. What clients ask again and again ------------------------------------------------------
+
+MOST_REMEMBERED = 1 << 12      # bytes of a head or path whose meaning is kept
+
+
+def remembered(function):
+    """A function of a text, with its last hundred results at hand: clients ask the same again and
+    again. Long texts are not kept, or a stranger could fill the memory with them."""
+    known = functools.lru_cache(100)(function)
+    return lambda text: known(text) if len(text) <= MOST_REMEMBERED else function(text)
+
+
+class RememberingHandler(HANDLERS[-1]):
+    """Reads a head in one go, and understands what it has just understood at once."""
+
+    parse_head, split_target, routes_at = (staticmethod(remembered(function)) for function in (
+        Head, split_target, routes_at))
+
+    def read_head(self):
+        """Most often it comes in one piece."""
+        ahead = self.rfile.peek(1)
+        end = ahead.find(b"\r\n\r\n") + 4
+        return self.rfile.read(end) if end > 4 and ahead[:1] != b"\r" else super().read_head()
+
+
+HANDLERS.append(RememberingHandler)
 
 
 # ---- 27. Clients that send drop by drop --------------------------------------------------------
+
 HEAD_SECONDS = BODY_SECONDS = 20      # that a head and a body may take, and as much longer as
 SLOWEST = 500                         # bytes arrive in each second (Apache's mod_reqtimeout)
 
@@ -4963,6 +4880,7 @@ HANDLERS.append(ImpatientHandler)
 
 
 # ---- 28. Strangers -----------------------------------------------------------------------------
+
 MOST_STRANGERS = 128        # connections without a token; a browser makes six to a server
 SHORTAGE_SECONDS = 0.1      # until descriptors may be free again
 
@@ -5024,6 +4942,8 @@ class CountedHandler(HANDLERS[-1]):
 
 
 class FrugalServer(SERVERS[-1]):
+    """Knows its strangers, and cuts one off when descriptors run short."""
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.strangers = Strangers(most_strangers())
@@ -5040,24 +4960,25 @@ class FrugalServer(SERVERS[-1]):
             raise    # socketserver waits for the next
 
 
-def is_known(handler):
+def leave_strangers(handler):
     if handler.is_stranger:
         handler.is_stranger = False
         handler.server.strangers.remove(handler.connection)
 
 
-def is_answered(handler):
+def stay_a_stranger(handler):
     if handler.is_stranger:
         handler.server.strangers.add(handler.connection)
 
 
 HANDLERS.append(CountedHandler)
 SERVERS.append(FrugalServer)
-ADMITTED.append(is_known)
-AFTER.append(is_answered)
+ADMITTED.append(leave_strangers)
+AFTER.append(stay_a_stranger)
 
 
 # ---- 29. Where Jupyter looks -------------------------------------------------------------------
+
 def data_folders():
     """Jupyter's data folders in the order in which they are searched (as `jupyter --paths`)."""
     import site
@@ -5091,10 +5012,17 @@ def is_set(name):
     return value not in ("no", "n", "false", "off", "0", "0.0")
 
 
-DATA_FOLDERS.append(data_folders)
+def spec_folders():
+    """Every folder of kernel specs; IPython's is where they were before there was Jupyter."""
+    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+    return [os.path.join(path, "kernels") for path in (*data_folders(), ipython)]
+
+
+SPEC_FOLDERS.append(spec_folders)
 
 
 # ---- 30. Pictures of kernels -------------------------------------------------------------------
+
 LOGO_FILE = "logo-svg.svg"    # of our own kernel
 LOGO = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 <rect width="64" height="64" rx="12" fill="#306998"/>
@@ -5123,7 +5051,15 @@ def kernelspec_file(handler, name, file):
     handler.send_file(path, {"Cache-Control": "max-age=2592000" if is_picture else "no-cache"})
 
 
-RESOURCES.append(resources)
+class PicturesHandler(HANDLERS[-1]):
+    """Says where the files of a kernel spec are."""
+
+    def spec_model(self, name, spec, folder):
+        return {**super().spec_model(name, spec, folder),
+                "resources": resources(self, name, folder)}
+
+
+HANDLERS.append(PicturesHandler)
 ROUTES.append(("GET", r"/kernelspecs/([^/]+)/(.+)", kernelspec_file))
 
 
@@ -5555,7 +5491,62 @@ class PortableOutput:
 OUTPUTS[False] = PortableOutput
 
 
-# ---- 35. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
+# ---- 35. What a page says, as it stands --------------------------------------------------------
+#
+# A page may send a message of many megabytes. While Python reads and writes that anew, all other
+# threads wait. So its four parts are cut out of the page's JSON and go on as they stand there.
+
+def unsplice_as_it_stands(message):
+    """The Entry in a page's WebSocket message, text or binary; raises ValueError."""
+    if isinstance(message, str):
+        return entry_of(message, [])
+    parts = split_parts(message)
+    return entry_of(parts[0].decode(), parts[1:])
+
+
+def entry_of(text, buffers):
+    """The Entry in a message's JSON, whose parts go on as they stand there."""
+    members = json_members(text)
+    if not {"header", "content"} <= members.keys():
+        raise ValueError("a message needs a header and a content")
+    parts = [members.get(name, "{}").encode()
+             for name in ("header", "parent_header", "metadata", "content")]
+    return Entry(json.loads(members.get("channel", '"shell"')), parts, buffers)
+
+
+def json_members(text):
+    """{key: its value, still as JSON} of the object in `text`. Raises ValueError."""
+    find_string, find_value = json.decoder.scanstring, JSON.raw_decode
+    members, at = {}, expect_token("{", text, 0)
+    while at < len(text) and text[at] != "}":
+        if members:
+            at = expect_token(",", text, at)
+        key, at = find_string(text, expect_token('"', text, at))
+        start = expect_token(":", text, at)
+        _, end = find_value(text, start)
+        members[key], at = text[start:end], expect_token("", text, end)
+    if expect_token("}", text, at) != len(text):
+        raise ValueError("there is something behind the JSON object")
+    return members
+
+
+WHITE = r"[ \t\n\r]*"
+TOKENS = {token: re.compile(WHITE + re.escape(token) + WHITE * (token != '"'))
+          for token in ("{", "}", ",", ":", '"', "")}   # behind a quotation mark a string begins
+
+
+def expect_token(token, text, at):
+    """Where text goes on behind white space, `token` and (but in a string) white space."""
+    match = TOKENS[token].match(text, at)
+    if not match:
+        raise ValueError(f"{token} is missing at character {at} of the JSON object")
+    return match.end()
+
+
+LAYOUTS[None] = unsplice_as_it_stands, splice
+
+
+# ---- 36. The other layout of messages: v1.kernel.websocket.jupyter.org -------------------------
 
 V1 = "v1.kernel.websocket.jupyter.org"
 
@@ -5588,7 +5579,7 @@ def unsplice_v1(message):
 LAYOUTS[V1] = unsplice_v1, splice_v1
 
 
-# ---- 36. Compression: permessage-deflate (RFC 7692) --------------------------------------------
+# ---- 37. Compression: permessage-deflate (RFC 7692) --------------------------------------------
 #
 # Each message is compressed by itself, "no context takeover", so that no connection keeps a window
 # of 32 kB for later.
@@ -5669,7 +5660,8 @@ def deflate_afar(handler):
 EXTENSIONS.append(deflate_afar)
 
 
-# ---- 37. However a secret is spelled -----------------------------------------------------------
+# ---- 38. However a secret is spelled -----------------------------------------------------------
+
 def spellings(secret):
     """A pattern of bytes: the secret as it is, and as it stands in addresses (RFC 3986 2.1, once
     or twice encoded), forms, JSON, HTML and in headers in Latin-1."""
@@ -5694,10 +5686,26 @@ def spellings_of_character(each):
     return b"(?i:%b)" % b"|".join(ways)
 
 
+def as_utf8(value):
+    """A header's text, which was read as Latin-1, as UTF-8 where it is that."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+class TolerantAccess(ACCESS[-1]):
+    """Takes a token in a header in UTF-8, as most clients send it, or in Latin-1, as Python's."""
+
+    def is_token(self, given):
+        return super().is_token(given) or super().is_token(as_utf8(given))
+
+
 SPELLINGS.append(spellings)
+ACCESS.append(TolerantAccess)
 
 
-# ---- 38. Login: forms, passwords ---------------------------------------------------------------
+# ---- 39. Login: forms, passwords ---------------------------------------------------------------
 #
 # Who opens a page without a cookie is led to a form, which takes the token. A password lets in as
 # well, when one is set; the server knows only its hash. It is taken by the form alone: to look at
@@ -5832,6 +5840,23 @@ def hash_of_password(text):
     return text
 
 
+class KeyRing(ACCESS[-1]):
+    """Opens for what else a login takes."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.keys = [self.is_token]   # functions of a text, is it one that a login takes
+
+    def add_key(self, opens, about):
+        """Take at a login as well a text for which `opens` is true. Who was let in before `about`
+        changed is out (CVE-2026-40934)."""
+        self.keys.append(opens)
+        self.cookie_value = self.new_cookie(about)
+
+
+ACCESS.append(KeyRing)
+
+
 def let_password_in(server, arguments):
     hash = arguments.password
     if hash == "":
@@ -5852,7 +5877,7 @@ AT_START.append(let_password_in)
 COMMANDS["password"] = print_password
 
 
-# ---- 39. TLS -----------------------------------------------------------------------------------
+# ---- 40. TLS -----------------------------------------------------------------------------------
 
 OPTIONS += [
     (["--certfile"], {"metavar": "PEM", "help": "certificate: the server speaks https"}),
@@ -5879,7 +5904,7 @@ def speak_tls(server, arguments):
 AT_START.append(speak_tls)
 
 
-# ---- 40. How kernels are reached ---------------------------------------------------------------
+# ---- 41. How kernels are reached ---------------------------------------------------------------
 
 SOCKETS = os.path.join(RUNTIME, "sockets")
 MOST_SOCKET_PATH = 103   # bytes of a socket file's path (macOS; Linux has 107)
@@ -5895,14 +5920,20 @@ def knows_local(spec):
         or any("ipykernel" in word for word in spec["argv"]))
 
 
+def can_be_socket(path):
+    """False for a path that is too long, or (to ZeroMQ) no text."""
+    try:
+        return len(path.encode()) <= MOST_SOCKET_PATH
+    except UnicodeEncodeError:
+        return False
+
+
 def socket_files(kernel):
     """The same as files, for kernels that can. Nobody else on this machine can reach a file in a
     folder of ours; a port anybody can."""
     # Named without the kernel's id: `jupyter console --existing ID` takes any file that has it.
     prefix = os.path.join(SOCKETS, secrets.token_hex(4))
-    is_too_long = len(os.fsencode(f"{prefix}-5")) > MOST_SOCKET_PATH
-    # ZeroMQ takes no address that is not UTF-8, which is not printable.
-    if not knows_local(kernel.spec) or is_too_long or not prefix.isprintable():
+    if not knows_local(kernel.spec) or not can_be_socket(f"{prefix}-5"):
         return free_ports(kernel)
     kernel.files += [f"{prefix}-{number}" for number in range(1, 6)]   # most kernels leave them
     return range(1, 6), {"ip": prefix, "transport": "ipc"}
@@ -5917,7 +5948,7 @@ PORTS.append(socket_files)
 AT_START.append(choose_transport)
 
 
-# ---- 41. Ports that others took ----------------------------------------------------------------
+# ---- 42. Ports that others took ----------------------------------------------------------------
 #
 # Between the choice of a port and its kernel's start another program may take it.
 
@@ -5954,7 +5985,71 @@ def any_is_taken(connection):
 REPAIRS.append(lost_a_port)
 
 
-# ---- 42. Idle kernels --------------------------------------------------------------------------
+# ---- 43. Outputs with scripts ------------------------------------------------------------------
+
+FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
+FRAME = b"""<!doctype html><meta charset="utf-8"><script>
+// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
+// answers with its height whenever that changes.
+addEventListener('message', event => {
+  if (event.source !== parent || typeof event.data.html !== 'string') return;
+  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
+    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
+    + '.observe(document.body)';
+  document.open();
+  document.write('<!doctype html><meta charset="utf-8">'
+    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
+    + event.data.html + '<script>' + tell + '</' + 'script>');
+  document.close();
+});
+</script>"""
+
+
+def frame(handler):
+    """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
+    handler.send(200, FRAME, "text/html; charset=utf-8",
+                 {"Content-Security-Policy": FRAME_POLICY})
+
+
+ROUTES.append(("GET", "/frame", frame))
+OPEN_TO_ALL.add("frame")
+
+
+# ---- 44. What the terminal shows ---------------------------------------------------------------
+
+class LoggingHandler(HANDLERS[-1]):
+    """Prints a line for each request."""
+
+    def log_request(self, code="-", size="-"):
+        """A line per request, when asked for; a query may hold the token and is left out."""
+        if log.level in ("debug", "info"):
+            path = self.server.access.without_token(self.path.partition("?")[0].encode("latin-1"))
+            log(f"{code} {self.command} {path}" if path else f"{code}, no request", "info")
+
+
+def choose_level(server, arguments):
+    log.level = arguments.log_level
+
+
+OPTIONS.append((["--log-level"], {
+    "choices": LEVELS, "default": "warning", "metavar": "LEVEL",
+    "help": f"{', '.join(LEVELS)}; info prints a line for each request (default: %(default)s)"}))
+HANDLERS.append(LoggingHandler)
+AT_START.append(choose_level)
+
+
+# ---- 45. Few garbage collections ---------------------------------------------------------------
+
+def collect_rarely(server, arguments):
+    """A large notebook is a million objects without a cycle: looked at rarely, it loads faster."""
+    gc.freeze()
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])
+
+
+AT_START.append(collect_rarely)
+
+
+# ---- 46. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -5982,7 +6077,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 43. What few clients ask for --------------------------------------------------------------
+# ---- 47. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6106,6 +6201,13 @@ def change_me(handler):
     raise Problem(501, "The user of this server is whoever started it")
 
 
+def get_kernelspec(handler, name):
+    found = find_specs().get(name.lower())
+    if not found:
+        raise Problem(404, f"Kernel spec {name} not found")
+    return handler.spec_model(name, *found)
+
+
 def get_config(handler, section):
     return handler.server.config.get(section)
 
@@ -6183,6 +6285,7 @@ def path_below_root(handler, path):
 
 ROUTES += [("GET", r"/view/(.+)", view),
            ("GET", r"/api/status", status),
+           ("GET", r"/api/kernelspecs/([^/]+)", get_kernelspec),
            ("GET", r"/api/me", me),
            ("PATCH", r"/api/me", change_me),
            ("GET", r"/api/resolvePath", resolve_path),
@@ -6228,6 +6331,8 @@ class WellKnownServer(SERVERS[-1]):
 
 
 class HelpfulHandler(HANDLERS[-1]):
+    """Answers OPTIONS."""
+
     def find_route(self):
         """Also what a browser asks before a request from elsewhere: which methods there are."""
         try:
@@ -6242,7 +6347,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 44. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 48. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6678,7 +6783,11 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 45. Other servers: list, stop -------------------------------------------------------------
+# ---- 49. Other servers: list, stop -------------------------------------------------------------
+
+#
+# Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
+# finds it, and `list` below: its address, its process, its token (only its owner may read it).
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
@@ -6750,7 +6859,25 @@ def stop_server(words):
     print(f"{servers[0]['url']} has ended.")
 
 
+def announce(server, arguments):
+    """Leave the server's file in the runtime folder until it ends (jupyter_server's fields)."""
+    path = os.path.join(RUNTIME, f"jpserver-{os.getpid()}.json")
+    write_secret(path, json.dumps({
+        "base_url": server.base_url, "hostname": server.ip,
+        "password": getattr(arguments, "password", None) is not None,
+        "pid": os.getpid(), "port": server.server_port, "root_dir": server.contents.root,
+        "secure": server.scheme == "https", "sock": "", "token": server.access.token,
+        "url": server.url, "version": __version__}, indent=2))
+    atexit.register(remove_if_there, path)
+
+
+def remove_if_there(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 COMMANDS.update(list=list_servers, stop=stop_server)
+AT_START.append(announce)
 
 
 # ==== End of Part II ====

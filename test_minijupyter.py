@@ -5276,7 +5276,7 @@ class KernelHoldsTheSwitch(Case):
 BARE = """if True:
     import asyncio, os, stat, sys   # asyncio itself asks for os.sysconf, where it is POSIX's
     for name in ("killpg", "getpgrp", "getpgid", "setpgid", "setsid", "fork", "forkpty",
-                 "pidfd_open", "execv", "sysconf", "set_blocking"):
+                 "pidfd_open", "execv", "execve", "sysconf", "set_blocking"):
         if hasattr(os, name):
             delattr(os, name)
     import zmq
@@ -7330,7 +7330,8 @@ class HttpRequests(ServerCase):
                 self.assertIn(b"\r\nConnection: close\r\n", answer)
 
     def test_what_is_remembered_of_requests_is_short(self):
-        for function in (minijupyter.split_target, minijupyter.routes_at):
+        handler = minijupyter.HANDLERS[-1]
+        for function in (handler.split_target, handler.routes_at):
             for length, same in ((100, True), (1 << 16, False)):
                 text = "/" + "x" * length
                 self.assertEqual(function(text) is function(text), same)
@@ -7767,7 +7768,7 @@ class Login(ServerCase):
             self.assertEqual(reply.status, status, token)
 
     def test_a_new_password_shuts_out_who_was_let_in_by_the_old_one(self):   # CVE-2026-40934
-        access = minijupyter.Access("token", "127.0.0.1", 1)
+        access = minijupyter.ACCESS[-1]("token", "127.0.0.1", 1)
         cookies = {access.cookie_value}
         for hash in (self.hash, minijupyter.hash_password("correct horse")):
             access.add_key(minijupyter.Password(hash).opens, hash)
@@ -8626,6 +8627,11 @@ class Sessions(ServerCase):
         cell = frontend.finish(frontend.start("import os; print(os.environ['JPY_SESSION_NAME'])"))
         return cell.text().strip()
 
+    def test_how_the_server_allocates_is_no_matter_of_its_kernels(self):
+        _, frontend, _ = self.start_kernel()
+        cell = frontend.finish(frontend.start("'GLIBC_TUNABLES' in os.environ"))
+        self.assertEqual(cell.result, str("GLIBC_TUNABLES" in os.environ))
+
     def test_a_kernel_is_told_the_whole_path_of_its_notebook(self):
         (self.root / "told").mkdir()
         model = self.post("told/x.ipynb", name="x.ipynb")
@@ -9372,8 +9378,9 @@ class EchoServer:
 
             def do_GET(self):
                 websocket = minijupyter.WebSocket.accept(self, **options)
-                while (message := websocket.receive()) is not None:
-                    websocket.send(message)
+                while not websocket.is_closed:
+                    for message in websocket.arrived():
+                        websocket.send(message)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -9955,6 +9962,23 @@ class Journal(ServerCase):
         self.assertEqual((cell.result, len(cell.text())), ("'done'", 50_000_050))
         self.assertEqual(self.connections(), 2)   # nobody waited until it was cut off
 
+    def test_iopub_is_read_again_as_soon_as_a_page_has_room(self):
+        """Nobody else would tell the watcher: it would look a second later."""
+        ends = socket.socketpair()
+        for end in ends:
+            self.addCleanup(end.close)
+        process = unittest.mock.Mock(requests=minijupyter.Mailbox(), has_room=True, is_gone=False)
+        inbox = minijupyter.PageMailbox("page", None)
+        bridge = minijupyter.Bridge(minijupyter.WebSocket(ends[0]), process, inbox)
+        bridge.poller = zmq.Poller()
+        bridge.poller.register(inbox.fileno(), zmq.POLLIN)
+        for size, is_woken in (1_000, False), (minijupyter.MOST_WAITING + 1, True):
+            entry = minijupyter.said(kernel.Session("key"), "iopub", "status", {})
+            entry.size = size
+            inbox.put([entry])
+            bridge.step()
+            self.assertEqual((process.requests.is_signalled, inbox.size), (is_woken, 0))
+
     def test_a_page_far_behind_the_others_is_cut_off_and_may_come_back(self):
         """P4."""
         stuck = self.follow()
@@ -10223,8 +10247,9 @@ class WebSocketCloseCodes(Case):
             theirs.sendall(frame(TEXT, b"one") + frame(PING, b"?") + frame(TEXT, b"two")
                            + frame(3))
             theirs.shutdown(socket.SHUT_WR)
-            websocket = minijupyter.WebSocket(ours)
-            messages = list(iter(websocket.receive, None))
+            websocket, messages = minijupyter.WebSocket(ours), []
+            while not websocket.is_closed:
+                messages += websocket.arrived()
             answers = bytearray(theirs.recv(1000))
         self.assertEqual(messages, ["one", "two"])
         self.assertEqual([take_frame(answers)[1] for _ in range(2)], [PONG, CLOSE])
@@ -16316,6 +16341,8 @@ class EachExtraOfTheServerAlone(ServerCase):
         nb = {"type": "notebook", "content": notebook("x = 1")}
         self.assertReply(server.put("/api/contents/a.ipynb", nb), 201)
         self.assertEqual(server.get("/api/contents/a.ipynb").json["content"], nb["content"])
+        large = {"type": "file", "format": "text", "content": "x" * 5_000_000}
+        self.assertReply(server.put("/api/contents/large.txt", large), 201)
         self.assertReply(server.get("/files/a.ipynb"), 200)
         kernel_id = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
         wire = WebSocketWire(server, kernel_id, "page", journal=1)
@@ -16381,6 +16408,13 @@ def uses(tree):
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return names | {"HANDLERS"} if "handles" in names else names
+
+
+def calls(tree):
+    """The names of what is called, and of constants, in a syntax tree."""
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id.isupper()
+            } | {node.func.id for node in ast.walk(tree)
+                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
 
 
 def announced_sections(second):
@@ -16504,6 +16538,19 @@ class Documentation(Case):
                 for plug in plugs:
                     with self.subTest(name, title=title, plug=plug):
                         self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
+
+    def test_what_a_section_of_the_servers_part_two_defines_is_used_there_alone(self):
+        """Else the rest would miss it when the section is deleted, if only in a rare moment."""
+        first, second, _ = parts(SERVER_SOURCE)
+        starts = [number for number, line in enumerate(second) if BANNER.match(line)]
+        sections = {BANNER.match(second[at])[2]: ast.parse("".join(second[at:end]))
+                    for at, end in zip(starts, [*starts[1:], None], strict=True)}
+        called = {title: calls(tree)
+                  for title, tree in {"Part I": ast.parse("".join(first)), **sections}.items()}
+        for title, tree in sections.items():
+            for other in called.keys() - {title}:
+                with self.subTest(section=title, used_in=other):
+                    self.assertEqual({*definitions(tree.body)} & called[other], set())
 
     def test_each_extension_point_is_made_in_part_one_and_used_in_part_two(self):
         for file, source in SOURCES.items():
