@@ -5462,7 +5462,6 @@ class CoreOfTheKernel(KernelCase):
     parts = KernelBadMessages.parts
     assertShruggedOff = KernelBadMessages.assertShruggedOff
     ask_user = KernelStdin.ask_user
-    interrupted = KernelInterrupt.interrupted
     SITUATIONS = KernelInterrupt.SITUATIONS
 
     def test_it_says_what_it_speaks(self):
@@ -5510,6 +5509,17 @@ class CoreOfTheKernel(KernelCase):
                 with self.subTest(situation):
                     self.assertFails(self.interrupted(code, stop), "KeyboardInterrupt")
         self.assertWorks()
+
+    def interrupted(self, code, stop):
+        """As a user does, perhaps again: one that comes right before a wait is lost without the
+        section that helps it."""
+        cell = self.frontend.start(code)
+        self.frontend.until(lambda: cell.questions if "input()" in code else cell.text())
+        for _ in range(3):
+            stop()
+            with contextlib.suppress(TimeoutError):
+                return self.frontend.finish(cell, seconds=SECONDS / 4)
+        return self.frontend.finish(cell)
 
     def test_forged_and_replayed_messages_are_ignored(self):
         KernelBadMessages.test_a_forged_message_is_ignored(self)
