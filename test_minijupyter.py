@@ -11691,6 +11691,7 @@ class Chaos(ServerCase):
         os.kill(self.server.process.pid, signal.SIGKILL)
         saving.join()
         wait_until(lambda: not any(map(is_alive, self.pids)))
+        self.pids.clear()   # in a long run others get these numbers
         self.page.wire.close()
         self.assertFileIsWhole()
         self.begin()
