@@ -5421,7 +5421,7 @@ class Reaper:
         printf %s "$files" | while read -r file; do rm -f -- "$file"; done
         set -- $groups
         for signal in TERM KILL; do
-            for group; do kill -$signal -- -$group; done 2>/dev/null
+            for group; do kill -s $signal -- -$group; done 2>/dev/null
             [ $# = 0 ] || sleep 1
         done"""
 

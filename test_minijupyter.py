@@ -9326,6 +9326,15 @@ class ServerLife(ServerCase):
         wait_until(lambda: not any(map(is_alive, [*pids, pid, child])))
         self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
 
+    def test_a_killed_server_leaves_not_even_a_kernel_that_stands_still(self):
+        """It cannot see by itself that its server is gone, like most kernels of others."""
+        _, _, pid = self.start_kernel(self.server)
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(self.server.process.pid, signal.SIGKILL)
+        self._cleanups = [c for c in self._cleanups if c[0] != self.server.delete]
+        self.addCleanup(lambda: is_alive(pid) and os.kill(pid, signal.SIGKILL))
+        wait_until(lambda: not is_alive(pid))
+
     def test_requests_are_logged_only_when_asked_and_without_the_token(self):
         self.assertNotIn("GET", self.server.process.output)
         loud = self.own_server(options=["--port", free_ports(1)[0], "--log-level", "info"])
