@@ -11197,7 +11197,8 @@ from jupyter_server.gateway.managers import GatewayKernelManager
 nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 6; print('☃')"),
                                      nbformat.v4.new_code_cell("x * 7")])
 nbclient.NotebookClient(nb, kernel_manager_class=GatewayKernelManager, timeout=60).execute()
-print(nb.cells[0].outputs[0].text, nb.cells[1].outputs[0].data["text/plain"])
+text = "".join(output.text for output in nb.cells[0].outputs)   # it may have come in pieces
+print(text, nb.cells[1].outputs[0].data["text/plain"])
 """
         process = Process([sys.executable, "-c", program, self.server.token], env=clean_environment(
             self.folder(), JUPYTER_GATEWAY_URL=f"http://127.0.0.1:{self.server.port}",
