@@ -328,7 +328,8 @@ def without_nan(value):
 # was queued before. The first text goes out after GATHER_SECONDS, the rest every FLUSH_SECONDS.
 
 IDLE, GATHERING, HELD = "idle", "gathering", "held"
-GATHER_SECONDS = 0.002      # `print` writes text and line end separately: this joins them
+GATHER_SECONDS = 0.002      # `print` writes text and line end separately: this joins them,
+LINE_SECONDS = 0.02         # and this where the thread that prints has to wait for its turn
 FLUSH_SECONDS = 0.03        # a person sees 30 updates a second as flowing
 MOST_WAITING = 400_000      # items, some 30 MB: above this, a thread that prints waits
 BIG_TEXT = 1 << 16          # characters: who prints a text as long as this waits earlier,
@@ -360,6 +361,8 @@ class Outbox:
         self.is_due = False                # a message waits, or too much text: send it all now
         self.is_full = False               # a subscriber of iopub has no room
         self.flush_at = None               # when waiting text is due; seconds, monotonic
+        self.line_seconds = LINE_SECONDS   # 0 when the process ends
+        self.line_until = None             # until when the beginning of a line waits for its end
         self.last_flush = 0.0
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_receiver.setblocking(False)
@@ -431,9 +434,22 @@ class Outbox:
         if not self.is_due and (self.flush_at is None or self.flush_at > monotonic()):
             return []
         self.is_due, self.flush_at = False, None
-        entries = self.queue[:]
+        entries = self.queue[:self.whole_lines()]
         del self.queue[:len(entries)]   # what was appended meanwhile stays
         return self.joined(entries)
+
+    def whole_lines(self):
+        """How many items of the queue may go now: all but the few texts at its end that begin a
+        line, which wait a moment for its end."""
+        end = at = len(self.queue)
+        while end - 8 < at > 0 and isinstance(text := self.queue[at - 1], str) \
+                and not text.endswith("\n"):
+            at -= 2
+        if at == end or self.line_until and self.line_until < monotonic():
+            self.line_until = None
+            return end
+        self.line_until = self.line_until or monotonic() + self.line_seconds
+        return at if self.line_seconds else end
 
     def joined(self, entries):
         """(channel, parts) of each entry, with the texts of equal neighbours as one message."""
@@ -1374,6 +1390,7 @@ class Kernel:
         flush_files()
         self.drain()
         self.outbox.is_due = True   # before the next line: io must take all that is left
+        self.outbox.line_seconds = 0
         self.is_finished = True
         self.outbox.wake()
         self.io_done.wait(2)

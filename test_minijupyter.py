@@ -1435,6 +1435,23 @@ class KernelOutput(KernelCase):
         texts = "".join(c["text"] for c in cell.of("stream"))
         self.assertEqual(texts, "".join(f"{i}\n{i}\n" for i in range(5)))
 
+    def test_a_line_end_that_comes_a_little_late_joins_its_line(self):
+        """As on a busy machine, between the two writes of `print`. Now and then it is too late."""
+        code = ("import sys, time\nsys.stdout.write('line')\ntime.sleep(0.006)\n"
+                "sys.stdout.write('\\n')\ntime.sleep(0.05)")
+        lines = [[c["text"] for c in self.run_cell(code).of("stream")] for _ in range(5)]
+        self.assertGreater(lines.count(["line\n"]), 2, lines)
+
+    def test_the_beginning_of_a_line_is_shown_before_its_end(self):
+        cell = self.frontend.start("print('Wait', end='')\ninput()")
+        self.frontend.until(lambda: cell.text() == "Wait" and cell.questions)
+        self.frontend.type("", cell.question)
+        self.frontend.finish(cell)
+        cell = self.frontend.start("import threading\nprint('Wait', end='')\n"
+                                   "threading.Event().wait(1)\nprint('ed')")
+        self.frontend.until(lambda: cell.text() == "Wait")
+        self.assertEqual(self.frontend.finish(cell).text(), "Waited\n")
+
     def test_nothing_comes_after_idle(self):
         code = ("import os, subprocess, sys\nprint('python')\nos.write(1, b'descriptor\\n')\n"
                 "subprocess.run([sys.executable, '-S', '-c', 'print(\"child\")'])\n"
