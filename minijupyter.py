@@ -91,6 +91,7 @@ import itertools
 import json
 import math
 import mimetypes
+import random
 import re
 import secrets
 import shutil
@@ -1703,8 +1704,8 @@ class Watcher:
         self.read()
 
     def tell_end(self, spoke):
-        """Publish that the process has ended, and why; True when it is to be started again. An end
-        that a client has asked for is no crash, and no status tells it."""
+        """Publish that the process has ended, and why; True when it is to be started again. Of a
+        restart that a client has asked for no status tells: it is no crash."""
         kernel, intent = self.kernel, self.kernel.intent   # which may change: it is read once
         is_crash = intent is None
         if is_crash and not spoke and any(repair(kernel) for repair in REPAIRS):
@@ -1788,14 +1789,22 @@ def new_connection(kernel):
 
 
 def free_ports(kernel):
-    """(five of them, where they are)"""
+    """(five of them, where they are). Raises OSError when there are none."""
     with contextlib.ExitStack() as open_sockets:
-        taken = [open_sockets.enter_context(socket.socket()) for _ in CHANNELS]
-        for sock in taken:   # all open at once, so that no two get the same port
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in taken], {"ip": "127.0.0.1", "transport": "tcp"}
+        taken = []   # all open at once, so that no two get the same port
+        for port in random.sample(QUIET_PORTS, 1_000):
+            sock = open_sockets.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                taken.append(port)
+            if len(taken) == len(CHANNELS):
+                return taken, {"ip": "127.0.0.1", "transport": "tcp"}
+    raise OSError(errno.EADDRINUSE, "There are no free ports")
 
 
+# Systems give none of these to outgoing connections. (With a higher one a socket that looks for its
+# kernel every 20 ms finds, once in some thousand starts, itself.)
+QUIET_PORTS = range(10_000, 32_768)
 PORTS = [free_ports]   # functions: the last one is used
 
 
