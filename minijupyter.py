@@ -58,22 +58,6 @@ connection turns into a WebSocket; one *watcher* per kernel process, which owns 
 Sources: Jupyter Server's REST API (jupyter_server, api.yaml), nbformat 4.5, RFC 9110 and 9112
 (HTTP), RFC 6455 (WebSocket), the Jupyter messaging specification 5.5.
 """
-import os
-import sys
-
-# Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
-# the bytecode cache. So the script starts itself again as a module, except under a debugger.
-# On the way it has glibc ask for large pages: half the time of a copy of a large notebook or
-# message is spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
-if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
-    ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    start = (f"import os, sys; sys.path[0] = {os.path.dirname(os.path.abspath(__file__))!r}; "
-             f"[os.environ.pop(name) for name in {[*ours]}]; "
-             "import minijupyter; minijupyter.main()")
-    flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
-    os.execve(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]],
-              {**os.environ, **ours})
-
 import argparse
 import atexit
 import base64
@@ -91,6 +75,7 @@ import itertools
 import json
 import math
 import mimetypes
+import os
 import random
 import re
 import secrets
@@ -101,6 +86,7 @@ import stat
 import string
 import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -133,7 +119,7 @@ class Problem(Exception):
     def __init__(self, status, message, reason=None):
         super().__init__(message)
         self.status, self.message, self.reason = status, message, reason
-        self.more = {}   # further members of the answer
+        self.more, self.headers = {}, {}   # further members of the answer, further headers
 
 
 def iso(seconds):
@@ -247,6 +233,9 @@ def map_output(output, convert, is_converted):
     return output
 
 
+# JSON, read step by step by the sections of Part II that keep a file's form, and that read what is
+# large.
+
 def skip_space(text, at, space=re.compile(r"[ \t\r\n]*")):
     return space.match(text, at).end()
 
@@ -307,7 +296,8 @@ class PlainDocument:
 
 
 DOCUMENTS = [PlainDocument]   # ways to read and write notebook files: the last one is used
-MEND = [lambda notebook: (notebook, ())]   # see `mend`: the last one is used
+# Functions of a notebook -> (the same with whole cells, numbers of those that were not): the last.
+MEND = [lambda notebook: (notebook, ())]
 UPGRADES = {}                 # older nbformat -> function(notebook of that version) -> of version 4
 
 
@@ -420,7 +410,7 @@ class Contents:
         """`private`: folders that are out of reach even when they lie below the root."""
         self.root, self.allow_hidden = os.path.realpath(root), allow_hidden
         self.private = [os.path.realpath(folder) for folder in private]
-        self.lock = threading.Lock()   # while a name is chosen
+        self.lock = threading.Lock()   # while a file is renamed, and for the next
         self.saved = weakref.WeakValueDictionary()   # path -> the Lock of its one save at a time
 
     def look(self, path):
@@ -847,8 +837,9 @@ def changing(folder):
         descriptor = None
     try:
         yield descriptor
-        with contextlib.suppress(OSError, TypeError):   # some file systems know no such thing
-            os.fsync(descriptor)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):   # some file systems know no such thing
+                os.fsync(descriptor)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -1165,11 +1156,10 @@ class Request:
     process it is meant: the newest that its sender could know of (P5).
     """
 
-    __slots__ = ("channel", "parts", "entry", "life", "came_at", "size")
+    __slots__ = ("channel", "parts", "entry", "life", "size")
 
     def __init__(self, channel, parts, entry=None, *, life):
         self.channel, self.parts, self.entry, self.life = channel, parts, entry, life
-        self.came_at = time.monotonic()
         self.size = sum(map(len, parts))
 
 
@@ -2932,7 +2922,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_json(problem.status, {"message": problem.message, "reason": problem.reason,
                                         **problem.more},
-                       getattr(problem, "headers", {}))
+                       problem.headers)
 
     def created(self, model, kind, id):
         self.send_json(201, model, self.location(kind, id))
@@ -3297,6 +3287,7 @@ def serve(server):
 #    47 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
 #    48 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    49 Other servers                            COMMANDS, AT_START
+#    50 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6887,6 +6878,27 @@ def remove_if_there(path):
 
 COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
+
+
+# ---- 50. A quick start -------------------------------------------------------------------------
+#
+# Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
+# the bytecode cache. So the script starts itself again as a module, except under a debugger. On the
+# way it has glibc ask for large pages: half the time of a copy of a large notebook or message is
+# spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
+
+def run_as_module():
+    ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    start = (f"import os, sys; sys.path[0] = {HERE!r}; "
+             f"[os.environ.pop(name) for name in {[*ours]}]; "
+             "import minijupyter; minijupyter.main()")
+    flags = sys.orig_argv[1:-len(sys.argv)]   # such as -S or -X
+    os.execve(sys.executable, [sys.executable, *flags, "-c", start, *sys.argv[1:]],
+              {**os.environ, **ours})
+
+
+if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+    run_as_module()
 
 
 # ==== End of Part II ====

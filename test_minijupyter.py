@@ -5459,6 +5459,13 @@ SOURCES = {"kernel.py": KERNEL_SOURCE, "minijupyter.py": SERVER_SOURCE}
 needs_parts = unittest.skipUnless(parts(KERNEL_SOURCE), "kernel.py has no marks of Part II")
 
 
+def class_folder(cls):
+    """A temporary folder that lasts as long as the tests of a class."""
+    folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
+    cls.addClassCleanup(folder.cleanup)
+    return folder.name
+
+
 def kernel_alone(folder, source):
     """The command of a kernel with this source, alone in a folder."""
     (Path(folder) / "kernel.py").write_text(source, "utf-8")
@@ -5471,9 +5478,7 @@ class CoreOfTheKernel(KernelCase):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.options = {"argv": kernel_alone(folder.name, without_part_two(KERNEL_SOURCE))}
+        cls.options = {"argv": kernel_alone(class_folder(cls), without_part_two(KERNEL_SOURCE))}
         super().setUpClass()
 
     parts = KernelBadMessages.parts
@@ -11752,7 +11757,7 @@ class Chaos(ServerCase):
         self.assertGreater(rounds, 9)
 
 
-class Watch:
+class Spectator:
     """Looks under the hood, as the page does: the events of a trace, and the news."""
 
     def __init__(self, server):
@@ -11815,7 +11820,7 @@ class UnderTheHood(ServerCase):
         self.watch = self.look()
 
     def look(self):
-        watch = Watch(self.server)
+        watch = Spectator(self.server)
         self.addCleanup(watch.client.close)
         return watch
 
@@ -16233,9 +16238,7 @@ class CoreOfTheServer(ServerCase):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.options = {"program": server_alone(folder.name, without_part_two(SERVER_SOURCE))}
+        cls.options = {"program": server_alone(class_folder(cls), without_part_two(SERVER_SOURCE))}
         super().setUpClass()
 
     handshake = Bridge.handshake
@@ -16325,9 +16328,7 @@ class CoreOfTheServerUnderThePage(PageCase):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory(prefix="minijupyter-core-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.options = {"program": server_alone(folder.name, without_part_two(SERVER_SOURCE))}
+        cls.options = {"program": server_alone(class_folder(cls), without_part_two(SERVER_SOURCE))}
         super().setUpClass()
 
     def test_cells_are_run_answered_interrupted_and_restarted(self):
