@@ -2920,9 +2920,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_answered:     # its answer has begun: all that is left is to end the connection
             self.close_connection = True
             return
-        self.send_json(problem.status, {"message": problem.message, "reason": problem.reason,
-                                        **problem.more},
-                       problem.headers)
+        told = {"message": problem.message, "reason": problem.reason, **problem.more}
+        self.send_json(problem.status, told, problem.headers)
 
     def created(self, model, kind, id):
         self.send_json(201, model, self.location(kind, id))
