@@ -12629,8 +12629,8 @@ class PageFiles(PageCase):
         tab = self.visit("/tree")
         tab.page.get_by_label("Select before.txt").check()
         tab.page.locator("[data-command=rename]").last.click()
-        tab.page.locator("dialog input").fill("after.txt")
-        tab.choose("Rename")
+        tab.page.get_by_label("Name of before.txt").fill("after.txt")
+        tab.press("Enter")
         self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "after.txt")
         tab.page.locator("[data-command=delete]").click()
         tab.choose("Delete")
@@ -12733,6 +12733,134 @@ class PageFiles(PageCase):
         tab.save()
         self.reopen("broken.ipynb")
         self.problems.clear()      # the browser notes the reply that refused it
+
+    def make(self, tab, kind):
+        """New, Folder or Text file; its name field."""
+        tab.page.locator("[data-command=new]").click()
+        tab.page.locator(f"[data-command=new-{kind}]").click()
+        return tab.page.locator(".naming input:focus")
+
+    def folder_with(self, *names):
+        """A tab on a folder of this test's own, with empty files."""
+        folder = self.root / self._testMethodName
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        tab = self.visit("/tree/" + folder.name)
+        tab.page.locator(".crumbs").wait_for()
+        return tab, folder
+
+    def focused(self, tab):
+        return tab.page.evaluate("document.activeElement.textContent")
+
+    def test_a_new_folder_is_named_in_its_row_and_enter_opens_it_then(self):
+        tab, folder = self.folder_with("other.txt")
+        field = self.make(tab, "folder")
+        self.assertEqual(field.input_value(), "Untitled Folder")
+        tab.page.keyboard.type("data")       # the proposed name is selected
+        tab.press("Enter")
+        tab.page.locator("tr:has(:checked) a:focus", has_text="data").wait_for()
+        self.assertEqual(sorted(os.listdir(folder)), ["data", "other.txt"])
+        tab.press("Enter")
+        tab.page.wait_for_url(f"**/{folder.name}/data")
+
+    def test_escape_keeps_the_proposed_name_and_who_clicks_elsewhere_what_was_typed(self):
+        tab, folder = self.folder_with()
+        self.make(tab, "folder").fill("not this")
+        tab.press("Escape")
+        tab.page.locator("a:focus", has_text="Untitled Folder").wait_for()
+        self.make(tab, "file").fill("typed.txt")
+        tab.page.locator("#main").click(position={"x": 300, "y": 400})
+        tab.page.locator("a", has_text="typed.txt").wait_for()
+        self.assertEqual(sorted(os.listdir(folder)), ["Untitled Folder", "typed.txt"])
+
+    def test_a_text_file_opens_when_it_has_its_name(self):
+        tab, _ = self.folder_with()
+        self.make(tab, "file").fill("notes.md")
+        with self.context.expect_page() as opened:
+            tab.press("Enter")
+        opened.value.wait_for_selector("textarea.editor:focus")
+        self.assertTrue(opened.value.url.endswith("/notes.md"))
+
+    def test_what_is_wrong_with_a_name_is_said_beside_it_and_it_can_be_mended(self):
+        tab, folder = self.folder_with("a.txt", "b.txt")
+        tab.page.get_by_role("link", name="a.txt").focus()
+        tab.press("F2")
+        field = tab.page.locator(".naming input:focus")
+        for name, trouble in (("b.txt", "exists already"), ("x/y", "no slash")):
+            with self.subTest(name):
+                field.fill(name)
+                tab.press("Enter")
+                self.assertShows(tab.page.locator(".naming [role=alert]"), trouble)
+                self.assertEqual(field.get_attribute("aria-invalid"), "true")
+        tab.page.evaluate("view.refresh()")      # as every ten seconds
+        self.assertEqual(field.input_value(), "x/y")
+        tab.press("ArrowUp", "Delete")           # of the text, not of the list
+        field.fill("c.txt")
+        tab.press("Enter")
+        tab.page.locator("a:focus", has_text="c.txt").wait_for()
+        self.assertEqual(sorted(os.listdir(folder)), ["b.txt", "c.txt"])
+
+    def test_when_a_file_is_gone_the_next_row_has_the_focus(self):
+        tab, _ = self.folder_with("a.txt", "b.txt", "c.txt")
+        tab.page.get_by_role("link", name="b.txt").focus()
+        for key, expected in (("Delete", "c.txt"), ("Delete", "a.txt"), ("Delete", "New")):
+            tab.press(key, "Tab", "Enter")
+            tab.page.locator("tr a:focus, button:focus", has_text=expected).wait_for()
+        self.assertEqual(self.focused(tab), "New")
+
+    def test_the_focus_stays_on_its_file_when_others_come_before_it(self):
+        tab, folder = self.folder_with("b.txt", "c.txt")
+        for control in (tab.page.get_by_role("link", name="c.txt"),
+                        tab.page.get_by_label("Select c.txt"),
+                        tab.page.get_by_role("button", name="Changed")):
+            control.focus()
+            (folder / f"a{time.monotonic_ns()}").touch()
+            tab.page.evaluate("view.refresh()")
+            self.assertTrue(control.evaluate("node => node === document.activeElement"))
+
+    def test_ctrl_and_shift_clicks_on_rows_check_them(self):
+        tab, _ = self.folder_with("a.txt", "b.txt", "c.txt", "d.txt")
+        for name, key, expected in (("a", "Control", "a"), ("c", "Control", "ac"),
+                                    ("a", "Control", "c"), ("d", "Shift", "cd")):
+            tab.page.get_by_role("link", name=f"{name}.txt").click(modifiers=[key])
+            checked = [each for each in "abcd"
+                       if tab.page.get_by_label(f"Select {each}.txt").is_checked()]
+            self.assertEqual("".join(checked), expected)
+        self.assertEqual(len(self.context.pages), 2)     # the broom's, and this one
+
+    def test_enter_alone_destroys_nothing(self):
+        """What a hand finds that has pressed Delete, and then Enter, unawares."""
+        tab, folder = self.folder_with("a.txt")
+        (folder / "full").mkdir()
+        (folder / "full" / "inside.txt").touch()
+        tab.page.evaluate("view.refresh()")
+        for name in ("a.txt", "full"):
+            tab.page.get_by_role("link", name=name).focus()
+            tab.press("Delete", "Enter")
+            tab.page.locator("dialog").wait_for(state="detached")
+            tab.page.locator("a:focus", has_text=name).wait_for()
+            tab.page.get_by_label(f"Select {name}").uncheck()
+        tab.page.get_by_role("link", name="full").focus()
+        tab.press("Delete")
+        tab.choose("Delete")
+        self.assertShows(tab.page.locator("dialog[open]"), "not empty")
+        tab.press("Enter")
+        tab.page.locator("dialog").wait_for(state="detached")
+        self.assertEqual(sorted(os.listdir(folder)), ["a.txt", "full"])
+
+    def test_shutting_down_all_kernels_is_asked_about(self):
+        tabs = [self.open("1", name=name) for name in ("one.ipynb", "two.ipynb")]
+        files = self.visit("/tree")
+        files.page.get_by_role("tab", name="Running").click()
+        files.page.get_by_role("button", name="Shut down all").press("Enter")
+        files.page.locator("dialog[open]").wait_for()
+        files.press("Enter")
+        files.page.locator("dialog").wait_for(state="detached")
+        self.assertEqual(len(self.server.get("/api/sessions").json), len(tabs))
+        files.page.get_by_role("button", name="Shut down all").click()
+        files.choose("Shut down all")
+        self.assertShows(files.page.locator("main"), "No kernel is running.")
 
 
 class PageRuns(PageCase):
@@ -13851,6 +13979,7 @@ class PageManages(PageCase):
         for kind, name in (("folder", "Untitled Folder"), ("file", "untitled.txt")):
             tab.page.locator("[data-command=new]").click()
             tab.page.locator(f"[data-command=new-{kind}]").click()
+            tab.page.get_by_label(f"Name of {name}").press("Escape")
             self.assertShows(tab.page.locator("main"), name)
             tab.page.get_by_label(f"Select {name}").and_(tab.page.locator(":checked")).wait_for()
         tab.page.get_by_label("Select Untitled Folder").check()
@@ -14270,7 +14399,7 @@ class PageForEveryone(PageCase):
         self.assertAxeFindsNothing(tab)
         tab.page.locator("[data-command=rename]").last.click()
         self.assertAxeFindsNothing(tab)
-        tab.choose("Cancel")
+        tab.press("Escape")
         tab.page.get_by_label("Select t.txt").uncheck()
         tab.page.locator("[data-command=new]").click()
         self.assertAxeFindsNothing(tab)
@@ -14372,7 +14501,7 @@ class PageForEveryone(PageCase):
         self.assertShows(tab.page.locator("main"), "new.txt")
         tab.page.locator("tr", has_text="new.txt").locator("input").uncheck()
         tab.page.locator("a", has_text="a.txt").focus()
-        tab.press("Delete", "Enter")
+        tab.press("Delete", "Tab", "Enter")
         tab.page.locator("tr", has_text="a.txt").wait_for(state="detached")
         self.assertEqual(sorted(os.listdir(self.root / "keys")), ["c.txt", "new.txt"])
         tab.page.locator("[data-command=new]").focus()
@@ -14919,6 +15048,48 @@ class PageMoves(PageCase):
         self.assertEqual(width, 1)
         tab.save()
         self.assertEqual(list(self.saved()["cells"][0]["attachments"]), ["a b.png"])
+
+    def selected(self, tab):
+        return "".join(source for source, is_selected in zip(tab.sources(), tab.page.evaluate(
+            "view.cells.map(({ node }) => node.classList.contains('selected'))"), strict=True)
+            if is_selected)
+
+    def test_ctrl_and_a_click_add_a_cell_or_take_it_out_and_shift_goes_on_from_there(self):
+        tab = self.open("a", "b", "c", "d", "e")
+        tab.run(4, "'e'")
+        tab.write(4, "e")
+        tab.select(0)
+        for i, part, key, expected in (
+                (2, ".gutter", "Control", "ac"), (4, ".outputs", "Control", "ace"),
+                (2, ".gutter", "Control", "ae"), (2, ".gutter", "Control", "ace"),
+                (3, ".gutter", "Shift", "acde"), (1, ".gutter", None, "b"),
+                (1, ".gutter", "Control", "b")):
+            tab.cell(i).locator(part).click(modifiers=[key] if key else [],
+                                            position={"x": 20, "y": 8})
+            self.assertEqual(self.selected(tab), expected)
+
+    def test_cells_that_are_no_neighbours_are_deleted_changed_and_moved_together(self):
+        tab = self.open("a", "b", "c", "d", "e")
+        tab.select(0)
+        tab.cell(2).locator(".gutter").click(modifiers=["Control"])
+        tab.press("m")
+        self.assertEqual(tab.types(), ["markdown", "code", "markdown", "code", "code"])
+        self.assertEqual(self.selected(tab), "ac")
+        tab.press("y", "d", "d")
+        self.assertEqual(tab.sources(), ["b", "d", "e"])
+        self.assertEqual(self.selected(tab), "b")
+        tab.cell(2).locator(".gutter").click(modifiers=["Control"])
+        tab.press("Control+Shift+ArrowUp", "Shift+M")
+        self.assertEqual(tab.sources(), ["b\n\ne", "d"])
+        tab.press("z", "z", "z")
+        self.assertEqual(tab.sources(), ["a", "b", "c", "d", "e"])
+
+    def test_the_focus_is_on_the_cell_after_those_deleted(self):
+        tab = self.open("a", "b", "c")
+        for expected in ("b", "c", ""):
+            tab.select(0)
+            tab.press("d", "d")
+            self.assertEqual(tab.page.evaluate("document.activeElement.cell.source"), expected)
 
 
 class PageFilesMoved(PageCase):
