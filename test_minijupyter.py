@@ -13122,6 +13122,216 @@ class PageRuns(PageCase):
                            100)
 
 
+    def open_on_a_slow_socket(self, *sources):
+        """A tab whose requests to the kernel take a while, those to the server do not."""
+        self.use_own_profile()
+        self.context.add_init_script("""
+            window.WebSocket = class extends WebSocket {
+              send(data) { setTimeout(() => super.send(data), 250); }
+            };""")
+        return self.open(*sources)
+
+    def test_an_interrupt_that_overtakes_requests_drops_them_as_well(self):
+        tab = self.open_on_a_slow_socket("input()", "'second'", "'third'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        tab.page.locator(".stdin input").wait_for()
+        tab.select(1)
+        tab.press("Shift+Enter", "Control+Enter", "i", "i")
+        tab.wait_until_done()
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        self.assertEqual(tab.texts()[1:], ["", ""])
+
+    def test_an_interrupt_drops_cells_that_wait_for_a_starting_kernel(self):
+        tab = self.open("'first'", "'second'")
+        tab.page.evaluate("() => { view.ready = new Promise(go => { window.go = go; }); }")
+        tab.command("run-all")
+        self.assertEqual(tab.states(), ["queued", "queued"])
+        tab.command("interrupt")
+        self.assertEqual(tab.states(), ["idle", "idle"])
+        tab.page.evaluate("go()")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "'second'")
+        self.assertEqual(tab.texts()[0], "")
+
+    def test_a_cell_that_is_run_ten_times_fast_runs_ten_times(self):
+        tab = self.open("n = globals().get('n', 0) + 1\nprint('run', n)\nn")
+        tab.select(0)
+        tab.page.evaluate("() => { for (let n = 0; n < 5; n += 1) view.runInPlace(); }")
+        tab.press(*5 * ["Control+Enter"])
+        self.assertShows(tab.cell(0).locator(".prompt"), "[10]")
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["run 1010"])
+        tab.save()
+        (cell,) = self.saved()["cells"]
+        self.assertEqual(cell["execution_count"], 10)
+        self.assertEqual(len(cell["outputs"]), 2)
+
+    def test_runs_of_a_cell_behind_one_of_it_that_fails_are_dropped_and_its_error_stays(self):
+        tab = self.open("import time; time.sleep(0.2); 1/0")
+        tab.select(0)
+        tab.page.evaluate("() => { for (let n = 0; n < 3; n += 1) view.runInPlace(); }")
+        tab.wait_until_done()
+        self.assertShows(tab.outputs(0), "ZeroDivisionError")
+        self.assertEqual(tab.states(), ["error"])
+        self.assertEqual(tab.cell(0).locator(".prompt").text_content(), "[1]")
+
+
+class PageKeepsQuestions(PageCase):
+    """A program that asks waits for its answer, whatever becomes of its cell."""
+
+    ASKS = "who = input('Name? ')\nprint('Hello', who)"
+
+    def open_asking(self, *others):
+        tab = self.open(self.ASKS, *others)
+        tab.select(0)
+        tab.press("Control+Enter")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.select(0)
+        return tab
+
+    def answer(self, tab, text="Ada"):
+        tab.page.locator(".stdin input").fill(text)
+        tab.page.locator(".stdin input").press("Enter")
+
+    def assertAnswered(self, tab):
+        """The program has gone on with the answer, and nothing asks any more."""
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator(".stdin"), 0)
+        self.assertFalse(tab.page.is_visible("#stdin-bar"))
+        tab.page.evaluate("() => view.insertBelow()")
+        at = len(tab.sources()) - 1
+        tab.run(at, "who")
+        self.assertShows(tab.outputs(at), "'Ada'")
+
+    def test_a_cell_that_asks_and_is_run_again_asks_once_more_behind_it(self):
+        tab = self.open_asking("'other'")
+        tab.press("Control+Enter")
+        tab.command("run-all")
+        self.assertEqual(tab.states(), ["running", "queued"])
+        for left, name in ((4, "one"), (3, "two"), (2, "three")):
+            tab.page.wait_for_function(
+                f"() => view.pending.length === {left} && view.pending[0].stdin")
+            self.answer(tab, name)
+        tab.wait_until_done()
+        self.assertEqual(tab.texts(), ["Name? three\nHello three", "'other'"])
+        self.assertEqual(tab.cell(0).locator(".prompt").text_content(), "[3]")
+
+    def test_an_interrupt_ends_a_question_and_the_runs_that_wait_behind_it(self):
+        tab = self.open_asking()
+        tab.press("Control+Enter", "i", "i")
+        self.assertShows(tab.outputs(0), "KeyboardInterrupt")
+        tab.wait_until_done()
+        self.assertCount(tab.page.locator(".stdin"), 0)
+        self.assertEqual(tab.cell(0).locator(".prompt").text_content(), "[1]")
+
+    def test_the_question_of_a_cell_that_is_gone_is_answered_in_the_bar(self):
+        ways = {"deleted": ("d", "d"), "cut": ("x",), "made Markdown": ("m",), "made raw": ("r",)}
+        for way, keys in ways.items():
+            with self.subTest(way):
+                tab = self.open_asking("'other'")
+                tab.press(*keys)
+                tab.page.locator("#stdin-bar .stdin").wait_for()
+                self.answer(tab)
+                self.assertAnswered(tab)
+                tab.page.close()
+
+    def test_the_question_of_a_cell_merged_into_another_is_answered_in_the_bar(self):
+        tab = self.open("'above'", self.ASKS)
+        tab.select(1)
+        tab.press("Control+Enter")
+        tab.page.wait_for_selector(".stdin input:focus")
+        tab.select(0)
+        tab.press("Shift+M")
+        self.assertCount(tab.page.locator(".cell"), 1)
+        self.answer(tab)
+        self.assertAnswered(tab)
+
+    def test_a_cell_that_comes_back_has_its_question_again_and_what_was_typed(self):
+        for way, keys in {"deleted": ("d", "d"), "made Markdown": ("m",)}.items():
+            with self.subTest(way):
+                tab = self.open_asking("'other'")
+                tab.page.locator(".stdin input").fill("A")
+                tab.select(0)
+                tab.press(*keys)
+                tab.page.locator("#stdin-bar .stdin").wait_for()
+                tab.select(0)
+                tab.press("z")
+                field = tab.cell(0).locator(".stdin input")
+                self.assertEqual(field.input_value(), "A")
+                self.assertEqual(tab.states()[0], "running")
+                self.answer(tab)
+                self.assertShows(tab.outputs(0), "Hello Ada")
+                tab.page.close()
+
+    def test_a_question_stays_when_its_cell_is_changed_in_other_ways(self):
+        for command in ("clear-output", "clear-all", "move-down", "split", "collapse-output"):
+            with self.subTest(command):
+                tab = self.open_asking("'other'")
+                if command == "split":
+                    tab.cell(0).locator("textarea.editor").focus()
+                tab.command(command)
+                tab.page.locator(".cell .stdin").wait_for()
+                self.answer(tab)
+                self.assertAnswered(tab)
+                tab.page.close()
+
+    def test_an_undone_step_leaves_a_cell_that_asks_running(self):
+        tab = self.open_asking()
+        tab.command("clear-output")
+        tab.press("z")
+        self.assertEqual(tab.states(), ["running"])
+        self.answer(tab)
+        self.assertShows(tab.outputs(0), "Hello Ada")
+
+    def test_the_question_of_a_cell_that_no_file_has_survives_a_reload(self):
+        tab = self.open_asking("'other'")
+        tab.press("d", "d")
+        tab.save()
+        tab.page.reload()
+        tab.page.locator("#stdin-bar .stdin").wait_for()
+        second = self.visit("/notebooks/" + self.name)
+        second.page.locator("#stdin-bar .stdin").wait_for()
+        self.answer(tab)
+        self.assertCount(second.page.locator(".stdin"), 0)
+        second.page.close()
+        self.assertAnswered(tab)
+
+    def test_a_restart_ends_a_question(self):
+        tab = self.open_asking()
+        tab.press("d", "d")
+        tab.command("restart-clear")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        self.assertFalse(tab.page.is_visible("#stdin-bar"))
+
+    def test_what_a_cell_prints_after_it_became_text_is_kept_out_of_the_file_and_told_once(self):
+        for key in ("m", "r"):
+            with self.subTest(key):
+                tab = self.open("import os, time\nprint('before')\n"
+                                "while not os.path.exists('go'): time.sleep(0.01)\n"
+                                "for i in range(30): print(i); time.sleep(0.01)\n1/0", "'next'")
+                tab.select(0)
+                tab.press("Control+Enter")
+                self.assertShows(tab.outputs(0), "before")
+                tab.press(key)
+                self.assertShows(tab.page.locator("#notices"), "has no place here")
+                tab.save()
+                tab.page.reload()
+                self.assertShows(tab.page.locator("#notices"), "has no place here")
+                tab.wait_for(kernel="busy")
+                (self.root / "go").touch()
+                self.addCleanup((self.root / "go").unlink, missing_ok=True)
+                tab.wait_for(kernel="idle")
+                tab.run(1)
+                self.assertShows(tab.outputs(1), "'next'")
+                self.assertCount(tab.page.locator("#notices", has_text="no place here"), 1)
+                tab.save()
+                self.assertNotIn("outputs", self.saved()["cells"][0])
+                (self.root / "go").unlink()
+                tab.page.close()
+
+
 class PageEdits(PageCase):
     def test_cells_are_inserted_deleted_and_brought_back(self):
         tab = self.open("first", "second")
