@@ -2594,7 +2594,7 @@ STATUS_OF = {   # errno -> HTTP status of what the disk refuses
 API_POLICY = "default-src 'none'; frame-ancestors 'self'"
 FILE_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'sha256-{script}'; style-src 'unsafe-inline' 'self'; "
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline' 'self'; "
     "img-src 'self' data: blob: https: http:; media-src 'self' data: blob: https: http:; "
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
@@ -2945,13 +2945,14 @@ class Handler(BaseHTTPRequestHandler):
         self.redirect(f"{self.server.base_url}tree")
 
     def page(self):
-        """index.html, for every page; its one script is named in the policy by its hash."""
+        """index.html, for every page; its scripts are named in the policy by their hashes."""
         with open(os.path.join(HERE, "index.html"), "rb") as file:
             data = file.read()
-        script = re.search(rb"<script[^>]*>(.*?)</script>", data, re.S)[1]
-        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        scripts = [hashlib.sha256(script).digest()
+                   for script in re.findall(rb"<script[^>]*>(.*?)</script>", data, re.S)]
+        hashes = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in scripts)
         self.send(200, data, "text/html; charset=utf-8",
-                  {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
+                  {"Content-Security-Policy": PAGE_POLICY.format(scripts=hashes)})
 
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""

@@ -14778,6 +14778,81 @@ class PageForEveryone(PageCase):
         self.assertLessEqual(*(o.evaluate("o => o.getBoundingClientRect().right")
                                for o in (table, place)))
 
+    def visit_spoilt(self, before, after):
+        """The page of a server beside whose files such an index.html lies."""
+        page = (HERE / "index.html").read_text("utf-8")
+        self.assertEqual(page.count(before), 1)
+        page = page.replace(before, after)
+        hashes = " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+            for script in re.findall(r"<script[^>]*>(.*?)</script>", page, re.S))
+        self.context.route("**/tree/**", lambda route: route.fulfill(
+            body=page, content_type="text/html; charset=utf-8",
+            headers={"Content-Security-Policy": f"script-src {hashes}"}))
+        tab = self.visit("/tree/")
+        self.context.unroute_all()
+        return tab
+
+    def test_a_page_that_cannot_start_says_so_with_the_error_and_its_line(self):
+        spoilt = {"no JavaScript": ("async function main() {", "async function main( {"),
+                  "an unknown name": ("\nmain();", "\nmane();"),
+                  "an error at the start": ("  listen();\n", "  null.listen();\n"),
+                  "later": ("this.specs = await api.kernelspecs().catch(() => ({ kernelspecs: {} }));",
+                            "this.specs = nothing;")}
+        for what, change in spoilt.items():
+            with self.subTest(what):
+                tab = self.visit_spoilt(*change)
+                shown = tab.page.get_by_role("alert").filter(
+                    has_text=re.compile("SyntaxError|mane|null|nothing"))
+                shown.wait_for()
+                words = shown.inner_text()
+                self.assertIn("cannot be opened" if what == "later" else "has not started", words)
+                if what != "later":
+                    before, _, _ = (HERE / "index.html").read_text().partition(change[0].strip())
+                    line = before.count("\n") + 1
+                    self.assertRegex(words, rf"line ({line}|{line + 1})\b")
+                self.assertTrue(self.problems)
+                self.problems.clear()      # the browser tells of it as well
+                tab.page.close()
+
+    def test_a_page_whose_scripts_may_not_run_says_so(self):
+        context = browser().new_context(java_script_enabled=False)
+        self.addCleanup(context.close)
+        context.add_cookies([self.cookie()])
+        page = context.new_page()
+        page.goto(self.address("/tree/"))
+        page.get_by_text("JavaScript must be allowed").wait_for()
+
+    def test_a_page_that_starts_says_nothing_of_that(self):
+        tab = self.open("1")
+        self.assertCount(tab.page.locator("#no-start"), 0)
+        self.assertEqual(tab.page.locator("#notices").inner_text(), "")
+
+    def test_an_error_of_the_page_is_told_once(self):
+        tab = self.open("1")
+        for _ in range(2):
+            tab.page.evaluate("() => setTimeout(() => { throw new TypeError('a slip'); })")
+            tab.page.evaluate("() => { Promise.reject(new Error('another')); }")
+        for words in ("TypeError: a slip", "Error: another"):
+            self.assertShows(tab.page.locator("#notices"), f"An error of this page: {words}")
+        self.assertCount(tab.page.locator(".notice"), 2)
+        self.problems.clear()
+
+    def test_an_old_browser_is_told_which_one_to_use(self):
+        self.use_own_profile()
+        self.context.add_init_script("delete window.ContentVisibilityAutoStateChangeEvent;"
+                                     "delete Uint8Array.prototype.toHex; delete CSS.highlights;"
+                                     "delete Uint8Array.prototype.toBase64;"
+                                     "delete Blob.prototype.bytes; delete Set.prototype.difference;"
+                                     "delete Element.prototype.setHTML;"
+                                     "delete Element.prototype.moveBefore;")
+        tab = self.open("6 * 7")
+        self.assertShows(tab.page.locator("#notices"), "too old")
+        self.assertShows(tab.page.locator("#notices"), "Firefox 130")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "42")
+        tab.save()
+
 
 class PageDownloads(PageCase):
     """Download as: a program, Markdown, and this page with the notebook in it."""
