@@ -2594,7 +2594,7 @@ STATUS_OF = {   # errno -> HTTP status of what the disk refuses
 API_POLICY = "default-src 'none'; frame-ancestors 'self'"
 FILE_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'sha256-{script}'; style-src 'unsafe-inline' 'self'; "
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline' 'self'; "
     "img-src 'self' data: blob: https: http:; media-src 'self' data: blob: https: http:; "
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
@@ -2945,13 +2945,14 @@ class Handler(BaseHTTPRequestHandler):
         self.redirect(f"{self.server.base_url}tree")
 
     def page(self):
-        """index.html, for every page; its one script is named in the policy by its hash."""
+        """index.html, for every page; its scripts are named in the policy by their hashes."""
         with open(os.path.join(HERE, "index.html"), "rb") as file:
             data = file.read()
-        script = re.search(rb"<script[^>]*>(.*?)</script>", data, re.S)[1]
-        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        scripts = [hashlib.sha256(script).digest()
+                   for script in re.findall(rb"<script[^>]*>(.*?)</script>", data, re.S)]
+        hashes = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in scripts)
         self.send(200, data, "text/html; charset=utf-8",
-                  {"Content-Security-Policy": PAGE_POLICY.format(script=digest)})
+                  {"Content-Security-Policy": PAGE_POLICY.format(scripts=hashes)})
 
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
@@ -5348,12 +5349,17 @@ class Journal:
 
     def endings(self):
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
-        are due."""
+        are due. After a crash, the reply of the cell that ran has the reason."""
         self.questions.clear()
-        last = {"execute_reply": ("shell", "execute_reply", {"status": "aborted"}),
-                "idle": ("iopub", "status", {"execution_state": "idle"})}
-        endings = [said(self.session, *last[due], record.request)
-                   for record in self.records.values() for due in sorted(record.due)]
+        running = next((each for each in self.records.values() if "execute_reply" in each.due), None)
+        reason = {"reason": self.kernel.reason} if self.kernel.intent is None else {}
+        endings = []
+        for record in self.records.values():
+            why = reason if record is running else {}
+            last = {"execute_reply": ("shell", "execute_reply", {"status": "aborted", **why}),
+                    "idle": ("iopub", "status", {"execution_state": "idle"})}
+            endings += [said(self.session, *last[due], record.request)
+                        for due in sorted(record.due)]
         for ending in endings:
             ending.life = self.kernel.life   # whoever hears it knows of the end
         return endings

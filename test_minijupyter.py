@@ -12862,6 +12862,69 @@ class PageFiles(PageCase):
         files.choose("Shut down all")
         self.assertShows(files.page.locator("main"), "No kernel is running.")
 
+    # what may be answered to a request -> what the page says of it
+    REFUSALS = [
+        (403, "application/json", '{"message": "Forbidden"}', "You are not signed in"),
+        (403, "application/json", '{"message": "The disk is read-only"}', "The disk is read-only"),
+        (403, "text/plain", "", "It is not allowed. (403 Forbidden)"),
+        (401, "application/json", '{"message": ""}', "You are not signed in. (401 Unauthorized)"),
+        (404, "application/json", '{"message": "No such folder: x"}', "No such folder: x"),
+        (413, "text/html", "<html><head><title>413 Too Large</title></head><body><h1>x</h1></html>",
+         "It is too large for the server or a proxy before it. (413 Too Large)"),
+        (429, "text/plain", "slow down", "There were too many requests. Wait a moment. (429 slow"),
+        (500, "application/json", '{"message": "What a mess"}', "What a mess"),
+        (500, "text/plain", "", "(500 Internal Server Error)"),
+        (502, "text/html", "<title>502 Bad Gateway</title>", "but not the server behind it"),
+        (200, "text/html", "<title>Sign in</title>", "The answer is none of this server."),
+    ]
+
+    def test_a_refusal_is_told_in_the_servers_own_words_or_in_what_its_status_means(self):
+        tab = self.visit("/tree/")
+        for status, mime, body, words in self.REFUSALS:
+            with self.subTest(status=status, body=body):
+                self.context.unroute_all()
+                self.context.route("**/api/contents/**", lambda route, *_, status=status, mime=mime,
+                                   body=body: route.fulfill(status=status, content_type=mime,
+                                                            body=body))
+                told = tab.page.evaluate("api.read('x').catch(error => error.message)")
+                self.assertIn(words, told)
+                self.assertNotIn("<", told)
+        self.problems.clear()      # the browser notes each of them
+
+    def test_files_that_are_moved_to_a_folder_that_is_not_there_can_be_moved_elsewhere(self):
+        (self.root / "there").mkdir()
+        for name in ("one.txt", "two.txt"):
+            (self.root / name).write_text("")
+        tab = self.visit("/tree/")
+        for name in ("one.txt", "two.txt"):
+            tab.page.get_by_label(f"Select {name}").check()
+        tab.command("move")
+        dialog = tab.page.locator("dialog[open]")
+        dialog.get_by_role("textbox").fill("nowhere")
+        tab.choose("Move")
+        self.assertShows(dialog, "No such folder")
+        dialog.get_by_role("textbox").fill("there")
+        tab.choose("Move")
+        self.assertCount(dialog, 0)
+        self.assertEqual(sorted(p.name for p in (self.root / "there").iterdir()),
+                         ["one.txt", "two.txt"])
+
+    def test_save_as_with_a_name_that_cannot_be_leaves_the_file_where_it_is(self):
+        (self.root / "here.txt").write_text("text")
+        tab = self.visit("/edit/here.txt")
+        tab.page.locator("textarea.editor").fill("more")
+        tab.command("save-as")
+        dialog = tab.page.locator("dialog[open]")
+        dialog.get_by_role("textbox").fill("no/where.txt")
+        tab.press("Enter")
+        self.assertShows(dialog.locator(".wrong"), "No such")
+        self.assertTrue(tab.page.url.endswith("/edit/here.txt"))
+        dialog.get_by_role("textbox").fill("there.txt")
+        tab.press("Enter")
+        tab.page.wait_for_url("**/edit/there.txt")
+        tab.wait_for(saved="true")
+        self.assertEqual((self.root / "there.txt").read_text(), "more")
+
 
 class PageRuns(PageCase):
     def test_shift_enter_runs_a_cell_and_goes_on(self):
@@ -13108,7 +13171,7 @@ class PageRuns(PageCase):
         self.assertShows(tab.page.locator("#notices"), "It has not run a cell that waited.")
         self.assertShows(tab.page.locator("#notices"), "exit code 3")
         tab.wait_for(kernel="idle")
-        self.assertEqual(tab.cell(0).get_attribute("data-state"), "idle")
+        self.assertEqual(tab.states(), ["error", "idle"])
         tab.run(1)
         self.assertShows(tab.outputs(1), "'alive'")
 
@@ -13175,6 +13238,60 @@ class PageRuns(PageCase):
         self.assertShows(tab.outputs(0), "ZeroDivisionError")
         self.assertEqual(tab.states(), ["error"])
         self.assertEqual(tab.cell(0).locator(".prompt").text_content(), "[1]")
+
+    DEATHS = {"at once": ("import os; os._exit(1)", "exit code 1"),
+              "killed": ("import os, signal; print('before')\n"
+                         "os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
+              "a segmentation fault": ("import ctypes; ctypes.string_at(0)", "signal 11")}
+
+    def test_a_death_of_the_kernel_is_an_error_of_the_cell_that_did_it_and_saved(self):
+        for how, (code, words) in self.DEATHS.items():
+            with self.subTest(how):
+                name = f"{how}.ipynb"
+                tab = self.open("'fine'", code, "'waits'", name=name)
+                tab.command("run-all")
+                self.assertShows(tab.outputs(1), "DeadKernelError")
+                tab.wait_for(kernel="idle")
+                for again in ("now", "in a second page", "after a reload", "when it is saved"):
+                    if again == "after a reload":
+                        tab.page.reload()
+                    elif again == "when it is saved":
+                        tab.save()
+                        tab.page.reload()
+                    page = self.reopen(name) if "second" in again else tab
+                    self.assertShows(page.outputs(1), words)
+                    self.assertEqual(page.outputs(1).inner_text().count("DeadKernelError"), 1)
+                    self.assertEqual((page.texts()[0], page.texts()[2]), ("'fine'", ""))
+                    if page is not tab:
+                        page.page.close()
+                (error,) = [output for output in self.saved(name)["cells"][1]["outputs"]
+                            if output["output_type"] == "error"]
+                self.assertIn(words, error["evalue"])
+                tab.page.close()
+
+    def test_a_restart_amid_a_cell_by_whomever_is_no_death_of_the_kernel(self):
+        for who in ("this page", "another client"):
+            with self.subTest(who):
+                tab = self.open("print('begun')\ninput()", name="restarted.ipynb")
+                tab.select(0)
+                tab.press("Control+Enter")
+                tab.page.wait_for_selector(".stdin input")
+                if who == "this page":
+                    tab.command("restart")
+                    tab.choose("Restart")
+                else:
+                    (session,) = self.server.get("/api/sessions").json
+                    self.server.post(f"/api/kernels/{session['kernel']['id']}/restart", b"")
+                tab.wait_until_done()
+                tab.wait_for(kernel="idle")
+                tab.page.reload()
+                tab.wait_for(kernel="idle")
+                self.assertShows(tab.outputs(0), "begun")
+                self.assertNotIn("DeadKernel", tab.texts()[0])
+                self.assertNotIn("died", tab.page.locator("#notices").inner_text())
+                tab.save()
+                tab.page.close()
+                self.tearDown()      # or the next page would find the same kernel
 
 
 class PageKeepsQuestions(PageCase):
@@ -14239,8 +14356,10 @@ class PageManages(PageCase):
         tab.command("save-as")
         tab.page.locator("dialog input").fill("there.ipynb")
         tab.choose("Save")
-        self.assertShows(tab.page.locator("dialog[open]"), "already there")
-        tab.choose("Cancel")
+        question = tab.page.locator("dialog[open]").last
+        self.assertShows(question, "already there")
+        question.get_by_role("button", name="Cancel").click()
+        self.assertShows(tab.page.locator("dialog .wrong"), "already there")
         self.assertEqual(self.saved_sources("there.ipynb"), ["precious"])
 
     def test_revert_brings_back_the_last_save_by_hand(self):
@@ -14768,6 +14887,81 @@ class PageForEveryone(PageCase):
         table, place = tab.outputs(1).locator("table"), tab.outputs(1)
         self.assertLessEqual(*(o.evaluate("o => o.getBoundingClientRect().right")
                                for o in (table, place)))
+
+    def visit_spoilt(self, before, after):
+        """The page of a server beside whose files such an index.html lies."""
+        page = (HERE / "index.html").read_text("utf-8")
+        self.assertEqual(page.count(before), 1)
+        page = page.replace(before, after)
+        hashes = " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+            for script in re.findall(r"<script[^>]*>(.*?)</script>", page, re.S))
+        self.context.route("**/tree/**", lambda route: route.fulfill(
+            body=page, content_type="text/html; charset=utf-8",
+            headers={"Content-Security-Policy": f"script-src {hashes}"}))
+        tab = self.visit("/tree/")
+        self.context.unroute_all()
+        return tab
+
+    def test_a_page_that_cannot_start_says_so_with_the_error_and_its_line(self):
+        spoilt = {"no JavaScript": ("async function main() {", "async function main( {"),
+                  "an unknown name": ("\nmain();", "\nmane();"),
+                  "an error at the start": ("  listen();\n", "  null.listen();\n"),
+                  "later": ("this.specs = await api.kernelspecs().catch(() => ({ kernelspecs: {} }));",
+                            "this.specs = nothing;")}
+        for what, change in spoilt.items():
+            with self.subTest(what):
+                tab = self.visit_spoilt(*change)
+                shown = tab.page.get_by_role("alert").filter(
+                    has_text=re.compile("SyntaxError|mane|null|nothing"))
+                shown.wait_for()
+                words = shown.inner_text()
+                self.assertIn("cannot be opened" if what == "later" else "has not started", words)
+                if what != "later":
+                    before, _, _ = (HERE / "index.html").read_text().partition(change[0].strip())
+                    line = before.count("\n") + 1
+                    self.assertRegex(words, rf"line ({line}|{line + 1})\b")
+                self.assertTrue(self.problems)
+                self.problems.clear()      # the browser tells of it as well
+                tab.page.close()
+
+    def test_a_page_whose_scripts_may_not_run_says_so(self):
+        context = browser().new_context(java_script_enabled=False)
+        self.addCleanup(context.close)
+        context.add_cookies([self.cookie()])
+        page = context.new_page()
+        page.goto(self.address("/tree/"))
+        page.get_by_text("JavaScript must be allowed").wait_for()
+
+    def test_a_page_that_starts_says_nothing_of_that(self):
+        tab = self.open("1")
+        self.assertCount(tab.page.locator("#no-start"), 0)
+        self.assertEqual(tab.page.locator("#notices").inner_text(), "")
+
+    def test_an_error_of_the_page_is_told_once(self):
+        tab = self.open("1")
+        for _ in range(2):
+            tab.page.evaluate("() => setTimeout(() => { throw new TypeError('a slip'); })")
+            tab.page.evaluate("() => { Promise.reject(new Error('another')); }")
+        for words in ("TypeError: a slip", "Error: another"):
+            self.assertShows(tab.page.locator("#notices"), f"An error of this page: {words}")
+        self.assertCount(tab.page.locator(".notice"), 2)
+        self.problems.clear()
+
+    def test_an_old_browser_is_told_which_one_to_use(self):
+        self.use_own_profile()
+        self.context.add_init_script("delete window.ContentVisibilityAutoStateChangeEvent;"
+                                     "delete Uint8Array.prototype.toHex; delete CSS.highlights;"
+                                     "delete Uint8Array.prototype.toBase64;"
+                                     "delete Blob.prototype.bytes; delete Set.prototype.difference;"
+                                     "delete Element.prototype.setHTML;"
+                                     "delete Element.prototype.moveBefore;")
+        tab = self.open("6 * 7")
+        self.assertShows(tab.page.locator("#notices"), "too old")
+        self.assertShows(tab.page.locator("#notices"), "Firefox 130")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "42")
+        tab.save()
 
 
 class PageDownloads(PageCase):
