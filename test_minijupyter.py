@@ -14653,6 +14653,74 @@ class PageBearsAnything(PageCase):
     def test_odd_metadata_is_kept(self):
         self.opened([], kernelspec=5, language_info="x", widgets=None)
 
+    OF_OTHER_TOOLS = {
+        "papermill": {"duration": 1.5, "exception": False, "status": "completed"},
+        "tags": ["parameters", "injected-parameters"], "collapsed": False, "scrolled": "auto",
+        "nbgrader": {"grade_id": "q1", "locked": True, "points": 1.0, "schema_version": 3},
+        "jupyter": {"source_hidden": False, "outputs_hidden": False, "more": [1]},
+        "slideshow": {"slide_type": "slide"}, "vscode": {"languageId": "python"},
+        "colab": {"base_uri": "https://localhost/", "height": 35}, "id": "of colab",
+        "heading_collapsed": True, "unknown": {"deep": [{"x": None}]}}
+
+    def test_what_other_tools_keep_in_a_notebook_stays_when_it_is_edited_run_and_saved(self):
+        kept = {"metadata": self.OF_OTHER_TOOLS, "unknown": [1, {"x": 2.0}]}
+        ran = {**code("1 + 1"), **kept, "id": "a"}
+        cells = [ran, {**markdown("text"), **kept, "id": "b"}, {**code("not run"), **kept, "id": "c",
+                 "outputs": [{"output_type": "execute_result", "data": {"text/plain": "2"},
+                              "metadata": {"papermill": {"x": 1}}, "execution_count": 7,
+                              "unknown": {"y": 1}}]}]
+        whole = {"metadata": {"papermill": {"version": "2.6", "parameters": {"alpha": 0.1}},
+                              "colab": {"provenance": []}, "vscode": {"interpreter": {"hash": "x"}},
+                              "celltoolbar": "Create Assignment", "unknown": 1.0},
+                 "nbformat": 4, "nbformat_minor": 5, "unknown": {"z": 1}}
+        (self.root / self.name).write_text(json.dumps({**whole, "cells": cells}))
+        tab = self.reopen(self.name)
+        tab.run(0, "1 + 2")
+        tab.save()
+        saved = self.saved()
+        for name in ("kernelspec", "language_info"):
+            saved["metadata"].pop(name)
+        result = {"output_type": "execute_result", "data": {"text/plain": ["3"]}, "metadata": {},
+                  "execution_count": 1}
+        cells[0] = {**ran, "source": ["1 + 2"], "outputs": [result], "execution_count": 1}
+        self.assertEqual(saved, {**whole, "cells": cells})
+
+    def test_a_run_and_clearing_take_away_the_times_of_the_run_before(self):
+        times = {"execution": {"iopub.execute_input": "2024-01-01T00:00:00Z"}, "tags": ["kept"]}
+        nb = notebook("1", "2", "3")
+        for cell in nb["cells"]:
+            cell["metadata"] = times
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.run(0)
+        tab.select(1)
+        tab.command("clear-output")
+        tab.save()
+        self.assertEqual([cell["metadata"] for cell in self.saved()["cells"]],
+                         [{"tags": ["kept"]}, {"tags": ["kept"]}, times])
+
+    def test_cells_of_unknown_types_without_any_text_bear_every_command(self):
+        nb = {**notebook(), "cells": [{"cell_type": "diagram", "metadata": {}, "id": f"c{i}", **more}
+                                      for i, more in enumerate([{}, {"source": 5}, {"source": None},
+                                                                {"source": ["a", 5]}])]}
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.page.evaluate("view.file.touch()")
+        tab.save()
+        self.assertEqual(self.saved(), nb)
+        tab.select(0)
+        tab.press("Control+a", "c", "Shift+Enter")
+        tab.page.locator("#main").press("Control+f")
+        tab.page.keyboard.type("5")
+        self.assertShows(tab.page.locator("#find-count"), "2")
+        tab.page.locator("#find-replacement").fill("6")
+        tab.page.locator("#find [value=replaceAll]").click()
+        self.assertShows(tab.page.locator(".notice.passing"), "Replaced 2 in 2 cells")
+        tab.page.locator("#find [value=close]").click()
+        tab.select(0)
+        tab.press("v", "1", "m", "y", "Control+a", "Shift+M", "z", "r", "d", "d", "z")
+        tab.command("download-markdown")
+
 
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
