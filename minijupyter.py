@@ -296,14 +296,15 @@ class PlainDocument:
 
 
 DOCUMENTS = [PlainDocument]   # ways to read and write notebook files: the last one is used
-# Functions of a notebook -> (the same with whole cells, numbers of those that were not): the last.
+# Functions of a notebook -> (the same with whole cells, numbers or names of what was not whole):
+# the last.
 MEND = [lambda notebook: (notebook, ())]
 UPGRADES = {}                 # older nbformat -> function(notebook of that version) -> of version 4
 
 
 def current(notebook):
-    """(the notebook in nbformat 4, its version in the file, numbers of the cells that were mended).
-    Raises NotANotebook."""
+    """(the notebook in nbformat 4, its version in the file, what was mended). Raises
+    NotANotebook."""
     version = notebook.get("nbformat") if isinstance(notebook, dict) else None
     if not isinstance(version, int):
         raise NotANotebook("the file is JSON, but not a notebook: it has no nbformat number")
@@ -3351,7 +3352,7 @@ class NotebookFile:
     """What a notebook file says, and where it says it. Raises NotANotebook.
 
     notebook = the JSON object, of version 4 and of a sound structure
-    mended = numbers of the cells that are not whole in the file
+    mended = numbers of the cells, and names of other parts, that are not whole in the file
     places = {key: slice of `data`}; for "cells" a list of them, one for each cell
     tail = what comes after the object: one newline, as a rule
     """
@@ -3448,12 +3449,13 @@ def rewritten(notebook, file):
     cells = [*matched_cells(notebook["cells"], file)]
     members = {**notebook, "cells": [cell for cell, _, _ in cells]}
     keys = dict.fromkeys([*(file.places if file else ()), *notebook])
+    kept = file.places.keys() - file.mended if file else ()
     for key in sorted(notebook) if layout.is_sorted else filter(notebook.__contains__, keys):
         made.add(("," if places else "{") + layout.newline + layout.step)
         made.add(f"{to_text(key)}: ")
         if key == "cells":
             places[key] = add_cells(made, cells, file, layout)
-        elif file and key in file.places and same(file.notebook[key], notebook[key]):
+        elif file and key in kept and same(file.notebook[key], notebook[key]):
             members[key] = file.notebook[key]
             places[key] = made.add(file.data[file.places[key]])
         else:
@@ -3559,14 +3561,36 @@ DEFAULTS = {     # cell_type -> what nbformat wants and some leave out: a type's
 
 
 def mend(notebook):
-    """(the notebook with whole cells, numbers of those that were not). Other programs leave out
-    outputs or sources, or write null; with a default for each such cell the file is good."""
+    """(the notebook with whole cells, numbers of those that were not, and names of what else was
+    not). Other programs leave out outputs or sources, or write null, and some cells have an id that
+    nbformat forbids; with a default for each such part the file is good."""
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list):
         return notebook, set()
-    whole = [*map(whole_cell, cells)]
+    missing = missing_members(notebook)
+    whole = with_right_ids([*map(whole_cell, cells)], {**notebook, **missing}["nbformat_minor"])
     mended = {number for number, cell in enumerate(whole) if cell is not cells[number]}
-    return ({**notebook, "cells": whole} if mended else notebook), mended
+    if not mended and not missing:
+        return notebook, set()
+    return {**notebook, **missing, "cells": whole}, mended | missing.keys()
+
+
+def missing_members(notebook):
+    """What a notebook must have beside its cells and does not have."""
+    has_ids = any(isinstance(cell, dict) and "id" in cell for cell in notebook["cells"])
+    defaults = {"metadata": {}, "nbformat_minor": ID_MINOR if has_ids else ID_MINOR - 1}
+    return {key: value for key, value in defaults.items() if notebook.get(key) is None}
+
+
+def with_right_ids(cells, minor):
+    """nbformat demands ids of their own for all cells from version 4.5 on, and forbids them
+    before."""
+    if not isinstance(minor, int) or not all(isinstance(cell, dict) for cell in cells):
+        return cells   # nothing that we could mend
+    if minor >= ID_MINOR:
+        return with_ids(cells)
+    return [{key: part for key, part in cell.items() if key != "id"} if "id" in cell else cell
+            for cell in cells]
 
 
 def whole_cell(cell):

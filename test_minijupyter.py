@@ -5698,7 +5698,8 @@ class Documents(ServerCase):
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             data = path.read_bytes()
             nb = json.loads(data)
-            if nb["nbformat"] == 4 and data == jupyter_bytes(nb) and path.name not in self.INVALID:
+            is_odd = path.name in (*self.INVALID, "nbformat-v4_5_no_cell_id.ipynb")
+            if nb["nbformat"] == 4 and data == jupyter_bytes(nb) and not is_odd:
                 with self.subTest(path.name):
                     self.assertUntouched(data)
 
@@ -6632,7 +6633,6 @@ class NotebookFiles(ServerCase):
         ids = [cell["id"] for cell in content["cells"]]
         self.assertEqual(len(set(ids)), 3)
         self.assertEqual([cell["id"] for cell in self.open(data)["cells"]], ids)
-        self.assertUntouched(data)
         content["cells"][1]["source"] = "changed"
         saved = json.loads(self.save(content))
         self.assertEqual([cell["id"] for cell in saved["cells"]], ids)
@@ -6668,6 +6668,38 @@ class NotebookFiles(ServerCase):
             nbformat.validate(saved)
             kept = [cell["id"] for cell in saved["cells"]]
             self.assertEqual((len(set(kept)), kept[4], kept[8]), (9, "same", "good-1_"))
+
+    @needs("nbformat")
+    def test_a_save_mends_the_ids_even_if_nothing_else_has_changed(self):
+        import nbformat
+        nb = notebook(*"abcde")
+        for cell, id in zip(nb["cells"], ["two words", 7, "same", "same", None], strict=True):
+            cell["id"] = id
+        del nb["cells"][4]["id"]
+        saved = json.loads(self.save(self.open(jupyter_bytes(nb))))
+        ids = [cell["id"] for cell in saved["cells"]]
+        self.assertTrue(all(map(nbformat.validator.isvalid, [saved])))
+        self.assertEqual((len(set(ids)), ids[2]), (5, "same"))
+
+    @needs("nbformat")
+    def test_before_nbformat_4_5_no_cell_is_saved_with_an_id_and_the_version_stays(self):
+        import nbformat
+        nb = {**notebook("a", "b"), "nbformat_minor": 4}
+        for content in (nb, self.open(jupyter_bytes(nb))):
+            saved = json.loads(self.save(content))
+            nbformat.validate(nbformat.from_dict(saved))
+            self.assertEqual((saved["nbformat_minor"], [*map(len, saved["cells"])]), (4, [5, 5]))
+
+    @needs("nbformat")
+    def test_what_the_notebook_itself_lacks_is_there_when_it_is_opened_and_saved(self):
+        import nbformat
+        for nb in (notebook("1"), {**notebook("1"), "cells": []}):
+            for lacking in ({"metadata": None}, {"nbformat_minor": None}):
+                for data in (jupyter_bytes({**nb, **lacking}),
+                             jupyter_bytes({k: v for k, v in nb.items() if k not in lacking})):
+                    content = self.open(data)
+                    nbformat.validate(nbformat.from_dict(content))
+                    nbformat.validate(nbformat.reads(self.save(content), nbformat.NO_CONVERT))
 
     def test_what_json_has_not_comes_into_no_file(self):
         nb = notebook("1")
@@ -13878,6 +13910,11 @@ def markdown(text, **fields):
     return {"cell_type": "markdown", "metadata": {}, "source": text, **fields}
 
 
+def code(text, **fields):
+    return {"cell_type": "code", "metadata": {}, "source": text, "outputs": [],
+            "execution_count": None, **fields}
+
+
 # Keys pressed in command mode on the second of the code cells a, b, c: the sources they leave.
 COMMAND_KEYS = [
     ("a", ["a", "", "b", "c"]),
@@ -15149,6 +15186,74 @@ class PageBearsAnything(PageCase):
     def test_odd_metadata_is_kept(self):
         self.opened([], kernelspec=5, language_info="x", widgets=None)
 
+    OF_OTHER_TOOLS = {
+        "papermill": {"duration": 1.5, "exception": False, "status": "completed"},
+        "tags": ["parameters", "injected-parameters"], "collapsed": False, "scrolled": "auto",
+        "nbgrader": {"grade_id": "q1", "locked": True, "points": 1.0, "schema_version": 3},
+        "jupyter": {"source_hidden": False, "outputs_hidden": False, "more": [1]},
+        "slideshow": {"slide_type": "slide"}, "vscode": {"languageId": "python"},
+        "colab": {"base_uri": "https://localhost/", "height": 35}, "id": "of colab",
+        "heading_collapsed": True, "unknown": {"deep": [{"x": None}]}}
+
+    def test_what_other_tools_keep_in_a_notebook_stays_when_it_is_edited_run_and_saved(self):
+        kept = {"metadata": self.OF_OTHER_TOOLS, "unknown": [1, {"x": 2.0}]}
+        ran = {**code("1 + 1"), **kept, "id": "a"}
+        cells = [ran, {**markdown("text"), **kept, "id": "b"}, {**code("not run"), **kept, "id": "c",
+                 "outputs": [{"output_type": "execute_result", "data": {"text/plain": "2"},
+                              "metadata": {"papermill": {"x": 1}}, "execution_count": 7,
+                              "unknown": {"y": 1}}]}]
+        whole = {"metadata": {"papermill": {"version": "2.6", "parameters": {"alpha": 0.1}},
+                              "colab": {"provenance": []}, "vscode": {"interpreter": {"hash": "x"}},
+                              "celltoolbar": "Create Assignment", "unknown": 1.0},
+                 "nbformat": 4, "nbformat_minor": 5, "unknown": {"z": 1}}
+        (self.root / self.name).write_text(json.dumps({**whole, "cells": cells}))
+        tab = self.reopen(self.name)
+        tab.run(0, "1 + 2")
+        tab.save()
+        saved = self.saved()
+        for name in ("kernelspec", "language_info"):
+            saved["metadata"].pop(name)
+        result = {"output_type": "execute_result", "data": {"text/plain": ["3"]}, "metadata": {},
+                  "execution_count": 1}
+        cells[0] = {**ran, "source": ["1 + 2"], "outputs": [result], "execution_count": 1}
+        self.assertEqual(saved, {**whole, "cells": cells})
+
+    def test_a_run_and_clearing_take_away_the_times_of_the_run_before(self):
+        times = {"execution": {"iopub.execute_input": "2024-01-01T00:00:00Z"}, "tags": ["kept"]}
+        nb = notebook("1", "2", "3")
+        for cell in nb["cells"]:
+            cell["metadata"] = times
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.run(0)
+        tab.select(1)
+        tab.command("clear-output")
+        tab.save()
+        self.assertEqual([cell["metadata"] for cell in self.saved()["cells"]],
+                         [{"tags": ["kept"]}, {"tags": ["kept"]}, times])
+
+    def test_cells_of_unknown_types_without_any_text_bear_every_command(self):
+        nb = {**notebook(), "cells": [{"cell_type": "diagram", "metadata": {}, "id": f"c{i}", **more}
+                                      for i, more in enumerate([{}, {"source": 5}, {"source": None},
+                                                                {"source": ["a", 5]}])]}
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.page.evaluate("view.file.touch()")
+        tab.save()
+        self.assertEqual(self.saved(), nb)
+        tab.select(0)
+        tab.press("Control+a", "c", "Shift+Enter")
+        tab.page.locator("#main").press("Control+f")
+        tab.page.keyboard.type("5")
+        self.assertShows(tab.page.locator("#find-count"), "2")
+        tab.page.locator("#find-replacement").fill("6")
+        tab.page.locator("#find [value=replaceAll]").click()
+        self.assertShows(tab.page.locator(".notice.passing"), "Replaced 2 in 2 cells")
+        tab.page.locator("#find [value=close]").click()
+        tab.select(0)
+        tab.press("v", "1", "m", "y", "Control+a", "Shift+M", "z", "r", "d", "d", "z")
+        tab.command("download-markdown")
+
 
 class PageRunsScripts(PageCase):
     """Scripts of outputs run, and reach nothing."""
@@ -15434,17 +15539,20 @@ class PageMoves(PageCase):
         tab.press("z")
         self.assertEqual(tab.sources(), ["a", "b", "c"])
 
+    def paste_picture(self, tab, name):
+        tab.page.evaluate("""([png, name]) => {
+            const clipboardData = new DataTransfer();
+            const bytes = Uint8Array.from(atob(png), character => character.charCodeAt(0));
+            clipboardData.items.add(new File([bytes], name, { type: 'image/png' }));
+            document.activeElement.dispatchEvent(new ClipboardEvent('paste',
+                { clipboardData, bubbles: true, cancelable: true }));
+        }""", [base64.b64encode(one_red_pixel()).decode(), name])
+
     def test_a_pasted_picture_becomes_an_attachment(self):
         tab = self.mixed(markdown("see: "))
         tab.cell(0).dblclick()
         tab.press("Control+End")
-        tab.page.evaluate("""png => {
-            const clipboardData = new DataTransfer();
-            const bytes = Uint8Array.from(atob(png), character => character.charCodeAt(0));
-            clipboardData.items.add(new File([bytes], 'a b.png', { type: 'image/png' }));
-            document.activeElement.dispatchEvent(new ClipboardEvent('paste',
-                { clipboardData, bubbles: true, cancelable: true }));
-        }""", base64.b64encode(one_red_pixel()).decode())
+        self.paste_picture(tab, "a b.png")
         tab.page.wait_for_function("() => document.querySelector('.editor').value.length > 9")
         self.assertEqual(tab.sources(), ["see: ![a b](attachment:a%20b.png)"])
         tab.press("Control+Enter")
@@ -15494,6 +15602,213 @@ class PageMoves(PageCase):
             tab.select(0)
             tab.press("d", "d")
             self.assertEqual(tab.page.evaluate("document.activeElement.cell.source"), expected)
+
+    def locked(self, **metadata):
+        """A tab on "above", a code cell "answer = 1" that these metadata lock, and "below"."""
+        return self.mixed("above", code("answer = 1", metadata=metadata), "below")
+
+    def test_a_cell_that_may_not_be_deleted_stays_and_says_why(self):
+        tab = self.locked(deletable=False)
+        for keys in ("dd", "x"):
+            tab.select(1)
+            tab.press(*keys)
+            self.assertShows(tab.page.locator(".notice"), "its metadata says deletable: false")
+        self.assertEqual(tab.sources(), ["above", "answer = 1", "below"])
+        tab.press("Control+a", "d", "d")
+        self.assertShows(tab.page.locator(".notice"), "Deleted: 2 cells. A locked cell stays.")
+        self.assertEqual(tab.sources(), ["answer = 1"])
+
+    def test_a_cell_that_may_not_be_edited_keeps_its_text_and_type(self):
+        tab = self.locked(editable=False)
+        notice = tab.page.locator(".notice")
+        tab.cell(1).locator("textarea.editor").focus()
+        for key in ("a", "Backspace", "Delete", "Enter", "Tab", "Control+/", "Control+d",
+                    "Control+v", "Alt+ArrowUp", "Control+z", "Control+Shift+-", "("):
+            tab.press("Control+Home", *["ArrowRight"] * 3, key)
+            self.assertShows(notice, "its metadata says editable: false")
+            tab.page.evaluate("endPassingNotice()")
+        tab.press("Escape")
+        for key in "mr":
+            tab.press(key)
+            self.assertShows(notice, "its metadata says editable: false")
+            tab.page.evaluate("endPassingNotice()")
+        self.assertEqual(tab.page.locator("#cell-type").input_value(), "code")
+        self.assertEqual(tab.sources(), ["above", "answer = 1", "below"])
+        self.assertEqual(tab.types(), ["code"] * 3)
+
+    def test_a_locked_cell_is_read_run_cleared_and_moved(self):
+        tab = self.locked(editable=False, deletable=False)
+        tab.run(1)
+        self.assertEqual(tab.states()[1], "idle")
+        self.assertShows(tab.cell(1).locator(".prompt"), "[1]")
+        tab.select(1)
+        tab.command("clear-output")
+        self.assertShows(tab.cell(1).locator(".prompt"), "[ ]")
+        tab.press("Enter", "Control+Home", "ArrowUp")
+        self.assertEqual(self.active(tab), 0)
+        tab.select(1)
+        tab.press("Control+Shift+ArrowUp")
+        self.assertEqual(tab.sources(), ["answer = 1", "above", "below"])
+
+    def test_a_locked_cell_is_merged_with_none_of_its_neighbours(self):
+        cells = ["a", code("b", metadata={"editable": False}), "c",
+                 code("d", metadata={"deletable": False})]
+        tab = self.mixed(*cells)
+        for i, direction, lock in ((1, "Up", "editable"), (1, "Down", "editable"),
+                                   (3, "Up", "deletable")):
+            tab.select(i)
+            tab.press(f"Shift+Arrow{direction}", "Shift+M")
+            self.assertShows(tab.page.locator(".notice"), f"its metadata says {lock}: false")
+            tab.page.evaluate("endPassingNotice()")
+            self.assertEqual(tab.sources(), ["a", "b", "c", "d"])
+
+    def test_replacing_all_leaves_locked_cells_and_says_so(self):
+        tab = self.mixed("old 1", code("old 2", metadata={"editable": False}), "old 3")
+        self.find(tab, "old")
+        tab.page.locator("#find-replacement").fill("new")
+        tab.page.locator("#find [value=replaceAll]").click()
+        self.assertShows(tab.page.locator(".notice"),
+                         "Replaced 2 in 2 cells. A locked cell stays.")
+        self.assertEqual(tab.sources(), ["new 1", "old 2", "new 3"])
+        tab.page.locator("#find-text").press("Enter")
+        tab.page.locator("#find [value=replace]").click()
+        self.assertShows(tab.page.locator(".notice"), "editable: false")
+        self.assertEqual(tab.sources(), ["new 1", "old 2", "new 3"])
+
+    def test_headings_pictures_and_kernels_change_no_locked_cell(self):
+        tab = self.mixed(markdown("text", metadata={"editable": False}),
+                         code("get_ipython().set_next_input('gone', replace=True)",
+                              metadata={"editable": False}))
+        notice = tab.page.locator(".notice")
+        tab.select(0)
+        tab.press("2")
+        self.assertShows(notice, "editable: false")
+        tab.press("Enter")
+        self.paste_picture(tab, "x.png")
+        before = tab.sources()
+        tab.run(1)
+        self.assertShows(notice, "editable: false")
+        self.assertEqual(tab.sources()[:2], before)
+        self.assertEqual(before[0], "text")
+
+    def test_a_lock_is_marked_and_taken_away_by_the_cells_metadata(self):
+        tab = self.locked(editable=False)
+        lock = tab.cell(1).locator(".lock")
+        self.assertEqual(lock.get_attribute("title"), "Locked: its metadata says editable: false")
+        self.assertTrue(tab.cell(0).locator(".lock").is_hidden())
+        tab.select(1)
+        tab.command("metadata")
+        tab.page.locator("dialog textarea").fill("{}")
+        tab.choose("Change")
+        lock.wait_for(state="hidden")
+        tab.press("Enter", "Control+End")
+        tab.page.keyboard.type("0")
+        self.assertEqual(tab.sources()[1], "answer = 10")
+        tab.press("Escape", "z")
+        lock.wait_for(state="visible")
+
+    def test_a_copy_has_no_grade_id_that_the_notebook_has_already(self):
+        task = code("", id="task", metadata={"nbgrader": {"grade_id": "q1"}, "tags": ["t"]})
+        tab = self.mixed("above", task)
+        tab.select(1)
+        tab.press("c", "v", "v")
+        tab.save()
+        saved = self.saved()["cells"]
+        self.assertEqual([cell["metadata"] for cell in saved[1:]],
+                         [task["metadata"], {"tags": ["t"]}, {"tags": ["t"]}])
+        self.assertEqual(len({cell["id"] for cell in saved}), 4)
+
+    def test_what_is_cut_and_pasted_keeps_its_grade_id_and_its_id(self):
+        task = code("", id="task", metadata={"nbgrader": {"grade_id": "q1"}})
+        tab = self.mixed("above", task, "below")
+        tab.select(1)
+        tab.press("x", "v", "v")
+        tab.save()
+        first, copied = self.saved()["cells"][2:]
+        self.assertEqual((first["id"], first["metadata"]), ("task", task["metadata"]))
+        self.assertNotEqual(copied["id"], "task")
+        self.assertEqual(copied["metadata"], {})
+
+    def test_of_a_split_task_the_first_half_keeps_the_grade_id(self):
+        tab = self.mixed(code("a\nb", metadata={"nbgrader": {"grade_id": "q1"}}))
+        tab.select(0)
+        tab.press("Enter", "Control+Home", "ArrowDown", "Control+Shift+-")
+        tab.save()
+        self.assertEqual([cell["metadata"] for cell in self.saved()["cells"]],
+                         [{"nbgrader": {"grade_id": "q1"}}, {}])
+
+    def test_a_copy_of_a_cell_that_may_not_be_deleted_may_be(self):
+        tab = self.locked(deletable=False)
+        tab.select(1)
+        tab.press("c", "v", "d", "d")
+        self.assertEqual(tab.sources(), ["above", "answer = 1", "below"])
+
+    def test_cells_too_large_for_the_browsers_store_are_pasted_in_this_tab(self):
+        tab = self.mixed("a", "b")
+        tab.page.evaluate("""() => {
+            for (let size = 1e6, n = 0; size >= 1;) {
+                try { localStorage.setItem(`filled ${n += 1}`, 'x'.repeat(size)); }
+                catch { size /= 10; }
+            }
+        }""")
+        tab.select(0)
+        tab.press("c")
+        self.assertShows(tab.page.locator(".notice"), "for other tabs this is too large")
+        tab.press("v")
+        self.assertEqual(tab.sources(), ["a", "a", "b"])
+
+    RED, BLUE = {"image/png": "cmVk"}, {"image/png": "Ymx1ZQ=="}
+
+    def saved_attachments(self, tab):
+        tab.page.evaluate("view.file.touch()")
+        tab.save()
+        return [cell.get("attachments") for cell in self.saved()["cells"]]
+
+    def test_pictures_go_with_the_half_of_a_split_that_names_them(self):
+        text = "![a](attachment:a%20b.png)\n![b](attachment:b.png)\n![b](attachment:b.png)\nend"
+        all_of_them = {"a b.png": self.RED, "b.png": self.BLUE, "unnamed.png": self.RED}
+        tab = self.mixed(markdown(text, attachments=all_of_them))
+        tab.select(0)
+        tab.press("Enter", "Control+Home", *["ArrowDown"] * 2, "Control+Shift+-")
+        self.assertEqual(self.saved_attachments(tab), [all_of_them, {"b.png": self.BLUE}])
+        tab.press("Control+Home", "ArrowDown", "Control+Shift+-")
+        self.assertEqual(self.saved_attachments(tab),
+                         [all_of_them, {"b.png": self.BLUE}, None])
+        tab.press("Escape", "z", "z")
+        self.assertEqual(self.saved_attachments(tab), [all_of_them])
+
+    def test_a_merge_keeps_two_pictures_of_one_name_and_one_of_two_that_are_the_same(self):
+        image = "![x](attachment:x.png)"
+        tab = self.mixed(markdown(image, attachments={"x.png": self.RED}),
+                         markdown(f"{image} ![y](attachment:x-1.png)",
+                                  attachments={"x.png": self.BLUE, "x-1.png": self.RED}),
+                         markdown(image, attachments={"x.png": self.RED}))
+        tab.select(0)
+        tab.press("Control+a", "Shift+M")
+        self.assertEqual(self.saved_attachments(tab),
+                         [{"x.png": self.RED, "x-2.png": self.BLUE, "x-1.png": self.RED}])
+        self.assertEqual(tab.sources(), [
+            f"{image}\n\n![x](attachment:x-2.png) ![y](attachment:x-1.png)\n\n{image}"])
+        tab.press("z")
+        self.assertEqual(self.saved_attachments(tab)[0], {"x.png": self.RED})
+
+    def test_a_cell_that_becomes_code_and_markdown_again_has_its_pictures(self):
+        tab = self.mixed(markdown("![x](attachment:x.png)", attachments={"x.png": self.RED}))
+        tab.select(0)
+        tab.press("y")
+        self.assertEqual(self.saved_attachments(tab), [None])
+        tab.press("m")
+        self.assertEqual(self.saved_attachments(tab), [{"x.png": self.RED}])
+
+    def test_pictures_are_pasted_in_another_tab_with_the_text(self):
+        tab = self.mixed(markdown("![x](attachment:x.png)", attachments={"x.png": self.RED}))
+        tab.select(0)
+        tab.press("c")
+        other = self.open("", name="other.ipynb")
+        other.select(0)
+        other.press("v")
+        other.save()
+        self.assertEqual(self.saved("other.ipynb")["cells"][1]["attachments"], {"x.png": self.RED})
 
 
 class PageFilesMoved(PageCase):
