@@ -16993,6 +16993,69 @@ WHAT_ACTS = r"""async ([texts, types]) => {
 }"""
 
 
+# Points outside of all outputs and rendered texts that belong to one, or are red on the picture
+DRAWN_OUTSIDE = """async picture => {
+    const image = new Image();
+    image.src = `data:image/png;base64,${picture}`;
+    await image.decode();
+    const canvas = new OffscreenCanvas(image.width, image.height).getContext('2d');
+    canvas.drawImage(image, 0, 0);
+    const { data } = canvas.getImageData(0, 0, image.width, image.height);
+    const isRed = (x, y) => {
+        const [red, green, blue] = data.subarray(4 * (y * image.width + x));
+        return red > 200 && green + blue < 50;
+    };
+    const boxes = [...document.querySelectorAll('.output, .rendered')].map(
+        box => box.getBoundingClientRect());
+    const outside = [];
+    for (let x = 3; x < innerWidth; x += 20) for (let y = 3; y < innerHeight; y += 3) {
+        const isIn = boxes.some(({ left, right, top, bottom }) =>
+            left - 1 <= x && x <= right && top - 1 <= y && y <= bottom);
+        const hit = document.elementFromPoint(x, y)?.closest('.output, .rendered');
+        if (!isIn && (hit || isRed(x, y))) outside.push([x, y]);
+    }
+    return outside;
+}"""
+# How HTML and CSS name an address; the first ones ask for it at once
+WAYS_TO_ASK = [
+    "<img src='%s'>", "<video src='%s'></video>", "<video poster='%s'></video>",
+    "<audio src='%s' preload=auto></audio>", "<video><source src='%s'></video>",
+    "<input type=image src='%s'>", "<p style='background: url(%s)'>x</p>",
+    """<p style='background: \\75r\\6c ("%s")'>x</p>""".replace(" (", "("),
+    "<p style='--x: url(%s); background: var(--x)'>x</p>",
+    "<svg><style>svg { background: url(%s) }</style></svg>"]
+WAYS_TO_ASK_IN_HTML = [
+    "<style>b::after { content: url( '%s' ) }</style><b>x</b>",
+    "<style>/* ' */ p { content: 'url('; background: url('%s') /* ' */ }</style><p>x</p>",
+    "<style>@media all { li { list-style: disc url(%s) } }</style><li>x</li>"]
+WAYS_THAT_ASK_NOTHING = [
+    "<img srcset='%s'>", "<picture><source srcset='%s'><img></picture>", "<p background='%s'>x</p>",
+    "<link rel=stylesheet href='%s'>", "<link rel=prefetch href='%s'>", "<base href='%s'>",
+    "<meta http-equiv=refresh content='0;url=%s'>",
+    "<svg><image href='%s'/></svg>", "<svg><image xlink:href='%s'/></svg>", "<svg><use href='%s#a'/>"
+    "</svg>", "<svg><filter id=f><feImage href='%s'/></filter><path filter='url(#f)'/></svg>",
+    "<svg width=9 height=9><rect width=9 height=9 fill='url(%s#a)' clip-path='url(%s#a)'/></svg>",
+    "<math><mi href='%s'>x</mi></math>", "<a href='%s' ping='%s'>x</a>", "<track src='%s'>",
+    "<table background='%s'><td background='%s'>x</table>", "<body background='%s'>",
+    "<style>@import '%s';</style>", "<style>@\\69mport url(%s);</style>",
+    "<style>p { background: image-set('%s' 1x) }</style><p>x</p>",
+    "<style>p { background: -webkit-image-set('%s' 1x) }</style><p>x</p>",
+    "<style>@font-face { font-family: f; src: url(%s) } p { font-family: f }</style><p>x</p>",
+    "<svg><style>@import '%s';</style></svg>", "<form action='%s'><button formaction='%s'>x</button>",
+    "<frameset><frame src='%s'></frameset>"]
+WAYS_TO_ASK_IN_MARKDOWN = ["![](%s)", "![x][%s]\n\n[%s]: %s"]
+WAYS_OF_SCRIPTS = [      # in HTML these go to a frame
+    "<object data='%s'></object>", "<embed src='%s'>", "<iframe src='%s'></iframe>",
+    "<svg><script href='%s'></script></svg>", "<script src='%s'></script>"]
+# What leads to a place of our own server that is no file
+PLACES_OF_OURS = [
+    "/logout", "//127.0.0.1:{port}/logout", "http://127.0.0.1:{port}/logout", "http:/logout",
+    "http:logout", "../../../logout", "/files/../logout", "/files/%2e%2e/logout", "\\logout",
+    "\\\\127.0.0.1:{port}\\logout", "/&#9;/logout", "/../logout", "/&#47;127.0.0.1:{port}/logout",
+    "http://localhost:{port}/logout", "http://[::1]:{port}/logout", " HTTP://127.0.0.1:{port}/logout",
+    "/api/kernels", "../frame", "../notebooks/x.ipynb", "/api/contents/x.ipynb"]
+
+
 @needs("brs_kb")
 class PageKeepsOut(DrawnPage):
     """A public list of attacks on pages, 4,462 texts, acts nowhere. The rest of it: by design."""
@@ -17106,6 +17169,166 @@ class PageKeepsOut(DrawnPage):
         for link in page.get_by_role("link", name="all about cells").all():
             link.click()
         self.assertCount(cells, count)
+
+    def asked_by(self, html, text, folder="a"):
+        """All addresses of ours that a page asks for because of this HTML and Markdown; the last
+        picture is `last.png`."""
+        asked = []
+        self.context.on("request", lambda request: asked.append(request.url))
+        (self.root / folder).mkdir(exist_ok=True)
+        nb = {**outputs_in(*({"text/html": part} for part in html)), "metadata": {}}
+        nb["cells"] += [markdown(part, id=f"m{i}") for i, part in enumerate(text)]
+        nb["cells"].append(markdown("![](last.png)", id="last"))
+        page = self.put(nb, f"{folder}/{self.name}").page
+        return page, asked
+
+    def test_what_a_notebook_names_asks_our_server_for_files_alone(self):
+        places = [place.format(port=self.server.port) for place in PLACES_OF_OURS]
+        html, text, wanted = [], [], set()
+        for i, way in enumerate(WAYS_TO_ASK + WAYS_TO_ASK_IN_HTML + WAYS_THAT_ASK_NOTHING):
+            html += [way.replace("%s", f"{place}?asked={i}") for place in places]
+            html.append(way.replace("%s", f"pixel.png?wanted=h{i}"))
+        for i, way in enumerate(WAYS_TO_ASK_IN_MARKDOWN + WAYS_TO_ASK + WAYS_THAT_ASK_NOTHING
+                                + WAYS_OF_SCRIPTS):
+            text += [way.replace("%s", f"{place}?asked={i}") for place in places]
+            text.append(way.replace("%s", f"pixel.png?wanted=m{i}"))
+        wanted = {f"h{i}" for i in range(len(WAYS_TO_ASK + WAYS_TO_ASK_IN_HTML))} | {
+            f"m{i}" for i in range(len(WAYS_TO_ASK_IN_MARKDOWN + WAYS_TO_ASK))}
+        page, asked = self.asked_by(html, ["\n\n".join(text)])
+        page.locator(".rendered").last.wait_for()
+        page.eval_on_selector_all("[loading]", "all => { for (const i of all) i.loading = 'eager' }")
+        missing = lambda: wanted - {url.partition("wanted=")[2] for url in asked}
+        self.until(lambda: not missing(), page, missing)
+        self.until(lambda: any("last.png" in url for url in asked), page)
+        files = self.address("/files/")
+        self.assertEqual([url for url in asked if "asked=" in url and not url.startswith(files)], [])
+
+    def test_a_link_to_our_own_server_leads_to_pages_that_only_show(self):
+        places = [place.format(port=self.server.port) for place in PLACES_OF_OURS]
+        _, asked = self.asked_by([f"<a href='{place}?.ipynb'>go</a>" for place in places],
+                                 [f"<a href='{place}?.ipynb'>go</a>" for place in places])
+        page = self.context.pages[-1]
+        page.get_by_text("go").last.wait_for()
+        links = page.evaluate("""() => [document, ...[...document.querySelectorAll('.host')].map(
+            host => host.shadowRoot)].flatMap(root => [...root.querySelectorAll('.rendered a, a')])
+            .filter(a => a.textContent === 'go').map(({ href }) => href)""")
+        self.assertEqual(len(links), 2 * len(places))
+        pages = tuple(self.address(f"/{name}") for name in ("files/", "notebooks/", "tree/"))
+        self.assertEqual([link for link in links if link and not link.startswith(pages)], [])
+
+    def test_no_other_host_learns_where_it_is_shown(self):
+        told = []
+
+        class Other(BaseHTTPRequestHandler):
+            def do_GET(self):
+                told.append((self.path, self.headers.get("Referer")))
+                self.send_response(404)
+                self.send_header("Access-Control-Allow-Origin", "*")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        other = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+        threading.Thread(target=other.serve_forever, args=[0.01]).start()
+        self.addCleanup(other.server_close)
+        self.addCleanup(other.shutdown)
+        self.context.unroute_all()
+        place = f"http://localhost:{other.server_port}"
+        unsafe = "<meta name=referrer content=unsafe-url>"
+        html = [unsafe + way.replace("%s", f"{place}/h{i}")
+                for i, way in enumerate(WAYS_TO_ASK + WAYS_TO_ASK_IN_HTML + WAYS_THAT_ASK_NOTHING)]
+        text = [unsafe + way.replace("%s", f"{place}/m{i}")
+                for i, way in enumerate(WAYS_TO_ASK_IN_MARKDOWN + WAYS_TO_ASK)]
+        html.append(f"<scr" f"ipt>fetch('{place}/fetch'); new Image().src = '{place}/image'; "
+                    f"document.body.append(document.referrer + 'nothing')</scr" f"ipt>"
+                    f"<link rel=stylesheet href='{place}/sheet'>")
+        page, _ = self.asked_by(html, text + [f"[go]({place}/link)"])
+        page.get_by_text("go").last.click()
+        page.locator(".script-frame").scroll_into_view_if_needed()
+        frame = page.frame_locator(".script-frame")
+        self.assertEqual(frame.locator("body").inner_text().strip(), "nothing")
+        wanted = {"/fetch", "/image", "/sheet", "/link",
+                  *(f"/h{i}" for i in range(len(WAYS_TO_ASK + WAYS_TO_ASK_IN_HTML)))}
+        missing = lambda: wanted - {path for path, _ in told}
+        self.until(lambda: not missing(), page, missing)
+        self.assertEqual([path for path, referer in told if referer], [])
+
+    def test_a_label_of_a_notebook_presses_nothing_of_the_page(self):
+        html = "<label for=find-case>presses</label>"
+        nb = outputs_in({"text/html": html}, {"text/markdown": html}, {"text/latex": html})
+        nb["cells"].append(markdown(html))
+        page = self.put(nb).page
+        self.assertCount(page.get_by_text("presses"), 4)
+        for label in page.get_by_text("presses").all():
+            label.dispatch_event("click")
+        self.assertFalse(page.locator("#find-case").is_checked())
+
+    @needs("ipywidgets")
+    def test_a_widgets_html_draws_in_its_own_place_alone(self):
+        html = ("<style>#top, .cell { display: none !important } b { color: red }</style>"
+                "<label for=find-case>presses</label><b>inside</b> $x^2$")
+        tab = self.open("import ipywidgets\nparts = [ipywidgets.HTML(value), "
+                        "ipywidgets.HTMLMath(value)]\nipywidgets.VBox(parts)")
+        tab.run(0, f"value = {html!r}\n" + tab.sources()[0])
+        inside = tab.outputs(0).get_by_text("inside")
+        self.assertCount(inside, 2)
+        self.assertEqual(inside.first.evaluate("b => getComputedStyle(b).color"), "rgb(255, 0, 0)")
+        tab.outputs(0).get_by_text("presses").first.click()
+        self.assertFalse(tab.page.locator("#find-case").is_checked())
+        self.assertTrue(tab.page.locator("#top").is_visible())
+        self.assertCount(tab.outputs(0).locator("math"), 1)
+
+    def test_the_style_of_a_drawing_is_for_this_drawing_alone(self):
+        def drawing(colour):
+            return (f"<svg width=9 height=9><style>rect, #main, p {{ fill: {colour}; display: none; "
+                    f"display: block; color: {colour} }}</style><linearGradient id=g><stop "
+                    f"stop-color='{colour}'/></linearGradient><rect width=9 height=9 "
+                    f"stroke='url(#g)'/></svg>")
+        html = drawing("red") + drawing("blue") + "<p>beside</p>"
+        nb = outputs_in({"text/html": html}, {"text/markdown": html})
+        nb["cells"].append(markdown(html))
+        page = self.put(nb).page
+        self.assertCount(page.locator("rect"), 6)
+        fills = [rect.evaluate("rect => getComputedStyle(rect).fill")
+                 for rect in page.locator("rect").all()]
+        self.assertEqual(fills, ["rgb(255, 0, 0)", "rgb(0, 0, 255)"] * 3)
+        self.assertCount(page.locator("#g"), 6)
+        for text in page.get_by_text("beside").all():
+            self.assertEqual(text.evaluate("p => getComputedStyle(p).color"), "rgb(28, 35, 48)")
+
+    def test_nothing_that_a_notebook_draws_leaves_its_place(self):
+        """Whatever the style, a point of the page outside of the output is the page's."""
+        styles = ["position: fixed; inset: 0", "position: absolute; inset: -500px -900px",
+                  "position: sticky; top: 0; height: 900px", "margin: -900px; height: 2000px",
+                  "transform: scale(50) translate(-20px)", "translate: -400px -200px; scale: 9",
+                  "box-shadow: 0 0 0 900px red", "outline: 900px solid red", "zoom: 40",
+                  "filter: drop-shadow(0 -300px red)", "float: left; margin: -400px; padding: 999px",
+                  "font-size: 900px; line-height: 0", "letter-spacing: 900px",
+                  "position: fixed; position-area: top; position-anchor: auto; inset: auto",
+                  "rotate: 45deg; width: 9000px", "text-indent: -900px; text-shadow: 0 -300px red",
+                  "perspective: 1px; transform: translateZ(.9px)", "width: 300vw; height: 9px",
+                  "border: 500px solid red; margin: -500px", "offset-path: ray(0deg); offset: 900px"]
+        everywhere = "z-index: 2147483647; background: red"
+        for style in styles:
+            html = f"<div style='{style}; {everywhere}'>drawn</div>"
+            sheet = (f"<style>:host, div {{ {style} !important; contain: none !important; "
+                     f"overflow: visible !important; {everywhere} }}</style><div>drawn</div>")
+            with self.subTest(style):
+                nb = outputs_in({"text/html": html}, {"text/markdown": html}, {"text/html": sheet})
+                nb["cells"] += [markdown(html), *notebook("x = 1")["cells"]]
+                page = self.put(nb, "drawn.ipynb").page
+                page.get_by_text("drawn").last.wait_for(state="attached")
+                picture = base64.b64encode(page.screenshot()).decode()
+                self.assertEqual(page.evaluate(DRAWN_OUTSIDE, picture), [])
+                page.close()
+
+    def until(self, is_true, page, tell=lambda: ""):
+        """Let the page go on until this is so."""
+        deadline = time.monotonic() + SECONDS
+        while not is_true():
+            self.assertLess(time.monotonic(), deadline, tell())
+            page.evaluate("() => new Promise(requestAnimationFrame)")
 
 
 class PageSurvives(DrawnPage):
