@@ -13761,6 +13761,80 @@ class PageShows(PageCase):
         tab.wait_for(kernel="dead")
 
 
+    def test_what_is_printed_in_a_folded_box_shows_its_end(self):
+        tab = self.open("for i in range(500): print(i)\ninput('?')")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.page.locator(".stdin"), "?")
+        tab.page.wait_for_function("() => isAtEnd(document.querySelector('.outputs.folded'))")
+
+    def assertTableShowsItsHead(self, before):
+        rows = "''.join(f'<tr><td>row {i}</td></tr>' for i in range(300))"
+        tab = self.open(f"{before}display({{'text/html': '<table>' + {rows}}}, raw=True)\n"
+                        "print('on it goes')\ninput('?')")
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.page.locator(".stdin"), "?")
+        self.assertShows(tab.outputs(0), "on it goes")
+        tab.page.wait_for_function("""() => {
+            const box = document.querySelector('.outputs.folded');
+            const { top } = box?.querySelector('.output:has(.host)').getBoundingClientRect() ?? {};
+            const place = box?.getBoundingClientRect();
+            return top >= place?.top - 1 && top < place.bottom - 100;
+        }""")
+
+    def test_a_long_table_shows_its_head_while_its_cell_runs(self):
+        self.assertTableShowsItsHead("")
+
+    def test_a_long_table_shows_its_head_below_what_was_printed(self):
+        self.assertTableShowsItsHead("for i in range(100): print(i)\n")
+
+    def test_every_pair_of_colours_can_be_read_in_light_and_in_dark(self):
+        page = self.visit("/tree").page
+        inks = ["", *range(30, 38), *range(90, 98), "38;5;16", "38;5;231", "38;5;244", "38;5;226",
+                "38;2;0;0;0", "38;2;255;255;255", "38;2;128;128;128", "2;37", "7;30", "7;97"]
+        grounds = ["", *range(40, 48), *range(100, 108), "48;5;16", "48;5;231", "48;5;244",
+                   "48;2;0;0;0", "48;2;255;255;255", "48;2;128;128;128"]
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for wash in ("--page", "--error-wash"):
+                found = page.evaluate(PAIRS_NOT_READ, [inks, grounds, wash])
+                with self.subTest(f"{scheme} {wash}"):
+                    self.assertEqual(found, [])
+
+    def test_a_colour_that_can_be_read_is_the_programs_own(self):
+        page = self.visit("/tree").page
+        colour = page.evaluate("""() => {
+            const node = textNode('\\x1b[38;2;200;0;0mred');
+            document.body.append(node);
+            return getComputedStyle(node.querySelector('span')).color;
+        }""")
+        self.assertEqual(colour, "rgb(200, 0, 0)")
+
+
+# [inks, grounds, the page's colour behind them] -> pairs whose computed colours are below 3:1
+PAIRS_NOT_READ = """([inks, grounds, wash]) => {
+    const lightness = css => css.match(/[\\d.]+/g).slice(0, 3).map(Number)
+        .map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0.05);
+    const holder = document.body.appendChild(document.createElement('div'));
+    holder.style.background = `var(${wash})`;
+    const found = [];
+    for (const ink of inks) for (const ground of grounds) {
+        const codes = [ink, ground].filter(Boolean).join(';');
+        holder.replaceChildren(textNode(`\\x1b[${codes}mx`));
+        const { color, backgroundColor } =
+            getComputedStyle(holder.querySelector('span') ?? holder.firstChild);
+        const isClear = backgroundColor === 'rgba(0, 0, 0, 0)';
+        const behind = isClear ? getComputedStyle(holder).backgroundColor : backgroundColor;
+        const [low, high] = [lightness(color), lightness(behind)].sort((a, b) => a - b);
+        if (high / low < 2.995) found.push([codes, color, behind]);
+    }
+    holder.remove();
+    return found;
+}"""
+
+
 def one_red_pixel():
     """A PNG file of one pixel."""
     def chunk(kind, data):
@@ -14942,7 +15016,7 @@ class PageForEveryone(PageCase):
 
     def test_a_page_that_cannot_start_says_so_with_the_error_and_its_line(self):
         spoilt = {"no JavaScript": ("async function main() {", "async function main( {"),
-                  "an unknown name": ("\nmain();", "\nmane();"),
+                  "an unknown name": ("DOMContentLoaded', main)", "DOMContentLoaded', mane)"),
                   "an error at the start": ("  listen();\n", "  null.listen();\n"),
                   "later": ("this.specs = await api.kernelspecs().catch(() => ({ kernelspecs: {} }));",
                             "this.specs = nothing;")}
@@ -14999,6 +15073,22 @@ class PageForEveryone(PageCase):
         tab.run(0)
         self.assertShows(tab.outputs(0), "42")
         tab.save()
+
+    def test_paper_has_the_colours_of_light_and_no_selection(self):
+        tab = self.open("print('\\x1b[41mred\\x1b[0m plain')", "2")
+        tab.run(0)
+        tab.select(0)
+        tab.page.emulate_media(media="print", color_scheme="dark")
+        style = "(node, name) => getComputedStyle(node)[name]"
+        cell, red = tab.cell(0), tab.outputs(0).get_by_text("red", exact=True)
+        clear = "rgba(0, 0, 0, 0)"
+        for node, name, value in (
+                (tab.page.locator("body"), "backgroundColor", "rgb(255, 255, 255)"),
+                (cell, "backgroundColor", clear), (cell, "borderLeftColor", clear),
+                (cell, "outlineStyle", "none"), (red, "backgroundColor", "rgb(194, 47, 42)"),
+                (red, "printColorAdjust", "exact")):
+            with self.subTest(name):
+                self.assertEqual(node.evaluate(style, name), value)
 
 
 class PageDownloads(PageCase):
@@ -17397,6 +17487,277 @@ class PageSurvives(DrawnPage):
         tab.page.locator(".json").wait_for(state="attached")
         for i in range(len(nb["cells"]) - 1):
             self.assertIn("the end", tab.cell(i).locator(".rendered").text_content())
+
+    def test_a_cursor_that_is_sent_far_away_stays_near_the_text(self):
+        page = self.visit("/tree").page
+        for letter in "ABCDEFGHIJKLMPSTXZ@`abdefr":
+            with self.subTest(letter):
+                lengths = page.evaluate("""letter => {
+                    const far = `\\x1b[999999999${letter}`;
+                    const text = `one\\ntwo${far}x${far.replace(letter, `;9${letter}`)}y\\t\\tz`;
+                    return new Terminal(text).text.split('\\n').map(line => line.length);
+                }""", letter)
+                self.assertLessEqual(len(lengths), 2)
+                self.assertLess(max(lengths), 1200)
+
+    def test_a_long_line_may_be_walked_to_its_end(self):
+        shown = self.visit("/tree").page.evaluate(
+            "() => new Terminal('a'.repeat(5000) + '\\r\\x1b[4000Cb').text.indexOf('b')")
+        self.assertEqual(shown, 4000)
+
+    def test_a_long_line_written_over_piece_by_piece_is_shown(self):
+        """Each takes a fraction of a second; what copied the line for each piece took hours."""
+        page = self.visit("/tree").page
+        line, count = "x" * 300_000, 75_000
+        for text, length in (
+                (line + "\b\by" * count, 300_000), (line + "\b\b\x1b[K" * count, 150_000),
+                (line + "\r" + "\x1b[X\x1b[C" * count, 300_000), ("x\x1b[1K" * count, 0),
+                (line + "\rx\x1b[999999C\x1b[1K" * count, 0), (line + "\ryy" * count, 300_000),
+                (line + "\r\x1b[999999X" * count, 0), (line + "\x1b[A\rz\n" * count, None),
+                ("\x1b[31ma\x1b[32mb" * count + "\r\x1b[5Ca\x1b[31mb" * count, None)):
+            with self.subTest(text[-20:]):
+                shown = page.evaluate("text => withoutSgr(new Terminal(text).text).length", text)
+                self.assertEqual(shown, shown if length is None else length)
+
+    def test_sequences_of_every_kind_are_swallowed_wherever_they_are_cut(self):
+        page = self.visit("/tree").page
+        for sequence in (
+                "\x1b(B", "\x1b)0", "\x1b#8", "\x1b%G", "\x1b=", "\x1b7", "\x1bc", "\x1b[?25l",
+                "\x1b[>4;1m", "\x1b[=5u", "\x1b[!p", "\x1b[2 q", "\x1b[?2004h", "\x1b[<1;2M",
+                "\x1bP1$r0m\x1b\\", "\x1bPq#0;2;0\n;0;0#0~~\x1b\\", "\x1b_Gf=24;AAAA\x1b\\",
+                "\x1b^private\x1b\\", "\x1bXstart\x07\x1b\\", "\x1b]0;title\x07",
+                "\x1b]8;;https://x.org\x1b\\", "\x07", "\x0e", "\x0f"):
+            with self.subTest(sequence):
+                shown = page.evaluate("""sequence => {
+                    const text = `a${sequence}b`;
+                    return [...text].map((_, n) => {
+                        const terminal = new Terminal(text.slice(0, n));
+                        terminal.write(text.slice(n));
+                        return terminal.text;
+                    });
+                }""", sequence)
+                self.assertEqual(set(shown), {"ab"})
+
+    def test_colours_with_colons_and_kinds_of_underline_are_shown(self):
+        page = self.visit("/tree").page
+        for codes, wanted in (
+                ("38:2::200:0:0", {"color": "rgb(200, 0, 0)"}),
+                ("38:2:200:0:0", {"color": "rgb(200, 0, 0)"}),
+                ("48:5:196", {"backgroundColor": "rgb(255, 0, 0)"}),
+                ("4", {"textDecorationLine": "underline", "textDecorationStyle": "solid"}),
+                ("4:3", {"textDecorationLine": "underline", "textDecorationStyle": "wavy"}),
+                ("21", {"textDecorationLine": "underline", "textDecorationStyle": "double"}),
+                ("4:3;58:2::1:2:3", {"textDecorationColor": "rgb(1, 2, 3)"}),
+                ("4;58;5;196", {"textDecorationColor": "rgb(255, 0, 0)"}),
+                ("4;9;53", {"textDecorationLine": "underline overline line-through"}),
+                ("4:3;24;3", {"textDecorationLine": "none", "fontStyle": "italic"}),
+                ("4:3;4:0;1", {"textDecorationLine": "none", "fontWeight": "700"})):
+            with self.subTest(codes):
+                found = page.evaluate("""([codes, wanted]) => {
+                    document.body.append(textNode(`\\x1b[${codes}mx`));
+                    const style = getComputedStyle(document.body.lastChild.querySelector('span'));
+                    return Object.fromEntries(Object.keys(wanted).map(key => [key, style[key]]));
+                }""", [codes, wanted])
+                self.assertEqual(found, wanted)
+
+    def test_a_tab_goes_to_the_next_stop_and_takes_nothing_away(self):
+        page = self.visit("/tree").page
+        for text, shown in (("a\tb", "a\tb"), ("a\tb\rxyz", "xyz     b"), ("abc\r\td", "abc     d"),
+                            ("a\tb\r\tc\n", "a       c\n")):
+            with self.subTest(text):
+                self.assertEqual(page.evaluate("text => new Terminal(text).text", text), shown)
+
+    def test_a_line_too_long_to_be_shown_gives_its_colours_to_no_other(self):
+        page = self.visit("/tree").page
+        runs = page.evaluate("""() => [...textNode(
+            '\\x1b[31m' + 'ab\\x1b[32m'.repeat(9000) + '\\x1b[0m\\nplain').querySelectorAll('span')]
+            .map(span => span.textContent)""")
+        self.assertFalse([text for text in runs if "plain" in text or "[" in text])
+
+    @needs_programs("node", str(NODE / "@xterm" / "headless"))
+    def test_random_streams_leave_what_they_leave_in_xterm(self):
+        """But for what ours leaves out: a screen of some height and width, wide characters."""
+        dice = random.Random(2)
+        texts = [random_stream(dice) for _ in range(2000)]
+        process = subprocess.run(
+            ["node", "-e", XTERM_CELLS], input=json.dumps(texts), text=True, check=True,
+            env={**os.environ, "NODE_PATH": str(NODE)}, capture_output=True)
+        ours = self.visit("/tree").page.evaluate(OUR_CELLS, texts)
+        different = [found for found in zip(texts, ours, json.loads(process.stdout), strict=True)
+                     if found[1] != found[2]]
+        self.assertEqual(different[:3], [])
+
+    PIECES = [   # (stream, text) of each output -> what is shown, one text for each box
+        ([("stdout", "Load"), ("stdout", "ing "), ("stdout", "ok\n")], ["Loading ok"]),
+        ([("stderr", "\r 0%"), ("stderr", "\r50%"), ("stderr", "\r99%\n")], ["99%"]),
+        ([("stdout", "a\x1b"), ("stdout", "[3"), ("stdout", "2mb")], ["ab"]),
+        ([("stdout", "a"), ("stderr", "b"), ("stdout", "c")], ["a", "b", "c"]),
+        ([("stdout", "a"), ("stderr", ""), ("stdout", ""), ("stdout", "\rb")], ["b"]),
+        ([("stdout", ["a\n", "b"]), ("stdout", ["\rc", "d\n"])], ["a\ncd"]),
+        ([("stdout", "a"), None, ("stdout", "b")], ["a", "42", "b"])]
+
+    def pieces(self):
+        """A notebook with a cell for each row of PIECES, and one more below them."""
+        nb = notebook(*["x"] * len(self.PIECES), "last")
+        result = {"output_type": "execute_result", "data": {"text/plain": "42"}, "metadata": {},
+                  "execution_count": 1}
+        for cell, (pieces, _) in zip(nb["cells"], self.PIECES, strict=False):
+            cell["outputs"] = [piece and {"output_type": "stream", "name": piece[0],
+                                          "text": piece[1]} or result for piece in pieces]
+        return nb
+
+    def test_consecutive_pieces_of_a_stream_are_shown_as_one_text(self):
+        tab = self.put(self.pieces())
+        self.assertCount(tab.page.locator(".output > *"), sum(len(s) for _, s in self.PIECES))
+        shown = tab.page.evaluate("""() => [...document.querySelectorAll('.cell')].map(cell =>
+            [...cell.querySelectorAll('.output > *')].map(node => node.textContent))""")
+        self.assertEqual(shown[:-1], [shown for _, shown in self.PIECES])
+        self.assertEqual(tab.page.evaluate("""() => {
+            const [a, b] = view.cells[2].outputsNode.querySelectorAll('.output > *')[0]
+                .querySelector('span').textContent;
+            return a + (b ?? '');
+        }"""), "b")
+
+    def test_a_notebook_with_streams_in_pieces_keeps_them_and_gives_them_to_copies(self):
+        nb = self.pieces()
+        tab = self.put(nb)
+        self.assertCount(tab.page.locator(".output > *"), sum(len(s) for _, s in self.PIECES))
+        tab.select(1)
+        tab.press("c", "v")
+        tab.write(len(self.PIECES) + 1, "changed")
+        tab.save()
+        saved = [cell["outputs"] for cell in self.saved()["cells"]]
+        kept = [cell["outputs"] for cell in nb["cells"]]
+        copy = saved.pop(2)      # a list of lines, as for all that is new in a file
+        self.assertEqual(saved, kept)
+        self.assertEqual(["".join(piece["text"]) for piece in copy], ["\r 0%", "\r50%", "\r99%\n"])
+
+    def test_what_is_written_into_a_stream_in_pieces_makes_it_one(self):
+        tab = self.put(self.pieces())
+        self.assertCount(tab.page.locator(".output > *"), sum(len(s) for _, s in self.PIECES))
+        outputs = tab.page.evaluate("""() => {
+            view.cells[6].outputs[2].write('!');
+            view.cells[0].outputs[0].write('more\\n');
+            return [0, 6].map(n => view.cells[n].toJSON().outputs.map(
+                ({ text, data }) => text ?? data['text/plain']));
+        }""")
+        self.assertEqual(outputs, [["Loading ok\nmore\n"], ["a", "42", "b!"]])
+
+    def test_streams_in_pieces_are_one_text_in_a_diff(self):
+        nb = self.pieces()
+        lines = self.visit("/tree").page.evaluate(
+            "nb => linesOf(nb).filter(line => line.includes('▸'))", nb)
+        self.assertEqual(lines[:3], ["  ▸ Loading ok", "  ▸ 99%", "  ▸ ab"])
+
+    def test_streams_in_pieces_are_one_text_in_each_download(self):
+        tab = self.put(self.pieces())
+        self.assertCount(tab.page.locator(".output > *"), sum(len(s) for _, s in self.PIECES))
+        texts = {}
+        for kind in ("markdown", "html"):
+            with tab.page.expect_download() as download:
+                tab.command(f"download-{kind}")
+            texts[kind] = Path(download.value.path()).read_text("utf-8")
+        self.assertIn("```\nLoading ok\n```", texts["markdown"])
+        self.assertIn("```\n99%\n```", texts["markdown"])
+        self.assertIn(r'"text":"\r50%"', texts["html"])
+        path = self.folder() / "pieces.html"
+        path.write_text(texts["html"], "utf-8")
+        page = self.context.new_page()
+        page.goto(path.as_uri())
+        self.assertShows(page.locator(".outputs").first, "Loading ok")
+        self.assertEqual(Tab(page).texts()[1], "99%")
+
+
+XTERM_SGR = [*"123479", *map(str, (0, *range(21, 25), 27, 29, 31, 32, 39, 41, 45, 49, 53, 55,
+             91, 97, 100, 107)),
+             "4:0", "4:1", "4:3", "38;5;9", "38;5;200", "48;5;17", "38;2;1;2;3", "48:2::4:5:6",
+             "38:2::7:8:9", "38:5:33", "58;5;3", "58:2::1:2:3", "59", "1;31", "0;4;32"]
+XTERM_SWALLOWED = ["\x1b(B", "\x1b)0", "\x1b%G", "\x1b[?25l", "\x1b[>4;1m", "\x1bP1$q\x1b\\",
+                   "\x1b_x\x1b\\", "\x1b]0;t\x07", "\x07"]
+
+
+RANDOM_KINDS = [*["text"] * 4, "newline", "up", "down", "move", "line", "below", "blank", "style",
+                "silent", "back"]
+
+
+def random_stream(dice):
+    """Text, cursor moves, erases and styles; the cursor never leaves the lines that are there."""
+    out, row, lines = [], 0, 1
+    for _ in range(dice.randint(1, 40)):
+        n, kind = dice.randint(1, 6), dice.choice(RANDOM_KINDS)
+        if kind == "newline":
+            row += 1
+            lines = max(lines, row + 1)
+        if kind == "below" and dice.random() < 0.3:
+            lines = row + 1
+            out.append("\x1b[J")
+        if kind in ("up", "down"):
+            n = min(n, row if kind == "up" else lines - 1 - row)
+            row += -n if kind == "up" else n
+        out.append({
+            "text": dice.choice(["a", "bc", "hello", "x y", "0123456789", "ö", "~"]),
+            "newline": "\n", "back": dice.choice("\r\b\t"),
+            "up": f"\x1b[{n}{dice.choice('AF')}" if n else "",
+            "down": f"\x1b[{n}{dice.choice('BE')}" if n else "",
+            "move": f"\x1b[{dice.choice(['', n])}{dice.choice('CDG')}",
+            "line": f"\x1b[{dice.choice(['', 0, 1, 2])}K", "blank": f"\x1b[{n}X",
+            "style": f"\x1b[{dice.choice(XTERM_SGR)}m", "silent": dice.choice(XTERM_SWALLOWED),
+            "below": ""}[kind])
+    return "".join(out)
+
+
+# Texts to the cells they leave: a line is its cells with | between them, each a character and what
+# it looks like; blanks have no look. `look` is [bold, faint, ... , ink, ground].
+CELLS = """
+    const joinCell = (character, look) =>
+        character === ' ' ? ' ' : [character, ...look.filter(Boolean)].join(',');
+    const trimmed = rows => rows.map(cells => cells.join('|').replace(/(?:\\|? )*$/, ''))
+        .join('\\n').trimEnd();
+"""
+XTERM_CELLS = CELLS + """
+const { Terminal } = require('@xterm/headless');
+const [cols, rows] = [300, 60];
+const terminal = new Terminal(
+    { cols, rows, scrollback: 0, convertEol: true, allowProposedApi: true });
+const colour = (cell, kind) => cell[`is${kind}Default`]() ? ''
+    : kind + (cell[`is${kind}RGB`]() ? '#' : '') + cell[`get${kind}Color`]();
+const lookOf = cell => [cell.isBold() && 1, cell.isDim() && 2, cell.isItalic() && 3,
+    cell.isUnderline() && 4, cell.isInverse() && 7, cell.isStrikethrough() && 9,
+    cell.isOverline() && 53, colour(cell, 'Fg'), colour(cell, 'Bg')];
+const cellsOf = line => Array.from(line.translateToString(true), (_, x) => line.getCell(x))
+    .map(cell => joinCell(cell.getChars() || ' ', lookOf(cell)));
+(async () => {
+    const found = [];
+    for (const text of JSON.parse(require('fs').readFileSync(0, 'utf-8'))) {
+        terminal.reset();
+        await new Promise(done => terminal.write(text, done));
+        found.push(trimmed(Array.from({ length: rows },
+            (_, y) => cellsOf(terminal.buffer.active.getLine(y)))));
+    }
+    console.log(JSON.stringify(found));
+})();
+"""
+OUR_CELLS = """texts => {""" + CELLS + """
+    const colour = (codes, kind, layer) => {
+        const [first, form, ...values] = (codes.find(code => layer.test(code)) ?? '').split(';');
+        if (!first) return '';
+        if (form === '2') return `${kind}#${values.reduce((sum, value) => sum * 256 + +value, 0)}`;
+        return kind + (form === '5' ? values[0] : first % 10 + (first < 50 ? 0 : 8));
+    };
+    const lookOf = codes => [[1], [2], [3], [4, '4:3', 21], [7], [9], [53]]
+        .map(like => like.some(code => codes.includes(String(code))) && like[0])
+        .concat(colour(codes, 'Fg', /^[39]\\d/), colour(codes, 'Bg', /^(?:4|10)\\d/));
+    return texts.map(text => {
+        const terminal = new Terminal();
+        for (const [piece] of text.matchAll(/[^]{1,9}/g)) {
+            terminal.write(piece);
+            if (piece.length % 2) terminal.settle();
+        }
+        return trimmed(terminal.text.split('\\n').map((line, n) =>
+            strokesOf(line, terminal.starts[n]).flatMap(({ text, style }) => [...text].map(
+                character => joinCell(character, lookOf(style.match(SGR_CODE) ?? []))))));
+    });
+}"""
 
 
 # The other engine: what the page does may work in one browser only. %s stands for a test's steps.
