@@ -14678,7 +14678,7 @@ FORMULAS = [
     (r"\sqrt[3]{x}", "mroot(mi x mn 3)"),
     (r"{a \over b}", "mfrac(mi a mi b)"),
     (r"\sum_{n}^k", "munderover(mo ∑ mi n mi k)"),
-    (r"\int_0^1", "msubsup(mo ∫ mn 0 mn 1)"),
+    (r"\int_0^1", "msubsup(mrow(mo ∫ mi()) mn 0 mn 1)"),
     (r"\lim_x", "munder(mo lim mi x)"),
     (r"\mathbb{R}", "mi ℝ"),
     (r"\mathbf{Ab1}", "mrow(mi 𝐀 mi 𝐛 mn 𝟏)"),
@@ -14745,6 +14745,83 @@ class PageTypesetsMath(PageCase):
         tab = self.open(r"from IPython.display import Math; Math(r'\frac{1}{2}')")
         tab.run(0)
         self.assertCount(tab.outputs(0).locator("mfrac"), 1)
+
+    def drawn(self, text, measure):
+        """What a function says of the text, drawn as Markdown."""
+        return self.visit("/tree").page.evaluate("""text => {
+            ui.main.replaceChildren(h('div', { class: 'rendered markdown' }, renderMarkdown(text)));
+            return (%s)(ui.main);
+        }""" % measure, text)
+
+    def test_formulas_have_the_numbers_they_ask_for_and_references_link_to_them(self):
+        formulas = ("$$x \\tag{1}\\label{eq:one}$$\n\n\\begin{align}a &= b \\tag*{$\\star$}\\label{s}"
+                    "\\\\ c &= d \\notag\\end{align}\n\n\\begin{equation}y\\label{none}\\end{equation}")
+        links = "see \\eqref{eq:one}, $\\ref{eq:one}$, \\eqref{s}, \\ref{none} and \\ref{nowhere}"
+        nb = notebook(*["x = 1\n" * 50] * 3)
+        nb["cells"][:0] = [markdown(links, id="links")]
+        nb["cells"].append(markdown(formulas, id="formulas"))
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        page = self.reopen(self.name).page
+        self.assertShows(page.locator(".rendered").first, "see (1), 1, (⋆), ??? and ???")
+        self.assertEqual(page.locator(".beside .tag").all_text_contents(), ["(1)", "⋆"])
+        page.get_by_role("link", name="1", exact=True).first.click()
+        page.wait_for_function("""() => {
+            const { top, bottom } = document.querySelector('.beside .tag').getBoundingClientRect();
+            return top >= 0 && bottom <= innerHeight;
+        }""")
+
+    def test_a_number_stands_at_the_right_edge_and_its_formula_in_the_middle(self):
+        middle, edge = self.drawn("$$x \\tag{1}$$", """main => {
+            const box = selector => main.querySelector(selector).getBoundingClientRect();
+            const [math, number, letter] = ['math', '.tag', 'mi'].map(box);
+            return [letter.left + letter.right - math.left - math.right,
+                math.right - number.right];
+        }""")
+        self.assertLess(abs(middle), 4)
+        self.assertLess(edge, 10)
+
+    def test_scripts_are_set_tight(self):
+        for tex in ("\\sum_{i=1}^n", "x_{i=1}", "$\\frac{i=1}{2}$", "x^{\\frac{i=1}{2}}",
+                    "\\overset{i=1}{=}"):
+            with self.subTest(tex):
+                text = tex if tex[0] == "$" else f"$${tex}$$"
+                gaps = self.drawn(text, GAPS)
+                self.assertLess(max(gaps), 1, gaps)
+        self.assertGreater(max(self.drawn("$$i=1$$", GAPS)), 3)
+        self.assertGreater(max(self.drawn("$$\\frac{i=1}{2}$$", GAPS)), 3)
+        self.assertLess(max(self.drawn("$P(i|1)$", GAPS.replace("'='", "'|'"))), 1)
+
+    def test_a_displayed_integral_is_higher_than_a_sum(self):
+        height = "main => main.querySelector('mo').getBoundingClientRect().height"
+        high, sum_, inline = (self.drawn(tex, height)
+                              for tex in ("$$\\int_0^1$$", "$$\\sum_0^1$$", "$\\int_0^1$"))
+        self.assertGreater(high, 1.2 * sum_)
+        self.assertGreater(high, 1.5 * inline)
+
+    def test_columns_of_aligned_formulas_stand_at_their_sides(self):
+        lefts, rights = self.drawn("\\begin{align}a &= b\\\\ a + b + c &= d\\end{align}", """main => {
+            const boxes = name => [...main.querySelectorAll(`mtd.${name}`)].map(cell => [
+                cell.querySelector('mi + mo') ?? cell.firstChild, cell.lastChild].map(
+                    node => node.getBoundingClientRect()));
+            return [boxes('l').map(([first]) => first.left), boxes('r').map(([, last]) => last.right)];
+        }""")
+        self.assertLess(abs(lefts[0] - lefts[1]), 1)
+        self.assertLess(abs(rights[0] - rights[1]), 1)
+
+
+# The space on both sides of a sign in a formula, in pixels
+GAPS = """main => {
+    const sign = [...main.querySelectorAll('mo')].find(mo => mo.textContent === '='
+        && mo.previousElementSibling?.textContent === 'i' && mo.nextElementSibling);
+    const [before, here, after] = [sign.previousElementSibling, sign, sign.nextElementSibling].map(
+        node => node.getBoundingClientRect());
+    const width = sign.firstChild && (() => {
+        const range = document.createRange();
+        range.selectNodeContents(sign);
+        return range.getBoundingClientRect().width;
+    })();
+    return [here.width - width, here.left - before.right, after.left - here.right];
+}"""
 
 
 class PageMoves(PageCase):
@@ -15683,6 +15760,56 @@ class PageRendersMarkdown(PageCase):
                 shown = page.evaluate("text => renderMarkdown(text).textContent.length",
                                       "1" + text * (60_000 // len(text)))
                 self.assertGreater(shown, 0)
+
+
+    def test_a_bar_in_a_formula_or_in_code_is_no_border_of_a_table(self):
+        page = self.page()
+        for row, cells in TABLE_ROWS:
+            with self.subTest(row):
+                self.assertEqual(page.evaluate("""row => [...renderMarkdown(`a|b\\n-|-\\n${row}`)
+                    .querySelectorAll('td')].map(cell => cell.textContent)""", row), cells)
+                self.assertEqual(page.evaluate("""row => [...renderMarkdown(`${row}\\n-|-\\n1|2`)
+                    .querySelectorAll('th')].map(cell => cell.textContent)""", row), cells)
+
+    def test_prices_are_no_formulas(self):
+        page = self.page()
+        for text, formulas in PRICES:
+            with self.subTest(text):
+                self.assertEqual(page.evaluate("""text => [...renderMarkdown(text)
+                    .querySelectorAll('math')].map(math => math.dataset.tex)""", text), formulas)
+
+    def test_a_table_on_a_phone_scrolls_and_breaks_no_word(self):
+        page = self.page()
+        page.set_viewport_size({"width": 375, "height": 700})
+        text = "|" + "extraordinarily long|" * 5 + "\n" + "|-" * 5 + "|\n" + "|word" * 5 + "|"
+        lines, width, seen = page.evaluate("""text => {
+            ui.main.replaceChildren(h('div', { class: 'rendered markdown' }, renderMarkdown(text)));
+            const [table, word] = ['table', 'th'].map(name => document.querySelector(name));
+            const range = document.createRange();
+            range.setStart(word.firstChild, 0);
+            range.setEnd(word.firstChild, 'extraordinarily'.length);
+            return [range.getClientRects().length, table.scrollWidth, table.clientWidth];
+        }""", text)
+        self.assertEqual(lines, 1)
+        self.assertGreater(width, seen)
+
+
+# Rows of a table with two columns, and their cells
+TABLE_ROWS = [
+    ("|$P(A|B)$|kept|", ["P(A|B)", "kept"]), ("|$\\|x\\|$|$$|z|$$|", ["‖x‖", "|z|"]),
+    ("|`a|b`|`a\\|b`|", ["a|b", "a|b"]), ("x|``a`|``", ["x", "a`|"]), ("|\\(a|b\\)|x|", ["a|b", "x"]),
+    ("|Price ($)|Cost ($)|", ["Price ($)", "Cost ($)"]), ("|$5|$6|", ["$5", "$6"]),
+    ("|in $ | or $ |", ["in $", "or $"]), ("|a \\| b|\\$ | ", ["a | b", "$"]), ("|`|x|", ["`", "x"])]
+# Texts, and the formulas in them
+PRICES = [
+    ("costs $5 and then `$x$` is code", []), ("<b>$5</b> and `$6` too", []), ("$5 and $10", []),
+    ("5$ and 10$", []), ("US$, CA$ and A$", []), ("price ($) and cost ($)", []),
+    ("$ 5 and $ 6", []), ("$ for me and $ for you", []), ("<b>5$</b> or <b>6$</b> ", []),
+    ("\\$5 and $x$", ["x"]), ("a $5 lunch, then $x$", ["x"]), ("`$`, $x$ and `$`", ["x"]),
+    ("two $$ and `$$x$$`", []), ("3$\\times$3", ["\\times"]), ("10$^2$5", ["^2"]),
+    ("$ x + y $", ["x + y"]), ("$5 \\times 2$", ["5 \\times 2"]), ("the $n$th $k$-mean", ["n", "k"]),
+    ("$[0, 1)$ $)$ $,$", ["[0, 1)", ")", ","]), ("$True Positives$", ["True Positives"]),
+    ("$\\grave a = $ and $`$", ["\\grave a =", "`"])]
 
 
 def commonmark_examples():
