@@ -14750,12 +14750,14 @@ class PageTypesetsMath(PageCase):
         """What a function says of the text, drawn as Markdown."""
         return self.visit("/tree").page.evaluate("""text => {
             ui.main.replaceChildren(h('div', { class: 'rendered markdown' }, renderMarkdown(text)));
-            return (%s)(ui.main);
-        }""" % measure, text)
+            return MEASURE(ui.main);
+        }""".replace("MEASURE", f"({measure})"), text)
 
     def test_formulas_have_the_numbers_they_ask_for_and_references_link_to_them(self):
-        formulas = ("$$x \\tag{1}\\label{eq:one}$$\n\n\\begin{align}a &= b \\tag*{$\\star$}\\label{s}"
-                    "\\\\ c &= d \\notag\\end{align}\n\n\\begin{equation}y\\label{none}\\end{equation}")
+        formulas = ("$$x \\tag{1}\\label{eq:one}$$\n\n"
+                    "\\begin{align}a &= b \\tag*{$\\star$}\\label{s}\\\\ "
+                    "c &= d \\notag\\end{align}\n\n"
+                    "\\begin{equation}y\\label{none}\\end{equation}")
         links = "see \\eqref{eq:one}, $\\ref{eq:one}$, \\eqref{s}, \\ref{none} and \\ref{nowhere}"
         nb = notebook(*["x = 1\n" * 50] * 3)
         nb["cells"][:0] = [markdown(links, id="links")]
@@ -14799,11 +14801,13 @@ class PageTypesetsMath(PageCase):
         self.assertGreater(high, 1.5 * inline)
 
     def test_columns_of_aligned_formulas_stand_at_their_sides(self):
-        lefts, rights = self.drawn("\\begin{align}a &= b\\\\ a + b + c &= d\\end{align}", """main => {
+        text = "\\begin{align}a &= b\\\\ a + b + c &= d\\end{align}"
+        lefts, rights = self.drawn(text, """main => {
             const boxes = name => [...main.querySelectorAll(`mtd.${name}`)].map(cell => [
                 cell.querySelector('mi + mo') ?? cell.firstChild, cell.lastChild].map(
                     node => node.getBoundingClientRect()));
-            return [boxes('l').map(([first]) => first.left), boxes('r').map(([, last]) => last.right)];
+            return [boxes('l').map(([first]) => first.left),
+                boxes('r').map(([, last]) => last.right)];
         }""")
         self.assertLess(abs(lefts[0] - lefts[1]), 1)
         self.assertLess(abs(rights[0] - rights[1]), 1)
@@ -15797,9 +15801,11 @@ class PageRendersMarkdown(PageCase):
 # Rows of a table with two columns, and their cells
 TABLE_ROWS = [
     ("|$P(A|B)$|kept|", ["P(A|B)", "kept"]), ("|$\\|x\\|$|$$|z|$$|", ["‖x‖", "|z|"]),
-    ("|`a|b`|`a\\|b`|", ["a|b", "a|b"]), ("x|``a`|``", ["x", "a`|"]), ("|\\(a|b\\)|x|", ["a|b", "x"]),
+    ("|`a|b`|`a\\|b`|", ["a|b", "a|b"]), ("x|``a`|``", ["x", "a`|"]),
+    ("|\\(a|b\\)|x|", ["a|b", "x"]),
     ("|Price ($)|Cost ($)|", ["Price ($)", "Cost ($)"]), ("|$5|$6|", ["$5", "$6"]),
-    ("|in $ | or $ |", ["in $", "or $"]), ("|a \\| b|\\$ | ", ["a | b", "$"]), ("|`|x|", ["`", "x"])]
+    ("|in $ | or $ |", ["in $", "or $"]), ("|a \\| b|\\$ | ", ["a | b", "$"]),
+    ("|`|x|", ["`", "x"])]
 # Texts, and the formulas in them
 PRICES = [
     ("costs $5 and then `$x$` is code", []), ("<b>$5</b> and `$6` too", []), ("$5 and $10", []),
@@ -15807,7 +15813,8 @@ PRICES = [
     ("$ 5 and $ 6", []), ("$ for me and $ for you", []), ("<b>5$</b> or <b>6$</b> ", []),
     ("\\$5 and $x$", ["x"]), ("a $5 lunch, then $x$", ["x"]), ("`$`, $x$ and `$`", ["x"]),
     ("two $$ and `$$x$$`", []), ("3$\\times$3", ["\\times"]), ("10$^2$5", ["^2"]),
-    ("$ x + y $", ["x + y"]), ("$5 \\times 2$", ["5 \\times 2"]), ("the $n$th $k$-mean", ["n", "k"]),
+    ("$ x + y $", ["x + y"]), ("$5 \\times 2$", ["5 \\times 2"]),
+    ("the $n$th $k$-mean", ["n", "k"]),
     ("$[0, 1)$ $)$ $,$", ["[0, 1)", ")", ","]), ("$True Positives$", ["True Positives"]),
     ("$\\grave a = $ and $`$", ["\\grave a =", "`"])]
 
@@ -16126,8 +16133,9 @@ WAYS_THAT_ASK_NOTHING = [
     "<img srcset='%s'>", "<picture><source srcset='%s'><img></picture>", "<p background='%s'>x</p>",
     "<link rel=stylesheet href='%s'>", "<link rel=prefetch href='%s'>", "<base href='%s'>",
     "<meta http-equiv=refresh content='0;url=%s'>",
-    "<svg><image href='%s'/></svg>", "<svg><image xlink:href='%s'/></svg>", "<svg><use href='%s#a'/>"
-    "</svg>", "<svg><filter id=f><feImage href='%s'/></filter><path filter='url(#f)'/></svg>",
+    "<svg><image href='%s'/></svg>", "<svg><image xlink:href='%s'/></svg>",
+    "<svg><use href='%s#a'/></svg>",
+    "<svg><filter id=f><feImage href='%s'/></filter><path filter='url(#f)'/></svg>",
     "<svg width=9 height=9><rect width=9 height=9 fill='url(%s#a)' clip-path='url(%s#a)'/></svg>",
     "<math><mi href='%s'>x</mi></math>", "<a href='%s' ping='%s'>x</a>", "<track src='%s'>",
     "<table background='%s'><td background='%s'>x</table>", "<body background='%s'>",
@@ -16135,7 +16143,8 @@ WAYS_THAT_ASK_NOTHING = [
     "<style>p { background: image-set('%s' 1x) }</style><p>x</p>",
     "<style>p { background: -webkit-image-set('%s' 1x) }</style><p>x</p>",
     "<style>@font-face { font-family: f; src: url(%s) } p { font-family: f }</style><p>x</p>",
-    "<svg><style>@import '%s';</style></svg>", "<form action='%s'><button formaction='%s'>x</button>",
+    "<svg><style>@import '%s';</style></svg>",
+    "<form action='%s'><button formaction='%s'>x</button>",
     "<frameset><frame src='%s'></frameset>"]
 WAYS_TO_ASK_IN_MARKDOWN = ["![](%s)", "![x][%s]\n\n[%s]: %s"]
 WAYS_OF_SCRIPTS = [      # in HTML these go to a frame
@@ -16290,12 +16299,12 @@ class PageKeepsOut(DrawnPage):
             f"m{i}" for i in range(len(WAYS_TO_ASK_IN_MARKDOWN + WAYS_TO_ASK))}
         page, asked = self.asked_by(html, ["\n\n".join(text)])
         page.locator(".rendered").last.wait_for()
-        page.eval_on_selector_all("[loading]", "all => { for (const i of all) i.loading = 'eager' }")
-        missing = lambda: wanted - {url.partition("wanted=")[2] for url in asked}
-        self.until(lambda: not missing(), page, missing)
+        page.eval_on_selector_all(
+            "[loading]", "all => { for (const image of all) image.loading = 'eager'; }")
+        self.until(lambda: not wanted - {url.partition("wanted=")[2] for url in asked}, page)
         self.until(lambda: any("last.png" in url for url in asked), page)
-        files = self.address("/files/")
-        self.assertEqual([url for url in asked if "asked=" in url and not url.startswith(files)], [])
+        others = [url for url in asked if not url.startswith(self.address("/files/"))]
+        self.assertEqual([url for url in others if "asked=" in url], [])
 
     def test_a_link_to_our_own_server_leads_to_pages_that_only_show(self):
         places = [place.format(port=self.server.port) for place in PLACES_OF_OURS]
@@ -16344,8 +16353,7 @@ class PageKeepsOut(DrawnPage):
         self.assertEqual(frame.locator("body").inner_text().strip(), "nothing")
         wanted = {"/fetch", "/image", "/sheet", "/link",
                   *(f"/h{i}" for i in range(len(WAYS_TO_ASK + WAYS_TO_ASK_IN_HTML)))}
-        missing = lambda: wanted - {path for path, _ in told}
-        self.until(lambda: not missing(), page, missing)
+        self.until(lambda: not wanted - {path for path, _ in told}, page)
         self.assertEqual([path for path, referer in told if referer], [])
 
     def test_a_label_of_a_notebook_presses_nothing_of_the_page(self):
@@ -16376,10 +16384,9 @@ class PageKeepsOut(DrawnPage):
 
     def test_the_style_of_a_drawing_is_for_this_drawing_alone(self):
         def drawing(colour):
-            return (f"<svg width=9 height=9><style>rect, #main, p {{ fill: {colour}; display: none; "
-                    f"display: block; color: {colour} }}</style><linearGradient id=g><stop "
-                    f"stop-color='{colour}'/></linearGradient><rect width=9 height=9 "
-                    f"stroke='url(#g)'/></svg>")
+            return (f"<svg width=9 height=9><style>* {{ fill: {colour}; color: {colour} }}</style>"
+                    f"<linearGradient id=g><stop stop-color='{colour}'/></linearGradient>"
+                    f"<rect width=9 height=9 stroke='url(#g)'/></svg>")
         html = drawing("red") + drawing("blue") + "<p>beside</p>"
         nb = outputs_in({"text/html": html}, {"text/markdown": html})
         nb["cells"].append(markdown(html))
@@ -16398,12 +16405,12 @@ class PageKeepsOut(DrawnPage):
                   "position: sticky; top: 0; height: 900px", "margin: -900px; height: 2000px",
                   "transform: scale(50) translate(-20px)", "translate: -400px -200px; scale: 9",
                   "box-shadow: 0 0 0 900px red", "outline: 900px solid red", "zoom: 40",
-                  "filter: drop-shadow(0 -300px red)", "float: left; margin: -400px; padding: 999px",
+                  "filter: drop-shadow(0 -300px red)", "float: left; margin: -400px; padding: 99px",
                   "font-size: 900px; line-height: 0", "letter-spacing: 900px",
                   "position: fixed; position-area: top; position-anchor: auto; inset: auto",
                   "rotate: 45deg; width: 9000px", "text-indent: -900px; text-shadow: 0 -300px red",
                   "perspective: 1px; transform: translateZ(.9px)", "width: 300vw; height: 9px",
-                  "border: 500px solid red; margin: -500px", "offset-path: ray(0deg); offset: 900px"]
+                  "border: 500px solid red; margin: -500px", "offset: ray(0deg) 900px"]
         everywhere = "z-index: 2147483647; background: red"
         nb = outputs_in({"text/html": "a"}, {"text/markdown": "a"}, {"text/html": "a"})
         nb["cells"] += [markdown("a"), *notebook("x = 1")["cells"]]
@@ -16417,17 +16424,18 @@ class PageKeepsOut(DrawnPage):
                 page.evaluate("""([html, sheet]) => {
                     const bundles = [{ 'text/html': html }, { 'text/markdown': html },
                         { 'text/html': sheet }, { 'text/markdown': html }];
-                    for (const place of document.querySelectorAll('.output, .rendered:not([hidden])'))
+                    const places = '.output, .rendered:not([hidden])';
+                    for (const place of document.querySelectorAll(places))
                         place.replaceChildren(renderBundle(bundles.shift(), null)[1]);
                 }""", [html, sheet])
                 picture = base64.b64encode(page.screenshot()).decode()
                 self.assertEqual(page.evaluate(DRAWN_OUTSIDE, picture), [])
 
-    def until(self, is_true, page, tell=lambda: ""):
+    def until(self, is_true, page):
         """Let the page go on until this is so."""
         deadline = time.monotonic() + SECONDS
         while not is_true():
-            self.assertLess(time.monotonic(), deadline, tell())
+            self.assertLess(time.monotonic(), deadline)
             page.evaluate("() => new Promise(requestAnimationFrame)")
 
 
