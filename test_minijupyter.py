@@ -16126,6 +16126,7 @@ WAYS_TO_ASK = [
     "<p style='--x: url(%s); background: var(--x)'>x</p>",
     "<svg><style>svg { background: url(%s) }</style></svg>"]
 WAYS_TO_ASK_IN_HTML = [
+    "<style>a\\\" {} p { background: url(%s) } c\\\" {}</style><p>x</p>",
     "<style>b::after { content: url( '%s' ) }</style><b>x</b>",
     "<style>/* ' */ p { content: 'url('; background: url('%s') /* ' */ }</style><p>x</p>",
     "<style>@media all { li { list-style: disc url(%s) } }</style><li>x</li>"]
@@ -16366,6 +16367,21 @@ class PageKeepsOut(DrawnPage):
         for label in labels.all():
             label.dispatch_event("click")
         self.assertFalse(page.locator("#find-case").is_checked())
+
+    def test_no_attribute_of_a_notebook_refers_to_an_element_of_the_page(self):
+        names = ["for", "form", "list", "headers", "usemap", "popovertarget", "commandfor", "anchor",
+                 "interestfor", "itemref", "aria-labelledby", "aria-controls", "aria-owns",
+                 "aria-activedescendant", "aria-describedby", "aria-details", "aria-flowto"]
+        attributes = " ".join(f"{name}=title" for name in names)
+        html = "".join(f"<{tag} {attributes} command=show-modal>x</{tag}>"
+                       for tag in ("label", "button", "td", "input", "img", "p", "svg"))
+        nb = outputs_in({"text/html": html}, {"text/markdown": html})
+        nb["cells"].append(markdown(html))
+        page = self.put(nb).page
+        page.locator(".rendered label").wait_for()
+        refers = ", ".join(f":is(.rendered, .output) [{name}]" for name in names)
+        found = page.eval_on_selector_all(refers, "all => all.map(element => element.outerHTML)")
+        self.assertEqual(found, [])      # what lies in a shadow root, such as `for`, refers in it
 
     @needs("ipywidgets")
     def test_a_widgets_html_draws_in_its_own_place_alone(self):
