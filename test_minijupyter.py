@@ -14746,9 +14746,12 @@ class PageTypesetsMath(PageCase):
         tab.run(0)
         self.assertCount(tab.outputs(0).locator("mfrac"), 1)
 
+    stage = None
+
     def drawn(self, text, measure):
         """What a function says of the text, drawn as Markdown."""
-        return self.visit("/tree").page.evaluate("""text => {
+        self.stage = self.stage or self.visit("/tree").page
+        return self.stage.evaluate("""text => {
             ui.main.replaceChildren(h('div', { class: 'rendered markdown' }, renderMarkdown(text)));
             return MEASURE(ui.main);
         }""".replace("MEASURE", f"({measure})"), text)
@@ -16380,8 +16383,9 @@ class PageKeepsOut(DrawnPage):
         page = self.put(nb).page
         page.locator(".rendered label").wait_for()
         refers = ", ".join(f":is(.rendered, .output) [{name}]" for name in names)
-        found = page.eval_on_selector_all(refers, "all => all.map(element => element.outerHTML)")
-        self.assertEqual(found, [])      # what lies in a shadow root, such as `for`, refers in it
+        found = page.evaluate("""refers => [...document.querySelectorAll(refers)].map(
+            element => element.outerHTML)""", refers)
+        self.assertEqual(found, [])      # in a shadow root, `for` refers to what is there too
 
     @needs("ipywidgets")
     def test_a_widgets_html_draws_in_its_own_place_alone(self):
