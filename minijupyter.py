@@ -3596,7 +3596,8 @@ def with_right_ids(cells, minor):
 def whole_cell(cell):
     if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
         return cell   # nothing that we could mend
-    missing = {key: kind() for key, kind in DEFAULTS.get(cell["cell_type"], {}).items()
+    defaults = DEFAULTS.get(cell["cell_type"], {"metadata": dict})
+    missing = {key: kind() for key, kind in defaults.items()
                if cell.get(key) is None and not (key in cell and kind is type(None))}
     return {**cell, **missing} if missing else cell
 
@@ -3622,9 +3623,9 @@ def join_old(text):
 def upgrade(notebook):
     """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
     try:
-        cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets", [])
-                 for cell in sheet["cells"]]
-        metadata = {k: v for k, v in notebook.get("metadata", {}).items()
+        cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets") or []
+                 for cell in sheet.get("cells") or []]
+        metadata = {k: v for k, v in (notebook.get("metadata") or {}).items()
                     if k not in ("name", "signature")}
     except (TypeError, KeyError, AttributeError, ValueError) as problem:
         raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
@@ -3633,15 +3634,15 @@ def upgrade(notebook):
 
 
 def upgrade_cell(cell):
-    kind, metadata = cell["cell_type"], dict(cell.get("metadata", {}))
+    kind, metadata = cell["cell_type"], dict(cell.get("metadata") or {})
     if kind == "code":
         if "collapsed" in cell:
             metadata["collapsed"] = bool(cell["collapsed"])
         return {"cell_type": "code", "metadata": metadata,
-                "source": join_old(cell.get("input", "")),
+                "source": join_old(cell.get("input") or ""),
                 "execution_count": cell.get("prompt_number"),
-                "outputs": [upgrade_output(output) for output in cell.get("outputs", [])]}
-    source = join_old(cell.get("source", ""))
+                "outputs": [upgrade_output(output) for output in cell.get("outputs") or []]}
+    source = join_old(cell.get("source") or "")
     if kind == "heading":
         source = "#" * int(cell.get("level", 1)) + " " + " ".join(source.split("\n"))
     return {"cell_type": "raw" if kind == "raw" else "markdown", "metadata": metadata,
@@ -3652,14 +3653,16 @@ def upgrade_output(old):
     kind = {"pyout": "execute_result", "pyerr": "error"}.get(old["output_type"], old["output_type"])
     if kind == "stream":
         return {"output_type": kind, "name": old.get("stream", "stdout"),
-                "text": join_old(old["text"])}
+                "text": join_old(old.get("text") or "")}
     if kind == "error":
-        return {"output_type": kind, **{k: old[k] for k in ("ename", "evalue", "traceback")}}
+        return {"output_type": kind, "ename": old.get("ename") or "",
+                "evalue": old.get("evalue") or "", "traceback": old.get("traceback") or []}
     data = {SHORT_MIME[key]: join_old(value) for key, value in old.items() if key in SHORT_MIME}
     if "application/json" in data:
-        data["application/json"] = json.loads(data["application/json"])
+        with contextlib.suppress(ValueError):   # some programs left it as it was
+            data["application/json"] = json.loads(data["application/json"])
     count = {"execution_count": old.get("prompt_number")} if kind == "execute_result" else {}
-    return {"output_type": kind, "data": data, "metadata": old.get("metadata", {}), **count}
+    return {"output_type": kind, "data": data, "metadata": old.get("metadata") or {}, **count}
 
 
 UPGRADES.update({2: upgrade, 3: upgrade})

@@ -5795,6 +5795,22 @@ class Documents(ServerCase):
                 self.assertEqual([(cell.cell_type, cell.source) for cell in saved.cells],
                                  [(cell.cell_type, cell.source) for cell in theirs.cells])
 
+    @needs("nbformat")
+    def test_what_an_old_notebook_lacks_is_there_when_it_is_opened(self):
+        import nbformat
+        cells = [{"cell_type": "code"}, {"cell_type": "code", "input": None, "outputs": None},
+                 {"cell_type": "markdown", "source": None, "metadata": None},
+                 {"cell_type": "code", "outputs": [
+                     {"output_type": "stream"}, {"output_type": "pyerr"},
+                     {"output_type": "pyout", "metadata": None},
+                     {"output_type": "display_data", "json": "{no json"}]}]
+        for nb in ({}, {"worksheets": None, "metadata": None}, {"worksheets": [{"cells": None}]},
+                   {"worksheets": [{}, {"cells": cells}]}):
+            for version in (2, 3):
+                (self.root / "lacking.ipynb").write_text(json.dumps({"nbformat": version, **nb}))
+                reply = self.server.get("/api/contents/lacking.ipynb?content=1")
+                nbformat.validate(nbformat.from_dict(self.assertReply(reply, 200).json["content"]))
+
     def test_a_notebook_that_cannot_be_one_is_refused_with_a_message(self):
         for data in (b"{", b"not json", b"[]", b"null", b"{}", b"\xff\xfe", b'{"nbformat": 5}',
                      b'{"cells": 1, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'):
@@ -6689,6 +6705,12 @@ class NotebookFiles(ServerCase):
             saved = json.loads(self.save(content))
             nbformat.validate(nbformat.from_dict(saved))
             self.assertEqual((saved["nbformat_minor"], [*map(len, saved["cells"])]), (4, [5, 5]))
+
+    def test_a_cell_of_an_unknown_type_needs_no_metadata_to_be_opened(self):
+        nb = {**notebook(), "cells": [{"cell_type": "diagram", "id": "a"}]}
+        content = self.open(jupyter_bytes(nb))
+        self.assertEqual(content["cells"], [{"cell_type": "diagram", "id": "a", "metadata": {}}])
+        self.assertEqual(json.loads(self.save(content)), content)
 
     @needs("nbformat")
     def test_what_the_notebook_itself_lacks_is_there_when_it_is_opened_and_saved(self):
@@ -15288,10 +15310,10 @@ class PageBearsAnything(PageCase):
     def test_what_other_tools_keep_in_a_notebook_stays_when_it_is_edited_run_and_saved(self):
         kept = {"metadata": self.OF_OTHER_TOOLS, "unknown": [1, {"x": 2.0}]}
         ran = {**code("1 + 1"), **kept, "id": "a"}
-        cells = [ran, {**markdown("text"), **kept, "id": "b"}, {**code("not run"), **kept, "id": "c",
-                 "outputs": [{"output_type": "execute_result", "data": {"text/plain": "2"},
-                              "metadata": {"papermill": {"x": 1}}, "execution_count": 7,
-                              "unknown": {"y": 1}}]}]
+        output = {"output_type": "execute_result", "data": {"text/plain": "2"}, "unknown": {"y": 1},
+                  "metadata": {"papermill": {"x": 1}}, "execution_count": 7}
+        cells = [ran, {**markdown("text"), **kept, "id": "b"},
+                 {**code("not run"), **kept, "id": "c", "outputs": [output]}]
         whole = {"metadata": {"papermill": {"version": "2.6", "parameters": {"alpha": 0.1}},
                               "colab": {"provenance": []}, "vscode": {"interpreter": {"hash": "x"}},
                               "celltoolbar": "Create Assignment", "unknown": 1.0},
@@ -15323,9 +15345,10 @@ class PageBearsAnything(PageCase):
                          [{"tags": ["kept"]}, {"tags": ["kept"]}, times])
 
     def test_cells_of_unknown_types_without_any_text_bear_every_command(self):
-        nb = {**notebook(), "cells": [{"cell_type": "diagram", "metadata": {}, "id": f"c{i}", **more}
-                                      for i, more in enumerate([{}, {"source": 5}, {"source": None},
-                                                                {"source": ["a", 5]}])]}
+        texts = [{}, {"source": 5}, {"source": None}, {"source": ["a", 5]}]
+        cells = [{"cell_type": "diagram", "metadata": {}, "id": f"c{i}", **text}
+                 for i, text in enumerate(texts)]
+        nb = {**notebook(), "cells": cells}
         (self.root / self.name).write_bytes(jupyter_bytes(nb))
         tab = self.reopen(self.name)
         tab.page.evaluate("view.file.touch()")
