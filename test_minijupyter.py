@@ -14365,6 +14365,23 @@ ACE = NODE / "accessibility-checker-engine" / "ace.js"
 ACE_FINDS = """async () => (await new ace.Checker().check(document, ['WCAG_2_2'])).results
     .filter(({ value: [, verdict] }) => verdict === 'FAIL')
     .map(({ ruleId, message, snippet }) => `${ruleId}: ${message} ${snippet.slice(0, 200)}`)"""
+# What stands out of the window, where nothing scrolls it into sight.
+CUT_OFF = """() => {
+    const isScrolled = node => node.parentElement?.closest('body') && (['auto', 'scroll'].includes(
+        getComputedStyle(node.parentElement).overflowX) || isScrolled(node.parentElement));
+    const out = [...document.querySelectorAll('button, input, select, a, textarea, td, dialog')]
+        .filter(node => {
+            const { left, right, width } = node.getBoundingClientRect();
+            return node.checkVisibility() && width > 1 && !isScrolled(node)
+                && (left < -1 || right > innerWidth + 1);
+        });
+    const tall = [...document.querySelectorAll('dialog, .menu:popover-open')].filter(node => {
+        const { top, bottom } = node.getBoundingClientRect();
+        return top < -1 || bottom > innerHeight + 1;
+    });
+    const page = document.documentElement.scrollWidth > innerWidth ? ['the page'] : [];
+    return [...out, ...tall].map(node => node.outerHTML.slice(0, 120)).concat(page);
+}"""
 ALL_KINDS = """# Title
 
 [link](https://example.org) `code` $x^2$ **bold**
@@ -14604,6 +14621,97 @@ class PageForEveryone(PageCase):
         for name, tab in self.states():
             with self.subTest(name):
                 self.assertAxeFindsNothing(tab)
+
+    def go_to(self, tab, label):
+        """Press Tab until the control with this text or name has the focus."""
+        seen = []
+        while label not in seen:
+            tab.press("Tab")
+            seen.append(tab.page.evaluate("""() => {
+                const { ariaLabel, innerText } = document.activeElement;
+                return ariaLabel ?? innerText.trim();
+            }"""))
+            self.assertLess(len(seen), 40, seen)
+        return seen
+
+    def test_a_day_without_a_mouse(self):
+        """From the list of files to a notebook that has run, has a name, is saved and closed."""
+        (self.root / "a folder").mkdir()
+        tab = self.visit("/tree")
+        tab.page.locator("tbody tr").first.wait_for()
+        tab.press("ArrowDown", "Enter")
+        tab.page.wait_for_url("**/tree/a%20folder")
+        self.assertShows(tab.page.locator("main"), "This folder is empty")
+        self.assertEqual(self.go_to(tab, "New")[-3:], ["a folder", "Upload", "New"])
+        tab.press("Enter")
+        with self.context.expect_page() as opened:
+            tab.page.locator("#menu-new button:focus").press("Enter")
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        new.page.locator("textarea.editor:focus").wait_for()
+        new.page.keyboard.type("6 * 7")
+        new.press("Shift+Enter")
+        self.assertShows(new.outputs(0), "42")
+        new.press("Escape", "p")
+        new.page.keyboard.type("rename")
+        new.press("Enter")
+        new.page.locator("dialog[open] input:focus").fill("answer")
+        new.press("Enter")
+        new.page.wait_for_url("**/answer.ipynb")
+        new.page.locator(".cell:focus").wait_for()
+        new.save()
+        new.press("Escape", "Tab")
+        self.go_to(new, "File")
+        new.press("Enter")
+        new.page.locator("#menu-file button:focus").wait_for()
+        new.press("ArrowUp", "Enter")     # the last one: Shut down and close
+        new.page.wait_for_url("**/tree/a%20folder")
+        self.assertEqual(self.saved_sources("a folder/answer.ipynb")[0], "6 * 7")
+        self.assertEqual(self.server.get("/api/sessions").json, [])
+
+    def test_what_is_closed_gives_the_focus_back_to_the_cell(self):
+        tab = self.open("a", "b")
+        tab.select(1)
+        for open_it, shown, close_it in (
+                ("h", "dialog", "Escape"), ("p", "dialog", "Escape"), ("0 0", "dialog", "Escape"),
+                ("f", "#find-text:focus", "Escape"), ("u", "#hood", "Escape u"),
+                ("menu", "dialog", "Escape")):
+            with self.subTest(open_it):
+                if open_it == "menu":
+                    tab.page.locator("[popovertarget=menu-edit]").click()
+                    tab.page.locator("#menu-edit [data-command=metadata]").click()
+                else:
+                    tab.press(*open_it.split())
+                tab.page.locator(shown).wait_for()
+                tab.press(*close_it.split())
+                tab.page.locator(shown).wait_for(state="hidden")
+                self.assertEqual(tab.page.evaluate("document.activeElement.cell?.source"), "b")
+
+    def test_the_text_has_the_focus_when_a_menu_of_its_editor_was_used(self):
+        (self.root / "focused.txt").write_text("text")
+        tab = self.visit("/edit/focused.txt")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        tab.page.locator("[popovertarget=menu-view]").click()
+        tab.page.locator("#menu-view [data-command=theme]").click()
+        tab.page.locator("textarea.editor:focus").wait_for()
+
+    def test_on_small_screens_and_at_twice_the_size_nothing_is_cut_off(self):
+        """1,280 x 800 pixels at 200 % are 640 x 400 of CSS."""
+        for name, tab in self.states():
+            for width, height in ((375, 667), (640, 400)):
+                tab.page.set_viewport_size({"width": width, "height": height})
+                with self.subTest(name, width=width):
+                    self.assertEqual(tab.page.evaluate(CUT_OFF), [])
+
+    def test_a_menu_opens_below_its_button_also_when_the_page_is_scrolled(self):
+        tab = self.open(*["x"] * 60)
+        tab.page.mouse.wheel(0, 1000)
+        tab.page.wait_for_function("scrollY > 500")
+        opener = tab.page.locator("[popovertarget=menu-cell]")
+        opener.click()
+        menu, button = tab.page.locator("#menu-cell").bounding_box(), opener.bounding_box()
+        self.assertLess(abs(menu["y"] - button["y"] - button["height"]), 5)
+        self.assertGreater(menu["height"], 300)
 
     @needs_programs(ACE)
     def test_ibms_checker_finds_nothing_in_any_state(self):
