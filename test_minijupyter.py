@@ -16990,6 +16990,26 @@ threading.settrace(follow)
 kernel.main()"""
 
 
+def around(lines, at):
+    """The names of the classes and functions that line number `at` is in, counted from 0."""
+    names, depth = [], len(lines[at]) - len(lines[at].lstrip())
+    for line in reversed(lines[:at]):
+        head = re.match(r"( *)(?:@?async |static )*(?:class |def |function )?(\w+).*[:{,(]$", line)
+        if head and len(head[1]) < depth:
+            names.append(head[2])
+            depth = len(head[1])
+    return names
+
+
+def is_there(name, text):
+    """Does a program have a class, function or constant `name`, or `Class.method`?"""
+    owner, _, member = name.rpartition(".")
+    if owner:
+        text = (re.search(rf"(?ms)^class {owner}\b.*?(?=^\S|\Z)", text) or [""])[0]
+        return re.search(rf"(?m)^ +(?:async )?(?:def |get )?{member}\(", text)
+    return re.search(rf"(?m)^ *(?:async )?(?:class |def |function |const ){name}\b", text)
+
+
 class Documentation(Case):
     def test_the_twelve_stations_of_the_journey_stand_once_each_and_in_their_file(self):
         found = [(int(number), name) for name in FILES[:3]
@@ -17088,6 +17108,49 @@ class Documentation(Case):
                 with self.subTest(file, plug=plug):
                     self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
                     self.assertTrue(name in used, "no section of Part II uses it")
+
+    def test_the_stations_of_the_readme_stand_in_what_they_name(self):
+        rows = re.findall(r"(?m)^\| (\d+) \| (\w+\.\w+)(.*?) \|", text_of("README.md"))
+        self.assertEqual([int(number) for number, _, _ in rows], list(range(1, 13)))
+        for number, file, words in rows:
+            lines = text_of(file).split("\n")
+            at = next(at for at, line in enumerate(lines) if f"Journey {number}:" in line)
+            names = re.findall(r"`(\w+)`", words)
+            with self.subTest(number):
+                self.assertTrue({*names} & {*around(lines, at)}, (names, around(lines, at)))
+                for name in names:
+                    self.assertTrue(is_there(name, "\n".join(lines)), name)
+
+    def test_what_the_labs_of_the_readme_name_is_there(self):
+        text = text_of("README.md")
+        labs = " ".join(text[text.index("## Labs"):text.index("## Tests and")].split())
+        programs = [text_of(name) for name in FILES[:3]]
+        to_be_made = {"magic_hello", "%hello?", "text/csv"}
+        for code in {*re.findall(r"`([^`]+)`", labs)} - to_be_made - {*FILES}:
+            name = re.split(r"[ (]", code)[0]
+            with self.subTest(code):
+                if re.fullmatch(r"(?:[A-Z]\w+\.)?\w+", name) and "_" not in code:
+                    self.assertTrue(any(is_there(name, program) for program in programs))
+                else:      # an option, a message type, a call on its object
+                    self.assertTrue(any(name in program for program in programs))
+        buttons = re.findall(r"\*([^*]+)\*", re.sub(r"\d\. \*[^*]+\*", "", labs))
+        self.assertIn("Flip a letter", buttons)
+        for label in buttons:
+            with self.subTest(label):
+                self.assertTrue(re.search(f"[>']{label}['<]", text_of("index.html")))
+
+    def test_the_key_and_the_menu_item_of_the_readme_are_those_of_the_page(self):
+        key, menu, label = re.search(r"Press `(\w)` \(or (\w+), \*([^*]+)\*\)",
+                                     " ".join(text_of("README.md").split())).groups()
+        page = text_of("index.html")
+        at = page.index(f"'{label}', 'c:{key}'")
+        self.assertEqual(re.findall(r"(?m)^  (\w+): \[$", page[:at])[-1], menu)
+
+    def test_every_class_that_the_readme_names_is_there(self):
+        programs = [text_of(name) for name in FILES[:4]]
+        for name in {*re.findall(r"`([A-Z][a-z]\w*(?:\.\w+)?)`", text_of("README.md"))}:
+            with self.subTest(name):
+                self.assertTrue(any(is_there(name, program) for program in programs))
 
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
