@@ -145,7 +145,7 @@ def needs(*modules):
 
 def needs_programs(*names):
     """Skip a test when one of these programs, or files, cannot be found."""
-    missing = [name for name in names if not (shutil.which(name) or os.path.exists(name))]
+    missing = [str(name) for name in names if not (shutil.which(name) or os.path.exists(name))]
     return unittest.skipIf(missing, "needs " + ", ".join(missing))
 
 
@@ -14822,6 +14822,28 @@ class PageLosesNothing(PageCase):
 
 AXE_FINDS = """async rules => (await axe.run(rules)).violations.flatMap(
     ({ id, nodes }) => nodes.map(node => `${id}: ${node.html.slice(0, 200)}`))"""
+ACE = NODE / "accessibility-checker-engine" / "ace.js"
+# What it is sure of; where it only asks a person to look (POTENTIAL, MANUAL), one has looked.
+ACE_FINDS = """async () => (await new ace.Checker().check(document, ['WCAG_2_2'])).results
+    .filter(({ value: [, verdict] }) => verdict === 'FAIL')
+    .map(({ ruleId, message, snippet }) => `${ruleId}: ${message} ${snippet.slice(0, 200)}`)"""
+# What stands out of the window, where nothing scrolls it into sight.
+CUT_OFF = """() => {
+    const isScrolled = node => node.parentElement?.closest('body') && (['auto', 'scroll'].includes(
+        getComputedStyle(node.parentElement).overflowX) || isScrolled(node.parentElement));
+    const out = [...document.querySelectorAll('button, input, select, a, textarea, td, dialog')]
+        .filter(node => {
+            const { left, right, width } = node.getBoundingClientRect();
+            return node.checkVisibility() && width > 1 && !isScrolled(node)
+                && (left < -1 || right > innerWidth + 1);
+        });
+    const tall = [...document.querySelectorAll('dialog, .menu:popover-open')].filter(node => {
+        const { top, bottom } = node.getBoundingClientRect();
+        return top < -1 || bottom > innerHeight + 1;
+    });
+    const page = document.documentElement.scrollWidth > innerWidth ? ['the page'] : [];
+    return [...out, ...tall].map(node => node.outerHTML.slice(0, 120)).concat(page);
+}"""
 ALL_KINDS = """# Title
 
 [link](https://example.org) `code` $x^2$ **bold**
@@ -14841,7 +14863,7 @@ x = 'a'  # comment
 
 @needs("axe_playwright_python")
 class PageForEveryone(PageCase):
-    """axe-core, keyboard, screen readers, small screens, paper."""
+    """axe-core, IBM's checker, keyboard, screen readers, small screens, paper."""
 
     def assertAxeFindsNothing(self, tab):
         import axe_playwright_python
@@ -14852,19 +14874,6 @@ class PageForEveryone(PageCase):
             tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
             with self.subTest(scheme):
                 self.assertEqual(tab.page.evaluate(AXE_FINDS, rules), [])
-
-    def test_files_menus_and_dialogs_of_the_tree(self):
-        (self.root / "sub").mkdir()
-        (self.root / "t.txt").write_text("x")
-        tab = self.visit("/tree")
-        tab.page.get_by_label("Select t.txt").check()
-        self.assertAxeFindsNothing(tab)
-        tab.page.locator("[data-command=rename]").last.click()
-        self.assertAxeFindsNothing(tab)
-        tab.press("Escape")
-        tab.page.get_by_label("Select t.txt").uncheck()
-        tab.page.locator("[data-command=new]").click()
-        self.assertAxeFindsNothing(tab)
 
     def test_a_notebook_with_every_kind_of_output(self):
         tab = self.open(
@@ -15111,6 +15120,161 @@ class PageForEveryone(PageCase):
                 (red, "printColorAdjust", "exact")):
             with self.subTest(name):
                 self.assertEqual(node.evaluate(style, name), value)
+
+    def states(self):
+        """Yields (name, tab): what one sees on the way through all of the page."""
+        folder = self.root / self._testMethodName
+        folder.mkdir()
+        (folder / "t.txt").write_text("x")
+        (folder / "inner").mkdir()
+        tab = self.visit("/tree/" + folder.name)
+        tab.page.get_by_label("Select t.txt").check()
+        yield "tree", tab
+        tab.page.locator("[data-command=new]").click()
+        yield "menu of the tree", tab
+        tab.press("Escape")
+        tab.page.locator(".actions [data-command=rename]").click()
+        tab.page.locator(".naming input:focus").fill("inner")
+        tab.press("Enter")
+        tab.page.locator(".naming [aria-invalid]").wait_for()
+        yield "a name that is taken", tab
+        tab.press("Escape")
+        tab.page.locator("tr a:focus").press("Delete")
+        tab.page.locator("dialog[open]").wait_for()
+        yield "a dialog of the tree", tab
+        tab = self.visit(f"/edit/{folder.name}/t.txt")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        yield "text editor", tab
+        tab = self.open("1 + 1", "# A heading", "print(2)")
+        yield "notebook", tab
+        tab.select(1)
+        tab.press("m")
+        for i in range(3):
+            tab.run(i)
+        tab.cell(0).locator(".gutter").click(modifiers=["Control"])
+        yield "after a run", tab
+        tab.page.locator("[popovertarget=menu-file]").click()
+        yield "menu", tab
+        for key, name in (("f", "find bar"), ("h", "help"), ("p", "palette"), ("0 0", "dialog")):
+            tab.press("Escape")
+            tab.select(0)
+            tab.press(*key.split())
+            yield name, tab
+        tab.press("Escape")
+        tab.command("contents")
+        tab.command("hood")
+        tab.page.wait_for_function("() => hood.socket.readyState === WebSocket.OPEN")
+        tab.run(0)
+        rows = tab.page.locator("#ladder-rows [role=row]", has_text="execute_request")
+        rows.nth(1).click()
+        tab.page.locator("#hood-detail dl").wait_for()
+        yield "under the hood", tab
+
+    def test_axe_finds_nothing_in_any_state(self):
+        for name, tab in self.states():
+            with self.subTest(name):
+                self.assertAxeFindsNothing(tab)
+
+    def go_to(self, tab, label):
+        """Press Tab until the control with this text or name has the focus."""
+        seen = []
+        while label not in seen:
+            tab.press("Tab")
+            seen.append(tab.page.evaluate("""() => {
+                const { ariaLabel, innerText } = document.activeElement;
+                return ariaLabel ?? innerText.trim();
+            }"""))
+            self.assertLess(len(seen), 40, seen)
+        return seen
+
+    def test_a_day_without_a_mouse(self):
+        """From the list of files to a notebook that has run, has a name, is saved and closed."""
+        (self.root / "a folder").mkdir()
+        tab = self.visit("/tree")
+        tab.page.locator("tbody tr").first.wait_for()
+        tab.press("ArrowDown", "Enter")
+        tab.page.wait_for_url("**/tree/a%20folder")
+        self.assertShows(tab.page.locator("main"), "This folder is empty")
+        self.assertEqual(self.go_to(tab, "New")[-3:], ["a folder", "Upload", "New"])
+        tab.press("Enter")
+        with self.context.expect_page() as opened:
+            tab.page.locator("#menu-new button:focus").press("Enter")
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        new.page.locator("textarea.editor:focus").wait_for()
+        new.page.keyboard.type("6 * 7")
+        new.press("Shift+Enter")
+        self.assertShows(new.outputs(0), "42")
+        new.press("Escape", "p")
+        new.page.keyboard.type("rename")
+        new.press("Enter")
+        new.page.locator("dialog[open] input:focus").fill("answer")
+        new.press("Enter")
+        new.page.wait_for_url("**/answer.ipynb")
+        new.page.locator(".cell:focus").wait_for()
+        new.save()
+        new.press("Escape", "Tab")
+        self.go_to(new, "File")
+        new.press("Enter")
+        new.page.locator("#menu-file button:focus").wait_for()
+        new.press("ArrowUp", "Enter")     # the last one: Shut down and close
+        new.page.wait_for_url("**/tree/a%20folder")
+        self.assertEqual(self.saved_sources("a folder/answer.ipynb")[0], "6 * 7")
+        self.assertEqual(self.server.get("/api/sessions").json, [])
+
+    def test_what_is_closed_gives_the_focus_back_to_the_cell(self):
+        tab = self.open("a", "b")
+        tab.select(1)
+        for open_it, shown, close_it in (
+                ("h", "dialog", "Escape"), ("p", "dialog", "Escape"), ("0 0", "dialog", "Escape"),
+                ("f", "#find-text:focus", "Escape"), ("u", "#hood", "Escape u"),
+                ("menu", "dialog", "Escape")):
+            with self.subTest(open_it):
+                if open_it == "menu":
+                    tab.page.locator("[popovertarget=menu-edit]").click()
+                    tab.page.locator("#menu-edit [data-command=metadata]").click()
+                else:
+                    tab.press(*open_it.split())
+                tab.page.locator(shown).wait_for()
+                tab.press(*close_it.split())
+                tab.page.locator(shown).wait_for(state="hidden")
+                self.assertEqual(tab.page.evaluate("document.activeElement.cell?.source"), "b")
+
+    def test_the_text_has_the_focus_when_a_menu_of_its_editor_was_used(self):
+        (self.root / "focused.txt").write_text("text")
+        tab = self.visit("/edit/focused.txt")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        tab.page.locator("[popovertarget=menu-view]").click()
+        tab.page.locator("#menu-view [data-command=theme]").click()
+        tab.page.locator("textarea.editor:focus").wait_for()
+
+    def test_on_small_screens_and_at_twice_the_size_nothing_is_cut_off(self):
+        """1,280 x 800 pixels at 200 % are 640 x 400 of CSS."""
+        for name, tab in self.states():
+            for width, height in ((375, 667), (640, 400)):
+                tab.page.set_viewport_size({"width": width, "height": height})
+                with self.subTest(name, width=width):
+                    self.assertEqual(tab.page.evaluate(CUT_OFF), [])
+
+    def test_a_menu_opens_below_its_button_also_when_the_page_is_scrolled(self):
+        tab = self.open(*["x"] * 60)
+        tab.page.mouse.wheel(0, 1000)
+        tab.page.wait_for_function("scrollY > 500")
+        opener = tab.page.locator("[popovertarget=menu-cell]")
+        opener.click()
+        menu, button = tab.page.locator("#menu-cell").bounding_box(), opener.bounding_box()
+        self.assertLess(abs(menu["y"] - button["y"] - button["height"]), 5)
+        self.assertGreater(menu["height"], 300)
+
+    @needs_programs(ACE)
+    def test_ibms_checker_finds_nothing_in_any_state(self):
+        for name, tab in self.states():
+            if not tab.page.evaluate("'ace' in window"):
+                tab.page.evaluate(ACE.read_text("utf-8") + "\nwindow.ace = ace;")
+            for scheme in ("light", "dark"):
+                tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+                with self.subTest(name, scheme=scheme):
+                    self.assertEqual(tab.page.evaluate(ACE_FINDS), [])
 
 
 class PageDownloads(PageCase):
@@ -17409,7 +17573,7 @@ class PageKeepsOut(DrawnPage):
         page.locator(".rendered a").first.wait_for(state="attached")
         self.assertEqual(page.evaluate("() => [document.getElementById('main').localName, "
                                        "document.body.localName, typeof document.cookie]"),
-                         ["main", "body", "string"])
+                         ["div", "body", "string"])
         self.assertEqual(page.locator(".rendered [id], .rendered [name], form[name]").count(), 0)
 
     def test_a_notebook_presses_no_button_of_the_page(self):
@@ -18313,6 +18477,26 @@ threading.settrace(follow)
 kernel.main()"""
 
 
+def around(lines, at):
+    """The names of the classes and functions that line number `at` is in, counted from 0."""
+    names, depth = [], len(lines[at]) - len(lines[at].lstrip())
+    for line in reversed(lines[:at]):
+        head = re.match(r"( *)(?:@?async |static )*(?:class |def |function )?(\w+).*[:{,(]$", line)
+        if head and len(head[1]) < depth:
+            names.append(head[2])
+            depth = len(head[1])
+    return names
+
+
+def is_there(name, text):
+    """Does a program have a class, function or constant `name`, or `Class.method`?"""
+    owner, _, member = name.rpartition(".")
+    if owner:
+        text = (re.search(rf"(?ms)^class {owner}\b.*?(?=^\S|\Z)", text) or [""])[0]
+        return re.search(rf"(?m)^ +(?:async )?(?:def |get )?{member}\(", text)
+    return re.search(rf"(?m)^ *(?:async )?(?:class |def |function |const ){name}\b", text)
+
+
 class Documentation(Case):
     def test_the_twelve_stations_of_the_journey_stand_once_each_and_in_their_file(self):
         found = [(int(number), name) for name in FILES[:3]
@@ -18411,6 +18595,49 @@ class Documentation(Case):
                 with self.subTest(file, plug=plug):
                     self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
                     self.assertTrue(name in used, "no section of Part II uses it")
+
+    def test_the_stations_of_the_readme_stand_in_what_they_name(self):
+        rows = re.findall(r"(?m)^\| (\d+) \| (\w+\.\w+)(.*?) \|", text_of("README.md"))
+        self.assertEqual([int(number) for number, _, _ in rows], list(range(1, 13)))
+        for number, file, words in rows:
+            lines = text_of(file).split("\n")
+            at = next(at for at, line in enumerate(lines) if f"Journey {number}:" in line)
+            names = re.findall(r"`(\w+)`", words)
+            with self.subTest(number):
+                self.assertTrue({*names} & {*around(lines, at)}, (names, around(lines, at)))
+                for name in names:
+                    self.assertTrue(is_there(name, "\n".join(lines)), name)
+
+    def test_what_the_labs_of_the_readme_name_is_there(self):
+        text = text_of("README.md")
+        labs = " ".join(text[text.index("## Labs"):text.index("## Tests and")].split())
+        programs = [text_of(name) for name in FILES[:3]]
+        to_be_made = {"magic_hello", "%hello?", "text/csv"}
+        for code in {*re.findall(r"`([^`]+)`", labs)} - to_be_made - {*FILES}:
+            name = re.split(r"[ (]", code)[0]
+            with self.subTest(code):
+                if re.fullmatch(r"(?:[A-Z]\w+\.)?\w+", name) and "_" not in code:
+                    self.assertTrue(any(is_there(name, program) for program in programs))
+                else:      # an option, a message type, a call on its object
+                    self.assertTrue(any(name in program for program in programs))
+        buttons = re.findall(r"\*([^*]+)\*", re.sub(r"\d\. \*[^*]+\*", "", labs))
+        self.assertIn("Flip a letter", buttons)
+        for label in buttons:
+            with self.subTest(label):
+                self.assertTrue(re.search(f"[>']{label}['<]", text_of("index.html")))
+
+    def test_the_key_and_the_menu_item_of_the_readme_are_those_of_the_page(self):
+        key, menu, label = re.search(r"Press `(\w)` \(or (\w+), \*([^*]+)\*\)",
+                                     " ".join(text_of("README.md").split())).groups()
+        page = text_of("index.html")
+        at = page.index(f"'{label}', 'c:{key}'")
+        self.assertEqual(re.findall(r"(?m)^  (\w+): \[$", page[:at])[-1], menu)
+
+    def test_every_class_that_the_readme_names_is_there(self):
+        programs = [text_of(name) for name in FILES[:4]]
+        for name in {*re.findall(r"`([A-Z][a-z]\w*(?:\.\w+)?)`", text_of("README.md"))}:
+            with self.subTest(name):
+                self.assertTrue(any(is_there(name, program) for program in programs))
 
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
