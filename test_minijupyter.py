@@ -13548,12 +13548,15 @@ class PageEdits(PageCase):
         self.assertEqual(tab.sources(), ["textb", ""])
 
     def test_after_any_change_the_colours_are_those_of_the_whole_text(self):
-        tab = self.open("def f(x):\n    return 'a' + x  # why\n" * 5)
+        tab = self.open("def f(x):\n    return 'a' + x  # why\n" * 40)
         parts = ["'", '"""', "#", "\n", "def ", "1", "x", "", " ", "%%bash\n"]
         wrong = tab.page.evaluate("""parts => {
             const { editor } = view.active;
             let seed = 1;
             const upTo = n => (seed = seed * 16807 % 2147483647) % (n + 1);
+            const coloursOf = node => node.nodeType === Node.TEXT_NODE
+                ? [...node.data].map(each => each + (node.parentNode.dataset.token ?? ''))
+                : [...node.childNodes].flatMap(coloursOf);
             for (let n = 0; n < 400; n += 1) {
                 const start = upTo(editor.value.length);
                 if (n % 7 === 6) editor.undo();
@@ -13561,8 +13564,10 @@ class PageEdits(PageCase):
                     parts[upTo(parts.length - 1)]);
                 const whole = h('pre');
                 showCode(whole, editor.value + '\\n', 'python');
-                if (editor.code.innerHTML !== whole.innerHTML)
-                    return [n, editor.code.innerHTML, whole.innerHTML];
+                const [has, expected] = [editor.code, whole].map(coloursOf);
+                const at = expected.findIndex((each, place) => each !== has[place]);
+                if (at >= 0 || has.length > expected.length)
+                    return [n, at, has.slice(at), expected.slice(at)].join(' ').slice(0, 200);
             }
         }""", arg=parts)
         self.assertIsNone(wrong)
@@ -15383,6 +15388,38 @@ class PageStaysFluid(PageCase):
         self.assertFalse(tab.page.evaluate(coloured)[-1])
         tab.select(19)
         tab.page.wait_for_function(f"() => ({coloured})()[19]")
+
+    def test_a_key_in_a_long_cell_leaves_the_other_blocks_of_lines_as_they_are(self):
+        tab = self.open("x = [1, 'two']\n" * 500)
+        tab.select(0)
+        tab.press("Enter", "Control+Home", *["ArrowDown"] * 60)
+        tab.page.evaluate("""() => {
+            const { code } = view.active.editor;
+            window.changes = [];
+            new MutationObserver(records => changes.push(...records.map(({ target }) =>
+                [...code.children].findIndex(block => block.contains(target)))))
+                .observe(code, { childList: true, characterData: true, subtree: true });
+        }""")
+        tab.press("a", "Enter", "b", "Control+d", "Backspace")
+        changes = tab.page.evaluate("changes")
+        self.assertEqual(set(changes), {2})
+
+    def test_each_line_of_a_long_text_lies_under_that_of_the_text_field(self):
+        for kind, text in (("code", "x = 1\n\n" * 200), ("markdown", "many words " * 50 + "\n\n")):
+            with self.subTest(kind):
+                tab = self.open(text * (kind == "code" or 40))
+                tab.select(0)
+                tab.press("Enter", "Escape", {"code": "y", "markdown": "m"}[kind], "Enter")
+                sizes = tab.page.evaluate("""() => {
+                    const { area, code, value } = view.active.editor;
+                    const places = [0, value.length / 2, value.length].map(at =>
+                        placeOf(code, at).top - area.getBoundingClientRect().top);
+                    return { code: code.offsetHeight, area: area.scrollHeight, places };
+                }""")
+                self.assertEqual(sizes["code"], sizes["area"])
+                top, middle, bottom = sizes["places"]
+                self.assertAlmostEqual(bottom - middle, middle - top, delta=100)
+                self.assertAlmostEqual(sizes["area"] - bottom, 25, delta=3)
 
     def test_an_endless_print_can_be_interrupted_by_button(self):
         tab = self.open("while True: print('on and on')", "'next'")
@@ -19155,7 +19192,7 @@ def notebook_7(root, port, token):
 BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outputs, its kernel
     None: {"editor": ".cell .editor", "output": ".output", "cells": ".cell",
            "text": "document.querySelector('.cell .editor').value",
-           "ready": "document.body.dataset.kernel === 'idle'",
+           "ready": "document.body?.dataset.kernel === 'idle'",
            "run_all": "runCommand('run-all')"},
     notebook_7: {"editor": ".jp-Cell .cm-content", "output": ".jp-OutputArea-output",
                  "cells": ".jp-Cell",
@@ -19164,6 +19201,14 @@ BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outpu
                           ".some(i => i.dataset.status === 'idle')",
                  "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')"},
 }
+LONG_CELL = "".join(f"""\
+def step_{number}(values, scale={number}.5):
+    \"\"\"The values of step {number}, each one scaled.\"\"\"
+    scaled = [value * scale for value in values if value is not None]
+    print(f"step {number} of 100", len(scaled), sep=": ")
+    return dict(enumerate(scaled, start={number}))
+""" for number in range(100))
+MANY_LINES = "for i in range(10_000): print('line', i)"
 KEY_TO_PAINT = """count => new Promise(resolve => {
     const times = [];
     addEventListener('keydown', () => {
@@ -19221,10 +19266,10 @@ open('done', 'x')
 """
 
 
-def bench_notebook(server, sources, outputs=()):
+def bench_notebook(server, sources, outputs=(), kernel="python3"):
     """Write a notebook for the bench; returns the address of its page."""
     content = notebook(*sources, kernelspec={
-        "name": "python3", "display_name": "Python 3", "language": "python"})
+        "name": kernel, "display_name": kernel, "language": "python"})
     content["cells"][0]["outputs"] = list(outputs)
     (server.root / "bench.ipynb").write_bytes(jupyter_bytes(content))
     return f"http://127.0.0.1:{server.port}/notebooks/bench.ipynb?token={server.token}"
@@ -19233,13 +19278,13 @@ def bench_notebook(server, sources, outputs=()):
 class BenchPage:
     """A notebook in a new browser profile, opened from a server of ours or of theirs."""
 
-    def __init__(self, program, server, sources, outputs=()):
+    def __init__(self, program, server, sources, **options):
         self.words = BENCH_PAGES[program]
         self.context = browser().new_context(bypass_csp=True)
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
         self.began = time.perf_counter()
-        self.page.goto(bench_notebook(server, sources, outputs), wait_until="commit")
+        self.page.goto(bench_notebook(server, sources, **options), wait_until="commit")
 
     def __enter__(self):
         return self
@@ -19282,34 +19327,40 @@ def bench_page_opens(program, server):
 
 
 def bench_page_keys(program, server, count):
-    with BenchPage(program, server, [f"x = {i}" for i in range(100)]) as page:
-        page.until(page.words["ready"])
-        page.type("# someone has been typing for a while")
-        yield from keys_to_paint(page.page, count)
+    """In a notebook of short cells, and in the middle of one that is a program."""
+    for label, sources in (("page: key to paint, p50", [f"x = {i}" for i in range(100)]),
+                           ("page: key in 500 lines to paint, p50", [LONG_CELL])):
+        with BenchPage(program, server, sources) as page:
+            page.until(page.words["ready"])
+            page.type("# someone has been typing for a while")
+            for milliseconds_ in keys_to_paint(page.page, count):
+                yield label, milliseconds_
 
 
 def keys_to_paint(page, count):
     with page.expect_console_message(lambda message: message.text == "listening"):
         page.evaluate(f"() => {{ window.times = ({KEY_TO_PAINT})({count}) }}")
     page.keyboard.type("a" * count, delay=30)
-    for milliseconds_ in page.evaluate("() => window.times"):
-        yield "page: key to paint, p50", milliseconds_
+    return page.evaluate("() => window.times")
 
 
-@yields("page: key to paint, p50")
+@yields("page: key to paint, p50", "page: key in 500 lines to paint, p50")
 def bench_bare_page(count):
     """The limit: a page with a text field and nothing else."""
-    with contextlib.closing(browser().new_page()) as page:
-        page.set_content("<textarea>")
-        page.locator("textarea").focus()
-        yield from keys_to_paint(page, count)
+    for label, text in (("page: key to paint, p50", ""),
+                        ("page: key in 500 lines to paint, p50", LONG_CELL)):
+        with contextlib.closing(browser().new_page()) as page:
+            page.set_content(f"<textarea rows=500 cols=80>{escape(text)}</textarea>")
+            page.locator("textarea").click()
+            for milliseconds_ in keys_to_paint(page, count):
+                yield label, milliseconds_
 
 
 def bench_page_runs(program, server):
     """From Shift+Enter, or from "run all", to the last output on the page."""
     with BenchPage(program, server, ["", *["1 + 1"] * 99, "'the ' + 'end'"]) as page:
         page.until(page.words["ready"])
-        page.type("for i in range(10_000): print('line', i)")
+        page.type(MANY_LINES)
         began = time.perf_counter()
         page.page.keyboard.press("Shift+Enter")
         page.until(page.is_shown("line 9999"))
@@ -19318,6 +19369,30 @@ def bench_page_runs(program, server):
         page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
         page.until(page.is_shown("the end"))
         yield "page: run all of 100 cells", (time.perf_counter() - began) * 1000
+
+
+@yields("page: 10,000 lines, ipykernel behind both")
+def bench_ipykernel_prints(count):
+    """The limit of a page that shows what ipykernel prints: a client that only reads it."""
+    process = KernelProcess(IPYKERNEL)
+    try:
+        frontend = process.connect()
+        yield "page: 10,000 lines, ipykernel behind both", milliseconds(
+            lambda: frontend.finish(frontend.start(MANY_LINES), seconds=60))
+    finally:
+        process.end()
+
+
+def bench_page_prints(program, server):
+    """The same kernel behind both. It sends its output in heaps, five a second."""
+    install_kernelspec(Path(server.folder.name, "jupyter_data_dir"), "same", IPYKERNEL)
+    with BenchPage(program, server, [""], kernel="same") as page:
+        page.until(page.words["ready"])
+        page.type(MANY_LINES)
+        began = time.perf_counter()
+        page.page.keyboard.press("Shift+Enter")
+        page.until(page.is_shown("line 9999"))
+        yield "page: 10,000 lines, ipykernel behind both", (time.perf_counter() - began) * 1000
 
 
 def bench_page_draws(program, server):
@@ -19395,13 +19470,15 @@ def bench_big_page(program, count):
 
 
 @yields("page: 10 cells, to typing", "page: 1,000 cells, to typing", "page: key to paint, p50",
-        "page: a cell prints 10,000 lines", "page: run all of 100 cells")
+        "page: key in 500 lines to paint, p50", "page: a cell prints 10,000 lines",
+        "page: run all of 100 cells", "page: 10,000 lines, ipykernel behind both")
 def bench_page(program, count):
     """What a user of the page waits for, in Chromium with a new profile."""
     with page_server(program) as server:
         yield from bench_page_opens(program, server)
         yield from bench_page_keys(program, server, count)
         yield from bench_page_runs(program, server)
+        yield from bench_page_prints(program, server)
 
 
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
@@ -19409,6 +19486,7 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("limit", None, bench_echo),
     ("limit", None, bench_plain),
     ("limit", "playwright", bench_bare_page),
+    ("limit", "ipykernel", bench_ipykernel_prints),
     ("ours", None, bench_kernel, kernel.command()),
     ("theirs", "ipykernel", bench_kernel, IPYKERNEL),
     ("ours", None, bench_work, kernel.command()),
