@@ -9922,6 +9922,17 @@ class Journal(ServerCase):
         self.assertEqual([again.cells[name].status for name in "ab"], ["error", "aborted"])
         self.assertEqual(again.cells["a"].text(), "before\n")
 
+    def test_after_a_crash_the_reply_of_the_cell_that_ran_has_the_reason(self):
+        page = self.follow()
+        cells = [page.start(code, cell=name) for name, code in (
+            ("a", "input()\nimport os; os._exit(3)"), ("b", "1"))]
+        page.until(lambda: cells[0].questions)
+        page.type("")
+        page.until(lambda: all(cell.is_done for cell in cells))
+        self.assertEqual([cell.status for cell in cells], ["aborted", "aborted"])
+        reasons = [cell.reply["content"].get("reason") for cell in cells]
+        self.assertEqual(reasons, ["The kernel process ended with exit code 3.", None])
+
     def test_another_client_that_returns_gets_what_it_missed_like_from_jupyter_server(self):
         """P3."""
         wire = WebSocketWire(self.server, self.kernel_id, "same")
@@ -13140,6 +13151,7 @@ class PageRuns(PageCase):
             with self.subTest(how):
                 name = f"{how}.ipynb"
                 tab = self.open("'fine'", code, "'waits'", name=name)
+                tab.page.evaluate("view.file.save = async () => {}")     # not by itself
                 tab.run(0)
                 tab.select(1)
                 tab.command("run-below")
@@ -13161,6 +13173,7 @@ class PageRuns(PageCase):
                             if output["output_type"] == "error"]
                 self.assertIn(words, error["evalue"])
                 tab.page.close()
+                self.tearDown()      # each kernel may die a few times only
 
     def test_a_restart_amid_a_cell_by_whomever_is_no_death_of_the_kernel(self):
         for who in ("this page", "another client"):
