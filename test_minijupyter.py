@@ -13320,6 +13320,19 @@ class PageKeepsQuestions(PageCase):
         second.page.close()
         self.assertAnswered(tab)
 
+    def test_a_debugger_asks_on_though_its_cell_is_gone(self):
+        tab = self.open("def f(a):\n    breakpoint()\n    return a\n\nwho = f('x')", "'other'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        for n, line in enumerate(("p a", "a = 'Ada'", "c")):
+            tab.page.locator(".stdin label", has_text="db").wait_for()
+            if n == 1:
+                tab.select(0)
+                tab.press("d", "d")
+                tab.page.locator("#stdin-bar .stdin").wait_for()
+            self.answer(tab, line)
+        self.assertAnswered(tab)
+
     def test_a_restart_ends_a_question(self):
         tab = self.open_asking()
         tab.press("d", "d")
