@@ -13321,10 +13321,10 @@ class PageKeepsQuestions(PageCase):
         self.assertAnswered(tab)
 
     def test_a_debugger_asks_on_though_its_cell_is_gone(self):
-        tab = self.open("def f(a):\n    breakpoint()\n    return a\n\nwho = f('x')", "'other'")
+        tab = self.open("def f(name):\n    breakpoint()\n    return name\n\nwho = f('x')", "'other'")
         tab.select(0)
         tab.press("Control+Enter")
-        for n, line in enumerate(("p a", "a = 'Ada'", "c")):
+        for n, line in enumerate(("p name", "name = 'Ada'", "c")):
             tab.page.locator(".stdin label", has_text="db").wait_for()
             if n == 1:
                 tab.select(0)
