@@ -5378,15 +5378,15 @@ class Journal:
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
         are due. After a crash, the reply of the cell that ran has the reason."""
         self.questions.clear()
-        running = next((each for each in self.records.values() if "execute_reply" in each.due), None)
-        reason = {"reason": self.kernel.reason} if self.kernel.intent is None else {}
+        why = {"reason": self.kernel.reason} if self.kernel.intent is None else {}
         endings = []
         for record in self.records.values():
-            why = reason if record is running else {}
             last = {"execute_reply": ("shell", "execute_reply", {"status": "aborted", **why}),
                     "idle": ("iopub", "status", {"execution_state": "idle"})}
             endings += [said(self.session, *last[due], record.request)
                         for due in sorted(record.due)]
+            if "execute_reply" in record.due:
+                why = {}   # it was the first that had no reply; the others waited behind it
         for ending in endings:
             ending.life = self.kernel.life   # whoever hears it knows of the end
         return endings

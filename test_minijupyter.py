@@ -9976,6 +9976,17 @@ class Journal(ServerCase):
         self.assertEqual([again.cells[name].status for name in "ab"], ["error", "aborted"])
         self.assertEqual(again.cells["a"].text(), "before\n")
 
+    def test_after_a_crash_the_reply_of_the_cell_that_ran_has_the_reason(self):
+        page = self.follow()
+        cells = [page.start(code, cell=name) for name, code in (
+            ("a", "input()\nimport os; os._exit(3)"), ("b", "1"))]
+        page.until(lambda: cells[0].questions)
+        page.type("")
+        page.until(lambda: all(cell.is_done for cell in cells))
+        self.assertEqual([cell.status for cell in cells], ["aborted", "aborted"])
+        reasons = [cell.reply["content"].get("reason") for cell in cells]
+        self.assertEqual(reasons, ["The kernel process ended with exit code 3.", None])
+
     def test_another_client_that_returns_gets_what_it_missed_like_from_jupyter_server(self):
         """P3."""
         wire = WebSocketWire(self.server, self.kernel_id, "same")
@@ -13303,7 +13314,10 @@ class PageRuns(PageCase):
             with self.subTest(how):
                 name = f"{how}.ipynb"
                 tab = self.open("'fine'", code, "'waits'", name=name)
-                tab.command("run-all")
+                tab.page.evaluate("view.file.save = async () => {}")     # not by itself
+                tab.run(0)
+                tab.select(1)
+                tab.command("run-below")
                 self.assertShows(tab.outputs(1), "DeadKernelError")
                 tab.wait_for(kernel="idle")
                 for again in ("now", "in a second page", "after a reload", "when it is saved"):
@@ -13322,6 +13336,7 @@ class PageRuns(PageCase):
                             if output["output_type"] == "error"]
                 self.assertIn(words, error["evalue"])
                 tab.page.close()
+                self.tearDown()      # each kernel may die a few times only
 
     def test_a_restart_amid_a_cell_by_whomever_is_no_death_of_the_kernel(self):
         for who in ("this page", "another client"):
@@ -13466,6 +13481,19 @@ class PageKeepsQuestions(PageCase):
         self.answer(tab)
         self.assertCount(second.page.locator(".stdin"), 0)
         second.page.close()
+        self.assertAnswered(tab)
+
+    def test_a_debugger_asks_on_though_its_cell_is_gone(self):
+        tab = self.open("def f(name):\n    breakpoint()\n    return name\n\nwho = f('x')", "'other'")
+        tab.select(0)
+        tab.press("Control+Enter")
+        for n, line in enumerate(("p name", "name = 'Ada'", "c")):
+            tab.page.locator(".stdin label", has_text="db").wait_for()
+            if n == 1:
+                tab.select(0)
+                tab.press("d", "d")
+                tab.page.locator("#stdin-bar .stdin").wait_for()
+            self.answer(tab, line)
         self.assertAnswered(tab)
 
     def test_a_restart_ends_a_question(self):
@@ -14824,6 +14852,68 @@ class PageLosesNothing(PageCase):
         tab.outputs(1).locator("summary").click()
         self.assertFalse(tab.outputs(1).locator("pre").first.is_visible())
 
+    def look_at_disk(self, tab):
+        """As when the user comes back to the tab."""
+        tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+    def test_the_news_of_another_version_goes_when_that_is_gone_or_overwritten(self):
+        for how in ("restored", "overwritten"):
+            with self.subTest(how):
+                file = self.root / f"{how}.txt"
+                file.write_text("ours")
+                tab = self.visit(f"/edit/{file.name}")
+                tab.page.locator("textarea.editor").wait_for()
+                file.write_text("theirs")
+                self.look_at_disk(tab)
+                self.assertShows(tab.page.locator("#notices"), "changed on disk")
+                if how == "restored":
+                    file.write_text("ours")
+                    self.look_at_disk(tab)
+                else:
+                    tab.page.locator("textarea.editor").fill("mine")
+                    tab.press("Control+s")
+                    tab.choose("Keep mine")
+                self.assertCount(tab.page.locator(".notice"), 0)
+                tab.page.close()
+
+    def test_a_conflict_that_settles_itself_is_told_no_more_and_the_file_is_saved(self):
+        file = self.root / "settles.txt"
+        file.write_text("ours")
+        tab = self.visit("/edit/settles.txt")
+        tab.page.locator("textarea.editor").fill("mine")
+        file.write_text("theirs")
+        tab.page.evaluate("view.file.save({ byItself: true })")
+        self.assertShows(tab.page.locator("#notices"), "Not saved any more")
+        file.write_text("ours")
+        self.look_at_disk(tab)
+        tab.wait_for(saved="true")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        self.assertEqual(file.read_text(), "mine")
+        self.assertShows(tab.page.locator("#save-state"), "Saved")
+
+    def test_a_tab_that_let_go_may_write_again_when_the_other_one_is_closed(self):
+        one = self.open("1")
+        two = self.visit("/notebooks/" + self.name)
+        self.assertShows(two.page.locator("#notices"), "open in another tab")
+        two.page.get_by_role("button", name="Take over").click()
+        self.assertShows(one.page.locator("#notices"), "open in another tab")
+        two.page.close()
+        one.page.evaluate("view.file.letGoAt = 0")      # later
+        self.assertCount(one.page.locator(".notice"), 0)
+        self.assertShows(one.page.locator("#save-state"), "Saved")
+
+    def test_the_news_of_a_kernel_that_is_not_there_goes_when_another_one_is_chosen(self):
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("1", kernelspec={
+            "name": "nowhere", "display_name": "Nowhere", "language": "python"})))
+        tab = self.visit("/notebooks/" + quote(self.name))
+        self.assertShows(tab.page.locator("#notices"), "not installed here")
+        tab.command("change-kernel")
+        tab.page.locator("dialog select").select_option("name python3")
+        tab.choose("Select")
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+
+
 
 AXE_FINDS = """async rules => (await axe.run(rules)).violations.flatMap(
     ({ id, nodes }) => nodes.map(node => `${id}: ${node.html.slice(0, 200)}`))"""
@@ -15051,11 +15141,11 @@ class PageForEveryone(PageCase):
         return tab
 
     def test_a_page_that_cannot_start_says_so_with_the_error_and_its_line(self):
+        specs = "this.specs = await api.kernelspecs().catch(() => ({ kernelspecs: {} }));"
         spoilt = {"no JavaScript": ("async function main() {", "async function main( {"),
                   "an unknown name": ("DOMContentLoaded', main)", "DOMContentLoaded', mane)"),
                   "an error at the start": ("  listen();\n", "  null.listen();\n"),
-                  "later": ("this.specs = await api.kernelspecs().catch(() => ({ kernelspecs: {} }));",
-                            "this.specs = nothing;")}
+                  "later": (specs, "this.specs = nothing;")}
         for what, change in spoilt.items():
             with self.subTest(what):
                 tab = self.visit_spoilt(*change)
