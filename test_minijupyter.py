@@ -17809,7 +17809,8 @@ class PageKeepsOut(DrawnPage):
         self.assertFalse(page.locator("#find-case").is_checked())
 
     def test_no_attribute_of_a_notebook_refers_to_an_element_of_the_page(self):
-        names = ["for", "form", "list", "headers", "usemap", "popovertarget", "commandfor", "anchor",
+        names = ["for", "form", "list", "headers", "usemap",
+                 "popovertarget", "commandfor", "anchor",
                  "interestfor", "itemref", "aria-labelledby", "aria-controls", "aria-owns",
                  "aria-activedescendant", "aria-describedby", "aria-details", "aria-flowto"]
         attributes = " ".join(f"{name}=title" for name in names)
