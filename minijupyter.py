@@ -3371,7 +3371,7 @@ class NotebookFile:
         already is left as it stands there."""
         if old and not old.mended and is_unchanged(old.served, notebook):
             return old
-        return rewritten(notebook, old if old and old.version == 4 else None)
+        return rewritten(without_origin(notebook), old if old and old.version == 4 else None)
 
     @classmethod
     def put_together(cls, notebook, served, data, places, tail):
@@ -3390,6 +3390,15 @@ class NotebookFile:
     @functools.cached_property
     def hash(self):
         return sha256(self.data)
+
+
+def without_origin(notebook):
+    """The notebook, no more saying that it comes from an older format (see `upgrade`)."""
+    if notebook["metadata"].get("orig_nbformat") not in [*UPGRADES]:
+        return notebook
+    metadata = {key: value for key, value in notebook["metadata"].items()
+                if key not in ("orig_nbformat", "orig_nbformat_minor")}
+    return {**notebook, "metadata": metadata}
 
 
 class Layout:
@@ -3621,12 +3630,15 @@ def join_old(text):
 
 
 def upgrade(notebook):
-    """nbformat 2 or 3 as 4.5. Raises NotANotebook when it has not even their structure."""
+    """nbformat 2 or 3 as 4.5. Pages are told by `orig_nbformat`, as nbformat does it, that a save
+    makes it a newer one. Raises NotANotebook when it has not even their structure."""
     try:
         cells = [upgrade_cell(cell) for sheet in notebook.get("worksheets") or []
                  for cell in sheet.get("cells") or []]
         metadata = {k: v for k, v in (notebook.get("metadata") or {}).items()
                     if k not in ("name", "signature")}
+        metadata["orig_nbformat"] = notebook["nbformat"]
+        metadata["orig_nbformat_minor"] = notebook.get("nbformat_minor") or 0
     except (TypeError, KeyError, AttributeError, ValueError) as problem:
         raise NotANotebook(f"a damaged notebook of nbformat {notebook['nbformat']}: "
                            f"{problem!r}") from None

@@ -5789,6 +5789,8 @@ class Documents(ServerCase):
                     "type": "notebook", "format": "json", "content": content}), 200)
                 saved = nbformat.read(self.root / name, as_version=nbformat.NO_CONVERT)
                 nbformat.validate(saved)
+                self.assertEqual(content["metadata"].pop("orig_nbformat"), int(name[-7]))
+                self.assertNotIn("orig_nbformat", saved.metadata)
                 theirs = nbformat.read(NOTEBOOKS / name[4:], as_version=4)
                 theirs.cells[0].source += " edited"
                 self.assertEqual((saved.nbformat, saved.nbformat_minor), (4, 5))
@@ -12676,6 +12678,7 @@ class PageFiles(PageCase):
         tab.page.get_by_role("link", name="folder", exact=True).click()
         tab.page.get_by_role("link", name="inner", exact=True).click()
         tab.page.wait_for_url("**/tree/folder/inner")
+        self.assertShows(tab.page.locator(".crumbs"), "Files / folder / inner")
         tab.page.locator(".crumbs").get_by_text("Files").click()
         tab.page.wait_for_url("**/tree")
 
@@ -12838,6 +12841,14 @@ class PageFiles(PageCase):
         tab.page.locator("#main").click(position={"x": 300, "y": 400})
         tab.page.locator("a", has_text="typed.txt").wait_for()
         self.assertEqual(sorted(os.listdir(folder)), ["Untitled Folder", "typed.txt"])
+
+    def test_a_name_that_is_taken_is_told_also_to_who_leaves_and_the_click_counts(self):
+        tab, folder = self.folder_with("taken.txt")
+        self.make(tab, "folder").fill("taken.txt")
+        tab.page.locator("[data-command=new]").click()
+        tab.page.locator("#menu-new:popover-open").wait_for()
+        self.assertShows(tab.page.locator("#notices"), "“Untitled Folder” was not renamed")
+        self.assertEqual(sorted(os.listdir(folder)), ["Untitled Folder", "taken.txt"])
 
     def test_a_text_file_opens_when_it_has_its_name(self):
         tab, _ = self.folder_with()
@@ -13484,7 +13495,8 @@ class PageKeepsQuestions(PageCase):
         self.assertAnswered(tab)
 
     def test_a_debugger_asks_on_though_its_cell_is_gone(self):
-        tab = self.open("def f(name):\n    breakpoint()\n    return name\n\nwho = f('x')", "'other'")
+        code = "def f(name):\n    breakpoint()\n    return name\n\nwho = f('x')"
+        tab = self.open(code, "'other'")
         tab.select(0)
         tab.press("Control+Enter")
         for n, line in enumerate(("p name", "name = 'Ada'", "c")):
@@ -15586,6 +15598,19 @@ class PageBearsAnything(PageCase):
         tab = self.opened(ODD_CELLS)
         self.assertEqual(tab.sources()[0], "boxes")
 
+    def test_a_notebook_of_an_older_format_says_what_a_save_makes_of_it(self):
+        (self.root / self.name).write_text(json.dumps(VERSION_3))
+        tab = self.reopen(self.name)
+        self.assertShows(tab.page.locator(".notice"), "Once saved, it has nbformat 4")
+        self.assertEqual(self.saved(), VERSION_3)
+        for text in "first", "second":
+            tab.write(2, text)
+            tab.save()
+            self.assertNotIn("orig_nbformat", self.saved()["metadata"])
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+
     def test_odd_metadata_is_kept(self):
         self.opened([], kernelspec=5, language_info="x", widgets=None)
 
@@ -17567,6 +17592,7 @@ WAYS_TO_ASK = [
     "<svg><style>svg { background: url(%s) }</style></svg>"]
 WAYS_TO_ASK_IN_HTML = [
     "<style>a\\\" {} p { background: url(%s) } c\\\" {}</style><p>x</p>",
+    "<style>p { content: '\\27\n'; background: url(%s) } q { content: '' }</style><p>x</p>",
     "<style>b::after { content: url( '%s' ) }</style><b>x</b>",
     "<style>/* ' */ p { content: 'url('; background: url('%s') /* ' */ }</style><p>x</p>",
     "<style>@media all { li { list-style: disc url(%s) } }</style><li>x</li>"]
@@ -17591,6 +17617,12 @@ WAYS_TO_ASK_IN_MARKDOWN = ["![](%s)", "![x][%s]\n\n[%s]: %s"]
 WAYS_OF_SCRIPTS = [      # in HTML these go to a frame
     "<object data='%s'></object>", "<embed src='%s'>", "<iframe src='%s'></iframe>",
     "<svg><script href='%s'></script></svg>", "<script src='%s'></script>"]
+PIECES_OF_CSS = [
+    *"\"'\\\n(){}; ,[]\r\f\0é\u00a0", "/*", "*/", "url(", "URL(", "u\\72l(", "\\75 rl(",
+    "\\000055rl(", "/evil", "p", "background:", "b{background:", "@import ", "\\\n", '\\"', "\\'",
+    "content:", "\\22", "\\27 ", "\\29 ", "'\\27\n", '"\\22\f', "image-set(", "cross-fade(", "1x",
+    "-webkit-image-set(", "<!" "--", "--" ">", "url('/evil')", 'url("/evil")',
+    "p{background:url(/evil)}", "@media all{", "referrer-policy("]
 # What leads to a place of our own server that is no file
 PLACES_OF_OURS = [
     "/logout", "//127.0.0.1:{port}/logout", "http://127.0.0.1:{port}/logout", "http:/logout",
@@ -17757,8 +17789,26 @@ class PageKeepsOut(DrawnPage):
             host => host.shadowRoot)].flatMap(root => [...root.querySelectorAll('.rendered a, a')])
             .filter(a => a.textContent === 'go').map(({ href }) => href)""")
         self.assertEqual(len(links), 2 * len(places))
+        self.assertEqual(page.evaluate("""() => ['javascript:x', '/javascript:x', 'data:x',
+            '/data:x'].map(address => linkAddress(address, { folder: '' }))"""),
+            [None, self.address("/files/javascript:x"), None, self.address("/files/data:x")])
         pages = tuple(self.address(f"/{name}") for name in ("files/", "notebooks/", "tree/"))
         self.assertEqual([link for link in links if link and not link.startswith(pages)], [])
+
+    def test_css_of_any_shape_is_read_as_the_browser_reads_it(self):
+        """Pieces in any order: each address that the browser finds in the result is a file's."""
+        dice = random.Random(1)
+        sheets = ["".join(dice.choices(PIECES_OF_CSS, k=dice.randint(3, 14))) + dice.choice(
+            ("", ";}", "}", '"}', "'}", "*/}")) + "p{background:url(/evil)}" for _ in range(4000)]
+        self.assertEqual(self.visit("/tree").page.evaluate("""sheets => sheets.filter(css => {
+            const style = h('style', {}, resolvedCss(css, { folder: '' }));
+            document.head.append(style);
+            const rules = [...style.sheet.cssRules];
+            style.remove();
+            const found = rules.map(rule => rule.cssText).join().matchAll(/url\\("([^"]*)"/g);
+            return rules.some(rule => rule instanceof CSSImportRule) || [...found].some(
+                ([, url]) => !url.startsWith(filesRoot()) && !/^(?:#|data:)/.test(url));
+        })""", sheets), [])
 
     def test_no_other_host_learns_where_it_is_shown(self):
         told = []
