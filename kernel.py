@@ -871,10 +871,17 @@ def traceback_of(error):
 
 
 def users_traceback(error):
-    """Its traceback, without the frames of this file that led to the cell."""
+    """Its traceback, without the frames of this file that led to the cell, and without the handler
+    of SIGINT, which raised a KeyboardInterrupt there: Python's own handler leaves no frame."""
     trace = traceback_of(error)
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
+    at = trace
+    while at is not None and at.tb_next is not None:
+        code = at.tb_next.tb_frame.f_code
+        if (code.co_filename, code.co_name) == (__file__, "interrupt"):
+            at.tb_next = None
+        at = at.tb_next
     return trace
 
 

@@ -1595,6 +1595,17 @@ class KernelInterrupt(KernelCase):
                 cell = self.interrupted(code, self.kernel.interrupt)
                 self.assertFails(cell, "KeyboardInterrupt")
 
+    def test_the_traceback_of_an_interrupt_ends_where_the_cell_was(self):
+        for situation in ("running", "sleeping", "running in async code"):
+            with self.subTest(situation):
+                cell = self.interrupted(self.SITUATIONS[situation], self.kernel.interrupt)
+                self.assertNotIn("kernel.py", "".join(cell.error["traceback"]))
+
+    @needs("IPython")
+    def test_the_traceback_of_an_interrupt_ends_there_with_ipython_too(self):
+        self.run_cell("import IPython")
+        self.test_the_traceback_of_an_interrupt_ends_where_the_cell_was()
+
     def test_an_interrupt_right_after_a_late_one_is_a_new_one(self):
         """While C code runs, Python cannot call the handler: the interrupt is late."""
         for _ in range(2):
