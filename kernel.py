@@ -871,11 +871,15 @@ def traceback_of(error):
 
 
 def users_traceback(error):
-    """Its traceback, without the frames of this file that led to the cell, and without the handler
-    of SIGINT, which raised a KeyboardInterrupt there: Python's own handler leaves no frame."""
+    """Its traceback, without the frames of this file that led to the cell."""
     trace = traceback_of(error)
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
+    return without_handler(trace)
+
+
+def without_handler(trace):
+    """The traceback without our handler of SIGINT: Python's own leaves no frame either."""
     at = trace
     while at is not None and at.tb_next is not None:
         code = at.tb_next.tb_frame.f_code
@@ -4538,7 +4542,7 @@ def shell_class(interpreter):
         def _get_exc_info(self, exc_tuple=None):
             etype, error, frames = super()._get_exc_info(exc_tuple)
             error = interpreter.as_interrupt(error)
-            return type(error), error, frames
+            return type(error), error, without_handler(frames)
 
         def _showtraceback(self, etype, error, lines):
             interpreter.traceback = lines
