@@ -2555,6 +2555,7 @@ ACCESS = [Access]   # classes: the last one is used
 ROUTES = [
     ("GET", r"/", "home"),
     ("GET", r"/(?:tree|notebooks|edit)(?:/.*)?", "page"),
+    ("GET", r"/frame", "frame"),
     ("GET", r"/files/(.+)", "file"),
     ("GET", r"/api", "version"),
     ("POST", r"/api/shutdown", "shutdown_server"),
@@ -2577,7 +2578,7 @@ ROUTES = [
     ("PATCH", rf"/api/sessions/{ID}", "change_session"),
     ("DELETE", rf"/api/sessions/{ID}", "delete_session"),
 ]
-OPEN_TO_ALL = {"version"}   # endpoints that need no token
+OPEN_TO_ALL = {"version", "frame"}   # endpoints that need no token
 PAGES = {"home", "page", "view"}      # endpoints for people: a refusal leads to the login
 BEFORE = []    # functions of the handler, called when the head of a request has come …
 ADMITTED = []  # … when it has shown the token or the cookie …
@@ -2600,6 +2601,22 @@ PAGE_POLICY = (
     "font-src 'self' data:; connect-src 'self'; frame-src 'self' blob: data:; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; "
     "trusted-types inert")
+FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
+FRAME = b"""<!doctype html><meta charset="utf-8"><script>
+// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
+// answers with its height whenever that changes.
+addEventListener('message', event => {
+  if (event.source !== parent || typeof event.data.html !== 'string') return;
+  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
+    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
+    + '.observe(document.body)';
+  document.open();
+  document.write('<!doctype html><meta charset="utf-8">'
+    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
+    + event.data.html + '<script>' + tell + '</' + 'script>');
+  document.close();
+});
+</script>"""
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"   # RFC 9110 5.6.2
 TEXT_BYTES = r"[^\0-\x08\x0a-\x1f\x7f]*"   # no control but the tab (RFC 9110 5.5)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\0-\x20\x7f]+) HTTP/([0-9])\.([0-9])")   # RFC 9112 3
@@ -2955,6 +2972,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, data, "text/html; charset=utf-8",
                   {"Content-Security-Policy": PAGE_POLICY.format(scripts=hashes)})
 
+    def frame(self):
+        """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
+        self.send(200, FRAME, "text/html; charset=utf-8", {"Content-Security-Policy": FRAME_POLICY})
+
     def file(self, path):
         """A file's bytes. Whatever it is, it runs in no page of ours: its policy is a sandbox."""
         absolute = self.server.contents.existing(path)
@@ -3281,14 +3302,13 @@ def serve(server):
 #    40 TLS                                      OPTIONS, AT_START
 #    41 How kernels are reached                  PORTS, OPTIONS, AT_START
 #    42 Ports that others took                   REPAIRS
-#    43 Outputs with scripts                     ROUTES, OPEN_TO_ALL
-#    44 What the terminal shows                  HANDLERS, OPTIONS, AT_START
-#    45 Few garbage collections                  AT_START
-#    46 Idle kernels                             OPTIONS, AT_START
-#    47 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
-#    48 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    49 Other servers                            COMMANDS, AT_START
-#    50 A quick start                            run_as_module
+#    43 What the terminal shows                  HANDLERS, OPTIONS, AT_START
+#    44 Few garbage collections                  AT_START
+#    45 Idle kernels                             OPTIONS, AT_START
+#    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
+#    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
+#    48 Other servers                            COMMANDS, AT_START
+#    49 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6029,37 +6049,7 @@ def any_is_taken(connection):
 REPAIRS.append(lost_a_port)
 
 
-# ---- 43. Outputs with scripts ------------------------------------------------------------------
-
-FRAME_POLICY = "sandbox allow-scripts allow-popups allow-forms; frame-ancestors 'self'"
-FRAME = b"""<!doctype html><meta charset="utf-8"><script>
-// An output with scripts lives here, in an origin of its own: the page posts its HTML, and it
-// answers with its height whenever that changes.
-addEventListener('message', event => {
-  if (event.source !== parent || typeof event.data.html !== 'string') return;
-  const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
-    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
-    + '.observe(document.body)';
-  document.open();
-  document.write('<!doctype html><meta charset="utf-8">'
-    + '<style>body { margin: 0; font: 14px/1.5 system-ui, sans-serif }</style>'
-    + event.data.html + '<script>' + tell + '</' + 'script>');
-  document.close();
-});
-</script>"""
-
-
-def frame(handler):
-    """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
-    handler.send(200, FRAME, "text/html; charset=utf-8",
-                 {"Content-Security-Policy": FRAME_POLICY})
-
-
-ROUTES.append(("GET", "/frame", frame))
-OPEN_TO_ALL.add("frame")
-
-
-# ---- 44. What the terminal shows ---------------------------------------------------------------
+# ---- 43. What the terminal shows ---------------------------------------------------------------
 
 class LoggingHandler(HANDLERS[-1]):
     """Prints a line for each request."""
@@ -6082,7 +6072,7 @@ HANDLERS.append(LoggingHandler)
 AT_START.append(choose_level)
 
 
-# ---- 45. Few garbage collections ---------------------------------------------------------------
+# ---- 44. Few garbage collections ---------------------------------------------------------------
 
 def collect_rarely(server, arguments):
     """A large notebook is a million objects without a cycle: looked at rarely, it loads faster."""
@@ -6093,7 +6083,7 @@ def collect_rarely(server, arguments):
 AT_START.append(collect_rarely)
 
 
-# ---- 46. Idle kernels --------------------------------------------------------------------------
+# ---- 45. Idle kernels --------------------------------------------------------------------------
 
 OPTIONS.append((["--cull-idle"], {
     "type": float, "metavar": "SECONDS",
@@ -6121,7 +6111,7 @@ def cull_idle_kernels(server, arguments):
 AT_START.append(cull_idle_kernels)
 
 
-# ---- 47. What few clients ask for --------------------------------------------------------------
+# ---- 46. What few clients ask for --------------------------------------------------------------
 
 # They are asked by programs that look whether anybody is here: nobody is, for all they do.
 NO_ACTIVITY = {"status", "resolve_path"}
@@ -6391,7 +6381,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 48. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 47. Under the hood: what passes, shown ---------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6827,7 +6817,7 @@ BEFORE.append(begin_exchange)
 AFTER.append(end_exchange)
 
 
-# ---- 49. Other servers: list, stop -------------------------------------------------------------
+# ---- 48. Other servers: list, stop -------------------------------------------------------------
 
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
@@ -6924,7 +6914,7 @@ COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
 
 
-# ---- 50. A quick start -------------------------------------------------------------------------
+# ---- 49. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger. On the

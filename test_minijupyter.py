@@ -5402,7 +5402,7 @@ class KernelPortable(KernelCase):
 
 PART_II = "==== Part II: delete from here to its end mark, and the rest runs ===="
 END_OF_PART_II = "==== End of Part II ===="
-BANNER = re.compile(r"# ---- (\d+)\. (.+?) -+$")
+BANNER = re.compile(r"(?:#|//) ---- (\d+)\. (.+?) -+$")
 
 
 def parts(source):
@@ -5427,9 +5427,16 @@ def without_part_two(source):
 def extras(source):
     """Title of each section of Part II -> the source without just that section."""
     first, second, last = parts(source)
+    return {title: "".join(first + second[:start] + second[stop:] + last)
+            for title, (start, stop) in sections_of(second).items()}
+
+
+def sections_of(second):
+    """{title: (number of its banner's line, of the line behind it)} of the sections of Part II."""
     starts = [number for number, line in enumerate(second) if BANNER.match(line)]
-    return {BANNER.match(second[start])[2]: "".join(first + second[:start] + second[stop:] + last)
-            for start, stop in zip(starts, [*starts[1:], len(second) - 1], strict=True)}
+    end = len(second) - (2 if second[-2] == "</script>\n" else 1)
+    return {BANNER.match(second[start])[2]: (start, stop)
+            for start, stop in zip(starts, [*starts[1:], end], strict=True)}
 
 
 class PartsOfAFile(Case):
@@ -5466,6 +5473,7 @@ class PartsOfAFile(Case):
 
 KERNEL_SOURCE = (HERE / "kernel.py").read_text("utf-8")
 SERVER_SOURCE = (HERE / "minijupyter.py").read_text("utf-8")
+PAGE_SOURCE = (HERE / "index.html").read_text("utf-8")
 SOURCES = {"kernel.py": KERNEL_SOURCE, "minijupyter.py": SERVER_SOURCE}
 needs_parts = unittest.skipUnless(parts(KERNEL_SOURCE), "kernel.py has no marks of Part II")
 
@@ -18379,11 +18387,11 @@ class PageInFirefox(ServerCase):
 
 # -- Part I of the server alone, and Part II without any one section --
 
-def server_alone(folder, source):
+def server_alone(folder, source, page=PAGE_SOURCE):
     """`program` of a server with this source in a folder of its own, with the kernel's Part I and
     the page."""
     for name, text in (("minijupyter.py", source), ("kernel.py", without_part_two(KERNEL_SOURCE)),
-                       ("index.html", text_of("index.html"))):
+                       ("index.html", page)):
         (Path(folder) / name).write_text(text, "utf-8")
     return lambda root, port, token: [
         sys.executable, Path(folder) / "minijupyter.py", root, "--port", str(port),
@@ -18564,7 +18572,152 @@ class EachExtraOfTheServerAlone(ServerCase):
                 server.end()
 
 
-CORE += (CoreOfTheServer, CoreOfTheServerUnderThePage, EachExtraOfTheServerAlone)
+def needs_of(second):
+    """{number of a section of the page's Part II: numbers of those that it needs, as announced}."""
+    return {int(row[1]): [*map(int, row[2].split())] for row in (
+        re.match(r" (\d\d) \S.*?(?:  needs ([\d ]+))?\n", line.replace("needs", " needs"))
+        for line in second) if row and row[2]}
+
+
+class CoreOfThePage(CoreOfTheServerUnderThePage):
+    """Part I alone is a page, on Part I of server and kernel."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"program": server_alone(
+            class_folder(cls), *map(without_part_two, (SERVER_SOURCE, PAGE_SOURCE)))}
+        super(CoreOfTheServerUnderThePage, cls).setUpClass()
+
+    def test_files_are_listed_and_opened(self):
+        self.open("x = 1")
+        tab = self.visit("/tree")
+        tab.page.get_by_role("link", name=self.name).click()
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.sources(), ["x = 1"])
+
+    def test_a_new_notebook_is_made(self):
+        tab = self.visit("/tree")
+        with self.context.expect_page() as opened:
+            tab.page.get_by_role("button", name="New notebook").click()
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        new.page.locator("textarea.editor:focus").wait_for()
+
+    def test_cells_are_selected_inserted_copied_cut_and_made_another_type_by_keys(self):
+        tab = self.open("one", "two", "three")
+        tab.select(0)
+        tab.press("b", "Enter")
+        tab.page.keyboard.type("new\n")
+        tab.press("Escape", "Shift+ArrowDown", "c", "ArrowDown", "v")
+        self.assertEqual(tab.sources(), ["one", "new\n", "two", "three", "new\n", "two"])
+        tab.press("x", "ArrowUp", "m", "d", "d")
+        self.assertEqual(tab.sources(), ["one", "new\n", "three"])
+        tab.press("Control+a", "m")
+        self.assertEqual(tab.types(), ["markdown"] * 3)
+
+    def test_a_text_is_indented_and_undone_in_its_cell_alone(self):
+        tab = self.open("a", "b")
+        for i in (0, 1):
+            tab.cell(i).locator("textarea.editor").focus()
+            tab.press("Home", "Tab", "End", "Enter")
+            tab.page.keyboard.type("x")
+        self.assertEqual(tab.sources(), ["    a\n    x", "    b\n    x"])
+        tab.press("Control+z", "Control+z", "Control+z")
+        self.assertEqual(tab.sources(), ["    a\n    x", "b"])
+
+    def test_text_has_its_colours_and_a_bar_goes_back_over_its_line(self):
+        tab = self.open("print('\\x1b[1;31mred\\x1b[0m\\n1 %\\r2 %', end='')\nprint(' done')")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "red\n2 % done")
+        red = tab.outputs(0).get_by_text("red", exact=True)
+        self.assertEqual(red.evaluate("node => getComputedStyle(node).fontWeight"), "700")
+
+    def test_pictures_are_shown_and_html_in_a_frame_that_reaches_nothing(self):
+        tab = self.open(
+            "class Rich:\n    def __init__(self, **data): self.data = data\n"
+            "    def _repr_mimebundle_(self, **_): return self.data\n"
+            "Rich(**{'image/svg+xml': '<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"9\"/>'})",
+            "Rich(**{'text/html': '<b>bold</b><script>top.title = 1</script>'})")
+        tab.run(0)
+        tab.outputs(0).locator("img").wait_for()
+        tab.run(1)
+        frame = tab.outputs(1).locator("iframe")
+        frame.content_frame.get_by_text("bold").wait_for()
+        self.assertNotIn("allow-same-origin", frame.get_attribute("sandbox"))
+        self.assertIn("MiniJupyter", tab.page.title())
+        self.problems.clear()      # the browser tells of what it did not allow
+
+
+class CoreOfThePageOnTheServer(PageCase):
+    """Part I of the page on the whole server, whose journal tells what a page has missed."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"program": server_alone(class_folder(cls), SERVER_SOURCE,
+                                               without_part_two(PAGE_SOURCE))}
+        super().setUpClass()
+
+    def test_what_is_printed_while_the_page_is_loaded_anew_comes_all_the_same(self):
+        tab = self.open("import time\nfor n in range(40):\n    print(n)\n    time.sleep(0.05)\nn")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "5")
+        tab.save()
+        tab.page.reload()
+        tab.page.wait_for_selector(".cell[data-state=running]")
+        tab.wait_until_done()
+        self.assertEqual(tab.texts()[0].split("\n"), [*map(str, range(40)), "39"])
+
+
+class EachExtraOfThePageAlone(PageCase):
+    """Part II of the page without any one section, and those that need it: the rest runs."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.place = Path(class_folder(cls))
+        cls.options = {"program": server_alone(cls.place, SERVER_SOURCE)}
+        super().setUpClass()
+
+    def pages(self):
+        """Yields (title, page without this section)."""
+        first, second, last = parts(PAGE_SOURCE)
+        needs, sections = needs_of(second), sections_of(second)
+        numbers = {title: int(BANNER.match(second[at])[1]) for title, (at, _) in sections.items()}
+        for title in sections:
+            gone, before = {numbers[title]}, None
+            while gone != before:
+                before = {*gone}
+                gone |= {number for number, needed in needs.items() if gone & {*needed}}
+            yield title, "".join(first + [
+                line for at, line in enumerate(second) if not any(
+                    start <= at < stop and numbers[other] in gone
+                    for other, (start, stop) in sections.items())] + last)
+
+    def test_without_one_section_the_page_opens_edits_runs_and_saves(self):
+        pages = {"nothing": PAGE_SOURCE, **dict(self.pages())}
+        self.assertGreater(len(pages), 30)
+        for title, source in pages.items():
+            with self.subTest(title):
+                self.problems.clear()
+                (self.place / "index.html").write_text(source, "utf-8")
+                tab = self.visit("/tree")
+                tab.page.locator("#file-list").wait_for()
+                tab.page.close()
+                tab = self.open("print('out')\n6 * 7", "1 / 0", "# text", name="extra.ipynb")
+                tab.run(0)
+                self.assertShows(tab.outputs(0), "42")
+                tab.run(1)
+                self.assertShows(tab.outputs(1), "ZeroDivisionError")
+                tab.select(2)
+                tab.press("m", "Enter", "Control+Enter", "b", "d", "d")
+                tab.save()
+                self.assertEqual(self.saved("extra.ipynb")["cells"][2]["cell_type"], "markdown")
+                self.assertEqual(self.problems, [])
+                tab.page.close()
+
+
+CORE += (CoreOfTheServer, CoreOfTheServerUnderThePage, EachExtraOfTheServerAlone, CoreOfThePage,
+         CoreOfThePageOnTheServer, EachExtraOfThePageAlone)
 
 
 # ---- 10. Documentation under test --------------------------------------------------
@@ -18644,6 +18797,16 @@ def stations(source):
             found[next(number for number, text in enumerate(lines[at:], at + 1)
                        if text.strip() and text.strip()[0] != "#")] = int(match[1])
     return found
+
+
+DECLARED = re.compile(r"(?m)^(?:async )?(?:function\*?|class|const|let) (\w+)")   # of a script
+
+
+def without_strings(script):
+    """A script of the page without comments and strings."""
+    script = re.sub(r"(?s)/\*.*?\*/|<!--.*?-->", "", script)
+    script = re.sub(r"(?m)(^|[^:'\"`\\])//.*", r"\1", script)
+    return re.sub(r"'(?:[^'\\\n]|\\.)*'", "''", script)
 
 
 FOLLOWER = """\
@@ -18785,6 +18948,54 @@ class Documentation(Case):
                     self.assertTrue(name in (attributes(first) if owner else made), "not in Part I")
                     self.assertTrue(name in used, "no section of Part II uses it")
 
+    def test_the_page_declares_each_name_once(self):
+        """A second `const` of a name keeps a whole script from running, a function replaces."""
+        found = collections.Counter(DECLARED.findall(PAGE_SOURCE))
+        self.assertGreater(len(found), 300)
+        self.assertEqual([name for name, count in found.items() if count > 1], [])
+
+    def test_the_pages_part_two_lists_its_sections_and_what_they_need(self):
+        """Else the rest would miss it when a section is deleted, if only in a rare moment."""
+        first, second, _ = parts(PAGE_SOURCE)
+        sections = {int(BANNER.match(second[at])[1]): without_strings("".join(second[at:stop]))
+                    for at, stop in sections_of(second).values()}
+        listed = re.findall(r"(?m)^ (\d\d) \S", "".join(second).split("-->")[0])
+        self.assertEqual([*map(int, listed)], [*sections])
+        needs = needs_of(second)
+        owners = {name: number for number, text in sections.items()
+                  for name in DECLARED.findall(text)}
+        script = "".join(first).rpartition("<script>")[2]
+        for number, text in {0: without_strings(script), **sections}.items():
+            own = {*re.findall(r"\b(?:const|let|class|function\*?) (\w+)", text),
+                   *re.findall(r"(?m)^  (?:async |get )*(\w+)\(", text),              # methods
+                   *re.findall(r"[{,(\[] *(?:\.\.\.)?(\w+)(?= *[,})\]=])", text)}   # parameters
+            used = {owners[name]: name
+                    for name in re.findall(r"(?<![\w.'#-])(?:[A-Z]\w+|\w+(?=\())", text)
+                    if name in owners and name not in own and owners[name] != number}
+            for other, name in used.items():
+                with self.subTest(section=number, uses=name):
+                    self.assertIn(other, needs.get(number, ()))
+
+    def test_the_pages_extension_points_and_news_are_those_of_its_head(self):
+        first, second, _ = map("".join, parts(PAGE_SOURCE))
+        head = first.split("-->")[0]
+        plugs, news = head.split("Part I's extension points")[1].split("\nNews that")
+        names = re.findall(r"(?m)^ {4}([\w, ]+?)(?:\(.*?\))? {2,}\d", plugs)
+        self.assertGreater(len(names), 10)
+        for name in ", ".join(names).split(", "):
+            with self.subTest(name):
+                self.assertTrue(re.search(rf"(?m)^(?:const|function) {name}\b", first))
+                self.assertTrue(re.search(rf"\b{name}\b", second), "not used in Part II")
+        told, heard = (set(re.findall(pattern, text)) for pattern, text in (
+            (r"\btell\('([\w ]+)'", first), (r"\bhear\('([\w ]+)'", second)))
+        for group in re.findall(r"for \(const news of \[(.*?)\]\) hear", second):
+            heard |= {*re.findall(r"'([\w ]+)'", group)}
+        self.assertEqual(told - heard, set(), "nobody hears it")
+        self.assertEqual(heard - told - {*re.findall(r"\btell\('([\w ]+)'", second)}, set())
+        listed = re.sub(r"\(.*?\)|waited for:|(?m:^ +of an? \w+(?: file)? |^ +of the (?:page|open "
+                        r"file|notebook) | +of outputs )", ",", news.split("\n\n")[1])
+        self.assertEqual({" ".join(word.split()) for word in re.split("[,;]", listed)} - {""}, told)
+
     def test_the_stations_of_the_readme_stand_in_what_they_name(self):
         rows = re.findall(r"(?m)^\| (\d+) \| (\w+\.\w+)(.*?) \|", text_of("README.md"))
         self.assertEqual([int(number) for number, _, _ in rows], list(range(1, 13)))
@@ -18820,7 +19031,7 @@ class Documentation(Case):
                                      " ".join(text_of("README.md").split())).groups()
         page = text_of("index.html")
         at = page.index(f"'{label}', 'c:{key}'")
-        self.assertEqual(re.findall(r"(?m)^  (\w+): \[$", page[:at])[-1], menu)
+        self.assertEqual(re.findall(r"(?m)^addCommands\('(\w*)', \[$", page[:at])[-1], menu)
 
     def test_every_class_that_the_readme_names_is_there(self):
         programs = [text_of(name) for name in FILES[:4]]
