@@ -13047,6 +13047,13 @@ class PageRuns(PageCase):
         tab.run(0)
         self.assertShows(tab.outputs(0), "abab")
 
+    def test_the_outputs_of_a_new_cell_are_saved(self):
+        tab = self.open("1")
+        tab.run(0)
+        tab.run(1, "6 * 7")
+        tab.save()
+        self.assertEqual([len(cell["outputs"]) for cell in self.saved()["cells"]], [1, 1, 0])
+
     def test_a_running_cell_shows_a_star_and_the_kernel_is_busy(self):
         tab = self.open("input()")
         tab.cell(0).locator("textarea.editor").focus()
@@ -16808,7 +16815,7 @@ class PageUnderTheHood(PageCase):
     def test_the_source_of_an_output_is_where_kernel_and_page_handle_it(self):
         tab = self.look("print('x')")
         self.run_cell(tab, 0)
-        for nth, file, words in ((0, "kernel.py", '"stream"'), (1, "index.html", "stream({")):
+        for nth, file, words in ((0, "kernel.py", '"stream"'), (1, "index.html", "stream(content)")):
             self.assertShows(self.choose(tab, "stream", "Source", nth), file)
             tab.page.locator("#hood-detail .places").get_by_role("button", name=file).click()
             self.assertShows(tab.page.locator("#hood-detail mark"), words)
@@ -18182,8 +18189,8 @@ class PageSurvives(DrawnPage):
         tab = self.put(self.pieces())
         self.assertCount(tab.page.locator(".output > *"), sum(len(s) for _, s in self.PIECES))
         outputs = tab.page.evaluate("""() => {
-            view.cells[6].outputs[2].write('!');
-            view.cells[0].outputs[0].write('more\\n');
+            view.cells[6].outputs.list[2].write('!');
+            view.cells[0].outputs.list[0].write('more\\n');
             return [0, 6].map(n => view.cells[n].toJSON().outputs.map(
                 ({ text, data }) => text ?? data['text/plain']));
         }""")
