@@ -14452,6 +14452,18 @@ class PageKeys(PageCase):
         tab.press("Shift+Space")
         tab.page.wait_for_function("() => scrollY === 0")
 
+    def test_menus_and_what_is_in_them_stand_in_their_order(self):
+        """Whichever section of Part II comes first: each command says behind which one it stands."""
+        tab = self.open("")
+        menus = tab.page.evaluate("""() => [...ui.controls.querySelectorAll('.menu')].map(
+            menu => [menu.ariaLabel, ...[...menu.children].map(item =>
+                item.dataset.command ?? '|')].join(' '))""")
+        self.assertEqual([menu.split()[0] for menu in menus],
+                         ["File", "Edit", "View", "Insert", "Cell", "Kernel", "Help"])
+        self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents close-section "
+                         "open-section | hide-code collapse-output scroll-output | hood theme")
+        self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
+
 
 class PageManages(PageCase):
     """Files, kernels and cells: what is not done every minute."""
@@ -18722,6 +18734,18 @@ class EachExtraOfThePageAlone(PageCase):
                 self.assertEqual(self.problems, [])
                 tab.page.close()
 
+    def test_without_the_section_of_line_numbers_programs_open_and_without_locks_cells_merge(self):
+        pages = dict(self.pages())
+        (self.place / "index.html").write_text(pages["Line numbers"], "utf-8")
+        (self.root / "program.py").write_text("x = 1\n")
+        tab = self.visit("/edit/program.py")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        (self.place / "index.html").write_text(pages["Locked cells and graded ones"], "utf-8")
+        tab = self.open("a", "b")
+        tab.select(0)
+        tab.press("Shift+M")
+        self.assertEqual(tab.sources(), ["a\n\nb"])
+
 
 CORE += (CoreOfTheServer, CoreOfTheServerUnderThePage, EachExtraOfTheServerAlone, CoreOfThePage,
          CoreOfThePageOnTheServer, EachExtraOfThePageAlone)
@@ -18975,13 +18999,59 @@ class Documentation(Case):
         for number, text in {0: without_strings(script), **sections}.items():
             own = {*re.findall(r"\b(?:const|let|class|function\*?) (\w+)", text),
                    *re.findall(r"(?m)^  (?:async |get )*(\w+)\(", text),              # methods
-                   *re.findall(r"[{,(\[] *(?:\.\.\.)?(\w+)(?= *[,})\]=])", text)}   # parameters
+                   *re.findall(r"[{,(\[] *(?:\.\.\.)?([a-z]\w*)(?= *[,})\]=])", text)}  # parameters
             used = {owners[name]: name
-                    for name in re.findall(r"(?<![\w.'#-])(?:[A-Z]\w+|\w+(?=\())", text)
+                    for name in re.findall(r"(?<![\w'#-])(?<![^.]\.)(?:[A-Z]\w+|\w+(?=\())", text)
                     if name in owners and name not in own and owners[name] != number}
             for other, name in used.items():
                 with self.subTest(section=number, uses=name):
                     self.assertIn(other, needs.get(number, ()))
+
+    def test_a_section_of_the_page_uses_methods_of_part_one_and_of_those_that_it_needs(self):
+        """What a section gives to a class with `extend` is gone with it."""
+        first, second, _ = parts(PAGE_SOURCE)
+        sections = {int(BANNER.match(second[at])[1]): without_strings("".join(second[at:stop]))
+                    for at, stop in sections_of(second).values()}
+        method = re.compile(r"(?m)^  (?:async |get )*([a-z]\w+)\(.*\) \{")
+        others = {"close", "find", "home", "join", "scrolled", "split", "tell",     # of others, too
+                  *method.findall("".join(first))}
+        needs = needs_of(second)
+        for owner, text in sections.items():
+            given = {name for body in re.findall(r"(?ms)^extend\(\w+, \{(.*?)^\}\);", text)
+                     for name in method.findall(body)} - others
+            for number, other in sections.items():
+                used = {*re.findall(r"\.(\w+)\b(?!\?\.)", other)} & given
+                if owner not in (number, *needs.get(number, ())):
+                    with self.subTest(section=number, of=owner):
+                        self.assertEqual(used - {*method.findall(other)}, set())
+
+    def test_each_section_of_the_page_names_the_extension_points_that_it_uses(self):
+        first, second, _ = parts(PAGE_SOURCE)
+        plugs = "".join(first).split("Part I's extension points")[1].split("\nNews that")[0]
+        plugs = re.findall(r"(?m)^ {4}([\w, ]+?)(?:\(.*?\))? {2,}\d", plugs)
+        names = {*", ".join(plugs).split(", "), "cellTemplate", "hear"} - {"extend"}
+        rows = re.findall(r"(?m)^ (\d\d) (\S.*)", "".join(second).split("-->")[0])
+        listed = {number: names & {*re.findall(r"\w+", row)} for number, row in rows}
+        for at, stop in sections_of(second).values():
+            text = "".join(second[at:stop])
+            found = {name for name in names if re.search(
+                rf"(?m)(?<![\w.]){name}(?:\.push\(|\.unshift\(|(?:\.\w+)+ = |\[[^\]]+\] = )"
+                rf"|Object\.assign\({name}, |^(?:  )?(?:if .*|for .*)?{name}\((?!.*\) \{{$)"
+                rf"|^{name}\.querySelector", text)}
+            with self.subTest(section=BANNER.match(second[at])[2]):
+                self.assertEqual(found, listed[BANNER.match(second[at])[1]])
+
+    def test_the_style_and_templates_of_the_pages_part_two_stand_under_titles_of_its_sections(self):
+        _, second, _ = parts(PAGE_SOURCE)
+        banners = [BANNER.match(second[at]) for at, _ in sections_of(second).values()]
+        titles = [f"{banner[1]} {banner[2].split(':')[0]}" for banner in banners]
+        text = "".join(second)
+        for name, pattern in (("templates", r"(?m)^<!-- (\d\d .*?) -->"),
+                              ("style", r"(?m)^/\* (\d\d [^:.;]+?)(?= \*/|[:.;])")):
+            found = re.findall(pattern, text)
+            with self.subTest(name):
+                self.assertEqual(found, [title for title in titles if title in found])
+                self.assertGreater(len(found), 2)
 
     def test_the_pages_extension_points_and_news_are_those_of_its_head(self):
         first, second, _ = map("".join, parts(PAGE_SOURCE))
@@ -18998,7 +19068,11 @@ class Documentation(Case):
         for group in re.findall(r"for \(const news of \[(.*?)\]\) hear", second):
             heard |= {*re.findall(r"'([\w ]+)'", group)}
         self.assertEqual(told - heard, set(), "nobody hears it")
-        self.assertEqual(heard - told - {*re.findall(r"\btell\('([\w ]+)'", second)}, set())
+        among = {*re.findall(r"\btell\('([\w ]+)'", second)}
+        self.assertEqual(heard - told - among, set())
+        listed = second.split("News that sections tell each other")[1].split("-->")[0]
+        words = " ".join(listed.split()).replace("moving and", "moving (35 to 33),")
+        self.assertEqual({name for name in among if f" {name} (" not in words}, set(), "not listed")
         listed = re.sub(r"\(.*?\)|waited for:|(?m:^ +of an? \w+(?: file)? |^ +of the (?:page|open "
                         r"file|notebook) | +of outputs )", ",", news.split("\n\n")[1])
         self.assertEqual({" ".join(word.split()) for word in re.split("[,;]", listed)} - {""}, told)
