@@ -16517,8 +16517,16 @@ class PageMoves(PageCase):
         tab.press("ArrowLeft")
         self.assertEqual(self.shown(tab), [True, False] + [True] * 5)
 
-
-class PageFilesMoved(PageCase):
+    def test_a_plain_click_on_one_of_several_selected_cells_selects_that_alone(self):
+        tab = self.mixed("a", "b", markdown("# c"))
+        gutters = tab.page.locator(".gutter")
+        for place in (gutters.nth(2), tab.cell(2).locator(".rendered")):
+            gutters.nth(0).click()
+            gutters.nth(2).click(modifiers=["Shift"])
+            self.assertCount(tab.page.locator(".cell.selected"), 3)
+            place.click()
+            self.assertCount(tab.page.locator(".cell.selected"), 1)
+            self.assertEqual(self.active(tab), 2)
     def test_a_move_that_is_dismissed_moves_nothing(self):
         (self.root / "inner").mkdir()
         (self.root / "inner" / "stays.txt").write_text("x")
