@@ -2607,8 +2607,11 @@ FRAME = b"""<!doctype html><meta charset="utf-8"><script>
 // answers with its height whenever that changes.
 addEventListener('message', event => {
   if (event.source !== parent || typeof event.data.html !== 'string') return;
+  // What lies outside of the flow counts only where there is nothing else.
   const tell = 'new ResizeObserver(() => parent.postMessage({height: Math.max('
-    + 'document.documentElement.offsetHeight, document.body.scrollHeight)}, "*"))'
+    + 'document.documentElement.offsetHeight, document.body.scrollHeight)'
+    + ' || Array.from(document.body.querySelectorAll("*")).reduce((most, node) =>'
+    + ' Math.max(most, node.getBoundingClientRect().bottom), 0)}, "*"))'
     + '.observe(document.body)';
   document.open();
   document.write('<!doctype html><meta charset="utf-8">'

@@ -14168,6 +14168,18 @@ OTHER_LANGUAGES = [  # language, line, (kind, token) of what is coloured
     ("rust", "fn name<'a>() {}", [("keyword", "fn"), ("definition", "name")]),
     ("constructor", "let", [("keyword", "let")]),
 ]
+SOFT_KEYWORDS = [  # a line, and the first keyword in it, or None
+    ("match x:", "match"), ("  match (x, y):  # both", "match"), ("match [a, *b]:", "match"),
+    ("match -x:", "match"), ("match not x:", "match"), ("match {'a': 1}:", "match"),
+    ("match command.split", "match"), ("case 1:", "case"), ("    case [a, *rest]: pass", "case"),
+    ("case (x, y) if x:", "case"), ("case -1:", "case"), ("case _: return", "case"),
+    ("case Point(", "case"), ("case 'a' | 'b':", "case"),
+    ("type Point = tuple[int, int]", "type"), ("type List[T] = list[T]", "type"),
+    ("match = re.match(a, b)", None), ("match: str = a", None), ("match(x)", None),
+    ("match.group(1)", None), ("match[1:2]", None), ("match, case = a", None), ("match", None),
+    ("x = match(y)", None), ("case = {1: 2}", None), ("print(case)", None), ("type(x)", None),
+    ("type = 1", None), ("a.type x", None), ("case in x", "in"), ("match - x", None),
+    ("match if a else b", "if"), ("type is x", "is"), ("match(", None)]
 
 
 class PageKeys(PageCase):
@@ -14463,6 +14475,37 @@ class PageKeys(PageCase):
         self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents close-section "
                          "open-section | hide-code collapse-output scroll-output | hood theme")
         self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
+
+    def test_match_case_and_type_are_keywords_where_nothing_else_is_meant(self):
+        page = self.open("").page
+        for line, word in SOFT_KEYWORDS:
+            with self.subTest(line):
+                self.assertEqual(page.evaluate("""line => [...tokens(line, 'python')]
+                    .filter(([kind]) => kind === 'keyword')
+                    .map(([kind, start, end]) => line.slice(start, end))[0]""", line), word)
+
+    def test_a_cell_is_split_from_the_menu_where_the_caret_was(self):
+        for how in ("menu", "palette"):
+            with self.subTest(how):
+                tab = self.open("onetwo", name=f"split {how}.ipynb")
+                tab.select(0)
+                tab.press("Enter", "Home", *["ArrowRight"] * 3)
+                if how == "menu":
+                    tab.page.get_by_role("menuitem", name="Edit", exact=True).click()
+                    tab.page.locator(".menu:popover-open [data-command=split]").click()
+                else:
+                    tab.press("Escape", "p")
+                    tab.page.keyboard.type("split cell")
+                    tab.press("Enter")
+                self.assertEqual(tab.sources(), ["one", "two"])
+                tab.page.keyboard.type("+")      # the caret is at the start of the new cell
+                self.assertEqual(tab.sources(), ["one", "+two"])
+
+    def test_a_cell_that_nobody_wrote_in_has_no_place_to_split(self):
+        tab = self.open("one\ntwo")
+        tab.page.evaluate("view.select(view.cells[0])")
+        tab.command("split")
+        self.assertEqual(tab.sources(), ["one\ntwo"])
 
 
 class PageManages(PageCase):
@@ -14835,6 +14878,25 @@ class PageLosesNothing(PageCase):
         self.assertCount(tab.page.get_by_text("stays.txt"), 0)
         self.problems.clear()
 
+    def test_what_failed_is_no_longer_told_when_a_later_try_works(self):
+        (self.root / "later.txt").write_text("x")
+        tab = self.visit("/tree")
+        self.context.route("**/later.txt?*", lambda route: route.abort())
+        tab.page.get_by_label("Select later.txt").check()
+        delete = tab.page.locator("[data-command=delete]")
+        for _ in range(2):      # that it fails again is told once
+            delete.click()
+            with tab.page.expect_event("requestfailed"):
+                tab.choose("Delete")
+            self.assertShows(tab.page.locator("#notices"), "“later.txt” was not deleted")
+            self.assertCount(tab.page.locator(".notice"), 1)
+        self.context.unroute_all()
+        delete.click()
+        tab.choose("Delete")
+        self.assertCount(tab.page.get_by_text("later.txt"), 0)
+        self.assertCount(tab.page.locator(".notice"), 0)
+        self.problems.clear()
+
     def test_a_file_that_somebody_else_wrote_is_offered_when_one_comes_back(self):
         tab = self.open("old")
         (self.root / self.name).write_bytes(jupyter_bytes(notebook("theirs")))
@@ -14848,6 +14910,22 @@ class PageLosesNothing(PageCase):
         second = self.reopen(self.name)
         self.assertShows(second.page.locator("#notices"), "open in another tab")
         return first, second
+
+    def test_outputs_saved_between_reading_the_file_and_the_journal_are_shown(self):
+        """The second tab reads the file, the first one saves, and the journal forgets."""
+        first = self.open("6 * 7", "# mine")
+        path = f"/api/contents/{quote(self.name)}?content=1&hash=1&type=notebook"
+        before = self.server.get(path).body
+        first.run(0)
+        first.save()
+        self.context.route("**/api/contents/*content=1*", lambda route: route.fulfill(
+            body=before, content_type="application/json"), times=1)
+        second = self.reopen(self.name)
+        self.assertShows(second.outputs(0), "42")
+        self.assertShows(second.cell(0).locator(".prompt"), "[1]")
+        second.wait_for(saved="true")
+        self.assertEqual(second.page.evaluate("view.file.hash"),
+                         first.page.evaluate("view.file.hash"))
 
     def test_a_second_tab_says_so_and_does_not_save(self):
         first, second = self.two_tabs()
@@ -15032,6 +15110,28 @@ class PageForEveryone(PageCase):
         tab.select(1)
         tab.press("l")
         tab.command("contents")
+        self.assertAxeFindsNothing(tab)
+
+    def test_screen_readers_are_told_which_cells_are_selected(self):
+        tab = self.open("a", "b", "c")
+        self.assertEqual(tab.page.locator("#main").get_attribute("aria-multiselectable"), "true")
+
+        def selected():
+            return tab.page.eval_on_selector_all("#main > [role=row]",
+                                                 "all => all.map(row => row.ariaSelected)")
+
+        tab.select(0)
+        self.assertEqual(selected(), ["true", "false", "false"])
+        tab.press("Shift+ArrowDown")
+        self.assertEqual(selected(), ["true", "true", "false"])
+        tab.press("ArrowDown")
+        self.assertEqual(selected(), ["false", "false", "true"])
+        tab.cell(0).locator(".gutter").click(modifiers=["ControlOrMeta"])
+        self.assertEqual(selected(), ["true", "false", "true"])
+        tab.press("d", "d")
+        self.assertEqual(selected(), ["true"])
+        tab.press("b")
+        self.assertEqual(selected(), ["false", "true"])
         self.assertAxeFindsNothing(tab)
 
     def test_the_panel_under_the_hood(self):
@@ -15472,6 +15572,18 @@ class PageDownloads(PageCase):
         width = page.locator(".rendered img").evaluate("i => i.decode().then(() => i.naturalWidth)")
         self.assertEqual(width, 1)
 
+    def test_the_page_has_the_pictures_of_outputs_and_of_styles(self):
+        for name in ("html", "style", "sheet"):
+            (self.root / f"{name}.png").write_bytes(one_red_pixel())
+        page = self.page(
+            "from IPython.display import HTML\nHTML('''<img src=html.png><p style=\"background: "
+            "url('style.png')\"><style>b { background: url(sheet.png) }</style><b>b</b>''')")
+        shown = page.locator(".output .host")
+        self.assertTrue(shown.locator("img").get_attribute("src").startswith("data:image/png"))
+        for tag in ("p", "b"):
+            self.assertIn("data:image/png", shown.locator(tag).evaluate(
+                "node => getComputedStyle(node).backgroundImage"))
+
     def test_the_page_can_be_read_but_not_changed(self):
         page = self.page("text = 1", "2")
         tab = Tab(page)
@@ -15772,6 +15884,25 @@ class PageRunsScripts(PageCase):
         tab.cell(5).scroll_into_view_if_needed()
         self.assertShows(tab.page.frame_locator(".script-frame").locator("body"), "here")
 
+    def test_a_program_that_draws_nothing_leaves_no_blank_and_may_draw_later(self):
+        tab, frame = self.frame(
+            "from IPython.display import Javascript\nJavascript(\"onmessage = event => "
+            "event.data === 'draw' && element.append('late');\")")
+        tab.page.wait_for_selector(".script-frame.blank", state="attached")
+        self.assertLess(tab.outputs(0).evaluate("node => node.offsetHeight"), 5)
+        tab.page.evaluate("document.querySelector('.script-frame').contentWindow"
+                          ".postMessage('draw', '*')")
+        tab.page.wait_for_selector(".script-frame:not(.blank)")
+        self.assertShows(frame.locator("body"), "late")
+        self.assertGreater(tab.outputs(0).evaluate("node => node.offsetHeight"), 15)
+
+    def test_what_a_program_draws_outside_of_the_flow_is_seen(self):
+        tab, frame = self.frame(
+            "from IPython.display import HTML\nHTML('''<div style='position: absolute; top: 0; "
+            "height: 123px'>here</div><script>1</script>''')")
+        tab.page.wait_for_function(
+            "() => document.querySelector('.script-frame').offsetHeight === 123")
+
 
 # TeX, and what its MathML says: tag names with the texts in them
 FORMULAS = [
@@ -15801,6 +15932,15 @@ FORMULAS = [
     (r"\binom{n}{k}", "mrow(mo ( mfrac(mi n mi k) mo ))"),
     (r"\overset{a}{b}", "mover(mi b mi a)"),
 ]
+# TeX, and what the plus and minus signs in it are
+UNARY_SIGNS = [
+    (r"a = -\beta z", "unary"), ("(-x)", "unary"), ("f(x, -y)", "unary"), ("a - b", "binary"),
+    ("-a", "unary"), (r"a \times -b", "unary"), ("a - -b", "binary unary"), ("n! - 1", "binary"),
+    ("f(x) - 1", "binary"), ("|x| - 1", "binary"), ("x' + 1", "binary"), ("x^2 - 1", "binary"),
+    (r"\left( x \right) - 1", "binary"), (r"1 + \dots + n", "binary binary"),
+    (r"a \leq \pm b", "unary"), (r"a =\, -b", "unary"), (r"\sum_i -x", "unary"),
+    (r"(x)^2 - 1", "binary"), (r"\begin{align}a &= -b\end{align}", "unary"),
+    (r"\langle x \rangle - 1", "binary"), ("{} - x", "binary"), (r"\frac{-a}{2}", "unary")]
 MATHML_IN_WORDS = """tex => {
     const say = node => node.childElementCount || !node.textContent
         ? `${node.localName}(${[...node.children].map(say).join(' ')})`
@@ -15919,6 +16059,22 @@ class PageTypesetsMath(PageCase):
         }""")
         self.assertLess(abs(lefts[0] - lefts[1]), 1)
         self.assertLess(abs(rights[0] - rights[1]), 1)
+
+    def test_a_sign_before_a_term_stands_close_to_it(self):
+        page = self.visit("/tree").page
+        for tex, signs in UNARY_SIGNS:
+            with self.subTest(tex):
+                self.assertEqual(page.evaluate("""tex => {
+                    const math = document.body.appendChild(mathNode(tex, true));
+                    return [...math.querySelectorAll('mo')].filter(mo => SIGNS.test(mo.textContent))
+                        .map(mo => {
+                            const range = document.createRange();
+                            range.selectNodeContents(mo);
+                            const next = mo.nextElementSibling.getBoundingClientRect();
+                            return next.left - range.getBoundingClientRect().right > 2
+                                ? 'binary' : 'unary';
+                        }).join(' ');
+                }""", tex), signs)
 
 
 # The space on both sides of a sign in a formula, in pixels
@@ -16362,8 +16518,27 @@ class PageMoves(PageCase):
         other.save()
         self.assertEqual(self.saved("other.ipynb")["cells"][1]["attachments"], {"x.png": self.RED})
 
+    def test_a_cell_has_a_section_of_its_highest_heading_wherever_that_stands(self):
+        """As JupyterLab counts: not in a list, a quote or code, as HTML at the start of a block."""
+        tab = self.mixed(markdown("text\n\n## Late"), "1", markdown("### Low\n\n# High"),
+                         markdown("Set\n===\n"), markdown("<h2>HTML</h2>"),
+                         markdown("> # Quoted\n\n- # listed\n\n```\n# code\n```"), "2")
+        self.assertEqual(tab.page.evaluate("view.cells.map(cell => cell.level)"),
+                         [2, 7, 1, 1, 2, 7, 7])
+        tab.cell(0).click()
+        tab.press("ArrowLeft")
+        self.assertEqual(self.shown(tab), [True, False] + [True] * 5)
 
-class PageFilesMoved(PageCase):
+    def test_a_plain_click_on_one_of_several_selected_cells_selects_that_alone(self):
+        tab = self.mixed("a", "b", markdown("# c"))
+        gutters = tab.page.locator(".gutter")
+        for place in (gutters.nth(2), tab.cell(2).locator(".rendered")):
+            gutters.nth(0).click()
+            gutters.nth(2).click(modifiers=["Shift"])
+            self.assertCount(tab.page.locator(".cell.selected"), 3)
+            place.click()
+            self.assertCount(tab.page.locator(".cell.selected"), 1)
+            self.assertEqual(self.active(tab), 2)
     def test_a_move_that_is_dismissed_moves_nothing(self):
         (self.root / "inner").mkdir()
         (self.root / "inner" / "stays.txt").write_text("x")
@@ -17301,6 +17476,23 @@ class PageRendersMarkdown(PageCase):
         self.assertEqual(lines, 1)
         self.assertGreater(width, seen)
 
+    def test_an_address_whose_last_parenthesis_was_escaped_by_hand_is_one(self):
+        page = self.page()
+        for text, address in (("[a](x/Lisp_(language%29)", "x/Lisp_(language%29"),
+                              ("[a](x/Lisp_(language%29 'title')", "x/Lisp_(language%29"),
+                              ("[a](x/a_(b)%29)", "x/a_(b)%29"), ("[a](x/a_(b)", None)):
+            with self.subTest(text):
+                self.assertEqual(page.evaluate(
+                    """text => markdownHtml(text).match(/<a href="([^"]*)/)?.[1] ?? null""",
+                    text), address)
+
+    def test_half_escaped_addresses_are_found_in_one_go(self):
+        page = self.page()
+        for text in ("(%29", "[a]((%29", "(%29%29", "[a](" + "(%29" * 9 + " "):
+            with self.subTest(text):
+                self.assertGreater(page.evaluate("text => markdownHtml(text).length",
+                                                 "[a](" + text * (60_000 // len(text))), 0)
+
 
 # Rows of a table with two columns, and their cells
 TABLE_ROWS = [
@@ -17363,7 +17555,9 @@ MIME_BUNDLES = [
     (None, ".note", "no type at all"), ("text", ".note", "cannot show"), (7, ".note", "no type"),
     ({"text/plain": ["a\n", "b"]}, "pre", "a\nb"), ({"text/plain": None}, "pre", ""),
     ({"text/plain": {"a": 1}}, "pre", '{"a":1}'), ({"text/html": ["<b>", 1, "</b>"]}, "b", "1"),
-    ({"image/png": {"a": 1}}, "img", ""), ({"image/svg+xml": "\ud800<svg/>"}, "img", ""),
+    ({"image/png": {"a": 1}}, ".note", "(image/png) cannot be drawn: its data is no text."),
+    ({"image/png": 5}, ".note", "its data is no text"),
+    ({"image/svg+xml": "\ud800<svg/>"}, "img", ""),
     ({"application/json": [1] * 1001}, ".json button", "More"),
     ({"application/json": "a" * 5_000_000}, ".json code", "more characters, kept in the file"),
 ]
@@ -17457,6 +17651,14 @@ class PageShowsEveryType(DrawnPage):
         page.wait_for_function(is_high, arg=400)
         page.frame_locator(".script-frame").locator("#box").click()
         page.wait_for_function(is_high, arg=50)
+
+    def test_an_attachment_that_is_no_picture_is_told_in_its_place(self):
+        for bundle in ({"image/png": 5}, {"image/png": None}, {"image/png": {"a": 1}}, 7, None, {}):
+            with self.subTest(bundle):
+                cell = markdown("see ![x](attachment:a%20b.png)", attachments={"a b.png": bundle})
+                tab = self.put({**notebook(), "cells": [cell]})
+                self.assertShows(tab.page.locator(".rendered em"), "“a b.png” is not")
+                self.assertCount(tab.page.locator(".rendered img"), 0)
 
     @needs_notebooks
     def test_every_formula_of_the_sample_notebooks_is_typeset(self):
