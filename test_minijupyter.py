@@ -14465,7 +14465,7 @@ class PageKeys(PageCase):
         tab.page.wait_for_function("() => scrollY === 0")
 
     def test_menus_and_what_is_in_them_stand_in_their_order(self):
-        """Whichever section of Part II comes first: each command says behind which one it stands."""
+        """Whichever section of Part II comes first: a command says behind which it stands."""
         tab = self.open("")
         menus = tab.page.evaluate("""() => [...ui.controls.querySelectorAll('.menu')].map(
             menu => [menu.ariaLabel, ...[...menu.children].map(item =>
@@ -17002,7 +17002,8 @@ class PageUnderTheHood(PageCase):
     def test_the_source_of_an_output_is_where_kernel_and_page_handle_it(self):
         tab = self.look("print('x')")
         self.run_cell(tab, 0)
-        for nth, file, words in ((0, "kernel.py", '"stream"'), (1, "index.html", "stream(content)")):
+        for nth, file, words in ((0, "kernel.py", '"stream"'),
+                                 (1, "index.html", "stream(content)")):
             self.assertShows(self.choose(tab, "stream", "Source", nth), file)
             tab.page.locator("#hood-detail .places").get_by_role("button", name=file).click()
             self.assertShows(tab.page.locator("#hood-detail mark"), words)
@@ -19239,7 +19240,7 @@ class Documentation(Case):
         for at, stop in sections_of(second).values():
             text = "".join(second[at:stop])
             found = {name for name in names if re.search(
-                rf"(?m)(?<![\w.]){name}(?:\.push\(|\.unshift\(|(?:\.\w+)+ = |\[[^\]]+\] = )"
+                rf"(?m)(?<![\w.]){name}(?:\.push\(|\.unshift\(|(?:\.\w+)+ = |\[[^\]]+\] \+?= )"
                 rf"|Object\.assign\({name}, |^(?:  )?(?:if .*|for .*)?{name}\((?!.*\) \{{$)"
                 rf"|^{name}\.querySelector", text)}
             with self.subTest(section=BANNER.match(second[at])[2]):
