@@ -14465,7 +14465,7 @@ class PageKeys(PageCase):
         tab.page.wait_for_function("() => scrollY === 0")
 
     def test_menus_and_what_is_in_them_stand_in_their_order(self):
-        """Whichever section of Part II comes first: a command says behind which it stands."""
+        """Whichever section comes first: a command says behind which other one it stands."""
         tab = self.open("")
         menus = tab.page.evaluate("""() => [...ui.controls.querySelectorAll('.menu')].map(
             menu => [menu.ariaLabel, ...[...menu.children].map(item =>
