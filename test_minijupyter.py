@@ -17001,7 +17001,8 @@ class PageUnderTheHood(PageCase):
     def test_the_source_of_an_output_is_where_kernel_and_page_handle_it(self):
         tab = self.look("print('x')")
         self.run_cell(tab, 0)
-        for nth, file, words in ((0, "kernel.py", '"stream"'), (1, "index.html", "stream(content)")):
+        for nth, file, words in ((0, "kernel.py", '"stream"'),
+                                 (1, "index.html", "stream(content)")):
             self.assertShows(self.choose(tab, "stream", "Source", nth), file)
             tab.page.locator("#hood-detail .places").get_by_role("button", name=file).click()
             self.assertShows(tab.page.locator("#hood-detail mark"), words)
