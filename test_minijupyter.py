@@ -15511,6 +15511,17 @@ class PageForEveryone(PageCase):
         self.assertLess(abs(menu["y"] - button["y"] - button["height"]), 5)
         self.assertGreater(menu["height"], 300)
 
+    def test_on_a_phone_the_cross_of_a_waiting_cell_stands_beside_its_prompt(self):
+        tab = self.open("import time; time.sleep(99)", "x = 1")
+        tab.page.set_viewport_size({"width": 390, "height": 700})
+        tab.command("run-all")
+        waiting = tab.page.locator(".cell[data-state=queued]")
+        cross, prompt, code = (waiting.locator(name).bounding_box()
+                               for name in (".unqueue", ".prompt", ".input"))
+        self.assertGreater(cross["x"], prompt["x"] + prompt["width"])
+        self.assertLess(cross["y"] + cross["height"] / 2, code["y"])
+        tab.command("interrupt")
+
     @needs_programs(ACE)
     def test_ibms_checker_finds_nothing_in_any_state(self):
         for name, tab in self.states():
