@@ -13859,6 +13859,7 @@ class PageShows(PageCase):
         tab.select(0)
         tab.press("Control+Enter")
         self.assertShows(tab.page.locator(".stdin"), "?")
+        tab.page.locator(".outputs.folded").wait_for()
         tab.page.wait_for_function("() => isAtEnd(document.querySelector('.outputs.folded'))")
 
     def assertTableShowsItsHead(self, before):
