@@ -18830,6 +18830,11 @@ class CoreOfThePage(CoreOfTheServerUnderThePage):
         tab.wait_for(kernel="idle")
         self.assertEqual(tab.sources(), ["x = 1"])
 
+    def test_what_it_has_no_view_for_is_said(self):
+        (self.root / "some.txt").touch()
+        tab = self.visit("/edit/some.txt")
+        self.assertShows(tab.page.get_by_role("alert"), "cannot be opened")
+
     def test_a_new_notebook_is_made(self):
         tab = self.visit("/tree")
         with self.context.expect_page() as opened:
