@@ -13365,7 +13365,7 @@ class PageRuns(PageCase):
                         tab.page.reload()
                     page = self.reopen(name) if "second" in again else tab
                     self.assertShows(page.outputs(1), words)
-                    self.assertEqual(page.outputs(1).inner_text().count("DeadKernelError"), 1)
+                    self.assertEqual(page.texts()[1].count("DeadKernelError"), 1)
                     self.assertEqual((page.texts()[0], page.texts()[2]), ("'fine'", ""))
                     if page is not tab:
                         page.page.close()
