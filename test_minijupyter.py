@@ -15516,6 +15516,7 @@ class PageForEveryone(PageCase):
         tab = self.open("import time; time.sleep(99)", "x = 1")
         tab.page.set_viewport_size({"width": 390, "height": 700})
         tab.command("run-all")
+        tab.page.locator(".cell[data-state=running]").wait_for()
         waiting = tab.page.locator(".cell[data-state=queued]")
         cross, prompt, code = (waiting.locator(name).bounding_box()
                                for name in (".unqueue", ".prompt", ".input"))
