@@ -1383,7 +1383,7 @@ class Kernel:
         self.outbox.publish("status", {"execution_state": "starting"}, parent={})
         for work in (self.serve, self.beat):
             threading.Thread(target=work, name=THREADS[work.__name__], daemon=True).start()
-        import asyncio  # noqa: F401, io answers meanwhile; the notebook's folder is not yet in reach
+        import asyncio  # noqa: F401, io answers meanwhile; the user's folder is not yet in reach
         for function in self.on_start:
             function()
         self.interpreter.take_over()

@@ -15085,6 +15085,13 @@ ALL_KINDS = """# Title
 x = 'a'  # comment
 ```"""
 
+# What the oldest browsers that the README names lack, by MDN's tables
+WITHOUT_WHAT_IS_NEW = "".join(f"delete {name};" for name in (
+    "RegExp.escape", "URL.parse", "CSS.highlights", "Response.prototype.bytes",
+    "Uint8Array.prototype.toHex", "Uint8Array.prototype.toBase64", "Uint8Array.fromBase64",
+    "Element.prototype.setHTML", "Element.prototype.moveBefore",
+    "Document.prototype.caretPositionFromPoint"))
+
 
 @needs("axe_playwright_python")
 class PageForEveryone(PageCase):
@@ -15339,18 +15346,35 @@ class PageForEveryone(PageCase):
 
     def test_an_old_browser_is_told_which_one_to_use(self):
         self.use_own_profile()
-        self.context.add_init_script("delete window.ContentVisibilityAutoStateChangeEvent;"
-                                     "delete Uint8Array.prototype.toHex; delete CSS.highlights;"
-                                     "delete Uint8Array.prototype.toBase64;"
-                                     "delete Blob.prototype.bytes; delete Set.prototype.difference;"
-                                     "delete Element.prototype.setHTML;"
-                                     "delete Element.prototype.moveBefore;")
+        self.context.add_init_script(f"{WITHOUT_WHAT_IS_NEW} delete Set.prototype.difference;"
+                                     "delete window.ContentVisibilityAutoStateChangeEvent;")
         tab = self.open("6 * 7")
         self.assertShows(tab.page.locator("#notices"), "too old")
         self.assertShows(tab.page.locator("#notices"), "Firefox 130")
         tab.run(0)
         self.assertShows(tab.outputs(0), "42")
         tab.save()
+
+    def test_the_oldest_browsers_that_will_do_have_links_pictures_and_find(self):
+        self.use_own_profile()
+        self.context.add_init_script(WITHOUT_WHAT_IS_NEW)
+        picture = {"image/png": base64.b64encode(one_red_pixel()).decode()}
+        nb = notebook("x = 1  # (", "y")
+        nb["cells"].append(markdown("[a link](b.ipynb) ![a picture](attachment:c.png)", id="m",
+                                    attachments={"c.png": picture}))
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        self.assertCount(tab.page.locator("#no-start, .notice"), 0)
+        self.assertRegex(tab.page.locator(".rendered a").first.get_attribute("href"),
+                         r"/notebooks/b\.ipynb$")
+        self.assertRegex(tab.page.locator(".rendered img").get_attribute("src"), "^data:image/png")
+        tab.press("f")
+        tab.page.locator("#find-text").fill("# (")
+        self.assertShows(tab.page.locator("#find-count"), "1")
+        tab.press("Escape")
+        tab.select(2)
+        tab.press("Shift+ArrowUp", "Shift+M")      # merged: what names the picture is looked for
+        self.assertCount(tab.page.locator(".cell"), 2)
 
     def test_paper_has_the_colours_of_light_and_no_selection(self):
         tab = self.open("print('\\x1b[41mred\\x1b[0m plain')", "2")
