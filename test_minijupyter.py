@@ -15146,6 +15146,7 @@ class PageForEveryone(PageCase):
     def test_the_panel_under_the_hood(self):
         tab = self.open("1 + 1")
         tab.command("hood")
+        tab.page.wait_for_function("() => hood.socket.readyState === WebSocket.OPEN")
         tab.run(0)
         row = tab.page.locator("#ladder-rows [role=row]", has_text="execute_request").nth(1)
         row.click()
