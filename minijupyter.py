@@ -3269,8 +3269,8 @@ def serve(server):
 
 # ==== Part II: delete from here to its end mark, and the rest runs ====
 #
-# What people expect beyond the architecture. Each section can be deleted alone. What it plugs into
-# stands behind its name:
+# What people expect beyond the architecture. Each section can be deleted, alone, or with those that
+# say that they need it. What it plugs into stands behind its name:
 #
 #    10 Byte for byte                            DOCUMENTS
 #    11 Cells that are not whole                 MEND

@@ -16,6 +16,9 @@
 #     "playwright",      # drives the page in Chromium
 #     "matplotlib",      # a plot, as users make them
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
+#     "qtconsole", "PySide6-Essentials", "jupyterlab", "notebook", "nbconvert",   # and more of them
+#     "ipyparallel",     # clusters
+#     "jupytext",        # notebooks as programs
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
 #     "line_profiler", "ipympl", "ipynbname",  # what expects IPython's shell and ipykernel
@@ -5425,10 +5428,28 @@ def without_part_two(source):
 
 
 def extras(source):
-    """Title of each section of Part II -> the source without just that section."""
+    """Title of each section of Part II -> the source without just that section, and without those
+    that need it."""
     first, second, last = parts(source)
-    return {title: "".join(first + second[:start] + second[stop:] + last)
-            for title, (start, stop) in sections_of(second).items()}
+    needs, sections = needs_of(second), sections_of(second)
+    numbers = {title: int(BANNER.match(second[at])[1]) for title, (at, _) in sections.items()}
+    found = {}
+    for title in sections:
+        gone, before = {numbers[title]}, None
+        while gone != before:
+            before = {*gone}
+            gone |= {number for number, needed in needs.items() if gone & {*needed}}
+        found[title] = "".join(first + [
+            line for at, line in enumerate(second) if not any(
+                start <= at < stop and numbers[other] in gone
+                for other, (start, stop) in sections.items())] + last)
+    return found
+
+
+def needs_of(second):
+    """{number of a section of Part II: numbers of those that it needs, as announced}."""
+    rows = (re.match(r"#? +(\d\d) \S.* needs ([\d ]+)\n", line) for line in second)
+    return {int(row[1]): [*map(int, row[2].split())] for row in rows if row}
 
 
 def sections_of(second):
@@ -18834,13 +18855,6 @@ class EachExtraOfTheServerAlone(ServerCase):
                 server.end()
 
 
-def needs_of(second):
-    """{number of a section of the page's Part II: numbers of those that it needs, as announced}."""
-    return {int(row[1]): [*map(int, row[2].split())] for row in (
-        re.match(r" (\d\d) \S.*?(?:  needs ([\d ]+))?\n", line.replace("needs", " needs"))
-        for line in second) if row and row[2]}
-
-
 class CoreOfThePage(CoreOfTheServerUnderThePage):
     """Part I alone is a page, on Part I of server and kernel."""
 
@@ -18946,23 +18960,8 @@ class EachExtraOfThePageAlone(PageCase):
         cls.options = {"program": server_alone(cls.place, SERVER_SOURCE)}
         super().setUpClass()
 
-    def pages(self):
-        """Yields (title, page without this section)."""
-        first, second, last = parts(PAGE_SOURCE)
-        needs, sections = needs_of(second), sections_of(second)
-        numbers = {title: int(BANNER.match(second[at])[1]) for title, (at, _) in sections.items()}
-        for title in sections:
-            gone, before = {numbers[title]}, None
-            while gone != before:
-                before = {*gone}
-                gone |= {number for number, needed in needs.items() if gone & {*needed}}
-            yield title, "".join(first + [
-                line for at, line in enumerate(second) if not any(
-                    start <= at < stop and numbers[other] in gone
-                    for other, (start, stop) in sections.items())] + last)
-
     def test_without_one_section_the_page_opens_edits_runs_and_saves(self):
-        pages = {"nothing": PAGE_SOURCE, **dict(self.pages())}
+        pages = {"nothing": PAGE_SOURCE, **extras(PAGE_SOURCE)}
         self.assertGreater(len(pages), 30)
         for title, source in pages.items():
             with self.subTest(title):
@@ -18984,7 +18983,7 @@ class EachExtraOfThePageAlone(PageCase):
                 tab.page.close()
 
     def test_without_the_section_of_line_numbers_programs_open_and_without_locks_cells_merge(self):
-        pages = dict(self.pages())
+        pages = extras(PAGE_SOURCE)
         (self.place / "index.html").write_text(pages["Line numbers"], "utf-8")
         (self.root / "program.py").write_text("x = 1\n")
         tab = self.visit("/edit/program.py")
@@ -19055,7 +19054,8 @@ def announced_sections(second):
     """[(number, title, [plug])] as the list at the head of Part II has them."""
     head = itertools.takewhile(lambda line: line.startswith("#"), second)
     rows = [re.fullmatch(r"# +(\d+) (\S.*?)  +(.+)\n", line) for line in head]
-    return [(row[1], row[2], row[3].split(":")[0].split(", ")) for row in rows if row]
+    return [(row[1], row[2], re.split(": | +needs ", row[3])[0].split(", "))
+            for row in rows if row]
 
 
 def announced_plugs(docstring):
@@ -19203,18 +19203,19 @@ class Documentation(Case):
                     with self.subTest(name, title=title, plug=plug):
                         self.assertTrue(plug.rpartition(".")[2] in names, "not used there")
 
-    def test_what_a_section_of_the_servers_part_two_defines_is_used_there_alone(self):
+    def test_what_a_section_of_the_servers_part_two_defines_is_used_by_those_that_need_it(self):
         """Else the rest would miss it when the section is deleted, if only in a rare moment."""
         first, second, _ = parts(SERVER_SOURCE)
-        starts = [number for number, line in enumerate(second) if BANNER.match(line)]
-        sections = {BANNER.match(second[at])[2]: ast.parse("".join(second[at:end]))
-                    for at, end in zip(starts, [*starts[1:], None], strict=True)}
-        called = {title: calls(tree)
-                  for title, tree in {"Part I": ast.parse("".join(first)), **sections}.items()}
-        for title, tree in sections.items():
-            for other in called.keys() - {title}:
-                with self.subTest(section=title, used_in=other):
-                    self.assertEqual({*definitions(tree.body)} & called[other], set())
+        sections = {int(BANNER.match(second[at])[1]): ast.parse("".join(second[at:end]))
+                    for at, end in sections_of(second).values()}
+        called = {number: calls(tree)
+                  for number, tree in {0: ast.parse("".join(first)), **sections}.items()}
+        needs = needs_of(second)
+        for number, tree in sections.items():
+            for other in called.keys() - {number}:
+                if number not in needs.get(other, ()):
+                    with self.subTest(section=number, used_in=other):
+                        self.assertEqual({*definitions(tree.body)} & called[other], set())
 
     def test_each_extension_point_is_made_in_part_one_and_used_in_part_two(self):
         for file, source in SOURCES.items():
