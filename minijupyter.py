@@ -3311,7 +3311,9 @@ def serve(server):
 #    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
 #    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    48 Other servers                            COMMANDS, AT_START
-#    49 A quick start                            run_as_module
+#    49 Programs as notebooks                    CONTENTS
+#    50 Download as                              ROUTES                              needs 49
+#    51 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6917,7 +6919,384 @@ COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
 
 
-# ---- 49. A quick start -------------------------------------------------------------------------
+# ---- 49. Programs as notebooks: the percent format ---------------------------------------------
+#
+# A program whose comments `# %%` divide it into cells is a notebook, too: VS Code, Spyder, PyCharm
+# and jupytext read and write it. `GET /api/contents/x.py?type=notebook` gives it as one, and a PUT
+# of type notebook writes it back. The rules are jupytext's (format py:percent, version 1.3):
+#
+#     in the program                          in the notebook
+#     # %% Title tags=["a"]                   a code cell, its metadata {"title", "tags"}
+#     # %% [markdown], then comments          a Markdown cell; also [raw]
+#     # %matplotlib inline                    the line without "# ": no Python would run it
+#     # %% language="bash", then comments     a code cell that begins with %%bash
+#     # ---, YAML, # --- at the head          which kernel it wants; all else in there stays
+#
+# What the program has no place for is not kept: outputs, pasted pictures, one empty line at the end
+# of a cell. A save leaves the text of each cell that was not changed as it stands, its marker and
+# the empty lines below it, too. What stands above the first marker is a cell as it is: so a program
+# without any opens as one cell. As in jupytext, a marker within a string of several lines, or in a
+# fenced block of a Markdown cell, is none.
+#
+# To open another kind of text as a notebook, add a row to TEXT_NOTEBOOKS.
+
+TEXT_NOTEBOOKS = {}   # extension -> function of it: what has read(text), write(notebook, old_text)
+PROGRAMS = {          # extension -> (language, how a comment begins); names as in jupytext
+    extension: (language, sign) for sign, rows in (
+        ("#", ".py python .R R .r R .jl julia .sh bash .ps1 powershell .tcl tcl .gp gnuplot"),
+        ("//", ".js javascript .ts typescript .rs rust .go go .cpp c++ .java java .scala scala "
+               ".cs csharp .fs fsharp .fsx fsharp .groovy groovy"),
+        ("--", ".hs haskell .lua lua .sql sql"), (";;", ".clj clojure .scm scheme"),
+        ("%", ".m matlab"))
+    for extension, language in zip(rows.split()[::2], rows.split()[1::2], strict=True)}
+# Magics whose cells are in another language (jupytext/languages.py)
+CELL_LANGUAGES = re.compile(
+    "R|bash|sh|python[23]|coconut|javascript|js|perl|html|latex|markdown|pypy|ruby|script|svg|"
+    "matlab|octave|idl|robotframework|sas|spark|sql|cython|haskell|tcl|gnuplot")
+MAGICS = {   # language -> how a line that only a kernel understands begins; SIGN: a comment
+    "python": r"""\s*SIGN%{1,3}[a-zA-Z](?!.*\#\s*noescape) | \s*SIGN\s*[?!]\s*[A-Za-z.~$\\/{}]
+                | SIGN\s*[a-zA-Z_][\w$]*\s*=\s*(?:%{1,3}|!)[a-zA-Z]   # x = !ls
+                | SIGN(?:cat|cd|cp|mv|rm|rmdir|mkdir|copy|ddir|echo|ls|ldir|ren)(?:$|\s$|\s[^=,])
+                | \s*(?:\#\ )*\S*\?\s*$                               # print?""",
+    "rust": r"SIGN:[a-zA-Z]", "csharp": r"SIGN\#![a-zA-Z]", "go": r"SIGN(?:!\*?|%{1,3})[a-zA-Z]",
+    "matlab": r"(?!)"}
+OTHER_MAGICS = r"\s*SIGN%{1,3}[a-zA-Z]"
+NOT_WRITTEN = {"autoscroll", "collapsed", "scrolled", "trusted", "execution", "ExecuteTime",
+               "cell_marker", "lines_to_next_cell"}   # metadata that say nothing of the program
+HEAD = re.compile(r"(?:#!.*\n)?(?:[^\n\w]*coding[:=].*\n)?"
+                  r"(?:(\S+) ---\n(?:\1(?: .*)?\n)*?\1 ---\n)?")
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
+TRIPLE_QUOTED = re.compile(r"""\s*([rR]?)('''|\"\"\")\n?(.*?)\n?\2\s*""", re.S)
+OPTION = re.compile(r"\s*([A-Za-z0-9_.@/-]+)(=?)")
+
+
+class Piece(collections.namedtuple("Piece", "cell marker text gap")):
+    """A cell as it stands in a program.
+
+    cell = {"cell_type", "metadata", "source"}
+    marker = its first line, "# %% …"; "" for what stands above the first marker
+    text = all its lines, the marker, too, but without the empty ones at its end
+    gap = these, and the line end before them
+    """
+
+
+class Program:
+    """Reads and writes programs of one language as notebooks."""
+
+    def __init__(self, extension):
+        self.extension, (self.language, self.sign) = extension, PROGRAMS[extension]
+        sign = re.escape(self.sign)
+        self.marker = re.compile(rf"[ \t]*{sign}[ \t]*(?:%%(%*(?:[ \t].*)?)|<codecell>[ \t]*"
+                                 r"|In\[[0-9 ]*\]:?[ \t]*)$")
+        self.strings = re.compile(rf"{sign}.*|('''|\"\"\")(?:\\.|(?!\1)[\s\S])*\1"
+                                  r"|'(?:\\.|[^'\\\n])*'" r'|"(?:\\.|[^"\\\n])*"')
+        self.magic = re.compile(MAGICS.get(self.language, OTHER_MAGICS).replace(
+            "SIGN", rf"(?:{sign}\ |{sign})*"), re.X)
+
+    # -- Reading
+
+    def read(self, text):
+        """The notebook of a program's text."""
+        head, pieces = self.pieces(text)
+        spec = self.kernelspec(head)
+        more = {"code": {"outputs": [], "execution_count": None}}
+        cells = [{**more.get(cell["cell_type"], {}), **cell} for cell, *_ in pieces]
+        return {**new_notebook(), "metadata": {"kernelspec": spec} if spec else {},
+                "cells": with_ids(cells)}
+
+    def kernelspec(self, head):
+        """The kernel that the head names, or one of the language; None: the usual one will do."""
+        block = re.search(r"(?m)^( *)kernelspec:\n((?:\1 +.*\n)+)", self.bare_text(head) + "\n")
+        if block:
+            fields = re.findall(r"(?m)^ *(\w+): *['\"]?(.*?)['\"]?$", block[2])
+            return {"name": "", "display_name": "", **dict(fields)}
+        if self.language == "python":
+            return None
+        for name, (spec, _) in find_specs().items():
+            if spec["language"].lower() == self.language.lower():
+                return {"name": name, "display_name": spec["display_name"],
+                        "language": spec["language"]}
+        return {"name": self.language, "display_name": self.language, "language": self.language}
+
+    def pieces(self, text):
+        """(what stands above all cells, [Piece])."""
+        head = HEAD.match(text)[0]
+        lines = split(text[len(head):])
+        starts = [*self.starts(lines)]
+        first = lines[:starts[0]] if starts else lines
+        if first and not "".join(first).strip():
+            head += "".join(first)
+        elif first:
+            starts.insert(0, 0)
+        return head, [self.piece(lines[start:end])
+                      for start, end in zip(starts, [*starts[1:], None], strict=False)]
+
+    def starts(self, lines):
+        """Numbers of the lines that are markers."""
+        quoted, fence, is_prose = self.quoted(lines), None, False
+        for number, line in enumerate(lines):
+            line = line.rstrip("\n")
+            if is_prose and (mark := FENCE.match(self.bare(line))):
+                if fence is None and self.is_closed(mark, lines[number + 1:]):
+                    fence = mark[1]
+                elif fence and mark[1].startswith(fence) and not mark[2].strip():
+                    fence = None
+            if number not in quoted and not fence and (marker := self.marker.fullmatch(line)):
+                is_prose = bool(re.search(r"\[(?:markdown|md|raw)\]", marker[1] or ""))
+                yield number
+
+    def is_closed(self, fence, lines):
+        """Whether a fence ends before the comments do that it stands in."""
+        prose = itertools.takewhile(lambda line: line.startswith(self.sign), lines)
+        return any(re.fullmatch(rf" {{0,3}}{fence[1]}{fence[1][0]}*\s*", self.bare(line))
+                   for line in prose)
+
+    def quoted(self, lines):
+        """Numbers of the lines that begin within a string of several lines."""
+        found, number, at, text = set(), 0, 0, "".join(lines)
+        for match in self.strings.finditer(text):
+            number, at = number + text.count("\n", at, match.start()), match.start()
+            found.update(range(number + 1, number + 1 + match[0].count("\n")))
+        return found
+
+    def piece(self, lines):
+        """The Piece of a marker and what follows it. One empty line between cells, or exactly two
+        (as PEP 8 wants around functions), belong to neither."""
+        marker = self.marker.fullmatch(lines[0].rstrip("\n"))
+        rest = [*map(str.strip, lines[bool(marker):])]
+        empty = 2 if rest[-2:] == ["", ""] and any(rest[-3:-2]) else int(
+            lines[-1] == "\n" and len(lines) > 1)
+        kept = "".join(lines[:len(lines) - empty])
+        text = kept.removesuffix("\n")
+        body = text.split("\n")[bool(marker):]
+        cell = self.cell(marker[1] or "", body) if marker else code_cell(text)
+        return Piece(cell, lines[0].rstrip("\n") if marker else "", text,
+                     "".join(lines)[len(text):])
+
+    def cell(self, options, lines):
+        """A cell by what stands behind its marker, and the lines below."""
+        title, metadata = read_options(options)
+        if kind := re.search(r"\[(markdown|md|raw)\]", title):
+            title = title.replace(kind[0], "")
+        depth = len(title) - len(title.lstrip("%"))
+        title = title.lstrip("%").strip()
+        metadata = {**({"title": title} if title else {}),
+                    **({"cell_depth": depth} if depth else {}), **metadata}
+        if kind:
+            kind = "raw" if kind[1] == "raw" else "markdown"
+            quoted = TRIPLE_QUOTED.fullmatch("\n".join(lines)) if self.extension == ".py" else None
+            if quoted:
+                metadata["cell_marker"] = quoted[1] + quoted[2]
+            source = quoted[3] if quoted else "\n".join(map(self.bare, lines))
+            return {"cell_type": kind, "metadata": metadata, "source": source}
+        if isinstance(metadata.get("language"), str):
+            words = [f"%%{metadata.pop('language')}", metadata.pop("magic_args", "")]
+            lines = [" ".join(filter(None, words)), *map(self.bare, lines)]
+        else:
+            lines = self.changed_magics(lines, self.bare)
+        return code_cell("\n".join(lines), metadata)
+
+    def bare(self, line):
+        """A line without the sign of a comment, or as it is."""
+        text = line.lstrip()
+        if not text.startswith(self.sign):
+            return line
+        return line[:len(line) - len(text)] + re.sub("^ ", "", text[len(self.sign):])
+
+    def bare_text(self, text):
+        return "\n".join(map(self.bare, text.split("\n")))
+
+    def changed_magics(self, lines, change):
+        """The lines of a code cell; `change` makes another one of each that is a magic, also of
+        the lines on which it goes on behind a backslash."""
+        quoted = self.quoted([f"{line}\n" for line in lines])
+        goes_on, changed = False, []
+        for number, line in enumerate(lines):
+            is_magic = number not in quoted and bool(goes_on or self.magic.match(line))
+            goes_on = is_magic and self.language == "python" and line.rstrip().endswith("\\")
+            changed.append(change(line) if is_magic else line)
+        return changed
+
+    # -- Writing
+
+    def write(self, notebook, old_text=""):
+        """The program's text that says what a notebook says; `old_text` is what the file says."""
+        head, old = self.pieces(old_text)
+        head = self.with_kernelspec(head, notebook["metadata"].get("kernelspec"))
+        cells = [{"cell_type": cell["cell_type"] if cell["cell_type"] in CELL_FIELDS else "raw",
+                  "source": str(join(cell.get("source", ""))), "metadata": cell["metadata"]}
+                 for cell in notebook["cells"]]
+        pieces = [*self.pieces_for(cells, old)]
+        last, text = old[-1] if old else Piece(None, "", "", "\n"), head
+        for number, piece in enumerate(pieces, 1):
+            gap = "\n\n" if piece.gap == last.gap and piece.text == last.text else piece.gap
+            text += piece.text + (gap if number < len(pieces) else last.gap)
+        return text
+
+    def pieces_for(self, cells, old):
+        """Yield a Piece for each cell: the old one that says the same, or a new one. That has the
+        marker and the gap of the one whose place it takes."""
+        known = {}   # what a cell says -> numbers of the old pieces that say it, the last first
+        for number, piece in reversed([*enumerate(old)]):
+            known.setdefault(meaning(piece.cell), []).append(number)
+        found = []   # number of the old piece for each cell, or None
+        for position, cell in enumerate(cells):
+            numbers = known.get(meaning(cell), [])
+            fits = bool(numbers) and (bool(old[numbers[-1]].marker) or position == 0)
+            found.append(numbers.pop() if fits else None)
+        free, before = {*range(len(old))} - {*found}, -1
+        for position, (cell, number) in enumerate(zip(cells, found, strict=True)):
+            place = before + 1 if number is None and before + 1 in free else number
+            before = before if place is None else place
+            free.discard(place)
+            twin = None if place is None else old[place]
+            yield twin if number is not None else self.new_piece(cell, twin, position == 0)
+
+    def new_piece(self, cell, twin, is_first):
+        marker, lines = self.lines(cell)
+        gap = twin.gap if twin else "\n\n"
+        if twin and not twin.marker:
+            is_plain = is_first and marker == f"{self.sign} %%" and "\n".join(lines).strip()
+            if is_plain and cell["source"] == "\n".join(lines):
+                return Piece(cell, "", cell["source"], gap)   # it still needs no marker
+        elif twin and self.lines(twin.cell)[0] == marker:
+            marker = twin.marker
+        return Piece(cell, marker, "\n".join([marker, *lines]), gap)
+
+    def lines(self, cell):
+        """(marker, lines below it) of a cell as this program has them."""
+        kind, source = cell["cell_type"], cell["source"]
+        metadata, lines = {**cell["metadata"]}, source.split("\n")
+        magic = re.fullmatch(r"%%(\S+)(?: (.*))?", lines[0]) if kind == "code" else None
+        quote = str(metadata.get("cell_marker", ""))
+        if magic and CELL_LANGUAGES.fullmatch(magic[1]) and magic[1] != self.language:
+            metadata.update({"magic_args": magic[2]} if magic[2] else {}, language=magic[1])
+            lines = self.commented(lines[1:])
+        elif kind == "code":
+            lines = self.changed_magics(lines, self.as_comment) if source else []
+        elif quote.lower().lstrip("r") in ("'''", '"""') and quote[-3:] not in source:
+            lines = [quote, *lines, quote[-3:]]
+        else:
+            lines = self.commented(lines)
+        options = write_options("" if kind == "code" else f"[{kind}]", metadata)
+        return f"{self.sign} %%" + ("" if options[:1] in ("", "%") else " ") + options, lines
+
+    def commented(self, lines):
+        return [f"{self.sign} {line}" if line else self.sign for line in lines]
+
+    def as_comment(self, line):
+        text = line.lstrip()
+        return f"{line[:len(line) - len(text)]}{self.sign} {text}"
+
+    def with_kernelspec(self, head, spec):
+        """The head, changed when it would lead to another kernel."""
+        usual = self.kernelspec(head) or {"name": DEFAULT_KERNEL}
+        if not isinstance(spec, dict) or spec.get("name") in (None, usual["name"]):
+            return head
+        sign, lines = self.sign, head.split("\n")
+        wish = ["  kernelspec:", *(f"    {key}: {json.dumps(str(spec[key]), ensure_ascii=False)}"
+                                   for key in ("display_name", "language", "name") if key in spec)]
+        if f"{sign} jupyter:" not in lines:
+            wish = ["---", "jupyter:", "  jupytext:", "    text_representation:",
+                    f"      extension: {self.extension}", "      format_name: percent", *wish,
+                    "---"]
+            return head + "".join(f"{line}\n" for line in [*self.commented(wish), ""])
+        old = rf"(?m)^{re.escape(sign)} ( *)kernelspec:\n(?:{re.escape(sign)} \1 +.*\n)*"
+        lines = re.sub(old, "", head).split("\n")
+        at = lines.index(f"{sign} jupyter:") + 1
+        return "\n".join([*lines[:at], *self.commented(wish), *lines[at:]])
+
+
+def code_cell(source, metadata=()):
+    return {"cell_type": "code", "metadata": dict(metadata), "source": source}
+
+
+def meaning(cell):
+    """What is the same of two cells that a program writes in the same way."""
+    written = {key: value for key, value in cell["metadata"].items() if key not in NOT_WRITTEN}
+    return cell["cell_type"], cell["source"], json.dumps(written, sort_keys=True)
+
+
+def read_options(text):
+    """(title, metadata) of what stands behind a marker: words, then key=JSON or {JSON}. What cannot
+    be read so is kept as it stands, under the name that jupytext gives it."""
+    begin = re.search(r"(?:^|\s)(?:\{|[A-Za-z0-9_.@/-]+=)", text)
+    title, rest = (text[:begin.start()], text[begin.start():].strip()) if begin else (text, "")
+    metadata, at = {}, 0
+    try:
+        if rest.startswith("{"):
+            return title, json.loads(rest)
+        while at < len(rest):
+            key = OPTION.match(rest, at)
+            metadata[key[1]], at = (JSON.raw_decode(rest, key.end()) if key[2]
+                                    else (None, key.end()))
+    except (ValueError, TypeError, RecursionError):
+        return title, {"incorrectly_encoded_metadata": rest}
+    return title, metadata
+
+
+def write_options(kind, metadata):
+    """The text that `read_options` reads; `kind`: "[markdown]", say."""
+    metadata = {key: value for key, value in metadata.items() if key not in NOT_WRITTEN}
+    title, depth = metadata.pop("title", None), metadata.pop("cell_depth", 0)
+    other = metadata.pop("incorrectly_encoded_metadata", None)
+    if title is not None and (not isinstance(title, str) or re.search(r"[][={}\n]", title)):
+        metadata["title"], title = title, None
+    words = ["%" * depth if isinstance(depth, int) else "", title, kind]
+    if all(re.fullmatch("[A-Za-z0-9_.@/-]+", key) for key in metadata):
+        words += [key if value is None else f"{key}={json.dumps(value)}"
+                  for key, value in metadata.items()]
+    else:
+        words.append(json.dumps(metadata))
+    return " ".join(filter(None, [*words, other]))
+
+
+def text_notebook(path):
+    """What reads and writes the text at this path as a notebook, or None."""
+    extension = os.path.splitext(path)[1]
+    make = TEXT_NOTEBOOKS.get(extension)
+    return make and make(extension)
+
+
+class TextNotebookContents(CONTENTS[-1]):
+    """Gives a text as a notebook, and writes a notebook as a text, where one is asked for."""
+
+    def content(self, path, kind, form, data):
+        reader = text_notebook(path) if kind == "notebook" else None
+        if not reader:
+            return super().content(path, kind, form, data)
+        return {"content": reader.read(self.plain_text(path, data)[0]), "format": "json",
+                "mimetype": None}
+
+    def encode(self, path, model, old):
+        writer = text_notebook(path) if model["type"] == "notebook" else None
+        if not writer:
+            return super().encode(path, model, old)
+        try:
+            notebook, _ = MEND[-1](model.get("content") or new_notebook())
+            validate(notebook)
+        except NotANotebook as problem:
+            raise Problem(400, f"Not saved, this is no valid notebook: {problem}") from None
+        text, newline = self.plain_text(path, old or b"")
+        data = encode_text(writer.write(notebook, text).replace("\n", newline))
+        return codecs.BOM_UTF8 + data if (old or b"").startswith(codecs.BOM_UTF8) else data
+
+    def plain_text(self, path, data):
+        """(the text of a file with \\n as line ends, its own line end)."""
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise Problem(400, f"{path} is not UTF-8 text, so it cannot be a notebook",
+                          "bad format") from None
+        is_dos = "\n" in text and text.count("\r\n") == text.count("\n")
+        return (text.replace("\r\n", "\n"), "\r\n") if is_dos else (text, "\n")
+
+
+CONTENTS.append(TextNotebookContents)
+TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, functools.cache(Program)))
+
+
+# ---- 51. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger. On the
