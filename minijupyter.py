@@ -87,6 +87,7 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -7294,6 +7295,477 @@ class TextNotebookContents(CONTENTS[-1]):
 
 CONTENTS.append(TextNotebookContents)
 TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, functools.cache(Program)))
+
+
+# ---- 50. Download as: what else a notebook can become -------------------------------------------
+#
+# `GET /api/nbconvert` lists the formats, `GET /nbconvert/FORMAT/PATH` gives a notebook of the disk
+# in one of them, and `POST /nbconvert/FORMAT` the notebook in the body, which need not be saved. An
+# exporter returns files, {name: bytes}: the notebook in that format first, then what it shows. When
+# there is more than one, they come as a zip. To add a format, add a row to EXPORTERS. When
+# nbconvert is installed, its exporters are formats, too. Each runs in a process of its own, because
+# it starts other programs (TeX, pandoc, Chromium) and may take long.
+
+EXPORTERS = {}            # format -> (MIME type, function(Export) -> {file name: bytes})
+NBCONVERT_SECONDS = 180   # for one notebook; TeX with many figures takes one minute
+LIST_SECONDS = 60         # for the list of exporters: most of it is importing nbconvert
+MOST_PICTURE = 1 << 25    # bytes of a picture beside the notebook that goes into a download
+ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
+PICTURES = {   # MIME type of an output -> extension of its file; the first one that is there
+    "image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp",
+    "image/svg+xml": ".svg"}
+NAMED_FILES = re.compile(   # in Markdown and HTML: ![](x), [x]: x, src=x, poster=x, url(x)
+    r"""!\[[^\]]*\]\(\s*<?([^\s)>]+) | ^\s*\[[^\]]+\]:\s*<?([^\s>]+)
+      | \b(?:src|poster)\s*=\s*["']?([^\s"'>]+) | url\(\s*["']?([^"')]+)""", re.X | re.M | re.I)
+# What a page to read has no use for: sections of index.html, each with all sections that need it.
+NOT_FOR_READING = (
+    "Typing", "Completion and tooltip", "Undo of cell operations", "Copy, split, merge, move",
+    "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
+    "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
+    "Download as", "The file browser", "The text editor", "Under the hood")
+READING_POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
+    "media-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types inert")
+
+
+class Export:
+    """A notebook that is to become something else, and where it is.
+
+    cells = its cells as far as they are to be shown
+    contents = the Contents that its path is of: for the pictures beside it; None: there are none
+    """
+
+    def __init__(self, notebook, path, contents=None, with_code=True):
+        self.notebook, self.path, self.contents, self.with_code = (
+            notebook, path, contents, with_code)
+        self.folder, _, name = path.rpartition("/")
+        self.stem = os.path.splitext(name)[0] or "notebook"
+        self.cells = [*filter(None, (shown(cell, with_code) for cell in notebook["cells"]))]
+
+    @property
+    def language(self):
+        metadata = self.notebook["metadata"]
+        infos = [metadata.get(name) for name in ("kernelspec", "language_info")]
+        spec, info = (value if isinstance(value, dict) else {} for value in infos)
+        return str(spec.get("language") or info.get("name") or "python")
+
+    def pictures(self):
+        """{path below the root: (MIME type, bytes)} of the pictures, sounds and films beside the
+        notebook that its text or its outputs name."""
+        found = {}
+        for path in {*self.named_paths()} if self.contents else ():
+            kind = mimetypes.guess_type(path)[0] or ""
+            with contextlib.suppress(Problem, OSError):   # there is no such file
+                absolute, info = self.contents.look(path)
+                is_file = info is not None and stat.S_ISREG(info.st_mode)
+                if is_file and info.st_size <= MOST_PICTURE and kind.startswith(
+                        ("image/", "audio/", "video/")):
+                    found[path] = kind, self.contents.read(absolute)
+        return found
+
+    def named_paths(self):
+        """Yield the paths below the root that stand where one names a picture."""
+        for cell in self.cells:
+            outputs = [output.get("data") or {} for output in cell.get("outputs", ())]
+            for text in (cell["source"], *(join(data.get(kind)) for data in outputs
+                                           for kind in ("text/html", "text/markdown"))):
+                for match in NAMED_FILES.finditer(text if isinstance(text, str) else ""):
+                    address = unquote(html.unescape(next(filter(None, match.groups()))))
+                    if path := self.below_root(re.split("[?#]", address)[0]):
+                        yield path
+
+    def below_root(self, address):
+        """The path below the root of what a relative address names, or None."""
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//", address):
+            return None
+        folder = "" if address.startswith("/") else self.folder
+        parts = os.path.normpath(f"{folder}/{address}").replace(os.sep, "/").lstrip("/").split("/")
+        return None if parts[0] in ("..", ".", "") else "/".join(parts)
+
+
+def shown(cell, with_code=True):
+    """The cell without what its tags hide, as nbconvert and Jupyter Book have them; None when
+    nothing is left of it. `hide-` means folded: only a page can do that."""
+    tags = cell["metadata"].get("tags")
+    tags = {str(tag).replace("_", "-") for tag in tags} if isinstance(tags, list) else set()
+    if "remove-cell" in tags:
+        return None
+    is_code = cell["cell_type"] == "code"
+    cell = {**cell, "source": str(join(cell.get("source", ""))), "metadata": {**cell["metadata"]}}
+    if is_code and "remove-output" in tags:
+        cell["outputs"] = []
+    if is_code and "hide-output" in tags:
+        cell["metadata"]["collapsed"] = True
+    if is_code and "hide-input" in tags:
+        cell["metadata"]["jupyter"] = {"source_hidden": True}
+    if "remove-input" in tags or is_code and not with_code:
+        cell.update(source="", metadata={**cell["metadata"], "tags": ["remove-input"]})
+        return cell if cell.get("outputs") else None
+    return cell
+
+
+# -- Notebook and script
+
+def export_notebook(export):
+    return {f"{export.stem}.ipynb": write_notebook(export.notebook).data}
+
+
+def export_script(export):
+    """The program of the notebook's language. Of a language that is not in PROGRAMS, the sign of a
+    comment is taken to be #."""
+    info = export.notebook["metadata"].get("language_info")
+    told = str(info.get("file_extension") or "") if isinstance(info, dict) else ""
+    by_language = {language.lower(): extension for extension, (language, _) in PROGRAMS.items()}
+    extension = by_language.get(export.language.lower(), told)
+    program = Program(extension if extension in PROGRAMS else ".sh")
+    text = program.write(export.notebook)
+    return {f"{export.stem}{extension or '.txt'}": encode_text(text)}
+
+
+# -- Markdown
+
+def export_markdown(export):
+    """Markdown, its pictures as files of a folder beside it."""
+    files, texts = {}, []
+    for number, cell in enumerate(export.cells):
+        keep = functools.partial(keep_file, files, f"{export.stem}_files")
+        if cell["cell_type"] == "code":
+            texts += [fenced(cell["source"], export.language)] if cell["source"].strip() else []
+            for at, output in enumerate(whole_outputs(cell)):
+                texts.append(markdown_of(output, functools.partial(keep, f"output_{number}_{at}")))
+        elif cell["source"].strip():
+            texts.append(with_attachments(cell, functools.partial(keep, f"attachment_{number}_")))
+    near = {path: data for path, (_, data) in export.pictures().items()
+            if not export.folder or path.startswith(f"{export.folder}/")}
+    name = f"{export.stem}.md"
+    return {name: encode_text("\n\n".join(filter(None, texts)) + "\n"), **files,
+            **{path[len(export.folder):].lstrip("/"): data for path, data in near.items()}}
+
+
+def keep_file(files, folder, stem, name, data):
+    """Add a picture to `files`; returns how Markdown names it."""
+    path = f"{folder}/{stem}{name}"
+    files[path] = data
+    return quote(path)
+
+
+def fenced(text, language=""):
+    """A block of code, in a fence that is longer than any run of its marks in the text."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    text = text.removesuffix("\n")
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def whole_outputs(cell):
+    """The outputs of a cell, neighbouring pieces of a stream as one."""
+    whole = []
+    for output in cell.get("outputs", ()):
+        if output["output_type"] == "stream" and not join(output.get("text")):
+            continue
+        last = whole[-1] if whole else {}
+        if output["output_type"] == "stream" and last.get("name", "") == output.get("name"):
+            last["text"] += str(join(output["text"]))
+        else:
+            text = {"text": str(join(output["text"]))} if "text" in output else {}
+            whole.append({**output, **text})
+    return whole
+
+
+def markdown_of(output, keep):
+    """An output as Markdown. `keep(extension, data)` takes a picture and returns its name."""
+    data = output.get("data") if isinstance(output.get("data"), dict) else {}
+    for mime, extension in PICTURES.items():
+        if picture := picture_bytes(mime, data.get(mime)):
+            return f"![]({keep(extension, picture)})"
+    for mime in ("text/markdown", "text/latex", "text/html"):
+        if mime in data:
+            return str(join(data[mime]))
+    text = (output.get("text") or "\n".join(map(str, output.get("traceback") or ()))
+            or join(data.get("text/plain")) or "")
+    text = printed(str(text))
+    return fenced(text) if text.strip() else ""
+
+
+def picture_bytes(mime, value):
+    """The bytes of a picture in a MIME bundle, or None."""
+    text = join(value)
+    if not isinstance(text, str):
+        return None
+    if mime == "image/svg+xml":
+        return encode_text(text)
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return None
+
+
+def with_attachments(cell, keep):
+    """The Markdown of a cell, its pasted pictures as files."""
+    attachments = cell.get("attachments")
+
+    def address(match):
+        name = unquote(match[1])
+        bundle = attachments.get(name) if isinstance(attachments, dict) else None
+        for mime in PICTURES if isinstance(bundle, dict) else ():
+            if picture := picture_bytes(mime, bundle.get(mime)):
+                return keep(re.sub(r"[^\w.-]", "_", name), picture)
+        return match[0]
+
+    return re.sub(r"attachment:([^\s)\"'>]+)", address, cell["source"])
+
+
+def printed(text):
+    """What a text leaves on paper: no colours, and of a line only what was last written on it."""
+    lines = ANSI.sub("", text).replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines):
+        if "\r" in line or "\b" in line:
+            lines[number] = overwritten(line)
+    return "\n".join(lines)
+
+
+def overwritten(line):
+    """A line of a terminal after its carriage returns and backspaces."""
+    shown, at = [], 0
+    for piece in re.findall(r"\r|\x08|[^\r\x08]+", line):
+        if piece in "\r\b":
+            at = max(0, at - 1) if piece == "\b" else 0
+        else:
+            shown[at:at + len(piece)] = piece
+            at += len(piece)
+    return "".join(shown)
+
+
+# -- HTML: the page with the notebook in it, to be read
+
+def export_html(notebook, path, contents=None, with_code=True):
+    """index.html with a notebook in it, as a page that needs no server; bytes. With `contents` the
+    pictures beside the notebook go into it."""
+    return page_with(Export(notebook, path, contents, with_code))
+
+
+def page_with(export):
+    """The page, {path, content, files} in it. Its policy travels with it: its scripts by their
+    hashes, and no address but data: URLs. `<` is escaped, so that no text of the notebook can end
+    the element that it is in."""
+    files = {path: f"data:{kind};base64,{base64.b64encode(data).decode()}"
+             for path, (kind, data) in export.pictures().items()}
+    enclosed = to_json({"path": export.path, "files": files,
+                        "content": {**export.notebook, "cells": export.cells}})
+    page = reading_page()
+    scripts = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.S)
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
+                      for script in scripts)
+    policy = READING_POLICY.format(scripts=hashes).encode()
+    meta = b'<meta http-equiv="Content-Security-Policy" content="%b">\n<title>' % policy
+    notebook = b'<script type="application/json" id="enclosed">%b</script>\n<div id="no-start"'
+    return page.replace(b"<title>", meta, 1).replace(
+        b'<div id="no-start"', notebook % enclosed.replace(b"<", rb"\u003c"), 1)
+
+
+def reading_page():
+    """index.html without the sections that a page to read has no use for."""
+    with open(os.path.join(HERE, "index.html"), encoding="utf-8") as file:
+        page = file.read()
+    for title in map(re.escape, NOT_FOR_READING):
+        page = re.sub(rf"// ---- \d+\. {title}(?::.*)? -+\n[\s\S]*?(?=// ---- \d|</script>)", "",
+                      page)
+        page = re.sub(rf"/\* \d+ {title}[^a-z][\s\S]*?\n(?=\n/\* [0-9N])", "", page)
+    return page.encode()
+
+
+EXPORTERS.update(
+    notebook=("application/json", export_notebook), script=("text/plain", export_script),
+    markdown=("text/markdown", export_markdown),
+    html=("text/html", lambda export: {f"{export.stem}.html": page_with(export)}))
+
+
+# -- nbconvert's exporters, each in a process of its own
+
+REMEDIES = (   # what nbconvert says when something is missing -> what it is, and how to get it
+    ("PandocMissing|pandoc wasn't found",
+     "pandoc, which is not installed: see https://pandoc.org/installing.html "
+     "(`apt install pandoc`, `brew install pandoc`)"),
+    ("latex not found|bibtex not found",
+     "TeX, which is not installed: see https://tug.org/texlive (`apt install texlive-xetex "
+     "texlive-fonts-recommended texlive-plain-generic`)"),
+    ("Playwright is not installed|No module named 'playwright'",
+     "playwright, which is not installed: `pip install 'nbconvert[webpdf]'`, then `playwright "
+     "install chromium`"),
+    ("No suitable chromium|Executable doesn't exist",
+     "a Chromium that playwright finds: `playwright install chromium`"),
+    ("PyQtWebEngine",
+     "Qt's web engine, which is not installed: `pip install 'nbconvert[qtpdf]'`"))
+
+
+class Nbconvert:
+    """The exporters of the nbconvert that is installed beside this server, if there is one."""
+
+    def __init__(self):
+        self.lock, self.known = threading.Lock(), None
+
+    def exporters(self):
+        """{format: MIME type}; asked once, in a process, because importing it takes a second."""
+        import importlib.util
+        importlib.invalidate_caches()
+        if importlib.util.find_spec("nbconvert") is None:
+            return {}
+        with self.lock:
+            if self.known is None:
+                self.known = json.loads(self.run("list_nbconvert", {}, LIST_SECONDS))
+        return self.known
+
+    def export(self, format, export):
+        """{file name: bytes}."""
+        folder = export.contents.resolve(export.folder) if export.contents else None
+        with tempfile.TemporaryDirectory(prefix="minijupyter-") as target:
+            job = {"format": format, "notebook": export.notebook, "name": export.stem,
+                   "folder": folder, "target": target}
+            names = json.loads(self.run("run_nbconvert", job, NBCONVERT_SECONDS))
+            files = {}
+            for name in names:
+                with open(os.path.join(target, name), "rb") as file:
+                    files[name] = file.read()
+            return files
+
+    def run(self, function, job, seconds):
+        """What a function of this module prints, called in a process of its own. Problem 504 when
+        it takes too long, 500 when it fails."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import minijupyter; minijupyter.{function}()"], cwd=HERE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True)
+        try:
+            output, errors = process.communicate(to_json(job), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            end_group(process)
+            raise Problem(504, f"nbconvert took longer than {seconds} seconds, and was ended"
+                          ) from None
+        if process.returncode:
+            raise Problem(500, why_it_failed(errors.decode("utf-8", "replace")))
+        return output
+
+
+def end_group(process):
+    """End a process and, where there are process groups, what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        if POSIX:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.communicate()
+
+
+def why_it_failed(errors):
+    """In words, what nbconvert's last words mean."""
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, errors):
+            return f"This format needs {remedy}"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return "nbconvert failed: " + (" ".join(lines[-3:])[-600:] or "it said nothing")
+
+
+def list_nbconvert():
+    """In that process: print {format: MIME type} of all exporters."""
+    from nbconvert.exporters import get_export_names, get_exporter
+    found = {}
+    for name in get_export_names():
+        with contextlib.suppress(ValueError, ImportError):   # one of others, half installed
+            found[name] = get_exporter(name).output_mimetype
+    print(json.dumps(found))
+
+
+def run_nbconvert():
+    """In that process: write what an exporter makes into the target folder, print the names."""
+    import nbformat
+    from nbconvert.exporters import get_exporter
+    from nbconvert.nbconvertapp import NbConvertApp
+    job, app = json.load(sys.stdin), NbConvertApp()
+    app.load_config_file()   # the user's own settings of nbconvert
+    exporter = get_exporter(job["format"])(config=app.config)
+    metadata = {"name": job["name"], **({"path": job["folder"]} if job["folder"] else {})}
+    output, resources = exporter.from_notebook_node(
+        nbformat.from_dict(job["notebook"]), resources={"metadata": metadata})
+    files = {job["name"] + resources["output_extension"]: output}
+    for name, data in (resources.get("outputs") or {}).items():
+        files[os.path.basename(name)] = data
+    for name, data in files.items():
+        with open(os.path.join(job["target"], name), "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+    print(json.dumps([*files]))
+
+
+NBCONVERT = Nbconvert()
+
+
+# -- The API
+
+def list_exporters(handler):
+    """The formats: ours first, then nbconvert's."""
+    types = {**{format: kind for format, (kind, _) in EXPORTERS.items()},
+             **{format: kind for format, kind in NBCONVERT.exporters().items()
+                if format not in EXPORTERS}}
+    return {format: {"output_mimetype": kind} for format, kind in types.items()}
+
+
+def export_file(handler, format, path):
+    """A notebook of the disk in another format."""
+    contents = handler.server.contents
+    model = contents.get(path, "notebook")
+    send_export(handler, format, model["content"], model["path"],
+                handler.asked("download", "").lower() in ("true", "1"))
+
+
+def export_content(handler, format):
+    """The notebook in the body in another format; its `path` says where its pictures are."""
+    model = handler.json_body(CODEC["read_model"])
+    path = model.get("path") or model.get("name") or "notebook.ipynb"
+    if not isinstance(path, str) or not isinstance(model.get("content"), dict):
+        raise Problem(400, "The body must have a notebook as its content, and a path")
+    try:
+        notebook = write_notebook(model["content"]).served
+    except NotANotebook as problem:
+        raise Problem(400, f"This is no valid notebook: {problem}") from None
+    send_export(handler, format, notebook, path.strip("/"), True)
+
+
+def send_export(handler, format, notebook, path, is_attached):
+    """Send a notebook in another format: a file, or a zip of several."""
+    export = Export(notebook, path, handler.server.contents, handler.asked("code") != "false")
+    if format in EXPORTERS:
+        kind, function = EXPORTERS[format]
+        files = function(export)
+    else:
+        others = NBCONVERT.exporters()
+        if format not in others:
+            more = "" if others else "; others need nbconvert: `pip install nbconvert`"
+            raise Problem(404, f"There is no format {format}. There are "
+                               f"{', '.join([*EXPORTERS, *others])}{more}")
+        kind, files = others[format], NBCONVERT.export(format, export)
+    name, data = next(iter(files.items()))
+    if len(files) > 1:
+        name, kind, data = f"{export.stem}.zip", "application/zip", zipped(files)
+    kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
+    charset = "; charset=utf-8" if kind.startswith("text/") else ""
+    headers = {"Content-Security-Policy": FILE_POLICY}
+    if is_attached or len(files) > 1:
+        headers["Content-Disposition"] = f"attachment; filename*=utf-8''{quote(name, safe='')}"
+    handler.send(200, data, kind + charset, headers)
+
+
+def zipped(files):
+    """A zip archive of {name: bytes}."""
+    import zipfile
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name, data in files.items():
+            zipped.writestr(name, data)
+    return archive.getvalue()
+
+
+ROUTES += [("GET", r"/api/nbconvert", list_exporters),
+           ("GET", r"/nbconvert/([^/]+)/(.+)", export_file),
+           ("POST", r"/nbconvert/([^/]+)", export_content)]
 
 
 # ---- 51. A quick start -------------------------------------------------------------------------
