@@ -6964,7 +6964,7 @@ MAGICS = {   # language -> how a line that only a kernel understands begins; SIG
 OTHER_MAGICS = r"\s*SIGN%{1,3}[a-zA-Z]"
 NOT_WRITTEN = {"autoscroll", "collapsed", "scrolled", "trusted", "execution", "ExecuteTime",
                "cell_marker", "lines_to_next_cell"}   # metadata that say nothing of the program
-HEAD = re.compile(r"(?:#!.*\n)?(?:[^\n\w]*coding[:=].*\n)?"
+HEAD = re.compile(r"(?:#!.*\n)?(?:#.*coding[:=].*\n)?"
                   r"(?:(\S+) ---\n(?:\1(?: .*)?\n)*?\1 ---\n)?")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 TRIPLE_QUOTED = re.compile(r"""\s*([rR]?)('''|\"\"\")\n?(.*?)\n?\2\s*""", re.S)
@@ -6998,7 +6998,7 @@ class Program:
 
     def read(self, text):
         """The notebook of a program's text."""
-        head, pieces = self.pieces(text)
+        head, pieces, _ = self.pieces(text)
         spec = self.kernelspec(head)
         more = {"code": {"outputs": [], "execution_count": None}}
         cells = [{**more.get(cell["cell_type"], {}), **cell} for cell, *_ in pieces]
@@ -7020,7 +7020,7 @@ class Program:
         return {"name": self.language, "display_name": self.language, "language": self.language}
 
     def pieces(self, text):
-        """(what stands above all cells, [Piece])."""
+        """(what stands above all cells, [Piece], what stands below the last one)."""
         head = HEAD.match(text)[0]
         lines = split(text[len(head):])
         starts = [*self.starts(lines)]
@@ -7029,8 +7029,12 @@ class Program:
             head += "".join(first)
         elif first:
             starts.insert(0, 0)
-        return head, [self.piece(lines[start:end])
-                      for start, end in zip(starts, [*starts[1:], None], strict=False)]
+        pieces = [self.piece(lines[start:end])
+                  for start, end in zip(starts, [*starts[1:], None], strict=False)]
+        if not pieces:
+            return head, [], "\n"
+        *others, last = pieces
+        return head, [*others, last._replace(gap="\n\n")], last.gap
 
     def starts(self, lines):
         """Numbers of the lines that are markers."""
@@ -7122,17 +7126,14 @@ class Program:
 
     def write(self, notebook, old_text=""):
         """The program's text that says what a notebook says; `old_text` is what the file says."""
-        head, old = self.pieces(old_text)
+        head, old, end = self.pieces(old_text)
         head = self.with_kernelspec(head, notebook["metadata"].get("kernelspec"))
         cells = [{"cell_type": cell["cell_type"] if cell["cell_type"] in CELL_FIELDS else "raw",
                   "source": str(join(cell.get("source", ""))), "metadata": cell["metadata"]}
                  for cell in notebook["cells"]]
-        pieces = [*self.pieces_for(cells, old)]
-        last, text = old[-1] if old else Piece(None, "", "", "\n"), head
-        for number, piece in enumerate(pieces, 1):
-            gap = "\n\n" if piece.gap == last.gap and piece.text == last.text else piece.gap
-            text += piece.text + (gap if number < len(pieces) else last.gap)
-        return text
+        *pieces, last = [*self.pieces_for(cells, old)] or [Piece(None, "", "", "")]
+        return "".join([head, *(piece.text + piece.gap for piece in pieces), last.text,
+                        end if last.text else ""])
 
     def pieces_for(self, cells, old):
         """Yield a Piece for each cell: the old one that says the same, or a new one. That has the
@@ -7661,8 +7662,9 @@ def why_it_failed(errors):
     for pattern, remedy in REMEDIES:
         if re.search(pattern, errors):
             return f"This format needs {remedy}"
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return "nbconvert failed: " + (" ".join(lines[-3:])[-600:] or "it said nothing")
+    # Of a traceback, what stands below the last line of code
+    lines = re.split(r"(?m)^[ ]+.*\n", errors.strip() + "\n")[-1].split()
+    return "nbconvert failed: " + (" ".join(lines)[-600:] or "it said nothing")
 
 
 def list_nbconvert():
@@ -7739,13 +7741,15 @@ def send_export(handler, format, notebook, path, is_attached):
         others = NBCONVERT.exporters()
         if format not in others:
             more = "" if others else "; others need nbconvert: `pip install nbconvert`"
-            raise Problem(404, f"There is no format {format}. There are "
-                               f"{', '.join([*EXPORTERS, *others])}{more}")
+            known = ", ".join(dict.fromkeys([*EXPORTERS, *others]))
+            raise Problem(404, f"There is no format {format}. There are {known}{more}")
         kind, files = others[format], NBCONVERT.export(format, export)
     name, data = next(iter(files.items()))
     if len(files) > 1:
-        name, kind, data = f"{export.stem}.zip", "application/zip", zipped(files)
-    kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        name, data = f"{export.stem}.zip", zipped(files)
+    # nbconvert calls the PDF of some of its exporters HTML.
+    known = {".pdf": "application/pdf", ".png": "image/png", ".zip": "application/zip"}
+    kind = known.get(os.path.splitext(name)[1], kind)
     charset = "; charset=utf-8" if kind.startswith("text/") else ""
     headers = {"Content-Security-Policy": FILE_POLICY}
     if is_attached or len(files) > 1:

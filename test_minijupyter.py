@@ -6598,6 +6598,212 @@ FILE_STYLES = {   # ways to lay out one notebook
         {**cell, "id": f"c{i}", "new": {}} for i, cell in enumerate(two_cells()["cells"])]})}
 
 
+# Programs as notebooks: jupytext's py:percent. Then what else a notebook can become.
+
+PROGRAM = '''#!/usr/bin/env python
+"""What stands above the first marker."""
+import math
+
+
+# %% [markdown]
+# # Title
+#
+# text
+
+# %% A title tags=["a", "b"] name="q"
+x = """
+# %% no marker
+%no magic
+"""
+# %matplotlib inline
+
+
+#%%
+# y = !ls
+# # cd ..
+
+# %% language="bash" magic_args="-e"
+# ls
+
+# %% [raw] slideshow={"slide_type": "skip"}
+# raw
+
+# %% [markdown]
+"""
+In *quotes*
+"""
+
+# %% [markdown]
+# ```mermaid
+# %% no marker
+# ```
+'''
+PROGRAM_CELLS = [
+    ("code", '"""What stands above the first marker."""\nimport math', {}),
+    ("markdown", "# Title\n\ntext", {}),
+    ("code", 'x = """\n# %% no marker\n%no magic\n"""\n%matplotlib inline',
+     {"title": "A title", "tags": ["a", "b"], "name": "q"}),
+    ("code", "y = !ls\n# cd ..", {}),
+    ("code", "%%bash -e\nls", {}),
+    ("raw", "raw", {"slideshow": {"slide_type": "skip"}}),
+    ("markdown", "In *quotes*", {}),
+    ("markdown", "```mermaid\n%% no marker\n```", {})]
+PERCENT_PIECES = [   # what a program may be made of, to be put together in any order
+    "# %%", "#%%", " # %% [markdown]", "\n", "\n", "\n\n", "\n\n\n", "x = 1", "# text", '"""',
+    "'''", "%magic", "!ls", "# !ls", "```", "# ```", "[raw]", "title", ' tags=["a"]', ' {"a": 1}',
+    "=", "\\\n", "# ---\n", "# jupyter:\n", "#   kernelspec:\n", "#     name: a\n", "#!/usr\n",
+    "# -*- coding: utf-8\n", "\r", "  ", "\t", "print?", "# In[3]:", "%%bash\n", "%%", "cd ..",
+    'language="bash"', "☃", "\x0c", "\u2028", "%%%%"]
+
+
+def meanings(cells):
+    """[(type, source, metadata)] of cells, without what says nothing of the program."""
+    return [(cell["cell_type"], cell["source"], {
+        key: value for key, value in cell["metadata"].items()
+        if key not in minijupyter.NOT_WRITTEN}) for cell in cells]
+
+
+class ProgramsAsNotebooks(ServerCase):
+    """A program opens as a notebook and is written back."""
+
+    def open(self, text, name="a.py"):
+        (self.root / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return self.assertReply(
+            self.server.get(f"/api/contents/{name}?type=notebook&hash=1"), 200).json
+
+    def save(self, content, name="a.py", **headers):
+        reply = self.server.put(f"/api/contents/{name}", {
+            "type": "notebook", "format": "json", "content": content}, **headers)
+        self.assertReply(reply, 200)
+        return (self.root / name).read_bytes().decode()
+
+    def test_its_markers_divide_it_into_cells(self):
+        model = self.open(PROGRAM)
+        self.assertEqual((model["type"], model["format"]), ("notebook", "json"))
+        self.assertEqual(meanings(model["content"]["cells"]), PROGRAM_CELLS)
+
+    def test_without_being_asked_for_as_a_notebook_it_is_a_text(self):
+        self.open(PROGRAM)
+        model = self.server.get("/api/contents/a.py").json
+        self.assertEqual((model["type"], model["content"]), ("file", PROGRAM))
+
+    def test_untouched_it_keeps_every_byte_whatever_is_in_it(self):
+        for text in (PROGRAM, "", "\n", "x", "# %%", "x = 1\n\n\n# %%\n", PROGRAM.rstrip("\n"),
+                     PROGRAM.replace("\n", "\r\n"), "\ufeff" + PROGRAM):
+            with self.subTest(text):
+                self.assertEqual(self.save(self.open(text)["content"]), text)
+
+    def test_a_change_of_one_cell_changes_nothing_else(self):
+        content = self.open(PROGRAM)["content"]
+        content["cells"][3]["source"] = "y = 2\n%time y"
+        self.assertEqual(self.save(content), PROGRAM.replace(
+            "# y = !ls\n# # cd ..", "y = 2\n# %time y"))
+
+    def test_cells_are_moved_deleted_and_added_with_an_empty_line_between_them(self):
+        content = self.open("# %%\na\n\n\n# %% t\nb\n\n#%%\nc")["content"]
+        a, b, c = content["cells"]
+        new = notebook("new")["cells"][0]
+        content["cells"] = [c, a, {**new, "id": "new"}]
+        self.assertEqual(self.save(content), "#%%\nc\n\n# %%\na\n\n\n# %%\nnew")
+
+    def test_a_program_without_markers_is_one_cell_and_stays_so(self):
+        content = self.open("import os\n# ls\nos\n")["content"]
+        self.assertEqual(meanings(content["cells"]), [("code", "import os\n# ls\nos", {})])
+        content["cells"][0]["source"] = "import sys"
+        self.assertEqual(self.save(content), "import sys\n")
+        content["cells"].append({**notebook("2")["cells"][0], "id": "b"})
+        self.assertEqual(self.save(content), "import sys\n\n# %%\n2\n")
+
+    def test_the_head_names_the_kernel_and_changes_with_it_alone(self):
+        header = "# ---\n# title: kept\n# jupyter:\n#   kernelspec:\n#     name: other\n# ---\n\n"
+        content = self.open(header + "# %%\nx\n")["content"]
+        self.assertEqual(content["metadata"]["kernelspec"]["name"], "other")
+        content["metadata"]["kernelspec"] = {"name": "xpython", "display_name": "X: 1",
+                                             "language": "python"}
+        self.assertEqual(self.save(content), header.replace(
+            "#     name: other\n", '#     display_name: "X: 1"\n#     language: "python"\n'
+            '#     name: "xpython"\n') + "# %%\nx\n")
+        again = self.server.get("/api/contents/a.py?type=notebook").json["content"]
+        self.assertEqual(again["metadata"], content["metadata"])
+
+    def test_without_a_head_the_usual_kernel_is_not_written_down_and_another_one_is(self):
+        content = self.open("# %%\nx\n")["content"]
+        for name, begins in ((minijupyter.DEFAULT_KERNEL, "# %%"), ("other", "# ---\n# jupyter:")):
+            content["metadata"]["kernelspec"] = {"name": name, "display_name": name}
+            self.assertTrue(self.save(content).startswith(begins))
+
+    def test_a_program_of_another_language_wants_a_kernel_of_that(self):
+        content = self.open("// %% [markdown]\n// text\n\n// %%\nlet x = 1\n", "a.ts")["content"]
+        self.assertEqual(meanings(content["cells"]),
+                         [("markdown", "text", {}), ("code", "let x = 1", {})])
+        self.assertEqual(content["metadata"]["kernelspec"]["language"], "typescript")
+        content["cells"][1]["source"] = "let x = 2"
+        self.assertEqual(self.save(content, "a.ts"),
+                         "// %% [markdown]\n// text\n\n// %%\nlet x = 2\n")
+
+    def test_a_change_on_disk_is_a_conflict(self):
+        model = self.open(PROGRAM)
+        (self.root / "a.py").write_text("theirs")
+        reply = self.server.put("/api/contents/a.py", {"type": "notebook", "content": {
+            **model["content"], "cells": []}}, **{"If-Match": f'"{model["hash"]}"'})
+        self.assertReply(reply, 412)
+        self.assertEqual((self.root / "a.py").read_text(), "theirs")
+
+    def test_what_is_no_text_or_no_notebook_is_refused_and_left_alone(self):
+        (self.root / "bad.py").write_bytes(b"# coding: latin-1\nx = '\xe9'\n")
+        get = self.assertReply(self.server.get("/api/contents/bad.py?type=notebook"), 400)
+        self.assertIn("not UTF-8", get.json["message"])
+        for content in (notebook("x"), {"cells": 1}):
+            self.assertReply(self.server.put(
+                "/api/contents/bad.py", {"type": "notebook", "content": content}), 400)
+        self.assertTrue((self.root / "bad.py").read_bytes().endswith(b"'\xe9'\n"))
+
+    def test_cells_of_unknown_types_and_odd_metadata_are_written_so_that_they_come_back(self):
+        cells = [code("a", metadata={"title": "b = [c]", "my key": 1, "n": None}),
+                 markdown("m", metadata={"cell_depth": 2, "title": "deep", "k": {"x": [1, "☃"]}}),
+                 {"cell_type": "drawing", "metadata": {}}, code(""), code("%%python\nx"),
+                 code("# !ls\n%x noescape"), code("!ls \\\n -l\nx")]
+        (self.root / "odd.py").write_text("")
+        self.save({**notebook(), "cells": cells, "nbformat_minor": 4}, "odd.py")
+        again = self.server.get("/api/contents/odd.py?type=notebook").json["content"]["cells"]
+        cells[2] = {"cell_type": "raw", "source": "", "metadata": {}}
+        self.assertEqual(meanings(again), meanings(cells))
+
+    @needs("jupytext")
+    def test_jupytext_reads_what_we_write_and_we_read_what_it_writes(self):
+        import jupytext
+        import nbformat
+        program = minijupyter.Program(".py")
+        self.assertEqual(meanings(jupytext.reads(PROGRAM, "py:percent").cells), PROGRAM_CELLS)
+        for name, nb in [("made", program.read(PROGRAM)), *sample_notebooks("python")]:
+            cells = [(kind, source.rstrip("\n"), metadata)
+                     for kind, source, metadata in meanings(nb["cells"])]
+            theirs = jupytext.writes(nbformat.from_dict(json.loads(json.dumps(nb))), "py:percent")
+            with self.subTest(name):
+                for read in (jupytext.reads(program.write(nb), "py:percent").cells,
+                             program.read(theirs)["cells"], program.read(program.write(nb))["cells"]):
+                    self.assertEqual([(kind, source.rstrip("\n"), metadata)
+                                      for kind, source, metadata in meanings(read)], cells)
+
+    def test_the_page_offers_what_the_server_can_read(self):
+        ending = re.search(r"const PROGRAM = new RegExp\('(.+?)'\n  \+ '(.+?)'\)", PAGE_SOURCE)
+        pattern = re.compile((ending[1] + ending[2]).replace("\\\\", "\\"))
+        self.assertEqual({name for name in minijupyter.TEXT_NOTEBOOKS if pattern.search(name)},
+                         {*minijupyter.TEXT_NOTEBOOKS})
+        self.assertIsNone(pattern.search("a.txt"))
+
+
+def sample_notebooks(language):
+    """(name, notebook) of the sample notebooks in this language that need no mending."""
+    for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
+        with contextlib.suppress(minijupyter.NotANotebook):
+            nb = minijupyter.DOCUMENTS[-1](path.read_bytes()).served
+            spec = nb["metadata"].get("kernelspec") or {}
+            is_plain = all(cell["cell_type"] in minijupyter.CELL_FIELDS for cell in nb["cells"])
+            if spec.get("language", language) == language and is_plain:
+                yield path.name, nb
+
+
 class NotebookFiles(ServerCase):
     """Whoever wrote the file, and however it is laid out."""
 
@@ -11514,6 +11720,15 @@ class FuzzedDocuments(Case):
     def test_any_bytes_are_refused_or_a_notebook(self, data):
         with contextlib.suppress(minijupyter.NotANotebook):
             self.assertIsInstance(minijupyter.DOCUMENTS[-1](data).served, dict)
+
+    @fuzzed(lambda st: st.lists(st.sampled_from(PERCENT_PIECES), max_size=14).map("".join),
+            examples=1000)
+    def test_any_text_is_a_program_and_stays_as_it_is(self, text):
+        for extension in (".py", ".js", ".m"):
+            program = minijupyter.Program(extension)
+            nb = program.read(text)
+            minijupyter.validate(nb)
+            self.assertEqual(program.write(nb, text), text)
 
 
 class FuzzedContents(ServerCase):
