@@ -7368,9 +7368,9 @@ class Export:
     def named_paths(self):
         """Yield the paths below the root that stand where one names a picture."""
         for cell in self.cells:
-            outputs = [output.get("data") or {} for output in cell.get("outputs", ())]
-            for text in (cell["source"], *(join(data.get(kind)) for data in outputs
-                                           for kind in ("text/html", "text/markdown"))):
+            texts = [join(bundle(output).get(kind)) for output in cell.get("outputs", ())
+                     for kind in ("text/html", "text/markdown")]
+            for text in (cell["source"], *texts):
                 for match in NAMED_FILES.finditer(text if isinstance(text, str) else ""):
                     address = unquote(html.unescape(next(filter(None, match.groups()))))
                     if path := self.below_root(re.split("[?#]", address)[0]):
@@ -7404,6 +7404,11 @@ def shown(cell, with_code=True):
         cell.update(source="", metadata={**cell["metadata"], "tags": ["remove-input"]})
         return cell if cell.get("outputs") else None
     return cell
+
+
+def bundle(output):
+    """The MIME bundle of an output, maybe an empty one."""
+    return output["data"] if isinstance(output.get("data"), dict) else {}
 
 
 # -- Notebook and script
@@ -7475,7 +7480,7 @@ def whole_outputs(cell):
 
 def markdown_of(output, keep):
     """An output as Markdown. `keep(extension, data)` takes a picture and returns its name."""
-    data = output.get("data") if isinstance(output.get("data"), dict) else {}
+    data = bundle(output)
     for mime, extension in PICTURES.items():
         if picture := picture_bytes(mime, data.get(mime)):
             return f"![]({keep(extension, picture)})"
@@ -7710,17 +7715,29 @@ def list_exporters(handler):
     return {format: {"output_mimetype": kind} for format, kind in types.items()}
 
 
+def exporter(format):
+    """(MIME type, function) of a format; Problem 404 with those there are."""
+    if format in EXPORTERS:
+        return EXPORTERS[format]
+    others = NBCONVERT.exporters()
+    if format in others:
+        return others[format], functools.partial(NBCONVERT.export, format)
+    known = ", ".join(dict.fromkeys([*EXPORTERS, *others]))
+    more = "" if others else "; others need nbconvert: `pip install nbconvert`"
+    raise Problem(404, f"There is no format {format}. There are {known}{more}")
+
+
 def export_file(handler, format, path):
     """A notebook of the disk in another format."""
-    contents = handler.server.contents
-    model = contents.get(path, "notebook")
-    send_export(handler, format, model["content"], model["path"],
+    found = exporter(format)
+    model = handler.server.contents.get(path, "notebook")
+    send_export(handler, *found, model["content"], model["path"],
                 handler.asked("download", "").lower() in ("true", "1"))
 
 
 def export_content(handler, format):
     """The notebook in the body in another format; its `path` says where its pictures are."""
-    model = handler.json_body(CODEC["read_model"])
+    found, model = exporter(format), handler.json_body(CODEC["read_model"])
     path = model.get("path") or model.get("name") or "notebook.ipynb"
     if not isinstance(path, str) or not isinstance(model.get("content"), dict):
         raise Problem(400, "The body must have a notebook as its content, and a path")
@@ -7728,28 +7745,19 @@ def export_content(handler, format):
         notebook = write_notebook(model["content"]).served
     except NotANotebook as problem:
         raise Problem(400, f"This is no valid notebook: {problem}") from None
-    send_export(handler, format, notebook, path.strip("/"), True)
+    send_export(handler, *found, notebook, path.strip("/"), True)
 
 
-def send_export(handler, format, notebook, path, is_attached):
-    """Send a notebook in another format: a file, or a zip of several."""
+def send_export(handler, kind, export_as, notebook, path, is_attached):
+    """Send a notebook as `export_as` makes it: a file, or a zip of several."""
     export = Export(notebook, path, handler.server.contents, handler.asked("code") != "false")
-    if format in EXPORTERS:
-        kind, function = EXPORTERS[format]
-        files = function(export)
-    else:
-        others = NBCONVERT.exporters()
-        if format not in others:
-            more = "" if others else "; others need nbconvert: `pip install nbconvert`"
-            known = ", ".join(dict.fromkeys([*EXPORTERS, *others]))
-            raise Problem(404, f"There is no format {format}. There are {known}{more}")
-        kind, files = others[format], NBCONVERT.export(format, export)
+    files = export_as(export)
     name, data = next(iter(files.items()))
     if len(files) > 1:
         name, data = f"{export.stem}.zip", zipped(files)
     # nbconvert calls the PDF of some of its exporters HTML.
     known = {".pdf": "application/pdf", ".png": "image/png", ".zip": "application/zip"}
-    kind = known.get(os.path.splitext(name)[1], kind)
+    kind = known.get(os.path.splitext(name)[1], kind or "application/octet-stream")
     charset = "; charset=utf-8" if kind.startswith("text/") else ""
     headers = {"Content-Security-Policy": FILE_POLICY}
     if is_attached or len(files) > 1:

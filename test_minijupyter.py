@@ -105,6 +105,7 @@ import time
 import types
 import unittest
 import unittest.mock
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -5495,6 +5496,7 @@ class PartsOfAFile(Case):
 KERNEL_SOURCE = (HERE / "kernel.py").read_text("utf-8")
 SERVER_SOURCE = (HERE / "minijupyter.py").read_text("utf-8")
 PAGE_SOURCE = (HERE / "index.html").read_text("utf-8")
+PAGE_PARTS = parts(PAGE_SOURCE)
 SOURCES = {"kernel.py": KERNEL_SOURCE, "minijupyter.py": SERVER_SOURCE}
 needs_parts = unittest.skipUnless(parts(KERNEL_SOURCE), "kernel.py has no marks of Part II")
 
@@ -6780,8 +6782,9 @@ class ProgramsAsNotebooks(ServerCase):
                      for kind, source, metadata in meanings(nb["cells"])]
             theirs = jupytext.writes(nbformat.from_dict(json.loads(json.dumps(nb))), "py:percent")
             with self.subTest(name):
-                for read in (jupytext.reads(program.write(nb), "py:percent").cells,
-                             program.read(theirs)["cells"], program.read(program.write(nb))["cells"]):
+                ours = program.write(nb)
+                for read in (jupytext.reads(ours, "py:percent").cells, program.read(ours)["cells"],
+                             program.read(theirs)["cells"]):
                     self.assertEqual([(kind, source.rstrip("\n"), metadata)
                                       for kind, source, metadata in meanings(read)], cells)
 
@@ -6793,6 +6796,10 @@ class ProgramsAsNotebooks(ServerCase):
         self.assertIsNone(pattern.search("a.txt"))
 
 
+def join_source(cell):
+    return "".join(cell["source"])
+
+
 def sample_notebooks(language):
     """(name, notebook) of the sample notebooks in this language that need no mending."""
     for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
@@ -6802,6 +6809,255 @@ def sample_notebooks(language):
             is_plain = all(cell["cell_type"] in minijupyter.CELL_FIELDS for cell in nb["cells"])
             if spec.get("language", language) == language and is_plain:
                 yield path.name, nb
+
+
+HIDING = ["remove-cell", "remove-input", "remove_output", "hide-input", "hide-output"]
+
+
+class DownloadAs(ServerCase):
+    """What else a notebook can become."""
+
+    def export(self, format, *cells, path="a.ipynb", query="", status=200, **metadata):
+        """The answer to a POST of a notebook with these cells."""
+        content = {**notebook(**metadata), "cells": [
+            {"id": f"c{i}", **cell} for i, cell in enumerate(cells)]}
+        reply = self.server.post(f"/nbconvert/{format}{query}", {
+            "type": "notebook", "path": path, "content": content})
+        return self.assertReply(reply, status)
+
+    def unzipped(self, reply):
+        """{name: bytes} of the files of an answer."""
+        self.assertEqual(reply.headers["Content-Type"], "application/zip")
+        with zipfile.ZipFile(io.BytesIO(reply.body)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    def enclosed(self, reply):
+        """The notebook in a downloaded page."""
+        element = re.search(rb'<script type="application/json" id="enclosed">(.*?)</script>',
+                            reply.body, re.S)
+        return json.loads(element[1])
+
+    def assertFile(self, reply, name, kind):
+        self.assertEqual(reply.headers["Content-Disposition"],
+                         f"attachment; filename*=utf-8''{name}")
+        self.assertEqual(reply.headers["Content-Type"], kind)
+        self.assertIn("sandbox allow-scripts", reply.headers["Content-Security-Policy"])
+        self.assertEqual(reply.headers["Cache-Control"], "no-store")
+
+    def test_a_notebook_of_the_disk_is_given_as_it_would_be_saved(self):
+        nb = notebook("x = 1", kernelspec={"name": "python3", "display_name": "P"})
+        (self.root / "dir").mkdir(exist_ok=True)
+        (self.root / "dir" / "ü.ipynb").write_bytes(jupyter_bytes(nb))
+        path = quote("dir/ü.ipynb")
+        for format, text in (("notebook", minijupyter.write_notebook(nb).data),
+                             ("script", b"# %%\nx = 1\n"),
+                             ("markdown", b"```python\nx = 1\n```\n")):
+            reply = self.assertReply(self.server.get(f"/nbconvert/{format}/{path}"), 200)
+            self.assertEqual((reply.body, reply.headers.get("Content-Disposition")), (text, None))
+        reply = self.server.get(f"/nbconvert/html/{path}?download=true")
+        self.assertFile(reply, "%C3%BC.html", "text/html; charset=utf-8")
+        self.assertEqual(self.enclosed(reply), {
+            "path": "dir/ü.ipynb", "files": {}, "content": nb})
+
+    def test_a_notebook_that_is_not_saved_is_taken_from_the_body(self):
+        reply = self.export("script", code("y = 1"), markdown("text"), path="new/b.ipynb")
+        self.assertFile(reply, "b.py", "text/plain; charset=utf-8")
+        self.assertEqual(reply.body, b"# %%\ny = 1\n\n# %% [markdown]\n# text\n")
+        self.assertFalse((self.root / "new").exists())
+
+    def test_a_program_can_be_downloaded_as_anything_too(self):
+        (self.root / "p.py").write_text(PROGRAM)
+        nb = self.server.get("/nbconvert/notebook/p.py").json
+        self.assertEqual([join_source(cell) for cell in nb["cells"]],
+                         [source for _, source, _ in PROGRAM_CELLS])
+
+    def test_a_script_is_in_the_notebooks_language(self):
+        info = {"name": "x", "file_extension": ".xyz"}
+        for language, name, text in (
+                ({"kernelspec": {"name": "d", "display_name": "d", "language": "typescript"}},
+                 "a.ts", "// ---\n"), ({"language_info": {"name": "R"}}, "a.r", "# %%\n"),
+                ({"language_info": {"name": "haskell"}}, "a.hs", "-- %%\n"),
+                ({"language_info": info}, "a.xyz", "# %%\n"), ({}, "a.py", "# %%\n")):
+            with self.subTest(name):
+                reply = self.export("script", code("x"), **language)
+                self.assertFile(reply, name, "text/plain; charset=utf-8")
+                self.assertTrue(reply.body.decode().startswith(text), reply)
+
+    def test_markdown_comes_with_its_pictures_in_a_zip(self):
+        pixel = base64.b64encode(one_red_pixel()).decode()
+        (self.root / "near.png").write_bytes(one_red_pixel())
+        reply = self.export(
+            "markdown", markdown("![a](attachment:a.png) ![n](near.png) ![x](../../etc/x.png)",
+                                 attachments={"a.png": {"image/png": pixel}}),
+            code("plot()", outputs=[{"output_type": "display_data", "metadata": {},
+                                     "data": {"image/png": pixel, "text/plain": "Figure"}}]))
+        self.assertFile(reply, "a.zip", "application/zip")
+        text = (b"![a](a_files/attachment_0_a.png) ![n](near.png) ![x](../../etc/x.png)\n\n"
+                b"```python\nplot()\n```\n\n![](a_files/output_1_0.png)\n")
+        pictures = ("a_files/attachment_0_a.png", "a_files/output_1_0.png", "near.png")
+        self.assertEqual(self.unzipped(reply),
+                         {"a.md": text, **dict.fromkeys(pictures, one_red_pixel())})
+
+    def test_markdown_has_what_a_terminal_would_show_in_fences_that_hold_it(self):
+        outputs = [{"output_type": "stream", "name": "stdout", "text": text} for text in (
+            "\r 0%", "\r50%\n", "\x1b[31m`", "``\x1b[0m ab\b\bc\n")]
+        result = {"output_type": "execute_result", "execution_count": 1, "metadata": {}}
+        reply = self.export("markdown", code("x", outputs=[
+            *outputs, {**result, "data": {"text/html": "<b>b</b>", "text/plain": "b"}}]), code(" "))
+        self.assertEqual(reply.body.decode(), "```python\nx\n```\n\n````\n50%\n``` cb\n````\n\n"
+                                              "<b>b</b>\n")
+
+    def test_tags_take_away_or_fold_what_they_name(self):
+        stream = {"output_type": "stream", "name": "stdout", "text": "said"}
+        cells = [code(f"secret {tag}", metadata={"tags": [tag]}, outputs=[stream])
+                 for tag in HIDING]
+        kept = self.enclosed(self.export("html", *cells))["content"]["cells"]
+        self.assertEqual([(cell["source"], len(cell["outputs"])) for cell in kept], [
+            ("", 1), ("secret remove_output", 0), ("secret hide-input", 1),
+            ("secret hide-output", 1)])
+        self.assertEqual([cell["metadata"].get("collapsed") for cell in kept],
+                         [None, None, None, True])
+        self.assertTrue(kept[2]["metadata"]["jupyter"]["source_hidden"])
+        text = self.export("markdown", *cells).body.decode()
+        self.assertEqual(re.findall(r"secret \S+", text),
+                         ["secret remove_output", "secret hide-input", "secret hide-output"])
+
+    def test_without_code_there_is_none_of_it_in_the_file(self):
+        stream = {"output_type": "stream", "name": "stdout", "text": "said"}
+        for format in ("html", "markdown"):
+            reply = self.export(format, markdown("text"), code("secret", outputs=[stream]),
+                                code("secret"), query="?code=false")
+            with self.subTest(format):
+                self.assertNotIn(b"secret", reply.body)
+                self.assertIn(b"said", reply.body)
+                self.assertIn(b"text", reply.body)
+
+    def test_html_has_the_pictures_below_the_root_that_it_names_and_nothing_else(self):
+        names = ["a b.png", "c.png", "d.png", "e.png", "s.mp4"]
+        for name in (*names, "text.txt", "unnamed.png", ".hidden.png"):
+            (self.root / name).write_bytes(b"data")
+        (self.root / "out.png").symlink_to("/etc/passwd")
+        html = ("<img src=c.png><video poster='d.png' src=\"s.mp4\"></video><p style='background:"
+                "url(\"/e.png?x#y\")'><img src=text.txt><img src=.hidden.png><img src=out.png>"
+                "<img src=http://example.org/unnamed.png><img src=/api/kernels>")
+        reply = self.export("html", markdown("![](a%20b.png) ![](../../../etc/passwd)"), code(
+            "x", outputs=[{"output_type": "display_data", "metadata": {},
+                           "data": {"text/html": html}}]))
+        files = self.enclosed(reply)["files"]
+        self.assertEqual(sorted(files), names)
+        self.assertEqual(files["c.png"], "data:image/png;base64,ZGF0YQ==")
+
+    def test_the_page_to_read_is_smaller_than_the_page_and_its_policy_names_its_scripts(self):
+        page = self.export("html", code("x")).body.decode()
+        self.assertLess(len(page), len(PAGE_SOURCE))
+        policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)[1]
+        self.assertNotIn("http", policy)
+        for script in re.findall(r"<script>(.*?)</script>", page, re.S):
+            digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+            self.assertIn(f"'sha256-{digest}'", policy)
+        titles = [BANNER.match(line)[2] for line in page.splitlines() if BANNER.match(line)]
+        for title in minijupyter.NOT_FOR_READING:
+            self.assertIn(title, [name.split(":")[0] for name in sections_of(PAGE_PARTS[1])])
+            self.assertFalse([name for name in titles if name.startswith(title)])
+
+    def test_sections_that_a_page_to_read_keeps_need_none_that_it_has_not(self):
+        numbers = {BANNER.match(PAGE_PARTS[1][at])[2].split(":")[0]:
+                   int(BANNER.match(PAGE_PARTS[1][at])[1])
+                   for at, _ in sections_of(PAGE_PARTS[1]).values()}
+        gone = {numbers[title] for title in minijupyter.NOT_FOR_READING}
+        for number, needed in needs_of(PAGE_PARTS[1]).items():
+            self.assertTrue(number in gone or not gone & {*needed}, number)
+
+    def test_what_cannot_be_made_is_refused_in_words(self):
+        (self.root / "a.txt").write_text("text")
+        for path, status, words in (
+                ("none/a.ipynb", 404, "no format none"), ("html/none.ipynb", 404, "No such file"),
+                ("html/../x.ipynb", 404, "No such"), ("html/a.txt", 400, "Unreadable notebook"),
+                ("html/.", 404, "No such"), ("script/dir", 400, "directory")):
+            (self.root / "dir").mkdir(exist_ok=True)
+            with self.subTest(path):
+                reply = self.assertReply(self.server.get(f"/nbconvert/{path}"), status)
+                self.assertIn(words, reply.json["message"])
+        for body in ({}, {"content": 1}, {"content": {}}, {"content": notebook(), "path": 3}, "{"):
+            self.assertReply(self.server.post("/nbconvert/html", body), 400)
+        self.assertReply(self.server.get("/nbconvert/html/a.ipynb", Authorization=None), 403)
+
+    def test_odd_notebooks_can_be_downloaded_in_every_format(self):
+        odd = [{"cell_type": "drawing", "metadata": {}}, code("x", metadata={"tags": 3}, outputs=[
+            {"output_type": "stream", "name": "stdout"}, {"output_type": "smell", "data": 3},
+            {"output_type": "display_data", "metadata": {}, "data": {"image/png": "!!!"}},
+            {"output_type": "display_data", "metadata": {}, "data": {"text/html": {"a": 1}}},
+            {"output_type": "error", "ename": 1, "evalue": None, "traceback": [None, "last"]}]),
+            markdown("half \ud83d ![](attachment:x)", attachments={"x": 3})]
+        for format in minijupyter.EXPORTERS:
+            with self.subTest(format):
+                self.export(format, *odd, kernelspec=3, language_info=4)
+
+    def test_without_nbconvert_it_is_said_what_to_install(self):
+        python, env = bare_python(self.folder())
+        server = self.own_server(env=env, program=lambda root, port, token: [
+            *python, HERE / "minijupyter.py", root, "--port", str(port), "--token", token,
+            "--no-browser"])
+        self.assertEqual([*server.get("/api/nbconvert").json], [*minijupyter.EXPORTERS])
+        self.assertIn("pip install nbconvert", server.get("/nbconvert/latex/x").json["message"])
+
+
+@needs("nbconvert")
+class DownloadByNbconvert(ServerCase):
+    """The exporters of nbconvert, each in a process of its own."""
+
+    export, assertFile, unzipped = DownloadAs.export, DownloadAs.assertFile, DownloadAs.unzipped
+
+    def test_its_exporters_are_listed_behind_ours_with_their_types(self):
+        from nbconvert.exporters import get_export_names, get_exporter
+        listed = self.assertReply(self.server.get("/api/nbconvert"), 200).json
+        self.assertEqual([*listed][:4], [*minijupyter.EXPORTERS])
+        self.assertEqual({*listed}, {*get_export_names()} | {*minijupyter.EXPORTERS})
+        for format in ("latex", "slides", "rst", "python"):
+            self.assertEqual(listed[format]["output_mimetype"],
+                             get_exporter(format).output_mimetype)
+
+    def test_it_makes_what_it_would_make_by_itself(self):
+        from nbconvert.exporters import PythonExporter
+        reply = self.export("python", code("x = 1"), markdown("text"))
+        self.assertFile(reply, "a.py", "text/x-python; charset=utf-8")
+        import nbformat
+        nb = nbformat.from_dict(notebook("x = 1"))
+        nb.cells.append(nbformat.from_dict(markdown("text", id="m")))
+        self.assertEqual(reply.body.decode(), PythonExporter().from_notebook_node(nb)[0])
+
+    def test_what_is_missing_is_named_with_how_to_get_it(self):
+        reply = self.export("rst", markdown("text"), status=(200, 500))
+        self.assertEqual(reply.status, 200 if shutil.which("pandoc") else 500)
+        if reply.status == 500:
+            self.assertRegex(reply.json["message"], "^This format needs pandoc.*apt install")
+        for says, words in (
+                ("OSError: xelatex not found on PATH", "TeX, .*texlive"),
+                ("RuntimeError: Playwright is not installed to support", "nbconvert.webpdf"),
+                ("RuntimeError: No suitable chromium executable", "playwright install chromium"),
+                ("  code\nKeyError: 'x'\n", "^nbconvert failed: KeyError: 'x'$"),
+                ("", "^nbconvert failed: it said nothing$")):
+            self.assertRegex(minijupyter.why_it_failed(f"Traceback\n  line\n{says}"
+                                                       if says else ""), words)
+
+    def test_its_own_words_are_told_when_it_fails(self):
+        reply = self.export("custom", code("x"), status=500)
+        self.assertRegex(reply.json["message"], "^nbconvert failed: ValueError: No template_file")
+
+    def test_what_hangs_is_ended_with_all_that_it_started(self):
+        folder = self.folder()
+        (folder / "nbconvert").mkdir()
+        (folder / "nbconvert" / "__init__.py").write_text("")
+        (folder / "nbconvert" / "exporters.py").write_text(
+            "import os, pathlib, subprocess, sys\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+            f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(child.pid))\nchild.wait()\n")
+        with (unittest.mock.patch.dict(os.environ, PYTHONPATH=str(folder)),
+              self.assertRaises(minijupyter.Problem) as caught):
+            minijupyter.Nbconvert().run("list_nbconvert", {}, 5)
+        self.assertEqual(caught.exception.status, 504)
+        child = int((folder / "pid").read_text())
+        wait_until(lambda: not is_alive(child))
 
 
 class NotebookFiles(ServerCase):
@@ -15797,11 +16053,31 @@ class PageForEveryone(PageCase):
                     self.assertEqual(tab.page.evaluate(ACE_FINDS), [])
 
 
+ON_PAPER = """() => {   // [texts that are not laid out, texts beyond the edge, boxes that scroll]
+    const texts = root => [...root.querySelectorAll('*')].flatMap(node => [
+        ...node.shadowRoot ? texts(node.shadowRoot) : [],
+        ...[...node.childNodes].filter(({ nodeType, data }) => nodeType === 3 && data.trim())]);
+    const rightOf = text => {
+        const range = document.createRange();
+        range.selectNode(text);
+        return range.getBoundingClientRect().right;
+    };
+    const unprinted = 'textarea, .gutter, .fold, style, [data-type=markdown] .input';
+    const printed = texts(document.querySelector('#main'))
+        .filter(({ parentElement }) => !parentElement.closest(unprinted));
+    const boxes = [...document.querySelectorAll('.outputs, .input, .cell')];
+    return [printed.filter(text => !rightOf(text)),
+        printed.filter(text => rightOf(text) > innerWidth),
+        boxes.filter(box => box.scrollHeight > box.clientHeight + 2)].map(found =>
+        found.map(node => node.textContent.slice(0, 50)));
+}"""
+
+
 class PageDownloads(PageCase):
-    """Download as: a program, Markdown, and this page with the notebook in it."""
+    """Download as: what the server makes of the notebook as it stands in the page."""
 
     def downloaded(self, kind, *sources, cells=()):
-        """(file name, text) of a notebook whose code has run, downloaded as this kind."""
+        """(file name, bytes) of a notebook whose code has run, downloaded as this kind."""
         nb = notebook(*sources)
         nb["cells"][:0] = cells
         (self.root / self.name).write_bytes(jupyter_bytes(nb))
@@ -15810,29 +16086,65 @@ class PageDownloads(PageCase):
         tab.wait_until_done()
         with tab.page.expect_download() as download:
             tab.command(f"download-{kind}")
-        return download.value.suggested_filename, Path(download.value.path()).read_text("utf-8")
+        return download.value.suggested_filename, Path(download.value.path()).read_bytes()
 
     def test_a_program_has_the_code_and_the_rest_as_comments(self):
-        name, text = self.downloaded("script", "x = 1", "%pwd\nx", cells=[
+        name, data = self.downloaded("script", "x = 1", "%pwd\nx", cells=[
             markdown("# Title\n\ntext", id="m")])
         self.assertEqual(name, self.name.replace(".ipynb", ".py"))
-        self.assertEqual(text, "# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n"
-                               "# %%\n# %pwd\nx\n")
+        self.assertEqual(data.decode(), "# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1\n\n"
+                                        "# %%\n# %pwd\nx\n")
 
-    def test_markdown_has_everything_in_one_file(self):
-        pixel = base64.b64encode(one_red_pixel()).decode()
-        attachments = {"a.png": {"image/png": pixel}}
-        name, text = self.downloaded("markdown", "print('```')", cells=[
-            markdown("![a](attachment:a.png)", id="m", attachments=attachments)])
+    def test_markdown_without_pictures_is_one_file_and_with_pictures_a_zip(self):
+        name, data = self.downloaded("markdown", "print('```')")
         self.assertEqual(name, self.name.replace(".ipynb", ".md"))
-        self.assertEqual(text, f"![a](data:image/png;base64,{pixel})\n\n"
-                               "````python\nprint('```')\n````\n\n````\n```\n````\n")
+        self.assertEqual(data.decode(), "````python\nprint('```')\n````\n\n````\n```\n````\n")
+        pixel = {"a.png": {"image/png": base64.b64encode(one_red_pixel()).decode()}}
+        name, data = self.downloaded("markdown", cells=[
+            markdown("![a](attachment:a.png)", id="m", attachments=pixel)])
+        self.assertEqual(name, self.name.replace(".ipynb", ".zip"))
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            self.assertEqual([archive.read(name) for name in archive.namelist()][1:],
+                             [one_red_pixel()])
+
+    def test_what_is_not_saved_yet_is_in_the_download(self):
+        tab = self.open("x = 1")
+        (self.root / self.name).chmod(0o444)
+        tab.write(0, "x = 2")
+        with tab.page.expect_download() as download:
+            tab.command("download-script")
+        self.assertEqual(Path(download.value.path()).read_text(), "# %%\nx = 2\n")
+        self.assertEqual(self.saved_sources(), ["x = 1"])
+
+    @needs("nbconvert")
+    def test_the_dialog_lists_all_formats_and_tells_what_one_of_them_lacks(self):
+        tab = self.open("x = 1")
+        tab.command("download-as")
+        dialog = tab.page.locator("dialog[open]")
+        dialog.wait_for()
+        labels = dialog.locator(".formats button").all_text_contents()
+        self.assertEqual(labels[:5], ["Notebook (.ipynb)", "Script", "Markdown (.md or .zip)",
+                                      "HTML", "HTML without code"])
+        self.assertIn("Slides (reveal.js)", labels[5:])
+        with tab.page.expect_download() as download:
+            tab.choose("Python, as nbconvert writes it")
+        self.assertIn("x = 1", Path(download.value.path()).read_text())
+        tab.page.evaluate("void downloadAs(view, 'nothing')")
+        self.assertShows(tab.page.locator(".notice.bad"), "There is no format nothing")
 
     def page(self, *sources, cells=()):
         """The downloaded page, opened from the disk; what asks for the network is a problem."""
-        _, text = self.downloaded("html", *sources, cells=cells)
+        return self.read(self.downloaded("html", *sources, cells=cells)[1])
+
+    def page_of(self, *cells):
+        """The same of cells that nobody has opened or run."""
+        return self.read(self.server.post("/nbconvert/html", {
+            "path": "a.ipynb", "content": {**notebook(), "cells": [
+                {"id": f"c{i}", **cell} for i, cell in enumerate(cells)]}}).body)
+
+    def read(self, data):
         path = self.folder() / "notebooks.html"
-        path.write_text(text, "utf-8")
+        path.write_bytes(data)
         page = self.context.new_page()
         page.goto(path.as_uri())
         return page
@@ -15883,12 +16195,109 @@ class PageDownloads(PageCase):
         self.assertEqual(blocked, "connect-src")
         self.problems.clear()
 
+    def html(self, text):
+        """A code cell with this HTML as its output."""
+        return code("show()", outputs=[{"output_type": "display_data", "metadata": {},
+                                        "data": {"text/html": text}}])
+
+    def test_code_is_hidden_and_shown_cell_by_cell_and_all_of_it(self):
+        said = [{"output_type": "stream", "name": "stdout", "text": "said"}]
+        page = self.page_of(code("a", metadata={"tags": ["remove-input"]}, outputs=said),
+                            code("b", outputs=said), code("c"))
+        shown = functools.partial(page.eval_on_selector_all, ".cell .input",
+                                  "all => all.map(input => input.checkVisibility())")
+        self.assertEqual(shown(), [False, True, True])
+        page.locator(".cell").nth(1).hover()
+        page.locator(".fold-code").first.click()
+        self.assertEqual(shown(), [False, False, True])
+        button = page.locator("#toggle-code")
+        for label, states in (("Hide code", [False] * 3), ("Show code", [False, True, True])):
+            self.assertShows(button, label)
+            button.click()
+            self.assertEqual(shown(), states)
+        self.assertEqual(Tab(page).texts(), ["said", "said", ""])
+
+    def test_a_picture_from_elsewhere_is_a_link_because_the_page_asks_nobody(self):
+        page = self.page_of(markdown("![far](https://example.org/a.png)"), self.html(
+            "<img src=//h/x.png><img src=http://example.org/b.png><p style=\"background: "
+            "url(https://example.org/c.png)\">p</p>"))
+        self.assertCount(page.locator(".output p"), 1)
+        links = page.locator(".rendered a, .output a").evaluate_all(
+            "all => all.map(link => [link.textContent, link.getAttribute('href')])")
+        self.assertEqual(links, [["far", "https://example.org/a.png"],
+                                 ["http://example.org/b.png", "http://example.org/b.png"]])
+
+    def test_on_paper_everything_is_there_and_within_its_edges(self):
+        lines = "\n".join(["wide " * 99, *map(str, range(99))])
+        tree = {"output_type": "display_data", "metadata": {},
+                "data": {"application/json": {"a": {"b": ["deep"]}}}}
+        page = self.page_of(
+            markdown("# Closed", metadata={"jp-MarkdownHeadingCollapsed": True}),
+            code(f"x = {'long ' * 99!r}", metadata={"tags": ["hide-output"]}, outputs=[
+                {"output_type": "stream", "name": "stdout", "text": lines}]),
+            self.html("<details><summary>s</summary>more</details><table><tr>"
+                      + "<td>column_x" * 30 + "</table>"), code("json", outputs=[tree]))
+        self.assertCount(page.locator(".output table"), 1)
+        page.set_viewport_size({"width": 700, "height": 900})
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        hidden, beyond, boxes = page.evaluate(ON_PAPER)
+        self.assertEqual((hidden, beyond, boxes), ([], [], []))
+        self.assertShows(page.locator("#main"), "deep")
+        self.assertGreater(len(page.pdf()), 10_000)
+
     def test_the_page_says_why_the_scripts_of_an_output_do_not_run(self):
         page = self.page("from IPython.display import HTML, Javascript\n"
                          "HTML('<script>document.title = 1</script>')",
                          "Javascript('element.append(1)')")
         for i in (0, 1):
             self.assertShows(page.locator(".outputs").nth(i), "runs no scripts but its own")
+
+
+class PageOpensPrograms(PageCase):
+    """A program as a notebook: it is read, run and saved as one."""
+
+    def open_program(self, text="# %% [markdown]\n# # Title\n\n\n#%% t\nx = 6 * 7\n"):
+        (self.root / "program.py").write_text(text)
+        return self.reopen("program.py")
+
+    def test_the_file_browser_opens_it_as_a_notebook(self):
+        self.open_program()
+        tab = self.visit("/tree")
+        row = tab.page.locator("tr[data-path='program.py']")
+        row.locator("input").check()
+        with tab.page.expect_popup() as popup:
+            tab.page.get_by_role("button", name="Open as a notebook").click()
+        self.assertShows(popup.value.locator(".rendered h1"), "Title")
+        self.assertShows(popup.value.locator(".notice.passing"), "keeps code and text")
+
+    def test_what_is_changed_is_written_and_the_rest_stays(self):
+        tab = self.open_program()
+        tab.run(1, "x = 6 * 7\n%time x")
+        self.assertShows(tab.outputs(1), "42")
+        tab.save()
+        self.assertEqual((self.root / "program.py").read_text(), "# %% [markdown]\n# # Title\n\n\n"
+                         "#%% t\nx = 6 * 7\n# %time x\n\n# %%\n")
+
+    def test_a_change_on_disk_is_a_conflict(self):
+        tab = self.open_program()
+        (self.root / "program.py").write_text("theirs = 1\n")
+        tab.write(1, "mine = 1")
+        tab.press("Control+s")
+        tab.choose("Take the file's")
+        tab.page.wait_for_function("() => view.cells.length === 1")
+        self.assertEqual(tab.sources(), ["theirs = 1"])
+        self.assertEqual((self.root / "program.py").read_text(), "theirs = 1\n")
+
+    def test_another_name_keeps_the_ending_or_makes_it_a_notebook_file(self):
+        for name, made in (("other", "other.py"), ("other.ipynb", "other.ipynb")):
+            tab = self.open_program()
+            tab.command("save-as")
+            tab.page.locator("dialog[open] input").fill(name)
+            tab.choose("Save")
+            tab.page.wait_for_url(f"**/notebooks/{made}")
+            text = (self.root / made).read_text()
+            self.assertEqual(text.startswith("{"), made.endswith(".ipynb"), text)
 
 
 class PageStaysFluid(PageCase):
@@ -18702,7 +19111,6 @@ class PageSurvives(DrawnPage):
             texts[kind] = Path(download.value.path()).read_text("utf-8")
         self.assertIn("```\nLoading ok\n```", texts["markdown"])
         self.assertIn("```\n99%\n```", texts["markdown"])
-        self.assertIn(r'"text":"\r50%"', texts["html"])
         path = self.folder() / "pieces.html"
         path.write_text(texts["html"], "utf-8")
         page = self.context.new_page()
