@@ -9508,6 +9508,8 @@ REQUESTS = [   # method, path, body, why our answer is another one; $K and $S: t
     ("DELETE", "/api/contents/../x", None, ""),
     ("DELETE", "/api/contents/dir", None, ""),
     ("GET", "/files/x.html", None, ""),
+    ("GET", "/nbconvert/python/odd.ipynb", None, ""),
+    ("POST", "/nbconvert/python", {"name": "n.ipynb", "content": notebook("1")}, ""),
     ("GET", "/view/x.html", None, ""),
     ("GET", "/view/dir", None, ""),
     ("GET", "/view/none", None, ""),
@@ -11286,6 +11288,27 @@ class JupyterLabServices(ServerCase):
           assert.deepStrictEqual(await contents.listCheckpoints(path), []);
           await contents.delete(path);
         """)
+
+    def test_a_notebook_is_exported_in_each_format_that_is_listed(self):
+        (self.root / "ü.ipynb").write_bytes(jupyter_bytes(notebook("x = 1")))
+        self.javascript("""
+          const manager = new services.NbConvertManager({serverSettings});
+          const formats = await manager.getExportFormats();
+          assert.strictEqual(formats.script.output_mimetype, 'text/plain');
+          const opened = [];
+          globalThis.window = {open: url => opened.push(url)};
+          for (const format of ['notebook', 'script', 'markdown', 'html'])
+            await manager.exportAs({format, path: 'ü.ipynb', exporterOptions: {download: true}});
+          delete globalThis.window;
+          for (const url of opened) {
+            const reply = await services.ServerConnection.makeRequest(url, {}, serverSettings);
+            assert.strictEqual(reply.status, 200);
+            assert.match(reply.headers.get('Content-Disposition'), /^attachment; .*%C3%BC\\./);
+            assert.match(await reply.text(), /x = 1/);
+          }
+          assert.strictEqual(opened.length, 4);
+        """)
+        (self.root / "ü.ipynb").unlink()
 
     def test_a_large_upload_comes_in_chunks(self):
         self.javascript("""
@@ -20455,6 +20478,34 @@ def bench_files(program, count):
         server.end()
 
 
+DOWNLOAD, DOWNLOAD_SIZE = "download: HTML of 100 cells", "download: that HTML, MB"
+
+
+def notebook_to_download():
+    return run_notebook(100, lines=20, picture=5000)
+
+
+@yields(DOWNLOAD, DOWNLOAD_SIZE)
+def bench_downloads(program, count):
+    """A server makes HTML of a notebook, once it has made some."""
+    server = Server(program=program)
+    try:
+        wait_until(lambda: answers(server), 60)
+        (server.root / "a.ipynb").write_bytes(notebook_to_download())
+        server.get("/nbconvert/html/a.ipynb")
+        for _ in range(3):
+            yield DOWNLOAD, milliseconds(lambda: server.get("/nbconvert/html/a.ipynb"))
+        yield DOWNLOAD_SIZE, len(server.get("/nbconvert/html/a.ipynb").body) / 1e6
+    finally:
+        server.end()
+
+
+@yields(DOWNLOAD_SIZE)
+def bench_page_and_outputs(count):
+    """What a downloaded page should not exceed: the page, and what is shown in it."""
+    yield DOWNLOAD_SIZE, (len(PAGE_SOURCE.encode()) + len(notebook_to_download())) / 1e6
+
+
 @yields("memory: idle server, MB", "memory: idle server and ten kernels, MB")
 def bench_memory(program, count):
     """What a server and its kernels, all idle, share with no other process."""
@@ -20495,6 +20546,8 @@ def jupyter_server(root, port, token):
     return [sys.executable, "-m", "jupyter_server", "--allow-root", "--ServerApp.ip=127.0.0.1",
             f"--ServerApp.port={port}", f"--IdentityProvider.token={token}",
             "--ServerApp.open_browser=False", f"--ServerApp.root_dir={root}",
+            # Where jupytext is installed, it makes other contents of Jupyter Server's.
+            "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}",
             # Without these it drops what it finds too much.
             "--ZMQChannelsWebsocketConnection.limit_rate=False",
             "--ServerApp.tornado_settings={'websocket_max_message_size': 1073741824}"]
@@ -20812,6 +20865,9 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_server", bench_server, jupyter_server),
     ("ours", None, bench_files, None),
     ("theirs", "jupyter_server", bench_files, jupyter_server),
+    ("limit", None, bench_page_and_outputs),
+    ("ours", None, bench_downloads, None),
+    ("theirs", "nbconvert", bench_downloads, jupyter_server),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
     ("ours", "playwright", bench_page, None),
