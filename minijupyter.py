@@ -6965,8 +6965,9 @@ OTHER_MAGICS = r"\s*SIGN%{1,3}[a-zA-Z]"
 NOT_WRITTEN = {"autoscroll", "collapsed", "scrolled", "trusted", "execution", "ExecuteTime",
                "cell_marker", "lines_to_next_cell"}   # metadata that say nothing of the program
 HEAD = re.compile(r"(?:#!.*\n)?(?:#.*coding[:=].*\n)?"
-                  r"(?:(\S+) ---\n(?:\1(?: .*)?\n)*?\1 ---\n)?")
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
+                  r"(?:(#|//|--|;;|%) ---\n(?:\1(?: .*)?\n)*?\1 ---\n)?")
+PROSE = re.compile(r"\[(markdown|md|raw)\]")
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 TRIPLE_QUOTED = re.compile(r"""\s*([rR]?)('''|\"\"\")\n?(.*?)\n?\2\s*""", re.S)
 OPTION = re.compile(r"\s*([A-Za-z0-9_.@/-]+)(=?)")
 
@@ -6989,6 +6990,7 @@ class Program:
         sign = re.escape(self.sign)
         self.marker = re.compile(rf"[ \t]*{sign}[ \t]*(?:%%(%*(?:[ \t].*)?)|<codecell>[ \t]*"
                                  r"|In\[[0-9 ]*\]:?[ \t]*)$")
+        self.unclosed = set()   # marks of fences that nothing closes in the cell that is read
         self.strings = re.compile(rf"{sign}.*|('''|\"\"\")(?:\\.|(?!\1)[\s\S])*\1"
                                   r"|'(?:\\.|[^'\\\n])*'" r'|"(?:\\.|[^"\\\n])*"')
         self.magic = re.compile(MAGICS.get(self.language, OTHER_MAGICS).replace(
@@ -7038,23 +7040,26 @@ class Program:
 
     def starts(self, lines):
         """Numbers of the lines that are markers."""
-        quoted, fence, is_prose = self.quoted(lines), None, False
+        quoted, is_prose, end = self.quoted(lines), False, 0
         for number, line in enumerate(lines):
-            line = line.rstrip("\n")
-            if is_prose and (mark := FENCE.match(self.bare(line))):
-                if fence is None and self.is_closed(mark, lines[number + 1:]):
-                    fence = mark[1]
-                elif fence and mark[1].startswith(fence) and not mark[2].strip():
-                    fence = None
-            if number not in quoted and not fence and (marker := self.marker.fullmatch(line)):
-                is_prose = bool(re.search(r"\[(?:markdown|md|raw)\]", marker[1] or ""))
+            marker = self.marker.fullmatch(line.rstrip("\n")) if number not in quoted else None
+            if is_prose and number >= end and (fence := FENCE.match(self.bare(line))):
+                end = self.end_of_fence(fence[1], lines, number)
+            if marker and number >= end:
+                is_prose, self.unclosed = bool(PROSE.search(marker[1] or "")), set()
                 yield number
 
-    def is_closed(self, fence, lines):
-        """Whether a fence ends before the comments do that it stands in."""
-        prose = itertools.takewhile(lambda line: line.startswith(self.sign), lines)
-        return any(re.fullmatch(rf" {{0,3}}{fence[1]}{fence[1][0]}*\s*", self.bare(line))
-                   for line in prose)
+    def end_of_fence(self, fence, lines, start):
+        """Number of the line behind a fenced block; that of its first line when it has no end
+        before the comments end. `unclosed` remembers that, so that no text is read again and
+        again."""
+        for number in range(start + 1, len(lines)) if fence not in self.unclosed else ():
+            if not lines[number].startswith(self.sign):
+                break
+            if re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*\s*", self.bare(lines[number])):
+                return number + 1
+        self.unclosed.add(fence)
+        return start
 
     def quoted(self, lines):
         """Numbers of the lines that begin within a string of several lines."""
@@ -7081,7 +7086,7 @@ class Program:
     def cell(self, options, lines):
         """A cell by what stands behind its marker, and the lines below."""
         title, metadata = read_options(options)
-        if kind := re.search(r"\[(markdown|md|raw)\]", title):
+        if kind := PROSE.search(title):
             title = title.replace(kind[0], "")
         depth = len(title) - len(title.lstrip("%"))
         title = title.lstrip("%").strip()
@@ -7295,7 +7300,7 @@ class TextNotebookContents(CONTENTS[-1]):
 
 
 CONTENTS.append(TextNotebookContents)
-TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, functools.cache(Program)))
+TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, Program))
 
 
 # ---- 50. Download as: what else a notebook can become -------------------------------------------
@@ -7316,8 +7321,8 @@ PICTURES = {   # MIME type of an output -> extension of its file; the first one 
     "image/png": ".png", "image/jpeg": ".jpg", "image/gif": ".gif", "image/webp": ".webp",
     "image/svg+xml": ".svg"}
 NAMED_FILES = re.compile(   # in Markdown and HTML: ![](x), [x]: x, src=x, poster=x, url(x)
-    r"""!\[[^\]]*\]\(\s*<?([^\s)>]+) | ^\s*\[[^\]]+\]:\s*<?([^\s>]+)
-      | \b(?:src|poster)\s*=\s*["']?([^\s"'>]+) | url\(\s*["']?([^"')]+)""", re.X | re.M | re.I)
+    r"""!\[[^\]]{0,999}\]\([ ]*<?([^\s)>]+) | ^[ ]{0,3}\[[^\]]{1,999}\]:[ ]*<?([^\s>]+)
+      | \b(?:src|poster)\s?=\s?["']?([^\s"'>]+) | url\(\s?["']?([^"')]+)""", re.X | re.M | re.I)
 # What a page to read has no use for: sections of index.html, each with all sections that need it.
 NOT_FOR_READING = (
     "Typing", "Completion and tooltip", "Undo of cell operations", "Copy, split, merge, move",
@@ -7638,7 +7643,8 @@ class Nbconvert:
         """What a function of this module prints, called in a process of its own. Problem 504 when
         it takes too long, 500 when it fails."""
         process = subprocess.Popen(
-            [sys.executable, "-c", f"import minijupyter; minijupyter.{function}()"], cwd=HERE,
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r}); "
+                                   f"import minijupyter; minijupyter.{function}()"], cwd=HERE,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True)
         try:
