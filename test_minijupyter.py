@@ -7026,6 +7026,22 @@ class DownloadByNbconvert(ServerCase):
         nb.cells.append(nbformat.from_dict(markdown("text", id="m")))
         self.assertEqual(reply.body.decode(), PythonExporter().from_notebook_node(nb)[0])
 
+    def test_its_own_filter_of_tags_takes_away_the_same(self):
+        import nbformat
+        from nbconvert.preprocessors import TagRemovePreprocessor
+        said = [{"output_type": "stream", "name": "stdout", "text": "said"}]
+        cells = [code(f"x{i}", metadata={"tags": tags}, outputs=said) for i, tags in enumerate((
+            [], ["remove-cell"], ["remove-input"], ["remove-output"], ["remove-cell", "other"]))]
+        theirs, _ = TagRemovePreprocessor(
+            remove_cell_tags={"remove-cell"}, remove_input_tags={"remove-input"},
+            remove_all_outputs_tags={"remove-output"}).preprocess(
+                nbformat.from_dict({**notebook(), "cells": cells}), {})
+        ours = [*filter(None, map(minijupyter.shown, cells))]
+        self.assertEqual(
+            [(bool(cell["source"]), len(cell["outputs"])) for cell in ours],
+            [(not cell.metadata.get("transient", {}).get("remove_source"), len(cell.outputs))
+             for cell in theirs.cells])
+
     def test_what_is_missing_is_named_with_how_to_get_it(self):
         reply = self.export("rst", markdown("text"), status=(200, 500))
         self.assertEqual(reply.status, 200 if shutil.which("pandoc") else 500)
