@@ -6716,6 +6716,14 @@ class ProgramsAsNotebooks(ServerCase):
         content["cells"].append({**notebook("2")["cells"][0], "id": "b"})
         self.assertEqual(self.save(content), "import sys\n\n# %%\n2\n")
 
+    def test_what_a_cell_without_a_marker_cannot_say_gives_it_one(self):
+        for change, text in (({"source": "%pwd"}, "# %%\n# %pwd\n"),
+                             ({"metadata": {"tags": ["a"]}}, '# %% tags=["a"]\nx\n'),
+                             ({"cell_type": "raw"}, "# %% [raw]\n# x\n")):
+            content = self.open("x\n")["content"]
+            content["cells"][0].update(change)
+            self.assertEqual(self.save(content), text)
+
     def test_the_head_names_the_kernel_and_changes_with_it_alone(self):
         header = "# ---\n# title: kept\n# jupyter:\n#   kernelspec:\n#     name: other\n# ---\n\n"
         content = self.open(header + "# %%\nx\n")["content"]
@@ -7066,7 +7074,7 @@ class DownloadByNbconvert(ServerCase):
         (folder / "nbconvert" / "__init__.py").write_text("")
         (folder / "nbconvert" / "exporters.py").write_text(
             "import os, pathlib, subprocess, sys\n"
-            "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'])\n"
             f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(child.pid))\nchild.wait()\n")
         with (unittest.mock.patch.dict(os.environ, PYTHONPATH=str(folder)),
               self.assertRaises(minijupyter.Problem) as caught):
@@ -16150,9 +16158,11 @@ class PageDownloads(PageCase):
         tab = self.open("x = 1")
         (self.root / self.name).chmod(0o444)
         tab.write(0, "x = 2")
+        tab.command("insert-below")
+        tab.write(1, "new")
         with tab.page.expect_download() as download:
             tab.command("download-script")
-        self.assertEqual(Path(download.value.path()).read_text(), "# %%\nx = 2\n")
+        self.assertEqual(Path(download.value.path()).read_text(), "# %%\nx = 2\n\n# %%\nnew\n")
         self.assertEqual(self.saved_sources(), ["x = 1"])
 
     @needs("nbconvert")
