@@ -1568,6 +1568,52 @@ class KernelStdin(KernelCase):
         self.assertWorks()
         self.assertEqual(self.ask_user("input()", "fresh").result, "'fresh'")
 
+    def other(self):
+        frontend = self.kernel.connect()
+        self.addCleanup(frontend.wire.close)
+        return frontend
+
+    def question(self, frontend):
+        """The first input_request that is about no request of this frontend's."""
+        def found():
+            return next((m for m in frontend.unasked if word(m) == "input_request"), None)
+        frontend.until(found)
+        return found()
+
+    def test_a_question_whose_client_has_gone_is_put_to_all_who_are_there(self):
+        gone, two = self.other(), self.other()
+        cell = gone.start("answer = input('Who? ')")
+        gone.until(lambda: cell.questions)
+        gone.wire.close()
+        for frontend in (self.frontend, two):
+            asked = self.question(frontend)
+            self.assertEqual(asked["content"]["prompt"], "Who? ")
+            self.assertEqual(asked["parent_header"]["msg_id"], cell.request["header"]["msg_id"])
+        two.type("me", asked["header"])
+        self.assertEqual(self.run_cell("answer").result, "'me'")
+
+    def test_it_is_put_to_whoever_comes_later_and_also_when_it_is_asked_later(self):
+        gone = self.other()
+        cell = gone.start("print('here')\nimport os, time\n"
+                          "while not os.path.exists('go'): time.sleep(0.01)\ninput('Who? ')")
+        gone.until(lambda: cell.text())
+        gone.wire.close()
+        Path(self.kernel.folder.name, "go").touch()
+        late = self.other()
+        late.type("late", self.question(late)["header"])
+        self.assertWorks()
+
+    def test_nobody_else_is_asked_while_its_client_is_there(self):
+        two = self.other()
+        cell = two.start("input('Who? ')")
+        two.until(lambda: cell.questions)
+        self.frontend.unasked.clear()
+        self.other().wire.close()   # somebody else goes
+        self.frontend.request("kernel_info_request")
+        self.assertNotIn("input_request", map(word, self.frontend.unasked))
+        two.type("two")
+        self.assertEqual(two.finish(cell).result, "'two'")
+
 
 class KernelInterrupt(KernelCase):
     SITUATIONS = {
