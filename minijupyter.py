@@ -5266,6 +5266,9 @@ class Journal:
         self.outline_size = 0   # bytes of those whose record is forgotten
         # msg_id of an open input_request -> (its request's msg_id, is it secret)
         self.questions = {}
+        # msg_id -> input_request of a client of the kernel's that is none of ours and has gone: the
+        # kernel asks it of all, once, and pages come and go
+        self.strays = {}
         self.number = self.size = 0
         kernel.journal = self
         kernel.on_request.append(self.note)
@@ -5329,8 +5332,14 @@ class Journal:
             request_id = self.begin(entry)
         elif entry.msg_type == "input_request":
             self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
+            if request_id not in self.outlines:
+                self.strays[entry.header["msg_id"]] = entry
         elif entry.msg_type == "input_reply":
             request_id, *_ = self.questions.pop(entry.parent_id, (None,))
+            self.strays.pop(entry.parent_id, None)
+        elif entry.is_idle and self.strays:
+            self.strays = {id: question for id, question in self.strays.items()
+                           if question.parent_id != request_id}
         was_forgotten = request_id not in self.records
         record = self.record_for(request_id, entry)
         outline = record.entries[:] if record and was_forgotten else []
@@ -5407,12 +5416,13 @@ class Journal:
     def replay(self):
         """All entries, in the order in which they came."""
         entries = [entry for record in self.records.values() for entry in record.entries]
-        return sorted(entries, key=lambda entry: entry.number)
+        return sorted([*entries, *self.strays.values()], key=lambda entry: entry.number)
 
     def endings(self):
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
         are due. After a crash, the reply of the cell that ran has the reason."""
         self.questions.clear()
+        self.strays.clear()
         why = {"reason": self.kernel.reason} if self.kernel.intent is None else {}
         endings = []
         for record in self.records.values():

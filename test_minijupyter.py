@@ -330,8 +330,7 @@ class ZeroMQWire:
             channel_socket.subscribe(b"")
         else:
             channel_socket.identity = self.session.session.encode()
-        channel_socket.connect("tcp://{}:{}".format(
-            self.connection["ip"], self.connection[channel + "_port"]))
+        channel_socket.connect(minijupyter.endpoint(self.connection, channel))
         self.poller.register(channel_socket, zmq.POLLIN)
 
     def send(self, channel, message):
@@ -871,6 +870,18 @@ class ServerCase(Case):
         self.addCleanup(frontend.wire.close)
         cell = frontend.finish(frontend.start("import os; os.getpid()"))
         return kernel_id, frontend, int(cell.result)
+
+    def connection(self, kernel_id, server=None):
+        """The fields of a kernel's connection file."""
+        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
+        return json.loads(file.read_text())
+
+    def attach(self, kernel_id):
+        """A Frontend on the kernel's own sockets, as a console is, past the server."""
+        frontend = Frontend(ZeroMQWire(self.connection(kernel_id)))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        return frontend
 
 
 # ---- 2. The wire ------------------------------------------------------------
@@ -8652,11 +8663,6 @@ class ServerPortable(ServerCase):
 class LocalSockets(ServerCase):
     """Between server and kernel there are files that only their owner can open, where it can be."""
 
-    def connection(self, kernel_id, server=None):
-        """The fields of a kernel's connection file."""
-        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
-        return json.loads(file.read_text())
-
     def socket_files(self, server=None):
         return [*Path((server or self.server).folder.name).rglob("sockets/*")]
 
@@ -9931,6 +9937,25 @@ class Journal(ServerCase):
         page = Page(WebSocketWire(self.server, self.kernel_id, session, journal=1))
         self.addCleanup(page.wire.close)
         return page
+
+    def test_the_question_of_a_console_that_has_gone_is_asked_in_pages_that_come(self):
+        console = self.attach(self.kernel_id)
+        cell = console.start("answer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        for _ in range(2):   # the first page leaves without an answer
+            page = self.follow()
+            page.until(lambda page=page: "input_request" in page.log)
+            asked = next(m for m in page.unasked if word(m) == "input_request")
+            self.assertEqual(asked["content"]["prompt"], "Who? ")
+            page.wire.close()
+        page = self.follow()
+        page.until(lambda: "input_request" in page.log)
+        page.type("me", asked["header"])
+        self.assertEqual(page.finish(page.start("answer", "a")).result, "'me'")
+        last = self.follow()
+        last.finish(last.start("1", "b"))
+        self.assertNotIn("input_request", last.log)
 
     def test_what_was_printed_while_nobody_listened_is_there_for_a_new_page(self):
         page = self.follow()
