@@ -3311,7 +3311,9 @@ def serve(server):
 #    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
 #    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    48 Other servers                            COMMANDS, AT_START
-#    49 A quick start                            run_as_module
+#    49 Other clients of a kernel                ROUTES
+#    50 Pages of other sites                     OPTIONS, AT_START, HANDLERS, SERVERS     needs 46
+#    51 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6927,7 +6929,89 @@ COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
 
 
-# ---- 49. A quick start -------------------------------------------------------------------------
+# ---- 49. Other clients of a kernel -------------------------------------------------------------
+#
+# A kernel has as many clients as want to talk to it: a console in a terminal sees what the page
+# runs, and the other way round. All that a client needs stands in the connection file.
+
+def command_line(words):
+    """Words as the shell of this system takes them."""
+    import shlex
+    return shlex.join(words) if POSIX else subprocess.list2cmdline(words)
+
+
+def other_clients(handler, id):
+    """What to type in a terminal of this machine to talk to a kernel, for each client: {connection
+    file, commands: [{client, command, install}]}."""
+    file = handler.server.kernels.get(id).connection_file
+    ours = [sys.executable, os.path.join(HERE, "minijupyter.py"), "console"]
+    clients = [("MiniJupyter's console", ours, None),
+               ("Jupyter console", ["jupyter", "console"], "pip install jupyter-console"),
+               ("Qt console", ["jupyter", "qtconsole"], "pip install qtconsole PySide6")]
+    return {"connection_file": file, "commands": [
+        {"client": client, "command": command_line([*words, "--existing", file]),
+         "install": install} for client, words, install in clients]}
+
+
+ROUTES.append(("GET", rf"/api/kernels/{ID}/clients", other_clients))
+
+
+# ---- 50. Pages of other sites ------------------------------------------------------------------
+#
+# A course's web page may run its examples on this server (thebe), or a JupyterLite use its kernels:
+# pages of another *origin* (scheme, host and port). A browser lets such a page send requests, but
+# shows it an answer only if the answer names its origin (CORS, Fetch 3.2). So --allow-origin names
+# those that are let in, each exactly; the page must know the token all the same, because our cookie
+# does not count there. A browser asks first, with OPTIONS (a preflight), and also whether a page of
+# the internet may reach this private network at all.
+
+def exact_origin(text):
+    """The value of --allow-origin: scheme, host and port, in the spelling of browsers."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc \
+            or parts.path not in ("", "/") or parts.query or parts.fragment or "*" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin: write it as https://example.org or http://localhost:3000, one "
+            "--allow-origin for each; there are no patterns, because whoever is let in can run "
+            "code")
+    usual = {"http": ":80", "https": ":443"}[parts.scheme]
+    return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
+
+
+class SharingServer(SERVERS[-1]):
+    """Knows whose pages may read its answers."""
+
+    origins = frozenset()
+
+
+class SharingHandler(HANDLERS[-1]):
+    """Tells the browser so."""
+
+    def send(self, status, data, content_type, headers=()):
+        origin = self.headers.get("Origin")
+        if origin in self.server.origins:
+            headers = {**dict(headers), "Access-Control-Allow-Origin": origin, "Vary": "Origin",
+                       "Access-Control-Expose-Headers": "Location, Last-Modified"}
+            if self.command == "OPTIONS":
+                headers.update({"Access-Control-Max-Age": "600",   # seconds
+                                "Access-Control-Allow-Private-Network": "true"})
+        super().send(status, data, content_type, headers)
+
+
+def let_origins_in(server, arguments):
+    server.origins = frozenset(arguments.allow_origin)
+
+
+SERVERS.append(SharingServer)
+HANDLERS.append(SharingHandler)
+OPTIONS.append((["--allow-origin"], {
+    "metavar": "ORIGIN", "action": "append", "default": [], "type": exact_origin,
+    "help": "lets pages of this origin, such as https://example.org, use the server with its token "
+            "(thebe, JupyterLite); may be given several times"}))
+AT_START.append(let_origins_in)
+
+
+# ---- 51. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger. On the

@@ -108,7 +108,7 @@ import unittest.mock
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, quote_plus, urlencode
 
@@ -18750,6 +18750,106 @@ def server_alone(folder, source, page=PAGE_SOURCE):
     return lambda root, port, token: [
         sys.executable, Path(folder) / "minijupyter.py", root, "--port", str(port),
         "--token", token, "--no-browser"]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder, and says nothing of it."""
+
+    def log_message(self, *words):
+        pass
+
+
+ASK = """async ([address, token]) => {
+    const headers = {Authorization: `token ${token}`, 'X-XSRFToken': 'x'};
+    const tries = {
+        async list() { return (await fetch(address + 'api/contents', {headers})).status; },
+        async wrong() { return (await (await fetch(address + 'api/contents/none', {headers}))
+            .json()).message; },
+        async make() { return (await fetch(address + 'api/kernels', {headers, method: 'POST',
+            body: '{}'})).headers.get('Location'); },
+        async cookie() { return (await fetch(address + 'api/contents', {credentials: 'include'}))
+            .status; },
+    };
+    const answers = {};
+    for (const [name, ask] of Object.entries(tries))
+        answers[name] = await ask().catch(error => error.message);
+    return answers;
+}"""
+
+
+@needs("playwright")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class OtherSites(ServerCase):
+    """Web pages of other origins use the server when --allow-origin names theirs."""
+
+    @classmethod
+    def setUpClass(cls):
+        site = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=NODE))
+        thread = threading.Thread(target=site.serve_forever, args=[0.01])
+        thread.start()
+        for end in (thread.join, site.server_close, site.shutdown):
+            cls.addClassCleanup(end)
+        cls.allowed, cls.stranger = (
+            f"http://{host}:{site.server_port}" for host in ("localhost", "127.0.0.1"))
+        cls.options = {"options": ["--port", free_ports(1)[0], "--allow-origin", cls.allowed,
+                                   "--allow-origin", "https://Example.org:443/"]}
+        super().setUpClass()
+        cls.address = f"http://127.0.0.1:{cls.server.port}/"
+
+    def visit(self, address):
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        page = context.new_page()
+        page.goto(address)
+        return page
+
+    def test_a_named_origin_reads_answers_and_errors_with_the_token_and_not_by_the_cookie(self):
+        page = self.visit(f"{self.address}tree?token={self.server.token}")   # the cookie is there
+        page.goto(f"{self.allowed}/")
+        found = page.evaluate(ASK, [self.address, self.server.token])
+        self.assertEqual((found["list"], found["cookie"]), (200, "Failed to fetch"))
+        self.assertIn("none", found["wrong"])
+        self.assertIn("/api/kernels/", found["make"])
+        self.server.delete(found["make"])
+
+    def test_any_other_origin_reads_nothing(self):
+        page = self.visit(f"{self.stranger}/")
+        found = page.evaluate(ASK, [self.address, self.server.token])
+        self.assertEqual({*found.values()}, {"Failed to fetch"}, found)
+
+    def test_an_answer_names_the_origin_that_asks_if_it_is_one_of_those(self):
+        for origin, is_named in ((self.allowed, True), ("https://example.org", True),
+                                 (self.stranger, False), ("null", False), ("*", False),
+                                 (f"{self.allowed}.evil.example", False), (None, False)):
+            with self.subTest(origin):
+                headers = self.server.get("/api", Origin=origin).headers
+                named = headers.get("Access-Control-Allow-Origin")
+                self.assertEqual(named, origin if is_named else None)
+                self.assertIsNone(headers.get("Access-Control-Allow-Credentials"))
+                self.assertEqual(headers.get("Vary"), "Origin" if is_named else None)
+
+    def test_what_is_no_origin_is_refused_with_a_sentence(self):
+        for text in ("*", "https://*.example.org", "example.org", "https://example.org/path",
+                     "null", "ftp://example.org", "https://user@example.org"):
+            with self.subTest(text):
+                done = subprocess.run([sys.executable, HERE / "minijupyter.py", "--allow-origin",
+                                       text], capture_output=True, text=True, timeout=SECONDS)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn("is no origin: write it as https://example.org", done.stderr)
+
+    @needs_programs(NODE / "thebe")
+    def test_thebe_runs_the_code_of_a_web_page(self):
+        page = self.visit(f"{self.allowed}/")
+        page.set_content('<pre data-executable="true">print("from a page:", 6 * 7)</pre>')
+        page.add_script_tag(url=f"{self.allowed}/thebe/lib/index.js")
+        page.evaluate("options => void thebe.bootstrap(options)", {
+            "useBinder": False, "requestKernel": True,
+            "kernelOptions": {"kernelName": "python3"}, "serverSettings": {
+                "baseUrl": self.address, "wsUrl": self.address.replace("http", "ws"),
+                "token": self.server.token, "appendToken": True}})
+        page.wait_for_function("window.thebe?.session")
+        page.locator(".thebe-run-button").first.click()
+        page.get_by_text("from a page: 42").wait_for()
 
 
 class CoreOfTheServer(ServerCase):
