@@ -728,12 +728,12 @@ class WebSocketClient:
 class WebSocketWire:
     """Carries messages to a kernel through the server: JSON texts that name their channel."""
 
-    def __init__(self, server, kernel_id, session_id=None, journal=0):
+    def __init__(self, server, kernel_id, session_id=None, journal=0, headers=None):
         self.session_id = session_id or secrets.token_hex(8)
         path = (f"/api/kernels/{kernel_id}/channels?session_id={self.session_id}"
                 f"&journal={journal}")
         self.client = WebSocketClient(
-            server.port, path, {"Authorization": f"token {server.token}"})
+            server.port, path, headers or {"Authorization": f"token {server.token}"})
         if self.client.status != 101:
             raise ConnectionError(self.client.status)
 
@@ -11415,6 +11415,62 @@ print(text, nb.cells[1].outputs[0].data["text/plain"])
         self.assertTrue(process.output.endswith("☃\n 42\n"), process.output)
 
 
+class VsCode(ServerCase):
+    """What VS Code's Jupyter extension asks when a person chooses "Existing Jupyter Server" and
+    types a password, in its order."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"options": ["--port", free_ports(1)[0], "--password",
+                                   minijupyter.hash_password("correct horse")]}
+        super().setUpClass()
+
+    def log_in(self):
+        """The headers of all its further requests."""
+        self.assertNotEqual(self.server.get("/hub/api", Authorization=None).status, 200)
+        self.assertEqual(self.server.get("/tree?", Authorization=None).status, 302)
+        page = self.assertReply(self.server.get("/login?", Authorization=None), 200)
+        xsrf = re.match("_xsrf=([^;]+)", page.headers["Set-Cookie"])[1]
+        reply = self.server.request("POST", "/login?", urlencode(
+            {"_xsrf": xsrf, "password": "correct horse"}), {
+                "Authorization": None, "Cookie": f"_xsrf={xsrf}",
+                "Content-Type": "application/x-www-form-urlencoded;charset=UTF-8"})
+        self.assertEqual(reply.status, 302)
+        # It sends back the whole of the first cookie, with all that the server said about it.
+        cookie = f"_xsrf={xsrf}; {reply.headers.get_all('Set-Cookie')[0]}"
+        return {"Authorization": None, "Cookie": cookie, "X-XSRFToken": xsrf}
+
+    def test_a_password_lets_it_in_and_it_runs_cells_in_a_session(self):
+        headers = self.log_in()
+
+        def ask(method, path, body=None, status=200):
+            return self.assertReply(self.server.request(method, path, body, headers), status)
+
+        self.assertEqual(ask("GET", "/api/kernels?1795917734966").json, [])
+        specs = ask("GET", "/api/kernelspecs?1795917734967").json
+        self.assertIn(specs["default"], specs["kernelspecs"])
+        self.assertEqual(ask("GET", "/api/sessions?1795917734968").json, [])
+        self.assertEqual(ask("GET", "/api/contents?content=0").json["type"], "directory")
+        path = "book-jvsc-4c962022-cdec-4156-bd16-2c1e46761ade.ipynb"   # there is no such file
+        session = ask("POST", "/api/sessions", {"path": path, "type": "notebook", "name": path,
+                                                "kernel": {"name": "python3"}}, 201).json
+        kernel_path = f"/api/kernels/{session['kernel']['id']}"
+        wire = WebSocketWire(self.server, session["kernel"]["id"], headers={
+            name: value for name, value in headers.items() if value})
+        self.addCleanup(wire.close)
+        frontend = Frontend(wire)
+        frontend.greet()
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        ask("POST", f"{kernel_path}/interrupt", status=204)
+        self.assertFails(frontend.finish(cell), "KeyboardInterrupt")
+        ask("POST", f"{kernel_path}/restart")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).count, 1)
+        ask("DELETE", f"/api/sessions/{session['id']}", status=204)
+        self.assertEqual(ask("GET", "/api/kernels").json, [])
+
+
 # -- what nobody thinks of, and what others did not think of --
 
 def fuzzed(*strategies, examples=200):
@@ -18750,6 +18806,77 @@ def server_alone(folder, source, page=PAGE_SOURCE):
     return lambda root, port, token: [
         sys.executable, Path(folder) / "minijupyter.py", root, "--port", str(port),
         "--token", token, "--no-browser"]
+
+
+@needs("playwright", "jupyterlab", "notebook")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class JupyterInFront(ServerCase):
+    """The pages of JupyterLab and Jupyter Notebook, with ours as the gateway to their kernels."""
+
+    def open(self, module, page_path):
+        """(page on a notebook, its code cells) of a server of Jupyter's with ours behind it."""
+        def program(root, port, token):
+            return [sys.executable, "-m", module, f"--port={port}", "--no-browser", "--allow-root",
+                    f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+                    f"--gateway-url=http://127.0.0.1:{self.server.port}",
+                    f"--GatewayClient.auth_token={self.server.token}",
+                    "--LabApp.news_url=None"]   # it asks nothing of the internet
+        front = self.own_server(program=program)
+        (front.root / "a.ipynb").write_bytes(jupyter_bytes(notebook(
+            "print('out')\n6 * 7", "print('ready')\nwhile True: pass", "input('Who? ')", "impor",
+            kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"})))
+        wait_until(lambda: answers(front))
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        context.set_default_timeout(SECONDS * 1000)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{front.port}/{page_path}?token={front.token}")
+        page.locator(".jp-Toolbar-kernelName", has_text="Python 3").first.wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+        return page, page.locator(".jp-Notebook .jp-CodeCell")
+
+    def walk(self, page, cells):
+        def run(i):
+            cells.nth(i).locator(".cm-content").click()
+            page.keyboard.press("Control+Enter")
+
+        def shows(i, text):
+            cells.nth(i).locator(".jp-OutputArea-output", has_text=text).first.wait_for()
+
+        run(0)
+        shows(0, "42")
+        run(1)
+        shows(1, "ready")
+        for key in ("Escape", "i", "i"):
+            page.keyboard.press(key)
+        shows(1, "KeyboardInterrupt")
+        run(2)
+        page.locator(".jp-Stdin-input").fill("Ada")
+        page.keyboard.press("Enter")
+        shows(2, "'Ada'")
+        cells.nth(3).locator(".cm-content").click()
+        for key in ("End", "Tab"):
+            page.keyboard.press(key)
+        page.locator(".cm-content", has_text="import").or_(page.locator(".jp-Completer")) \
+            .first.wait_for()
+        for key in ("Escape", "Escape", "0", "0"):
+            page.keyboard.press(key)
+        page.locator(".jp-Dialog .jp-mod-accept").click()
+        page.locator(".jp-Dialog").wait_for(state="detached")
+        run(0)
+        cells.nth(0).locator(".jp-InputPrompt", has_text="[1]").wait_for()
+        self.assertEqual(page.locator(".jp-Dialog").count(), 0)   # nobody says that it died
+        (model,) = self.server.get("/api/kernels").json
+        self.assertEqual((model["name"], model["connections"]), ("python3", 1))
+        page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").click()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Shut Down Kernel$")).click()
+        wait_until(lambda: self.server.get("/api/kernels").json == [])
+
+    def test_jupyterlab_runs_completes_interrupts_restarts_and_shuts_down_a_kernel_of_ours(self):
+        self.walk(*self.open("jupyterlab", "lab/tree/a.ipynb"))
+
+    def test_jupyter_notebook_does_so_too(self):
+        self.walk(*self.open("notebook", "notebooks/a.ipynb"))
 
 
 class Quiet(SimpleHTTPRequestHandler):
