@@ -6941,14 +6941,14 @@ def command_line(words):
 
 
 def other_clients(handler, id):
-    """What to type in a terminal of this machine to talk to a kernel, for each client: {connection
-    file, commands: [{client, command, install}]}."""
+    """What to type in a terminal of this machine to talk to a kernel, for each client:
+    {connection_file, where, commands: [{client, command, install}]}."""
     file = handler.server.kernels.get(id).connection_file
     ours = [sys.executable, os.path.join(HERE, "minijupyter.py"), "console"]
     clients = [("MiniJupyter's console", ours, None),
                ("Jupyter console", ["jupyter", "console"], "pip install jupyter-console"),
                ("Qt console", ["jupyter", "qtconsole"], "pip install qtconsole PySide6")]
-    return {"connection_file": file, "commands": [
+    return {"connection_file": file, "where": f"on {socket.gethostname()}", "commands": [
         {"client": client, "command": command_line([*words, "--existing", file]),
          "install": install} for client, words, install in clients]}
 

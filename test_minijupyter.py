@@ -15589,6 +15589,20 @@ class PageForEveryone(PageCase):
         rows.nth(1).click()
         tab.page.locator("#hood-detail dl").wait_for()
         yield "under the hood", tab
+        tab.command("hood")
+        console = self.attach(self.server.get("/api/sessions").json[-1]["kernel"]["id"])
+        cell = console.start("print('from a console')\ninput('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        tab.page.get_by_label("Who?").wait_for()
+        yield "another client's cell asks", tab
+        tab.page.get_by_label("Who?").fill("me")
+        tab.press("Enter")
+        tab.page.get_by_role("button", name="Keep as a cell").wait_for()
+        yield "another client's cell has ended", tab
+        tab.command("connect-client")
+        tab.page.locator("dialog[open] code").first.wait_for()
+        yield "how to connect another client", tab
 
     def test_axe_finds_nothing_in_any_state(self):
         for name, tab in self.states():
@@ -18806,6 +18820,110 @@ def server_alone(folder, source, page=PAGE_SOURCE):
     return lambda root, port, token: [
         sys.executable, Path(folder) / "minijupyter.py", root, "--port", str(port),
         "--token", token, "--no-browser"]
+
+
+class PageAmongOthers(PageCase):
+    """The page, while other clients use its kernel."""
+
+    def console(self):
+        """A client on the sockets of the only kernel."""
+        (model,) = self.server.get("/api/kernels").json
+        return self.attach(model["id"])
+
+    def run_there(self, code):
+        console = self.console()
+        return console.finish(console.start(code))
+
+    def test_what_a_console_runs_stands_in_a_strip_and_not_in_the_file(self):
+        tab = self.open("x = 1")
+        self.run_there("print('from the console')\n6 * 7")
+        self.run_there("1 / 0")
+        runs = tab.page.locator("#strip-runs article")
+        self.assertCount(runs, 2)
+        for part in ("In [1]", "6 * 7", "from the console", "42"):
+            self.assertShows(runs.first, part)
+        self.assertShows(runs.last, "ZeroDivisionError")
+        self.assertEqual(tab.page.locator("body").get_attribute("data-saved"), "true")
+        tab.press("Control+s")
+        self.assertEqual(self.saved_sources(), ["x = 1"])
+
+    def test_a_run_of_the_strip_is_kept_as_a_cell(self):
+        tab = self.open("x = 1")
+        self.run_there("print('kept')\n6 * 7")
+        tab.page.get_by_role("button", name="Keep as a cell").click()
+        self.assertEqual(tab.sources(), ["x = 1", "print('kept')\n6 * 7"])
+        self.assertEqual(tab.texts()[1], "kept42")
+        self.assertFalse(tab.page.locator("#strip").is_visible())
+        tab.save()
+        self.assertEqual(self.saved()["cells"][1]["execution_count"], 1)
+        tab.press("z")
+        self.assertEqual(tab.sources(), ["x = 1"])
+
+    def test_a_strip_that_was_closed_stays_closed_until_it_is_wanted(self):
+        tab = self.open("x = 1")
+        self.run_there("1")
+        tab.page.get_by_role("button", name="Close what other clients run").click()
+        self.run_there("2")
+        self.assertCount(tab.page.locator("#strip-runs article"), 2)
+        self.assertFalse(tab.page.locator("#strip").is_visible())
+        tab.command("toggle-strip")
+        self.assertTrue(tab.page.locator("#strip").is_visible())
+
+    def test_what_pages_of_the_same_notebook_run_is_no_strangers(self):
+        tab = self.open("print('mine')", "x = 1")
+        other = self.reopen(self.name)
+        tab.run(0)
+        self.assertShows(other.outputs(0), "mine")
+        other.page.reload()
+        other.wait_for(kernel="idle")
+        for each in (tab, other):
+            self.assertCount(each.page.locator("#strip-runs article"), 0)
+
+    def test_the_question_of_a_console_that_has_gone_is_answered_in_the_page(self):
+        tab = self.open("answer")
+        console = self.console()
+        cell = console.start("print('before')\nanswer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        self.assertShows(tab.page.locator("#strip-runs"), "before")
+        self.assertCount(tab.page.locator("#strip-runs input"), 0)   # it is the console's to answer
+        console.wire.close()
+        field = tab.page.get_by_label("Who?")
+        field.fill("me")
+        field.press("Enter")
+        self.assertShows(tab.page.locator("#strip-runs"), "Who? me")
+        tab.wait_for(kernel="idle")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "'me'")
+
+    def test_such_a_question_is_there_after_a_reload_too(self):
+        tab = self.open("answer")
+        console = self.console()
+        cell = console.start("answer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        tab.page.get_by_label("Who?").wait_for()
+        tab.page.reload()
+        tab.page.get_by_label("Who?").fill("me")
+        tab.press("Enter")
+        tab.wait_for(kernel="idle")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "'me'")
+
+    def test_it_tells_the_command_line_of_each_client(self):
+        tab = self.open("x = 1")
+        (model,) = self.server.get("/api/kernels").json
+        file = f"kernel-{model['id']}.json"
+        tab.command("connect-client")
+        dialog = tab.page.locator("dialog[open]")
+        for command in ("minijupyter.py console --existing", "jupyter console --existing",
+                        "jupyter qtconsole --existing"):
+            line = dialog.locator("code", has_text=command)
+            self.assertShows(line, file)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        dialog.get_by_role("button", name="Copy: Jupyter console").click()
+        self.assertShows(dialog, "Copied")
+        copied = tab.page.evaluate("navigator.clipboard.readText()")
+        self.assertTrue(copied.startswith("jupyter console --existing /"), copied)
 
 
 @needs("playwright", "jupyterlab", "notebook")
