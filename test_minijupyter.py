@@ -15574,6 +15574,7 @@ class PageForEveryone(PageCase):
         tab.cell(0).locator(".gutter").click(modifiers=["Control"])
         yield "after a run", tab
         tab.page.locator("[popovertarget=menu-file]").click()
+        tab.page.locator("#menu-file button:focus").wait_for()
         yield "menu", tab
         for key, name in (("f", "find bar"), ("h", "help"), ("p", "palette"), ("0 0", "dialog")):
             tab.press("Escape")
