@@ -18927,6 +18927,65 @@ class PageAmongOthers(PageCase):
         self.assertTrue(copied.startswith("jupyter console --existing /"), copied)
 
 
+QT_CONSOLE = """
+import sys
+from qtpy import QtCore
+from qtconsole.qtconsoleapp import JupyterQtConsoleApp
+
+app = JupyterQtConsoleApp()
+app.initialize(["--existing", sys.argv[1], "--ConsoleWidget.include_other_output=True"])
+shown = ""
+
+def look():
+    global shown
+    text = app.widget._control.toPlainText()
+    if text != shown:
+        shown = text
+        print(text, flush=True)
+
+timer, typed = QtCore.QTimer(), QtCore.QSocketNotifier(0, QtCore.QSocketNotifier.Read)
+timer.timeout.connect(look)
+timer.start(50)
+typed.activated.connect(lambda *_: app.widget.execute(sys.stdin.readline()))
+app.start()
+"""   # shows what stands in its window, and runs what it is told
+
+
+@needs("pexpect", "jupyter_console", "qtconsole", "PySide6")
+class AllAtOnce(PageCase):
+    """Several clients on one kernel: each sees what the others run."""
+
+    def console(self, *argv):
+        import pexpect
+        console = pexpect.spawn(
+            sys.executable, [*map(str, argv)], timeout=SECONDS, encoding="utf-8",
+            dimensions=(50, 120), env=clean_environment(
+                self.server.folder.name, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1",
+                QT_QPA_PLATFORM="offscreen"))
+        self.addCleanup(console.close, True)
+        return console
+
+    def test_page_jupyter_console_qt_console_and_ours_see_each_other(self):
+        tab = self.open("print('from the page', 6 * 7)")
+        (model,) = self.server.get("/api/kernels").json
+        (file,) = Path(self.server.folder.name).rglob(f"kernel-{model['id']}.json")
+        consoles = {
+            "ours": self.console(HERE / "minijupyter.py", "console", "--existing", file),
+            "jupyter": self.console("-m", "jupyter_console", "--existing", file,
+                                    "--ZMQTerminalInteractiveShell.include_other_output=True"),
+            "qt": self.console("-c", QT_CONSOLE, file)}
+        for console in consoles.values():
+            console.expect(r"In \[")
+        tab.run(0)
+        for console in consoles.values():
+            console.expect("from the page 42")
+        for name, console in consoles.items():
+            console.send(f"print('from {name}', 6 * 7)\r")
+            for each in consoles.values():
+                each.expect(f"from {name} 42")
+            self.assertShows(tab.page.locator("#strip-runs"), f"from {name} 42")
+
+
 @needs("playwright", "jupyterlab", "notebook")
 @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
 class JupyterInFront(ServerCase):
