@@ -1993,6 +1993,413 @@ class Nbclient(Case):
                 self.assertEqual(*map(outcome, executed_on_both(f"pytudes-{name}.ipynb")))
 
 
+def joined_outputs(nb):
+    """The outputs of each cell: texts whole, neighbouring streams as one, no addresses."""
+    cells = []
+    for cell in nb["cells"]:
+        outputs = []
+        for output in cell.get("outputs", ()):
+            output = minijupyter.map_output(output, minijupyter.join, lambda mime: True)
+            if outputs and output.get("name", 0) == outputs[-1].get("name"):
+                outputs[-1] = {**output, "text": outputs[-1]["text"] + output["text"]}
+            else:
+                outputs.append(output)
+        cells.append(re.sub("[0-9a-f]{9,}", "", json.dumps(outputs, sort_keys=True)))
+    return cells
+
+
+class Run(Case):
+    """`minijupyter.py run`: what nbclient and papermill do with a notebook is the expectation."""
+
+    def setUp(self):
+        self.place = self.folder()
+        self.env = clean_environment(self.place, JUPYTER_PATH=str(self.place))
+        self.command = [sys.executable, str(HERE / "minijupyter.py"), "run"]
+
+    def write(self, *sources, name="book.ipynb", tags=(), **metadata):
+        """A notebook file with these cells; tags = ((number, tag), …)."""
+        nb = notebook(*sources, **metadata)
+        for number, tag in tags:
+            nb["cells"][number]["metadata"]["tags"] = [tag]
+        (self.place / name).write_text(json.dumps(nb))
+
+    def run_it(self, *words, code=0, **options):
+        """Run book.ipynb, or what the words say, to this exit code: its stderr."""
+        if not words or re.match("-.", words[0]):
+            words = ["book.ipynb", *words]
+        done = subprocess.run([*self.command, *words], cwd=self.place, env=self.env, text=True,
+                              capture_output=True, timeout=SECONDS * 3, **options)
+        self.stdout = done.stdout
+        self.assertEqual(done.returncode, code, done.stderr)
+        self.assertNotIn("minijupyter.py\", line", done.stderr)   # no traceback of ours
+        return done.stderr
+
+    def start(self, *words):
+        """The same as a Process, which runs."""
+        process = Process([*self.command, *words], cwd=self.place, env=self.env)
+        self.addCleanup(process.end)
+        return process
+
+    def read(self, name="book.ipynb"):
+        return json.loads((self.place / name).read_text())
+
+    def texts(self, name="book.ipynb"):
+        """What the cells of a notebook show, each as a word."""
+        return ["".join("".join(output.get("text") or output.get("data", {}).get("text/plain", ())
+                                or output.get("ename"))
+                        for output in cell["outputs"]).strip()
+                for cell in self.read(name)["cells"]]
+
+    @needs_notebooks
+    @needs("nbclient", "nbformat")
+    def test_real_notebooks_get_the_outputs_that_nbclient_gives_them(self):
+        for name in ("pytudes-Palindrome.ipynb", "ipython-Updating_Displays.ipynb",
+                     "pytudes-Life.ipynb"):
+            with self.subTest(name):
+                (self.place / "book.ipynb").write_text(json.dumps(prepared(name, self.place)))
+                self.run_it("--allow-errors")
+                self.assertEqual(joined_outputs(self.read()), joined_outputs(execute(name, OURS)))
+
+    @needs("nbclient", "nbformat")
+    def test_a_file_has_what_nbclient_writes_but_for_the_times(self):
+        import nbformat
+        self.write("x = 1", "print(x); x", "  ", "1 / 0", "x = 2", "x", name="book.ipynb", tags=[
+            (3, "raises-exception"), (4, "skip-execution")])
+        theirs = nbformat.read(self.place / "book.ipynb", 4)
+        run_by_nbclient(theirs, OURS, self.folder())
+        self.run_it()
+        ours = nbformat.read(self.place / "book.ipynb", 4)
+        for nb in (ours, theirs):
+            for cell in nb["cells"]:
+                for name in cell["metadata"].get("execution", ()):
+                    cell["metadata"]["execution"][name] = "a time"
+        self.assertEqual(ours, theirs)
+        self.assertEqual(ours["metadata"]["language_info"]["name"], "python")
+        self.assertEqual(len(ours["cells"][0]["metadata"]["execution"]), 4)
+
+    def test_only_what_came_of_cells_changes_in_the_file(self):
+        nb = notebook("6 * 7", "old")
+        nb["cells"][1] = {"cell_type": "markdown", "id": "m", "metadata": {}, "source": "*text*"}
+        text = json.dumps(nb, indent=4).replace('"*text*"', '"\\u002atext*"')
+        (self.place / "book.ipynb").write_text(text)
+        self.run_it()
+        lines = (self.place / "book.ipynb").read_text().split("\n")
+        self.assertIn('            "source": "\\u002atext*"', lines)
+        self.assertEqual(self.read()["cells"][0]["outputs"][0]["data"], {"text/plain": ["42"]})
+
+    def test_a_failed_cell_ends_the_run_and_later_cells_keep_their_outputs(self):
+        nb = notebook("x = 1", "def f():\n    return 1 / 0\nf()", "'never'")
+        nb["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "old"}]
+        (self.place / "book.ipynb").write_text(json.dumps(nb))
+        told = self.run_it(code=1)
+        self.assertEqual(self.texts(), ["", "ZeroDivisionError", "old"])
+        for part in ("[2/3]", "----> 2     return 1 / 0", "ZeroDivisionError: division by zero\n",
+                     "ended at cell 2 of 3; the outputs until then are in book.ipynb"):
+            self.assertIn(part, told)
+        self.assertEqual(self.stdout, "")
+
+    def test_errors_that_are_allowed_end_nothing(self):
+        self.write("1 / 0", "1 / 0", "'last'", tags=[(0, "raises-exception")])
+        self.run_it(code=1)
+        self.assertIn("2 of them failed", self.run_it("--allow-errors"))
+        self.assertEqual(self.texts(), ["ZeroDivisionError", "ZeroDivisionError", "'last'"])
+
+    def test_a_cell_that_takes_too_long_is_interrupted_and_says_so(self):
+        self.write("print('begun')\nwhile True: pass", "'never'")
+        self.assertIn("longer than 0.5 s", self.run_it("--timeout", "0.5", code=1))
+        self.assertEqual(self.texts(), ["begun\nKeyboardInterruptCellTimeoutError", ""])
+
+    def test_ctrl_c_interrupts_the_cell_and_saves(self):
+        self.write("1", "open('begun', 'w')\nwhile True: pass", "'never'")
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("book.ipynb")
+            wait_until((self.place / "begun").exists)
+            os.kill(process.pid, number)
+            self.assertEqual(process.exit_code(), code, process.output)
+            self.assertEqual(self.texts(), ["1", "KeyboardInterrupt", ""])
+            (self.place / "begun").unlink()
+
+    def test_a_second_ctrl_c_ends_a_cell_that_will_not_be_interrupted(self):
+        self.write("import os, signal\nsignal.signal(signal.SIGINT, lambda *_: open('heard', 'w'))"
+                   "\nprint(os.getpid())\nopen('begun', 'w')\nwhile True: pass")
+        process = self.start("book.ipynb")
+        for file in ("begun", "heard"):
+            wait_until((self.place / file).exists)
+            os.kill(process.pid, signal.SIGINT)
+        self.assertEqual(process.exit_code(), 130, process.output)
+        pid, ename = re.fullmatch(r"(\d+)\n(.*)", self.texts()[0]).groups()
+        self.assertEqual(ename, "KeyboardInterrupt")
+        self.assertFalse(is_alive(int(pid)))
+
+    def test_a_kernel_that_dies_ends_the_run_and_is_not_started_again(self):
+        install_kernelspec(self.place, "counted", [
+            "sh", "-c", 'echo >>starts; exec "$0" "$@"', *OURS])
+        self.write("'first'", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "'never'")
+        self.assertIn("was ended by signal 9", self.run_it("--kernel", "counted", code=1))
+        self.assertEqual(self.texts(), ["'first'", "DeadKernelError", ""])
+        self.assertEqual((self.place / "starts").read_text(), "\n")
+
+    def test_a_kernel_that_cannot_begin_is_told_of_with_what_it_said(self):
+        install_kernelspec(self.place, "broken", [sys.executable, "-c", "import no_such_module"])
+        self.write("1")
+        told = self.run_it("--kernel", "broken", code=1)
+        self.assertIn("No module named 'no_such_module'", told)
+        install_kernelspec(self.place, "missing", ["/no/such/program"])
+        self.assertIn("cannot be started", self.run_it("--kernel", "missing", code=2))
+
+    def test_a_cell_that_asks_somebody_fails(self):
+        self.write("input('your name?')")
+        self.assertIn("StdinNotImplementedError", self.run_it(code=1))
+
+    def test_outputs_are_saved_while_cells_run_and_a_killed_run_leaves_no_kernel(self):
+        self.write("import os, time; print(os.getpid())", "print('first'); time.sleep(1000)")
+        process = self.start("book.ipynb", "-o", "out.ipynb")
+        process.wait_for(r"\[1/2\]")   # by then the file is there
+        pid, _ = wait_until(lambda: self.texts("out.ipynb")[1] and self.texts("out.ipynb"))
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(int(pid)))
+
+    def test_what_somebody_else_saves_meanwhile_stays_and_the_result_goes_beside_it(self):
+        self.write("open('begun', 'w')\nimport os, time\nwhile not os.path.exists('go'):\n"
+                   "    time.sleep(0.01)\n'result'")
+        process = self.start("book.ipynb")
+        wait_until((self.place / "begun").exists)
+        self.write("theirs")
+        theirs = (self.place / "book.ipynb").read_bytes()
+        (self.place / "go").touch()
+        self.assertEqual(process.exit_code(), 0, process.output)
+        self.assertEqual((self.place / "book.ipynb").read_bytes(), theirs)
+        self.assertEqual(self.texts("book-run.ipynb"), ["'result'"])
+        self.assertIn("Somebody else has changed book.ipynb", process.output)
+
+    def test_what_cannot_be_saved_at_last_goes_to_a_temporary_file(self):
+        (self.place / "out").mkdir()
+        self.write("import shutil; shutil.rmtree('out')", "'result'")
+        self.env["TMPDIR"] = str(self.place)
+        told = self.run_it("-o", "out/a.ipynb", code=1)
+        self.assertIn("out/a.ipynb cannot be written: No such file", told)
+        saved = re.search("2 cells in .*the outputs are in (.+\\.ipynb)", told)[1]
+        self.assertEqual(self.texts(saved), ["", "'result'"])
+
+    def test_displays_are_updated_wherever_they_are_and_clear_output_waits(self):
+        self.write("from IPython.display import display, clear_output\n"
+                   "handle = display(1, display_id='a')", "handle.update(2)",
+                   "for i in range(3):\n    clear_output(wait=True)\n    print(i)",
+                   "print('gone'); clear_output()")
+        self.run_it()
+        self.assertEqual(self.texts(), ["2", "", "2", ""])
+
+    def test_a_message_that_is_not_as_it_must_be_ends_nothing(self):
+        self.write("from IPython.display import publish_display_data as publish\n"
+                   "publish({'text/plain': 'odd'}, transient={'display_id': []})\n"
+                   "publish({'text/plain': 'odder'}, transient={'display_id': [1]})", "'next'")
+        self.assertIn("display_data from the kernel is not as it must be", self.run_it())
+        self.assertEqual(self.texts(), ["oddodder", "'next'"])
+
+    @needs("ipywidgets")
+    def test_what_widgets_say_to_a_page_is_left_unanswered(self):
+        self.write("from ipywidgets import IntSlider\nslider = IntSlider(3)\nslider")
+        told = self.run_it()
+        self.assertEqual((len(told.split("\n")), self.texts()[0][:9]), (3, "IntSlider"), told)
+
+    def test_more_is_printed_than_fits_in_a_mailbox_and_nothing_is_missing(self):
+        size = minijupyter.MOST_WAITING * 2
+        self.write(f"for _ in range({size} // 1000): print('x' * 999)", "'next'")
+        self.run_it("-o", "out.ipynb")
+        first, second = self.texts("out.ipynb")
+        self.assertEqual((len(first), second), (size // 1000 * 1000 - 1, "'next'"))
+
+    def test_a_notebook_can_come_from_stdin_and_go_to_stdout(self):
+        self.write("6 * 7")
+        self.run_it("-", input=(self.place / "book.ipynb").read_text())
+        nb = json.loads(self.stdout)
+        self.assertEqual(nb["cells"][0]["outputs"][0]["data"], {"text/plain": ["42"]})
+        self.run_it("-o", "-")
+        self.assertEqual(json.loads(self.stdout)["cells"][0]["execution_count"], 1)
+        self.assertEqual(self.texts(), [""])
+
+    def test_an_old_notebook_runs_and_becomes_a_new_one(self):
+        (self.place / "book.ipynb").write_text(json.dumps(VERSION_3))
+        self.run_it("-o", "out.ipynb")
+        nb = self.read("out.ipynb")
+        self.assertEqual((nb["nbformat"], nb["nbformat_minor"]), (4, 5))
+        self.assertEqual(nb["cells"][-1]["outputs"][0]["data"], {"text/plain": ["1"]})
+
+    def test_the_kernel_works_in_the_notebooks_folder_and_knows_its_name(self):
+        (self.place / "below").mkdir()
+        self.write("import os; os.getcwd()", "os.environ['JPY_SESSION_NAME']", name="below/a.ipynb")
+        self.run_it("below/a.ipynb")
+        self.assertEqual(self.texts("below/a.ipynb"), [
+            repr(os.path.realpath(self.place / "below")), repr(str(self.place / "below/a.ipynb"))])
+
+    def test_what_cannot_be_run_is_refused_in_a_sentence(self):
+        self.write("1")
+        self.write("1", name="other.ipynb", kernelspec={"name": "cobol", "display_name": "x"})
+        (self.place / "text.ipynb").write_text("text")
+        (self.place / "json.ipynb").write_text("{}")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.place)
+        self.enterContext(unittest.mock.patch.object(minijupyter.log, "level", "warning"))
+        for words, part in {
+                ("no.ipynb",): "no.ipynb cannot be read: No such file",
+                (".",): ". cannot be read: ",
+                ("text.ipynb",): "text.ipynb is no notebook",
+                ("json.ipynb",): "it has no nbformat number",
+                ("other.ipynb",): "no kernel called cobol; there are: python3",
+                ("book.ipynb", "--kernel", "cobol"): "Choose one with --kernel",
+                ("book.ipynb", "-o", "no/x.ipynb"): "no/x.ipynb cannot be written: No such file",
+                ("book.ipynb", "-o", "."): ". cannot be written: Is a directory",
+                ("book.ipynb", "-o", "text.ipynb"): "text.ipynb is there, and is no notebook",
+                ("book.ipynb", "--timeout", "0"): "above 0",
+                ("book.ipynb", "--tmeout", "1"): "unrecognized arguments: --tmeout",
+                ("book.ipynb", "-p", "a b", "1"): "'a b' cannot be the name",
+                ("book.ipynb", "-o", "-", "--html"): "name one with -o",
+                (): "required: NOTEBOOK"}.items():
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
+                with self.assertRaises(SystemExit) as end:
+                    minijupyter.COMMANDS["run"](words)
+                self.assertEqual(end.exception.code, 2)
+                self.assertIn(part, told.getvalue())
+        self.assertIn("no.ipynb cannot be read", self.run_it("no.ipynb", code=2))
+        self.assertEqual(self.stdout, "")
+
+    @needs("pexpect")
+    def test_a_terminal_shows_a_bar_that_is_gone_at_the_end(self):
+        import pexpect
+        self.write("x = 1", "open('begun', 'w')\nwhile True: pass")
+        terminal = pexpect.spawn(self.command[0], [*self.command[1:], "book.ipynb"], env=self.env,
+                                 cwd=str(self.place), timeout=SECONDS, encoding="utf-8")
+        self.addCleanup(terminal.close, True)
+        terminal.expect("\r████████░░░░░░░░ 2/2  0:0\\d  open")
+        wait_until((self.place / "begun").exists)
+        terminal.sendintr()
+        terminal.expect("\r +\rInterrupted.\r\nThe run ended at cell 2 of 2; the outputs until "
+                        "then are in book.ipynb.\r\n$")
+        terminal.expect(pexpect.EOF)
+
+    # -- kernels of others --
+
+    def test_bash_runs_with_parameters_as_they_were_given(self):
+        self.run_foreign("bash", ["price='0'", "echo $price $n"], "price", "it's $5", "n", "7",
+                         shown=["", "", "it's $5 7"])
+
+    def test_deno_runs_with_parameters_as_they_were_given(self):
+        self.run_foreign("deno", ["let text = '0'", "console.log(text, n)"], "text", "é \"$5\"\n",
+                         "n", "-7", shown=["", "", 'é "$5"\n -7'])
+
+    def run_foreign(self, name, sources, *parameters, shown):
+        row = FOREIGN[name]
+        if not (shutil.which(row["argv"][0]) and (name == "deno" or importlib.util.find_spec(
+                "bash_kernel"))):
+            self.skipTest(f"needs {name}")
+        install_kernelspec(self.place, name, row["argv"], language=row["language"])
+        self.write(*sources, tags=[(0, "parameters")], kernelspec={"name": name})
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        self.run_it(*(word for pair in pairs for word in ("-p", *pair)))
+        self.assertEqual(self.texts(), shown)
+
+    @needs("ipykernel", "xpython_launcher")
+    def test_ipykernel_and_xeus_run_too(self):
+        for name in ("ipykernel", "xpython"):
+            with self.subTest(name):
+                install_kernelspec(self.place, name, FOREIGN[name]["argv"])
+                self.write("print('x')", "6 * 7", "1 / 0", "8")
+                self.run_it("--kernel", name, code=1)
+                *ends, error, last = self.texts()
+                self.assertEqual((ends, last), (["x", "42"], ""))
+                self.assertIn("ZeroDivisionError", error)
+
+    @unittest.skip("needs export_html")
+    def test_html_writes_a_page_beside_the_result(self):
+        self.write("6 * 7")
+        self.run_it("--html", "-o", "out.ipynb")
+        self.assertIn("42", (self.place / "out.html").read_text())
+        self.assertEqual(self.texts("out.ipynb"), ["42"])
+
+
+class RunParameters(Case):
+    """Values of the command line in a notebook's language."""
+
+    VALUES = ["text", "it's", 'a "b" c', "", "back\\slash", "None", "True", "False", "3", "-4",
+              "2147483648", "0.5", "1e300", "1_000", " 7 ", "0x10", "yes"]
+    # Where papermill's text is not what the value says: é is no byte; $ inserts a variable.
+    OTHERWISE = [
+        ("r", "é\n", 'x = "é\\n"'), ("julia", "$5", 'x = "\\$5"'), ("c#", "é", 'var x = "é";'),
+        ("matlab", "C:\\x\ny", 'x = "C:\\x" + newline + "y";'), ("r", "nan", "x = NaN"),
+        ("powershell", "$5 `a`", '$x = "`$5 ``a``"'), ("c#", "None", "var x = (object)null;"),
+        ("scala", "-inf", "val x = Double.NegativeInfinity"), ("octave", "é\n", 'x = "é\\n";'),
+        ("typescript", "a", 'let x = "a";'), ("javascript", "None", "x = null;")]
+
+    def written(self, language, word):
+        value = minijupyter.parameter_value(word)
+        return minijupyter.assignments({"x": value}, language).split("\n", 1)[1].rstrip("\n")
+
+    @needs("papermill")
+    def test_words_are_the_values_that_papermill_takes_them_for(self):
+        from papermill.cli import _resolve_type
+        for word in [*self.VALUES, "nan", "inf", "-Infinity", "1,5", "١", "9" * 400, "true"]:
+            ours, theirs = minijupyter.parameter_value(word), _resolve_type(word)
+            self.assertEqual(repr(ours), repr(theirs), word)
+
+    @needs("papermill")
+    def test_cells_with_parameters_are_those_of_papermill(self):
+        from papermill.translators import translate_parameters
+        names = {"python": "python", "R": "R", "julia": "julia", "bash": "bash", "scala": "scala",
+                 "C#": ".net-csharp", "F#": ".net-fsharp", "PowerShell": ".net-powershell",
+                 "matlab": "matlab"}
+        for language, name in names.items():
+            for word in [*self.VALUES, *(["é\n☃", "nan", "-inf"] if name == "python" else [])]:
+                value = minijupyter.parameter_value(word)
+                is_known = (language, word) not in {
+                    ("C#", "None"), ("matlab", "back\\slash"), ("PowerShell", "back\\slash")}
+                with self.subTest(language, word=word):
+                    parameters = {"x": value, "_y": 1}
+                    if is_known:
+                        self.assertEqual(minijupyter.assignments(parameters, language),
+                                         translate_parameters(name, language, parameters))
+
+    def test_texts_say_what_they_say_where_papermills_do_not(self):
+        for language, word, written in self.OTHERWISE:
+            self.assertEqual(self.written(language, word), written)
+
+    def test_python_reads_back_what_was_given(self):
+        for word in [*self.VALUES, "é\n☃", "\\n", "'\"", "\udcff"]:
+            found = {}
+            exec(self.written("python", word), found)
+            self.assertEqual(found["x"], minijupyter.parameter_value(word))
+
+    @needs("papermill")
+    def test_the_cell_stands_where_papermill_puts_it(self):
+        import nbformat
+        from papermill.parameterize import parameterize_notebook
+        for tags in ({}, {1: "parameters"}, {0: "parameters", 2: "injected-parameters"},
+                     {0: "injected-parameters", 1: "parameters", 2: "injected-parameters"}):
+            nb = notebook("a = 1", "x = 0", "c", kernelspec={"name": "python3"},
+                          language_info={"name": "python"}, papermill={})
+            for number, cell in enumerate(nb["cells"]):
+                cell["metadata"]["tags"] = [tags[number]] if number in tags else []
+            with contextlib.redirect_stderr(io.StringIO()):   # both miss the tag
+                theirs = parameterize_notebook(nbformat.from_dict(nb), {"x": 5}, language="python",
+                                               kernel_name="python3")["cells"]
+                ours = minijupyter.with_parameters(nb["cells"], {"x": 5}, "python")
+            self.assertEqual([(cell["source"], cell["metadata"]) for cell in ours],
+                             [(cell["source"], cell["metadata"]) for cell in theirs])
+
+    def test_a_name_that_the_defaults_do_not_have_is_told(self):
+        cells = notebook("alpha = 1")["cells"]
+        for tags, part in (([], "No cell of the notebook has the tag parameters"),
+                           (["parameters"], "says nothing of alhpa")):
+            cells[0]["metadata"]["tags"] = tags
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                minijupyter.with_parameters(cells, {"alpha": 2, "alhpa": 2}, "python")
+            self.assertIn(part, told.getvalue())
+            self.assertEqual(told.getvalue().count("\n"), 1)
+
+    def test_a_language_without_a_row_is_refused_by_name(self):
+        with self.assertRaisesRegex(ValueError, "in the language 'COBOL', only in python, r, "):
+            minijupyter.assignments({"x": 1}, "COBOL")
+
+
 # ---- 5. The kernel, whole: every message, magic and library -----------------------------
 #
 # `asked` sends what Frontend.ask cannot: buffers, and a header that names a subshell.
@@ -20308,6 +20715,21 @@ def bench_files(program, count):
         server.end()
 
 
+OUR_RUN = [HERE / "minijupyter.py", "run"]
+NBCLIENTS_RUN = ["-m", "jupyter", "execute", "--inplace"]
+
+
+@yields("run: a notebook of 100 cells")
+def bench_run(command, count):
+    """From the command to its end, with a new kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [f"print({i})\n{i} * 2" for i in range(100)]
+        Path(folder, "book.ipynb").write_text(json.dumps(notebook(*cells)))
+        yield "run: a notebook of 100 cells", milliseconds(lambda: subprocess.run(
+            [sys.executable, *command, "book.ipynb"], cwd=folder, check=True, capture_output=True,
+            env=clean_environment(folder)))
+
+
 @yields("memory: idle server, MB", "memory: idle server and ten kernels, MB")
 def bench_memory(program, count):
     """What a server and its kernels, all idle, share with no other process."""
@@ -20665,6 +21087,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_server", bench_server, jupyter_server),
     ("ours", None, bench_files, None),
     ("theirs", "jupyter_server", bench_files, jupyter_server),
+    ("ours", None, bench_run, OUR_RUN),
+    ("theirs", "nbclient", bench_run, NBCLIENTS_RUN),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
     ("ours", "playwright", bench_page, None),
