@@ -15,8 +15,8 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 11 Questions about code · 12 IPython.display in small · 13 IPython · 14 matplotlib · 15 Subshells
 · 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Stalled subscribers
 · 20 Windows · 21 Interrupts that were lost · 22 Patience at the start · 23 The parent's end
-· 24 Passwords · 25 Leaving · 26 Encryption · 27 Usage and addresses · 28 Less collecting
-· 29 Faster JSON · 30 Install.
+· 24 Passwords · 25 Clients that have gone · 26 Leaving · 27 Encryption · 28 Usage and addresses
+· 29 Less collecting · 30 Faster JSON · 31 Install.
 
 Part I's extension points, and what Part II does with them:
 
@@ -26,6 +26,7 @@ Part I's extension points, and what Part II does with them:
     FORMATTERS         class's name -> {MIME type: function}   containers in lines, figures
     ERROR_FORMATS      functions of an exception               colours, both ends of long chains
     INTERPRETERS       language -> class                       NotebookInterpreter
+    SOCKETS            channel -> class of its socket          clients that have gone
     SOCKET_OPTIONS     functions of a socket, before it binds  encryption
     BROADCASTS         classes for iopub                       stalled subscribers
     DESCRIPTORS        is the system POSIX -> class            Windows
@@ -1104,6 +1105,7 @@ BIND_SECONDS = 1    # for which a port that somebody else has is tried again
 MOST_FAILURES = 50  # of a thread's loop, one after the other, until the process gives up
 HANDLERS = {}       # msg_type -> (who runs it, function of (kernel, request))
 EXTRAS = []         # functions of the kernel, called when its sockets are open
+SOCKETS = {}          # channel -> class of its socket; zmq.Socket by default
 SOCKET_OPTIONS = []   # functions of (socket, connection), called before a socket is bound
 FEATURES = []       # what kernel_info_reply says of optional parts of the protocol
 
@@ -1296,7 +1298,7 @@ class Kernel:
         self.on_interrupt, self.on_trouble = [], []   # the same
         self.on_cell_end = []                    # functions of an exception, or None
         self.calls = collections.deque()      # functions that io is to call
-        self.questions = {}                   # msg_id of an input_request -> queue of its answer
+        self.questions = {}      # msg_id of an input_request -> (queue of its answer, the message)
         self.past = collections.deque(maxlen=1000)   # msg_ids of questions that wait no more
         self.request = contextvars.ContextVar("request")
         self.latest = None                    # the execute_request that runs or ran last
@@ -1311,7 +1313,7 @@ class Kernel:
         """Open the sockets: the kernel binds, clients connect."""
         for channel, kind in (("shell", zmq.ROUTER), ("control", zmq.ROUTER),
                               ("stdin", zmq.ROUTER), ("iopub", zmq.XPUB)):
-            new = self.sockets[channel] = self.context.socket(kind)
+            new = self.sockets[channel] = self.context.socket(kind, SOCKETS.get(channel))
             new.linger = 1000    # milliseconds that the last words get when the process ends
             if kind == zmq.ROUTER:
                 new.sndhwm = 0            # a reply is never dropped
@@ -1523,10 +1525,9 @@ class Kernel:
         """An answer goes to the question that it names, or else, for jupyter_client names none, to
         the latest; not when it names one that was interrupted."""
         named = request["parent_header"].get("msg_id")
-        waiting = [self.questions.get(named)] if named in self.questions \
-            else [*self.questions.values()]
-        if waiting and named not in self.past:
-            waiting[-1].put(str(request["content"].get("value", "")))
+        asked = self.questions.get(named) or next(reversed(self.questions.values()), None)
+        if asked and named not in self.past:
+            asked[0].put(str(request["content"].get("value", "")))
 
     def subscription(self, event):
         """A client has subscribed to iopub, or does so no more."""
@@ -1693,7 +1694,7 @@ class Kernel:
         message["identities"] = request["identities"]
         msg_id = message["header"]["msg_id"]
         answer, interrupts = queue.SimpleQueue(), self.interrupts
-        self.questions[msg_id] = answer
+        self.questions[msg_id] = answer, message
         try:
             self.outbox.put("stdin", message)
             value = self.wait_for(answer, interrupts)
@@ -1911,12 +1912,13 @@ def main():
 #    22 Patience at the start       kernel.rounds
 #    23 The parent's end            kernel.listen
 #    24 Passwords                   AFTER_IMPORT
-#    25 Leaving                     EXTRAS: exit and quit
-#    26 Encryption                  SOCKET_OPTIONS
-#    27 Usage and addresses         HANDLERS
-#    28 Less collecting             EXTRAS
-#    29 Faster JSON                 ENCODERS
-#    30 Install                     COMMANDS
+#    25 Clients that have gone      SOCKETS, EXTRAS, kernel.listen, rounds
+#    26 Leaving                     EXTRAS: exit and quit
+#    27 Encryption                  SOCKET_OPTIONS
+#    28 Usage and addresses         HANDLERS
+#    29 Less collecting             EXTRAS
+#    30 Faster JSON                 ENCODERS
+#    31 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -5199,7 +5201,69 @@ def patch_getpass(module, kernel):
 AFTER_IMPORT["getpass"] = patch_getpass
 
 
-# ---- 25. Leaving -------------------------------------------------------------------------------
+# ---- 25. Clients that have gone ----------------------------------------------------------------
+#
+# A console runs a cell that asks with input(), and its terminal is closed: the cell would wait for
+# ever, and with it everybody else's cells. So the question is put to all clients that are there,
+# and to each that comes; the first answer counts. ZeroMQ tells which connections end by their
+# number, and each message by which one it came: so we know who has spoken and is still there.
+
+class RememberingSocket(zmq.Socket):
+    """The shell socket. It knows the clients that have spoken, until their connection ends."""
+
+    clients = ends = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.clients = {}   # identity -> number of its connection
+        self.ends = self.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def recv_multipart(self, flags=0):
+        """A message, as a list of bytes; raises zmq.Again."""
+        frame = self.recv(flags, copy=False)
+        parts = [frame.bytes, *super().recv_multipart(flags)]
+        # A number is used again: first those who had it before this message came must be forgotten.
+        self.forget_gone()
+        self.clients[parts[0]] = frame.get(zmq.SRCFD)
+        return parts
+
+    def forget_gone(self):
+        with contextlib.suppress(zmq.Again):
+            while True:
+                event, _ = self.ends.recv_multipart(zmq.NOBLOCK)   # zmq_socket_monitor(3)
+                number = int.from_bytes(event[2:], sys.byteorder)
+                self.clients = {who: its for who, its in self.clients.items() if its != number}
+
+
+@EXTRAS.append
+class OpenQuestions:
+    """Has questions whose client has gone answered by others."""
+
+    def __init__(self, kernel):
+        self.kernel, self.shell = kernel, kernel.sockets["shell"]
+        self.asked = {}   # msg_id of an open question -> identities that it was put to
+        kernel.listen(self.shell.ends, self.shell.forget_gone)
+        kernel.rounds.append(self.ask_others)
+
+    def ask_others(self):
+        questions = {**self.kernel.questions}
+        self.asked = {id: asked for id, asked in self.asked.items() if id in questions}
+        patience = None
+        for id, (_, question) in questions.items():
+            asked = self.asked.setdefault(id, {question["identities"][0]})
+            if question["identities"][0] in self.shell.clients:
+                continue
+            for who in self.shell.clients.keys() - asked:
+                asked.add(who)
+                self.kernel.outbox.put("stdin", {**question, "identities": [who]})
+                patience = 0   # what is in the outbox now is sent in the next round
+        return patience
+
+
+SOCKETS["shell"] = RememberingSocket
+
+
+# ---- 26. Leaving -------------------------------------------------------------------------------
 
 EXIT_SECONDS = 0.3   # between a cell's end and the kernel's, so that a console sees the reply
 
@@ -5234,7 +5298,7 @@ def let_users_leave(kernel):
 OFFERS["leave"] = leave
 
 
-# ---- 26. Encryption ----------------------------------------------------------------------------
+# ---- 27. Encryption ----------------------------------------------------------------------------
 
 @SOCKET_OPTIONS.append
 def encrypt(new, connection):
@@ -5245,7 +5309,7 @@ def encrypt(new, connection):
         new.curve_server = True
 
 
-# ---- 27. Usage and addresses -------------------------------------------------------------------
+# ---- 28. Usage and addresses -------------------------------------------------------------------
 
 LAST_USAGE = {"wall": monotonic(), "cpu": 0.0}   # of the last usage_request
 
@@ -5276,7 +5340,7 @@ def connect_request(kernel, request):
             for channel in (*kernel.sockets, "heartbeat")}
 
 
-# ---- 28. Less collecting -----------------------------------------------------------------------
+# ---- 29. Less collecting -----------------------------------------------------------------------
 
 COLLECT_AFTER = 10_000   # new objects; after 700, as usual, a flood of prints collects all the time
 
@@ -5287,7 +5351,7 @@ def collect_less(kernel):
     gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
 
 
-# ---- 29. Faster JSON ---------------------------------------------------------------------------
+# ---- 30. Faster JSON ---------------------------------------------------------------------------
 #
 # JSONEncoder makes an encoder in C for each value: one for all takes half the time. And long texts,
 # such as what 100 MB of prints become, mostly have no character that needs an escape but line ends.
@@ -5309,7 +5373,7 @@ if json.encoder.c_make_encoder:
     ENCODERS.append(lambda value: "".join(encode_pieces(value, 0)))
 
 
-# ---- 30. Install -------------------------------------------------------------------------------
+# ---- 31. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""

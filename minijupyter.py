@@ -42,7 +42,7 @@ Part I's extension points, and what is plugged in there:
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
-    COMMANDS               first word -> function                  list, stop, password
+    COMMANDS               first word -> function                  list, stop, run, password
     ACCESS                 subclasses of Access, the last used     password, tokens in UTF-8
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
@@ -852,7 +852,7 @@ FOLDERS = [changing]        # context managers like that one: the last one is us
 REPLACE = [lambda target, replace, data, look: replace()]   # functions: the last one is used
 
 
-# ---- 2. Kernel specs: which kernels there are -------------------------------------------------
+# ---- 2. Kernel specs: which kernels there are --------------------------------------------------
 #
 # A kernel spec is a folder `kernels/NAME/` with a `kernel.json` in one of Jupyter's data folders:
 # the command that starts a kernel, its language, its name for people. Our own needs no folder.
@@ -951,7 +951,7 @@ def kernel_environment(spec):
     return env
 
 
-# ---- 3. Kernels: one owner each ---------------------------------------------------------------
+# ---- 3. Kernels: one owner each ----------------------------------------------------------------
 #
 # A kernel process has five sockets, and a ZeroMQ socket may be used by one thread only. So one
 # thread, the *watcher*, owns all sockets to a process, under one identity: to its kernel this
@@ -1880,7 +1880,7 @@ class Kernels:
                 self.all.pop(kernel.id, None)
 
 
-# ---- 4. Sessions: which file belongs to which kernel ------------------------------------------
+# ---- 4. Sessions: which file belongs to which kernel -------------------------------------------
 #
 # REST calls the tie between a path and a kernel a session. (A message's session is another thing:
 # the id of the process that sent it.) Opening the same notebook again finds its session and its
@@ -1980,7 +1980,7 @@ class Sessions:
             self.kernels.shutdown(session["kernel"].id)
 
 
-# ---- 5. WebSocket: RFC 6455 -------------------------------------------------------------------
+# ---- 5. WebSocket: RFC 6455 --------------------------------------------------------------------
 #
 # A WebSocket is a TCP connection that began as an HTTP request. After the handshake both sides
 # send frames: two bytes (FIN and opcode, mask bit and length), perhaps a longer length, perhaps a
@@ -2546,7 +2546,7 @@ class Access:
 ACCESS = [Access]   # classes: the last one is used
 
 
-# ---- 8. HTTP: routes, handlers ----------------------------------------------------------------
+# ---- 8. HTTP: routes, handlers -----------------------------------------------------------------
 #
 # ROUTES is the whole API: method, pattern of the path, endpoint. An endpoint is a function of the
 # handler and the pattern's groups, or the name of such a method of Handler. It returns what is
@@ -3312,9 +3312,13 @@ def serve(server):
 #    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
 #    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    48 Other servers                            COMMANDS, AT_START
-#    49 Programs as notebooks                    CONTENTS
-#    50 Download as                              ROUTES                              needs 49
-#    51 A quick start                            run_as_module
+#    49 Other clients of a kernel                ROUTES
+#    50 Pages of other sites                     OPTIONS, AT_START, HANDLERS, SERVERS needs 46
+#    51 Parameters                               TRANSLATORS
+#    52 Run a notebook without a page            COMMANDS                            needs 51 54
+#    53 Programs as notebooks                    CONTENTS
+#    54 Download as                              ROUTES                              needs 53
+#    55 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -5269,6 +5273,9 @@ class Journal:
         self.outline_size = 0   # bytes of those whose record is forgotten
         # msg_id of an open input_request -> (its request's msg_id, is it secret)
         self.questions = {}
+        # msg_id -> input_request of a client of the kernel's that is none of ours and has gone: the
+        # kernel asks it of all, once, and pages come and go
+        self.strays = {}
         self.number = self.size = 0
         kernel.journal = self
         kernel.on_request.append(self.note)
@@ -5332,8 +5339,14 @@ class Journal:
             request_id = self.begin(entry)
         elif entry.msg_type == "input_request":
             self.questions[entry.header["msg_id"]] = request_id, bool(entry.content.get("password"))
+            if request_id not in self.outlines:
+                self.strays[entry.header["msg_id"]] = entry
         elif entry.msg_type == "input_reply":
             request_id, *_ = self.questions.pop(entry.parent_id, (None,))
+            self.strays.pop(entry.parent_id, None)
+        elif entry.is_idle and self.strays:
+            self.strays = {id: question for id, question in self.strays.items()
+                           if question.parent_id != request_id}
         was_forgotten = request_id not in self.records
         record = self.record_for(request_id, entry)
         outline = record.entries[:] if record and was_forgotten else []
@@ -5410,12 +5423,13 @@ class Journal:
     def replay(self):
         """All entries, in the order in which they came."""
         entries = [entry for record in self.records.values() for entry in record.entries]
-        return sorted(entries, key=lambda entry: entry.number)
+        return sorted([*entries, *self.strays.values()], key=lambda entry: entry.number)
 
     def endings(self):
         """What a process that has ended cannot say any more: an aborted reply, an idle, where they
         are due. After a crash, the reply of the cell that ran has the reason."""
         self.questions.clear()
+        self.strays.clear()
         why = {"reason": self.kernel.reason} if self.kernel.intent is None else {}
         endings = []
         for record in self.records.values():
@@ -6387,7 +6401,7 @@ SERVERS.append(WellKnownServer)
 HANDLERS.append(HelpfulHandler)
 
 
-# ---- 47. Under the hood: what passes, shown ---------------------------------------------------
+# ---- 47. Under the hood: what passes, shown ----------------------------------------------------
 #
 # Who looks under the hood hears of everything that passes the server's edge, as the bytes that
 # pass: HTTP exchanges, WebSocket frames, ZeroMQ messages, and what is done to a process. The taps
@@ -6920,7 +6934,817 @@ COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
 
 
-# ---- 49. Programs as notebooks: the percent format ---------------------------------------------
+# ---- 49. Other clients of a kernel -------------------------------------------------------------
+#
+# A kernel has as many clients as want to talk to it: a console in a terminal sees what the page
+# runs, and the other way round. All that a client needs stands in the connection file.
+
+def command_line(words):
+    """Words as the shell of this system takes them."""
+    import shlex
+    return shlex.join(words) if POSIX else subprocess.list2cmdline(words)
+
+
+def other_clients(handler, id):
+    """What to type in a terminal of this machine to talk to a kernel, for each client:
+    {connection_file, where, commands: [{client, command, install}]}."""
+    file = handler.server.kernels.get(id).connection_file
+    ours = [sys.executable, os.path.join(HERE, "minijupyter.py"), "console"]
+    clients = [("MiniJupyter's console", ours, None),
+               ("Jupyter console", ["jupyter", "console"], "pip install jupyter-console"),
+               ("Qt console", ["jupyter", "qtconsole"], "pip install qtconsole PySide6")]
+    return {"connection_file": file, "where": f"on {socket.gethostname()}", "commands": [
+        {"client": client, "command": command_line([*words, "--existing", file]),
+         "install": install} for client, words, install in clients]}
+
+
+ROUTES.append(("GET", rf"/api/kernels/{ID}/clients", other_clients))
+
+
+# ---- 50. Pages of other sites ------------------------------------------------------------------
+#
+# A course's web page may run its examples on this server (thebe), or a JupyterLite use its kernels:
+# pages of another *origin* (scheme, host and port). A browser lets such a page send requests, but
+# shows it an answer only if the answer names its origin (CORS, Fetch 3.2). So --allow-origin names
+# those that are let in, each exactly; the page must know the token all the same, because our cookie
+# does not count there. A browser asks first, with OPTIONS (a preflight), and also whether a page of
+# the internet may reach this private network at all.
+
+def exact_origin(text):
+    """The value of --allow-origin: scheme, host and port, in the spelling of browsers."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc \
+            or parts.path not in ("", "/") or parts.query or parts.fragment or "*" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin: write it as https://example.org or http://localhost:3000, one "
+            "--allow-origin for each; there are no patterns, because whoever is let in can run "
+            "code")
+    usual = {"http": ":80", "https": ":443"}[parts.scheme]
+    return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
+
+
+class SharingServer(SERVERS[-1]):
+    """Knows whose pages may read its answers."""
+
+    origins = frozenset()
+
+
+class SharingHandler(HANDLERS[-1]):
+    """Tells the browser so."""
+
+    def send(self, status, data, content_type, headers=()):
+        origin = self.headers.get("Origin")
+        if origin in self.server.origins:
+            headers = {**dict(headers), "Access-Control-Allow-Origin": origin, "Vary": "Origin",
+                       "Access-Control-Expose-Headers": "Location, Last-Modified"}
+            if self.command == "OPTIONS":
+                headers.update({"Access-Control-Max-Age": "600",   # seconds
+                                "Access-Control-Allow-Private-Network": "true"})
+        super().send(status, data, content_type, headers)
+
+
+def let_origins_in(server, arguments):
+    server.origins = frozenset(arguments.allow_origin)
+
+
+SERVERS.append(SharingServer)
+HANDLERS.append(SharingHandler)
+OPTIONS.append((["--allow-origin"], {
+    "metavar": "ORIGIN", "action": "append", "default": [], "type": exact_origin,
+    "help": "lets pages of this origin, such as https://example.org, use the server with its token "
+            "(thebe, JupyterLite); may be given several times"}))
+AT_START.append(let_origins_in)
+# ---- 51. Parameters: values of the command line, as a cell in the notebook's language ----------
+#
+# papermill's rules. A cell tagged `parameters` holds the defaults. The cell that assigns the values
+# is tagged `injected-parameters`: it takes the place of an earlier one, or follows the defaults, or
+# stands at the top. To add a language, add a row to TRANSLATORS.
+
+DEFAULTS_TAG, INJECTED_TAG = "parameters", "injected-parameters"
+is_variable = re.compile(r"[^\W\d][\w.]*").fullmatch   # R has names with dots
+CONSTANTS = {"None": None, "False": False, "True": True}
+
+
+def python_text(text):
+    """As papermill writes it: what is not ASCII is an escape."""
+    escaped = text.encode("unicode_escape").decode().replace('"', r'\"')
+    return f'"{escaped}"'
+
+
+def json_text(text):
+    """For the languages that read JSON's escapes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def julia_text(text):
+    return json_text(text).replace("$", r"\$")   # which would insert a variable
+
+
+def shell_text(text):
+    import shlex
+    return shlex.quote(text)
+
+
+def text_with(escapes):
+    """A function that writes a text in double quotes, with these {character: its escape}."""
+    return lambda text: f'"{text.translate(str.maketrans(escapes))}"'
+
+
+TRANSLATORS = {
+    # language -> (comment, assignment, its None False True nan inf -inf, function of a text,
+    #              what marks a long integer)
+    "python": ("# {}", "{} = {}", "None False True float('nan') float('inf') float('-inf')",
+               python_text, ""),
+    "r": ("# {}", "{} = {}", "NULL FALSE TRUE NaN Inf -Inf", json_text, ""),
+    "julia": ("# {}", "{} = {}", "nothing false true NaN Inf -Inf", julia_text, ""),
+    "bash": ("# {}", "{}={}", " false true nan inf -inf", shell_text, ""),
+    "javascript": ("// {}", "{} = {};", "null false true NaN Infinity -Infinity", json_text, ""),
+    "typescript": ("// {}", "let {} = {};",   # in Deno let may follow let, and something must
+                   "null false true NaN Infinity -Infinity", json_text, ""),
+    "scala": ("// {}", "val {} = {}", "None false true Double.NaN Double.PositiveInfinity "
+              "Double.NegativeInfinity", json_text, "L"),
+    "c#": ("// {}", "var {} = {};", "(object)null false true double.NaN double.PositiveInfinity "
+           "double.NegativeInfinity", json_text, "L"),
+    "f#": ("(* {} *)", "let {} = {}", "None false true nan infinity -infinity", json_text, "L"),
+    "powershell": ("# {}", "${} = {}", "$Null $False $True [double]::NaN "
+                   "[double]::PositiveInfinity [double]::NegativeInfinity",
+                   text_with({"`": "``", '"': '`"', "$": "`$"}), ""),
+    "matlab": ("% {}", "{} = {};", "NaN false true NaN Inf -Inf",
+               text_with({'"': '""', "\n": '" + newline + "'}), ""),
+    "octave": ("% {}", "{} = {};", "NaN false true NaN Inf -Inf", json_text, ""),
+}
+SAME_LANGUAGE = {"csharp": "c#", "fsharp": "f#", "pwsh": "powershell", "sh": "bash", "zsh": "bash"}
+
+
+def parameter_value(word):
+    """A word of the command line as what it looks like (True, 3, 1e5, nan), else as it is."""
+    if word in CONSTANTS:
+        return CONSTANTS[word]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word
+
+
+def translate(value, constants, write_text, long_mark):
+    """A value as it is written in the language with this row."""
+    if isinstance(value, str):
+        return write_text(value)
+    words = ("None", "False", "True", "nan", "inf", "-inf")
+    written = dict(zip(words, constants.split(" "), strict=True)).get(str(value), str(value))
+    is_long = isinstance(value, int) and not -(1 << 31) <= value < 1 << 31
+    return written + (long_mark if is_long else "")
+
+
+def assignments(parameters, language):
+    """The source that assigns {name: value}. Raises ValueError for a language that has no row."""
+    name = language.lower()
+    name = SAME_LANGUAGE.get(name, name)
+    if name not in TRANSLATORS:
+        raise ValueError(f"Parameters cannot be written in the language {language!r}, only in "
+                         + ", ".join(TRANSLATORS))
+    comment, assignment, *row = TRANSLATORS[name]
+    names = {key.lstrip("_") if name == "r" else key: value   # R has no names that begin with _
+             for key, value in parameters.items()}
+    lines = [assignment.format(key, translate(value, *row)) for key, value in names.items()]
+    return "\n".join([comment.format("Parameters"), *lines, ""])
+
+
+def has_tag(cell, tag):
+    tags = cell["metadata"].get("tags")
+    return isinstance(tags, list) and tag in tags
+
+
+def with_parameters(cells, parameters, language):
+    """The cells with one that assigns the parameters. Raises ValueError as `assignments` does."""
+    injected = {"cell_type": "code", "execution_count": None, "outputs": [],
+                "metadata": {"tags": [INJECTED_TAG]}, "source": assignments(parameters, language)}
+    places = {tag: number for number, cell in reversed([*enumerate(cells)])
+              for tag in (DEFAULTS_TAG, INJECTED_TAG) if has_tag(cell, tag)}
+    if not places:
+        log("No cell of the notebook has the tag parameters: the values are assigned at its top.")
+    defaults = cells[places[DEFAULTS_TAG]]["source"] if DEFAULTS_TAG in places else ""
+    for name in parameters if defaults else ():
+        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", defaults):
+            log(f"The cell tagged parameters says nothing of {name}: is the name right?")
+    if INJECTED_TAG in places:
+        at = places[INJECTED_TAG]
+        return [*cells[:at], {**cells[at], **injected}, *cells[at + 1:]]
+    at = places.get(DEFAULTS_TAG, -1) + 1
+    return [*cells[:at], injected, *cells[at:]]
+
+
+# ---- 52. Run a notebook without a page: run ----------------------------------------------------
+#
+# `run` is a page without a browser: it joins a kernel as its only page, sends one cell after the
+# other, files what comes, and saves. Two tables, SHOWN and CHANGES, say what messages do to the
+# outputs of a cell. What is recorded and skipped is as in nbclient: the file looks as it does after
+# `jupyter execute`.
+#
+#     R1 whole      The machine stops in mid-run. The file is the old one or holds what there was a
+#                   second ago: outputs are saved as they come, whole or not at all.
+#     R2 kept       Somebody saves the notebook in a page while it runs here. Theirs stays, and the
+#                   result goes to a file of its own beside it.
+#     R3 an end     A cell loops for ever, asks somebody who is not there, crashes its kernel; or
+#                   somebody presses Ctrl-C. The cell says so in its outputs, what there is gets
+#                   saved, and no process is left.
+#     R4 told       What goes wrong is a sentence on stderr; stdout has the result or nothing.
+#
+#     a cell is      what leads on
+#     running        its reply and idle -> over; --timeout, Ctrl-C, a question -> interrupted; the
+#                    end of the process -> over, and so is the run
+#     interrupted    its idle -> over; INTERRUPT_SECONDS, or another Ctrl-C -> over, and its kernel
+#                    is ended like any other: asked to, then by SIGTERM, then by SIGKILL
+
+FAILED, USAGE, SIGNALLED = 1, 2, 128   # exit codes; the last one plus the signal's number
+START_SECONDS = 60       # that a kernel may take to answer (nbclient's, and papermill's)
+INTERRUPT_SECONDS = 5    # that a cell gets to end when it is interrupted
+IDLE_SECONDS = 4         # of silence after a reply, and the idle will not come (nbclient's)
+TICK_SECONDS = 0.2       # between two looks at the clock and at signals
+SAVE_SECONDS = 1         # between two saves while cells run, at least, and so many times as long
+SAVE_SHARE = 10          # as the last save took
+TRACEBACK_LINES = 12     # that are shown of a cell that failed
+BAR, LINE = 16, 60       # columns of the bar, and of the code in a line
+TIMES = {   # what comes on iopub -> its name in a cell's metadata.execution
+    "execute_input": "iopub.execute_input",
+    "busy": "iopub.status.busy", "idle": "iopub.status.idle"}
+
+
+def refuse(sentence):
+    log(sentence, "error")
+    sys.exit(USAGE)
+
+
+class OnlyPage(PageMailbox):
+    """The mailbox of `run`, which is there until the end."""
+
+    def __init__(self):
+        super().__init__("", websocket=self)
+
+    def cut_off(self):
+        """When it is full the kernel waits (P4): nobody else does."""
+
+
+class RunningCell:
+    """A cell that was sent to its kernel: it gets the outputs that come of it.
+
+    A stream's text is a list of pieces, as in a file, until the notebook is saved.
+    """
+
+    def __init__(self, cell, displays):
+        self.cell, self.displays = cell, displays   # display_id -> outputs, of the whole run
+        self.clears_next = False   # clear_output(wait=True): when the next output comes
+        self.reply, self.is_idle, self.is_stopped = None, False, False
+        self.question = None       # what it asks somebody who is not there
+        self.heard_at = time.monotonic()
+        cell.update(outputs=[], execution_count=None,
+                    metadata={**cell["metadata"], "execution": {}})
+
+    @property
+    def is_over(self):
+        """Both have come, or what is missing will not: bash, when interrupted, may never reply."""
+        is_silent = time.monotonic() - self.heard_at > IDLE_SECONDS
+        has_reply = self.reply is not None
+        return self.is_idle and (has_reply or self.is_stopped) or has_reply and is_silent
+
+    @property
+    def error(self):
+        """ename and evalue in a line, or None. A cell that was not run has failed, too."""
+        reply = self.reply or {}
+        if reply.get("status") in ("error", "aborted", "abort"):
+            return f"{reply.get('ename') or reply['status']}: {reply.get('evalue', '')}".strip(": ")
+
+    def last_words(self):
+        """The end of its traceback; of what it printed when there is none (bash)."""
+        texts = ["\n".join(output.get("traceback", ())) or "".join(output.get("text", ()))
+                 for output in reversed(self.cell["outputs"])]
+        plain = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", next(filter(str.strip, texts), ""))
+        return "\n".join(plain.strip("\n").split("\n")[-TRACEBACK_LINES:])
+
+    def hear(self, entry):
+        """File an Entry that came of this cell."""
+        self.heard_at = time.monotonic()
+        content, msg_type = entry.content, entry.msg_type
+        if entry.channel == "iopub":
+            self.note_time(TIMES.get(content.get("execution_state", msg_type)), entry)
+            self.is_idle = self.is_idle or entry.is_idle
+            if msg_type in SHOWN:
+                self.show(msg_type, content)
+            elif msg_type in CHANGES:
+                CHANGES[msg_type](self, content)
+        elif msg_type == "execute_reply":
+            self.note_time("shell.execute_reply", entry)
+            self.reply = content
+        elif msg_type == "input_request":
+            self.question = f"The cell asks {content.get('prompt')!r}, and nobody can answer."
+        if "execution_count" in content:
+            self.cell["execution_count"] = content["execution_count"]
+
+    def note_time(self, name, entry):
+        if name:   # nothing is changed in place: it may be part of what was saved
+            times = {**self.cell["metadata"]["execution"],
+                     name: entry.header.get("date") or iso(time.time())}
+            self.cell["metadata"] = {**self.cell["metadata"], "execution": times}
+
+    def add(self, output):
+        if self.clears_next:
+            self.clear({})
+        self.cell["outputs"].append(output)
+
+    def show(self, kind, content):
+        """Append an output. What has a display_id is from now on shown wherever that id is."""
+        members = {name: content.get(name, default) for name, default in SHOWN[kind].items()}
+        self.add({"output_type": kind, **members})
+        if display_id := (content.get("transient") or {}).get("display_id"):
+            self.displays[display_id].append(self.cell["outputs"][-1])
+            self.update(content)
+
+    def stream(self, content):
+        """A text: part of the last output, if that is the same stream."""
+        name, outputs = content.get("name", "stdout"), self.cell["outputs"]
+        if self.clears_next or not outputs or outputs[-1].get("name") != name:
+            self.add({"output_type": "stream", "name": name, "text": []})
+        outputs[-1]["text"].append(content.get("text", ""))
+
+    def update(self, content):
+        for output in self.displays[(content.get("transient") or {}).get("display_id")]:
+            output.update(data=content.get("data", {}), metadata=content.get("metadata", {}))
+
+    def clear(self, content):
+        self.clears_next = bool(content.get("wait"))
+        if not self.clears_next:
+            self.cell["outputs"].clear()
+
+
+SHOWN = {   # msg_type, which is an output's type -> what the output has of the message, its default
+    "display_data": {"data": {}, "metadata": {}},
+    "execute_result": {"data": {}, "metadata": {}, "execution_count": None},
+    "error": {"ename": "", "evalue": "", "traceback": []}}
+CHANGES = {   # msg_type -> what else it does to a cell's outputs; others (comms …) do nothing
+    "stream": RunningCell.stream, "update_display_data": RunningCell.update,
+    "clear_output": RunningCell.clear}
+
+
+class Result:
+    """Where a run's notebook goes: a file, or stdout, where it comes once, at the end."""
+
+    def __init__(self, source, path, is_known, say):
+        """`source`: the document that runs, whose form is kept. `path`: "-" for stdout. `is_known`:
+        is it the file of the source? `say`: function of a sentence."""
+        self.document, self.path, self.say = source, path, say
+        # The bytes that the file has, unless somebody else has written it (R2); None: do not look.
+        self.known = source.data if is_known else None
+        self.due = math.inf        # when it may be saved next
+        self.complaint = None      # the latest
+
+    def save(self, notebook, must_write=False):
+        """Write the file, if there is one and it changes. Raises OSError, NotANotebook."""
+        began = time.monotonic()
+        self.document = write_notebook(notebook, self.document)
+        data = self.document.data
+        if self.path != "-" and (must_write or data != self.known):
+            try:
+                write_atomically(self.path, data, self.look)
+            except FileExistsError:
+                self.step_aside()
+                write_atomically(self.path, data, refuse_existing)
+            self.known = data
+        now = time.monotonic()
+        if self.path != "-":
+            self.due = now + max(SAVE_SECONDS, SAVE_SHARE * (now - began))
+
+    def save_meanwhile(self, notebook):
+        """The same while cells run (R1). A disk that is full now may have room at the end."""
+        try:
+            self.save(notebook)
+        except (OSError, NotANotebook) as problem:
+            self.due = time.monotonic() + SAVE_SECONDS
+            if str(problem) != self.complaint:
+                self.complaint = str(problem)
+                self.say(f"{self.path} cannot be written: {problem}")
+
+    def look(self, target):
+        """Right before the file is replaced: FileExistsError when it is not as we left it."""
+        if self.known is not None and read_bytes(target) != self.known:
+            raise FileExistsError
+
+    def step_aside(self):
+        """Go on with another file: the first name beside the old one that is free."""
+        stem, extension = os.path.splitext(self.path)
+        names = (f"{stem}-run{number or ''}{extension}" for number in itertools.count())
+        name = next(name for name in names if not os.path.lexists(name))
+        self.say(f"Somebody else has changed {self.path}: it stays as it is, and the result goes "
+                 f"to {name}.")
+        self.path = name
+
+    def save_at_last(self, notebook):
+        """The same after the run. Returns whether it worked: if not, it is in another file."""
+        try:
+            self.save(notebook)
+            return True
+        except OSError as problem:
+            self.say(f"{self.path} cannot be written: {reason_of(problem)}.")
+            descriptor, self.path = tempfile.mkstemp(".ipynb")
+            write_all(descriptor, self.document.data)
+            os.close(descriptor)
+            return False
+
+    def give(self, has_page):
+        """The end: what goes to stdout goes now, and a page is written beside a file. Returns a
+        word on where it is."""
+        if self.path == "-":
+            write_all(sys.stdout.fileno(), self.document.data)
+            return "went to stdout"
+        if not has_page:
+            return f"are in {self.path}"
+        page = os.path.splitext(self.path)[0] + ".html"
+        folder, name = os.path.split(os.path.abspath(self.path))
+        write_atomically(page, export_html(self.document.served, name, Contents(folder)))
+        return f"are in {self.path} and {page}"
+
+
+def reason_of(problem):
+    """What the disk, or a notebook that cannot be written, says in words."""
+    return getattr(problem, "strerror", None) or problem
+
+
+def read_bytes(path):
+    """The bytes of a file, None when it is not there."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+class Progress:
+    """What is seen of a run, on stderr: a bar on a terminal, elsewhere a line for each cell."""
+
+    def __init__(self, total, kernel_name):
+        self.total, self.number, self.code = total, 0, f"starting {kernel_name}"
+        self.began = self.cell_began = time.monotonic()
+        self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.drawn = ""   # the line of the bar
+        self.full, self.empty = "█░" if self.writable("█░") == "█░" else "#-"
+
+    def begin(self, cell):
+        code = next(line for line in cell["source"].split("\n") if line.strip()).strip()
+        self.code, self.number = self.writable(code), self.number + 1
+        self.cell_began = time.monotonic()
+        self.draw()
+
+    def writable(self, text):
+        """The text with ? for what stderr has no letters for."""
+        encoding = sys.stderr.encoding or "ascii"
+        return text.encode(encoding, "replace").decode(encoding)
+
+    def draw(self):
+        """On a terminal: a bar, number, time, and the first line of the code. At the right there is
+        room for the ^C that a terminal shows."""
+        done = BAR * max(self.number - 1, 0) // max(self.total, 1)
+        line = (f"{self.full * done}{self.empty * (BAR - done)} {self.number}/{self.total}  "
+                f"{clock(self.seconds)}  {self.code}")
+        if self.is_terminal and line != self.drawn:
+            self.drawn = line
+            self.write(f"\r{fitted(line, shutil.get_terminal_size().columns - 4)}")
+
+    def clear(self):
+        if self.drawn:
+            self.drawn = ""
+            self.write(f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r")
+
+    def write(self, text):
+        with contextlib.suppress(OSError):   # nobody looks any more
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def end(self, error):
+        """A cell has ended: elsewhere than on a terminal that is a line."""
+        if not self.is_terminal:
+            number = f"[{self.number:{len(str(self.total))}}/{self.total}]"
+            words = [fitted(self.code, LINE).rstrip(), *(error or "").split("\n")[:1]]
+            log(f"{number} {time.monotonic() - self.cell_began:.1f} s  {'  '.join(words).rstrip()}",
+                "error")
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def say(self, sentence):
+        self.clear()
+        log(sentence, "error")
+
+
+def clock(seconds):
+    """A time as 0:07, or 1:02:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def fitted(text, width):
+    """A line of so many columns: cut, or filled up. East Asian letters have two of them."""
+    import unicodedata
+    shown, left = [], width
+    for each in text:
+        columns = 2 if unicodedata.east_asian_width(each) in "WF" else 1
+        if left < columns:
+            break
+        left -= columns
+        shown.append(each if each.isprintable() else "?")
+    return "".join(shown) + " " * left
+
+
+class NotebookRun:
+    """A notebook that runs: its cells, its kernel, the page that `run` is, and the result."""
+
+    def __init__(self, notebook, kernel, options):
+        self.notebook = {**notebook, "cells": [{**cell} for cell in notebook["cells"]]}
+        self.kernel, self.timeout, self.allows_errors = (
+            kernel, options.timeout or math.inf, options.allow_errors)
+        self.todo = [cell for cell in self.notebook["cells"] if is_to_run(cell)]
+        self.progress = Progress(len(self.todo), kernel.name)
+        self.result = None
+        self.box, self.poller = OnlyPage(), zmq.Poller()
+        self.poller.register(self.box.fileno(), zmq.POLLIN)
+        self.running = {}        # msg_id -> RunningCell, of all: a thread may print later
+        self.displays = collections.defaultdict(list)   # display_id -> outputs
+        self.info = None         # kernel_info_reply
+        self.death = None        # why the kernel's process has ended
+        self.signals = []        # numbers of those that have come: SIGINT, SIGTERM
+        self.has_news = False    # since the last save
+        self.failures = 0
+        kernel.on_end.append(self.end_of_kernel)
+        kernel.join(self.box)
+
+    def end_of_kernel(self):
+        self.kernel.is_gone = True   # a new process would not have the variables
+
+    def run(self):
+        """Run the cells, end the kernel; returns why it ended early, or None. Raises Problem when
+        the kernel cannot be started."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: self.signals.append(number))
+        try:
+            self.kernel.start()
+            return self.run_all()
+        finally:
+            self.kernel.shutdown()
+            self.take()   # its last words, of threads, too
+            self.progress.clear()
+
+    def run_all(self):
+        """Run the cells in turn; returns as `run`."""
+        self.ask("kernel_info_request", {})
+        if not self.until(lambda: self.info, START_SECONDS):
+            return self.death or ("Interrupted." if self.signals else
+                                  f"The kernel {self.kernel.name} does not answer.")
+        if isinstance(self.info.get("language_info"), dict):
+            self.notebook["metadata"] = {**self.notebook["metadata"],
+                                         "language_info": self.info["language_info"]}
+        for cell in self.todo:
+            self.progress.begin(cell)
+            running = self.begin(cell)
+            if trouble := self.run_cell(running):
+                return trouble
+            self.failures += bool(running.error)
+            if running.error and not self.allows_errors and not has_tag(cell, "raises-exception"):
+                return running.last_words() or running.error
+        return None
+
+    def run_cell(self, running):
+        """Wait for the end of a cell; returns a sentence when the run ends with it, too (R3)."""
+        self.until(lambda: running.is_over or running.question, self.timeout)
+        ename, sentence = self.trouble(running)
+        if ename and not self.death:
+            self.interrupt(running)
+        if ename and ename not in [output.get("ename") for output in running.cell["outputs"]]:
+            running.show("error", {"ename": ename, "evalue": sentence, "traceback": [sentence]})
+        self.progress.end(ename or running.error)
+        return sentence
+
+    def trouble(self, running):
+        """(ename, sentence) of what ends the run with this cell; (None, None) when it goes on."""
+        if running.is_over:
+            return None, "Interrupted." if self.signals else None
+        if self.death:
+            return "DeadKernelError", self.death
+        if self.signals:
+            return "KeyboardInterrupt", "Interrupted."
+        if running.question:
+            return "StdinNotImplementedError", running.question
+        return "CellTimeoutError", f"The cell took longer than {self.timeout:g} s (--timeout)."
+
+    def interrupt(self, running):
+        """Interrupt a cell. If that does not help, the end of the run ends the process."""
+        running.is_stopped = True
+        self.kernel.interrupt()
+        self.until(lambda: running.is_over, INTERRUPT_SECONDS, len(self.signals))
+
+    def begin(self, cell):
+        """Send a cell; returns it as a RunningCell."""
+        running = RunningCell(cell, self.displays)
+        msg_id = self.ask("execute_request", {
+            "code": cell["source"], "silent": False, "store_history": True, "user_expressions": {},
+            "allow_stdin": False, "stop_on_error": True})
+        self.running[msg_id] = running
+        return running
+
+    def ask(self, msg_type, content):
+        """Send a request on shell, as a page does; returns its msg_id."""
+        parts = self.kernel.session.pack(self.kernel.session.message(msg_type, content))
+        entry = Entry("shell", parts[2:6])
+        entry.client = self.box.session_id
+        self.kernel.send(Request("shell", parts, entry, life=self.box.life))
+        return entry.header["msg_id"]
+
+    def until(self, is_true, seconds, most_signals=0):
+        """Hear, save and draw until `is_true()`; or until so many seconds are over, more signals
+        than that have come, or the kernel has ended. Returns `is_true()`."""
+        deadline = time.monotonic() + seconds
+        while (not is_true() and not self.death and time.monotonic() < deadline
+               and len(self.signals) <= most_signals):
+            self.poller.poll(1000 * min(TICK_SECONDS, max(0, deadline - time.monotonic())))
+            self.take()
+            if self.has_news and time.monotonic() > self.result.due:
+                self.has_news = False
+                self.result.save_meanwhile(self.saved())
+            self.progress.draw()
+        return is_true()
+
+    def take(self):
+        """Take what the kernel has said, and file it."""
+        was_full = self.box.size > MOST_WAITING
+        for entry in self.box.take():
+            if entry.life:
+                self.death = self.kernel.reason or "The kernel has ended."
+            elif entry.parent_id in self.running:
+                self.file(entry)
+            elif entry.msg_type == "kernel_info_reply":
+                self.info = entry.content
+        if was_full:
+            self.kernel.requests.put()   # the watcher waits for room (P4)
+
+    def file(self, entry):
+        """File what came of a cell. Kernels make mistakes; the rest of what they say counts."""
+        self.has_news = True
+        try:
+            self.running[entry.parent_id].hear(entry)
+        except (TypeError, AttributeError) as problem:
+            self.progress.say(f"{entry.msg_type} from the kernel is not as it must be: {problem}")
+
+    def saved(self):
+        """The notebook as it is to be saved."""
+        return {**self.notebook, "cells": [map_strings(cell, join)
+                                           for cell in self.notebook["cells"]]}
+
+
+def is_to_run(cell):
+    source = cell["source"]
+    return (cell["cell_type"] == "code" and isinstance(source, str) and bool(source.strip())
+            and not has_tag(cell, "skip-execution"))
+
+
+def shielded(words):
+    """The words of a command line; what follows -p is marked, for it may begin with a dash."""
+    rest, shown = iter(words), []
+    for word in rest:
+        shown.append(word)
+        if word in ("-p", "--parameters"):
+            shown += [f"={value}" for value in itertools.islice(rest, 2)]
+    return shown
+
+
+def run_options(words):
+    """What the words after `run` say. Exits with USAGE and a sentence when they say nothing."""
+    parser = argparse.ArgumentParser(
+        prog="minijupyter.py run", description="Run all cells of a notebook, in its folder, and "
+        "save what comes of them.", epilog="Exit code: 0 when all cells have run, 1 when one has "
+        "failed, took too long, or its kernel has died, 2 when nothing could be run, 130 after "
+        "Ctrl-C. What there is by then is saved. Cells tagged raises-exception may fail, those "
+        "tagged skip-execution are left out.")
+    add = parser.add_argument
+    add("notebook", metavar="NOTEBOOK", help="a file; -: stdin")
+    add("-o", "--output", metavar="OUT", help="the file of the result (default: NOTEBOOK itself, "
+        "in which nothing but outputs changes; of stdin, stdout); -: stdout")
+    add("--html", action="store_true", help="write a page beside the result, too")
+    add("--kernel", metavar="NAME", help="the kernel that runs it (default: the notebook's)")
+    add("--timeout", metavar="SECONDS", type=float, help="that a cell may take; then it is "
+        "interrupted, and the run ends (default: as long as it likes)")
+    add("--allow-errors", action="store_true", help="go on after a cell that fails; exit code 0")
+    add("-p", "--parameters", metavar=("NAME", "VALUE"), nargs=2, action="append", default=[],
+        help="assign a value in a cell after the one that is tagged parameters; can be repeated. "
+        "What looks like None, True, False or a number is one")
+    options = parser.parse_args(shielded(words))
+    options.output = options.output or options.notebook
+    options.parameters = {name[1:]: parameter_value(value[1:])
+                          for name, value in options.parameters}
+    if options.timeout is not None and not options.timeout > 0:
+        parser.error("--timeout needs a number of seconds above 0")
+    if options.output == "-" and options.html:
+        parser.error("--html writes a page beside a file: name one with -o")
+    for name in options.parameters:
+        if not is_variable(name):
+            parser.error(f"{name!r} cannot be the name of a parameter")
+    return options
+
+
+def read_document(path):
+    """The document of a notebook file, "-" for stdin. Exits with USAGE when it is none."""
+    try:
+        if path == "-":
+            return DOCUMENTS[-1](sys.stdin.buffer.read())
+        with open(path, "rb") as file:
+            return DOCUMENTS[-1](file.read())
+    except NotANotebook as problem:
+        refuse(f"{'stdin' if path == '-' else path} is no notebook that can be run: {problem}.")
+    except OSError as problem:
+        refuse(f"{path} cannot be read: {reason_of(problem)}.")
+
+
+def refuse_foreign(path):
+    """Exit with USAGE when the file that a result would replace is no notebook."""
+    try:
+        DOCUMENTS[-1](read_bytes(path) or b"")
+    except NotANotebook:
+        refuse(f"{path} is there, and is no notebook: it is not replaced.")
+    except OSError as problem:
+        refuse(f"{path} cannot be written: {reason_of(problem)}.")
+
+
+def kernel_for(notebook, wish, path):
+    """The KernelProcess that shall run a notebook; it is not started. Exits with USAGE when there
+    is none."""
+    spec = notebook["metadata"].get("kernelspec")
+    name = wish or (spec.get("name") if isinstance(spec, dict) else None) or DEFAULT_KERNEL
+    absolute = os.path.abspath("notebook" if path == "-" else path)
+    try:
+        return KernelProcess(name, *find_spec(str(name)), cwd=os.path.dirname(absolute),
+                             session_name=absolute)
+    except Problem as problem:
+        refuse(f"{problem.message}. Choose one with --kernel NAME.")
+    except OSError as problem:
+        refuse(f"No kernel can be started: {reason_of(problem)}.")
+
+
+def parameterized(notebook, parameters, kernel):
+    """The notebook with a cell that assigns the parameters, if there are any. Exits with USAGE when
+    the kernel's language has no way to write them."""
+    try:
+        return {**notebook, "cells": with_parameters(
+            notebook["cells"], parameters, kernel.spec["language"])} if parameters else notebook
+    except ValueError as problem:
+        refuse(f"{problem}.")
+
+
+def run_notebook(words):
+    """`run NOTEBOOK [options]`: run all cells of a notebook and save what comes of them."""
+    options = run_options(words)
+    document = read_document(options.notebook)
+    if options.output not in ("-", options.notebook):
+        refuse_foreign(options.output)
+    kernel = kernel_for(document.served, options.kernel, options.notebook)
+    notebook = parameterized(document.served, options.parameters, kernel)
+    log.level = "error"   # what kernels say beside their cells is in the way; a crash shows it
+    run = NotebookRun(notebook, kernel, options)
+    run.result = Result(document, options.output, options.output == options.notebook,
+                        run.progress.say)
+    try:
+        run.result.save(run.saved(), must_write=True)   # what cannot be written is told at once
+    except (OSError, NotANotebook) as problem:
+        refuse(f"{options.output} cannot be written: {reason_of(problem)}.")
+    try:
+        trouble = run.run()
+    except Problem as problem:
+        refuse(problem.message)
+    sys.exit(end_of_run(run, trouble, options.html))
+
+
+def end_of_run(run, trouble, has_page):
+    """Save and tell; returns the exit code."""
+    count, number, say = len(run.todo), run.progress.number, run.progress.say
+    if trouble:
+        say(trouble)
+    try:
+        is_saved, where = run.result.save_at_last(run.saved()), run.result.give(has_page)
+    except (OSError, NotANotebook) as problem:
+        is_saved, where = False, f"cannot be written: {reason_of(problem)}"
+    if trouble:
+        at = f"at cell {number} of {count}" if number else "before its first cell"
+        say(f"The run ended {at}; the outputs until then {where}.")
+    else:
+        failed = f", {run.failures} of them failed" if run.failures else ""
+        say(f"{count} cell{'s' * (count != 1)} in {run.progress.seconds:.1f} s{failed}; "
+            f"the outputs {where}.")
+    if run.signals:
+        return SIGNALLED + run.signals[0]
+    return FAILED if trouble or not is_saved else 0
+
+
+COMMANDS["run"] = run_notebook
+
+
+# ---- 53. Programs as notebooks: the percent format ---------------------------------------------
 #
 # A program whose comments `# %%` divide it into cells is a notebook, too: VS Code, Spyder, PyCharm
 # and jupytext read and write it. `GET /api/contents/x.py?type=notebook` gives it as one, and a PUT
@@ -7303,7 +8127,7 @@ CONTENTS.append(TextNotebookContents)
 TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, Program))
 
 
-# ---- 50. Download as: what else a notebook can become -------------------------------------------
+# ---- 54. Download as: what else a notebook can become -------------------------------------------
 #
 # `GET /api/nbconvert` lists the formats, `GET /nbconvert/FORMAT/PATH` gives a notebook of the disk
 # in one of them, and `POST /nbconvert/FORMAT` the notebook in the body, which need not be saved. An
@@ -7328,7 +8152,8 @@ NOT_FOR_READING = (
     "Typing", "Completion and tooltip", "Undo of cell operations", "Copy, split, merge, move",
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
-    "Download as", "The file browser", "The text editor", "Under the hood")
+    "Download as", "The file browser", "The text editor", "Under the hood",
+    "Other clients of the kernel")
 READING_POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
     "media-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
@@ -7786,12 +8611,13 @@ ROUTES += [("GET", r"/api/nbconvert", list_exporters),
            ("POST", r"/nbconvert/([^/]+)", export_content)]
 
 
-# ---- 51. A quick start -------------------------------------------------------------------------
+# ---- 55. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
-# the bytecode cache. So the script starts itself again as a module, except under a debugger. On the
-# way it has glibc ask for large pages: half the time of a copy of a large notebook or message is
-# spent on faults of 4 kB pages. (Not in kernels: an idle one would have 2 MB more.)
+# the bytecode cache. So the script starts itself again as a module, except under a debugger, and
+# except for a command: that would only begin later. On the way it has glibc ask for large pages:
+# half the time of a copy of a large notebook or message is spent on faults of 4 kB pages. (Not in
+# kernels: an idle one would have 2 MB more.)
 
 def run_as_module():
     ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -7803,7 +8629,9 @@ def run_as_module():
               {**os.environ, **ours})
 
 
-if __name__ == "__main__" and os.name == "posix" and not {"bdb", "pydevd"} & sys.modules.keys():
+is_command = bool(COMMANDS.keys() & {*sys.argv[1:2]})
+if __name__ == "__main__" and os.name == "posix" and not (
+        is_command or {"bdb", "pydevd"} & sys.modules.keys()):
     run_as_module()
 
 

@@ -109,7 +109,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, quote_plus, urlencode
 
@@ -331,8 +331,7 @@ class ZeroMQWire:
             channel_socket.subscribe(b"")
         else:
             channel_socket.identity = self.session.session.encode()
-        channel_socket.connect("tcp://{}:{}".format(
-            self.connection["ip"], self.connection[channel + "_port"]))
+        channel_socket.connect(minijupyter.endpoint(self.connection, channel))
         self.poller.register(channel_socket, zmq.POLLIN)
 
     def send(self, channel, message):
@@ -730,12 +729,12 @@ class WebSocketClient:
 class WebSocketWire:
     """Carries messages to a kernel through the server: JSON texts that name their channel."""
 
-    def __init__(self, server, kernel_id, session_id=None, journal=0):
+    def __init__(self, server, kernel_id, session_id=None, journal=0, headers=None):
         self.session_id = session_id or secrets.token_hex(8)
         path = (f"/api/kernels/{kernel_id}/channels?session_id={self.session_id}"
                 f"&journal={journal}")
         self.client = WebSocketClient(
-            server.port, path, {"Authorization": f"token {server.token}"})
+            server.port, path, headers or {"Authorization": f"token {server.token}"})
         if self.client.status != 101:
             raise ConnectionError(self.client.status)
 
@@ -872,6 +871,18 @@ class ServerCase(Case):
         self.addCleanup(frontend.wire.close)
         cell = frontend.finish(frontend.start("import os; os.getpid()"))
         return kernel_id, frontend, int(cell.result)
+
+    def connection(self, kernel_id, server=None):
+        """The fields of a kernel's connection file."""
+        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
+        return json.loads(file.read_text())
+
+    def attach(self, kernel_id):
+        """A Frontend on the kernel's own sockets, as a console is, past the server."""
+        frontend = Frontend(ZeroMQWire(self.connection(kernel_id)))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        return frontend
 
 
 # ---- 2. The wire ------------------------------------------------------------
@@ -1569,6 +1580,52 @@ class KernelStdin(KernelCase):
         self.assertWorks()
         self.assertEqual(self.ask_user("input()", "fresh").result, "'fresh'")
 
+    def other(self):
+        frontend = self.kernel.connect()
+        self.addCleanup(frontend.wire.close)
+        return frontend
+
+    def question(self, frontend):
+        """The first input_request that is about no request of this frontend's."""
+        def found():
+            return next((m for m in frontend.unasked if word(m) == "input_request"), None)
+        frontend.until(found)
+        return found()
+
+    def test_a_question_whose_client_has_gone_is_put_to_all_who_are_there(self):
+        gone, two = self.other(), self.other()
+        cell = gone.start("answer = input('Who? ')")
+        gone.until(lambda: cell.questions)
+        gone.wire.close()
+        for frontend in (self.frontend, two):
+            asked = self.question(frontend)
+            self.assertEqual(asked["content"]["prompt"], "Who? ")
+            self.assertEqual(asked["parent_header"]["msg_id"], cell.request["header"]["msg_id"])
+        two.type("me", asked["header"])
+        self.assertEqual(self.run_cell("answer").result, "'me'")
+
+    def test_it_is_put_to_whoever_comes_later_and_also_when_it_is_asked_later(self):
+        gone = self.other()
+        cell = gone.start("print('here')\nimport os, time\n"
+                          "while not os.path.exists('go'): time.sleep(0.01)\ninput('Who? ')")
+        gone.until(lambda: cell.text())
+        gone.wire.close()
+        Path(self.kernel.folder.name, "go").touch()
+        late = self.other()
+        late.type("late", self.question(late)["header"])
+        self.assertWorks()
+
+    def test_nobody_else_is_asked_while_its_client_is_there(self):
+        two = self.other()
+        cell = two.start("input('Who? ')")
+        two.until(lambda: cell.questions)
+        self.frontend.unasked.clear()
+        self.other().wire.close()   # somebody else goes
+        self.frontend.request("kernel_info_request")
+        self.assertNotIn("input_request", map(word, self.frontend.unasked))
+        two.type("two")
+        self.assertEqual(two.finish(cell).result, "'two'")
+
 
 class KernelInterrupt(KernelCase):
     SITUATIONS = {
@@ -1935,6 +1992,415 @@ class Nbclient(Case):
         for name in ("Differentiation", "Palindrome", "PropositionalLogic"):
             with self.subTest(name):
                 self.assertEqual(*map(outcome, executed_on_both(f"pytudes-{name}.ipynb")))
+
+
+def joined_outputs(nb):
+    """The outputs of each cell: texts whole, neighbouring streams as one, no addresses."""
+    cells = []
+    for cell in nb["cells"]:
+        outputs = []
+        for output in cell.get("outputs", ()):
+            output = minijupyter.map_output(output, minijupyter.join, lambda mime: True)
+            if outputs and output.get("name", 0) == outputs[-1].get("name"):
+                outputs[-1] = {**output, "text": outputs[-1]["text"] + output["text"]}
+            else:
+                outputs.append(output)
+        cells.append(re.sub("[0-9a-f]{9,}", "", json.dumps(outputs, sort_keys=True)))
+    return cells
+
+
+class Run(Case):
+    """`minijupyter.py run`: what nbclient and papermill do with a notebook is the expectation."""
+
+    def setUp(self):
+        self.place = self.folder()
+        self.env = clean_environment(self.place, JUPYTER_PATH=str(self.place))
+        self.command = [sys.executable, str(HERE / "minijupyter.py"), "run"]
+
+    def write(self, *sources, name="book.ipynb", tags=(), **metadata):
+        """A notebook file with these cells; tags = ((number, tag), …)."""
+        nb = notebook(*sources, **metadata)
+        for number, tag in tags:
+            nb["cells"][number]["metadata"]["tags"] = [tag]
+        (self.place / name).write_text(json.dumps(nb))
+
+    def run_it(self, *words, code=0, **options):
+        """Run book.ipynb, or what the words say, to this exit code: its stderr."""
+        if not words or re.match("-.", words[0]):
+            words = ["book.ipynb", *words]
+        done = subprocess.run([*self.command, *words], cwd=self.place, env=self.env, text=True,
+                              capture_output=True, timeout=SECONDS * 3, **options)
+        self.stdout = done.stdout
+        self.assertEqual(done.returncode, code, done.stderr)
+        self.assertNotIn("minijupyter.py\", line", done.stderr)   # no traceback of ours
+        return done.stderr
+
+    def start(self, *words):
+        """The same as a Process, which runs."""
+        process = Process([*self.command, *words], cwd=self.place, env=self.env)
+        self.addCleanup(process.end)
+        return process
+
+    def read(self, name="book.ipynb"):
+        return json.loads((self.place / name).read_text())
+
+    def texts(self, name="book.ipynb"):
+        """What the cells of a notebook show, each as a word."""
+        return ["".join("".join(output.get("text") or output.get("data", {}).get("text/plain", ())
+                                or output.get("ename"))
+                        for output in cell["outputs"]).strip()
+                for cell in self.read(name)["cells"]]
+
+    @needs_notebooks
+    @needs("nbclient", "nbformat")
+    def test_real_notebooks_get_the_outputs_that_nbclient_gives_them(self):
+        for name in ("pytudes-Palindrome.ipynb", "ipython-Updating_Displays.ipynb",
+                     "pytudes-Life.ipynb"):
+            with self.subTest(name):
+                (self.place / "book.ipynb").write_text(json.dumps(prepared(name, self.place)))
+                self.run_it("--allow-errors")
+                self.assertEqual(joined_outputs(self.read()), joined_outputs(execute(name, OURS)))
+
+    @needs("nbclient", "nbformat")
+    def test_a_file_has_what_nbclient_writes_but_for_the_times(self):
+        import nbformat
+        self.write("x = 1", "print(x); x", "  ", "1 / 0", "x = 2", "x", name="book.ipynb", tags=[
+            (3, "raises-exception"), (4, "skip-execution")])
+        theirs = nbformat.read(self.place / "book.ipynb", 4)
+        run_by_nbclient(theirs, OURS, self.folder())
+        self.run_it()
+        ours = nbformat.read(self.place / "book.ipynb", 4)
+        for nb in (ours, theirs):
+            for cell in nb["cells"]:
+                for name in cell["metadata"].get("execution", ()):
+                    cell["metadata"]["execution"][name] = "a time"
+        self.assertEqual(ours, theirs)
+        self.assertEqual(ours["metadata"]["language_info"]["name"], "python")
+        self.assertEqual(len(ours["cells"][0]["metadata"]["execution"]), 4)
+
+    def test_only_what_came_of_cells_changes_in_the_file(self):
+        nb = notebook("6 * 7", "old")
+        nb["cells"][1] = {"cell_type": "markdown", "id": "m", "metadata": {}, "source": "*text*"}
+        text = json.dumps(nb, indent=4).replace('"*text*"', '"\\u002atext*"')
+        (self.place / "book.ipynb").write_text(text)
+        self.run_it()
+        lines = (self.place / "book.ipynb").read_text().split("\n")
+        self.assertIn('            "source": "\\u002atext*"', lines)
+        self.assertEqual(self.read()["cells"][0]["outputs"][0]["data"], {"text/plain": ["42"]})
+
+    def test_a_failed_cell_ends_the_run_and_later_cells_keep_their_outputs(self):
+        nb = notebook("x = 1", "def f():\n    return 1 / 0\nf()", "'never'")
+        nb["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "old"}]
+        (self.place / "book.ipynb").write_text(json.dumps(nb))
+        told = self.run_it(code=1)
+        self.assertEqual(self.texts(), ["", "ZeroDivisionError", "old"])
+        for part in ("[2/3]", "----> 2     return 1 / 0", "ZeroDivisionError: division by zero\n",
+                     "ended at cell 2 of 3; the outputs until then are in book.ipynb"):
+            self.assertIn(part, told)
+        self.assertEqual(self.stdout, "")
+
+    def test_errors_that_are_allowed_end_nothing(self):
+        self.write("1 / 0", "1 / 0", "'last'", tags=[(0, "raises-exception")])
+        self.run_it(code=1)
+        self.assertIn("2 of them failed", self.run_it("--allow-errors"))
+        self.assertEqual(self.texts(), ["ZeroDivisionError", "ZeroDivisionError", "'last'"])
+
+    def test_a_cell_that_takes_too_long_is_interrupted_and_says_so(self):
+        self.write("print('begun')\nwhile True: pass", "'never'")
+        self.assertIn("longer than 0.5 s", self.run_it("--timeout", "0.5", code=1))
+        self.assertEqual(self.texts(), ["begun\nKeyboardInterruptCellTimeoutError", ""])
+
+    def test_ctrl_c_interrupts_the_cell_and_saves(self):
+        self.write("1", "open('begun', 'w')\nwhile True: pass", "'never'")
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("book.ipynb")
+            wait_until((self.place / "begun").exists)
+            os.kill(process.pid, number)
+            self.assertEqual(process.exit_code(), code, process.output)
+            self.assertEqual(self.texts(), ["1", "KeyboardInterrupt", ""])
+            (self.place / "begun").unlink()
+
+    def test_a_second_ctrl_c_ends_a_cell_that_will_not_be_interrupted(self):
+        self.write("import os, signal\nsignal.signal(signal.SIGINT, lambda *_: open('heard', 'w'))"
+                   "\nprint(os.getpid())\nopen('begun', 'w')\nwhile True: pass")
+        process = self.start("book.ipynb")
+        for file in ("begun", "heard"):
+            wait_until((self.place / file).exists)
+            os.kill(process.pid, signal.SIGINT)
+        self.assertEqual(process.exit_code(), 130, process.output)
+        pid, ename = re.fullmatch(r"(\d+)\n(.*)", self.texts()[0]).groups()
+        self.assertEqual(ename, "KeyboardInterrupt")
+        self.assertFalse(is_alive(int(pid)))
+
+    def test_a_kernel_that_dies_ends_the_run_and_is_not_started_again(self):
+        install_kernelspec(self.place, "counted", [
+            "sh", "-c", 'echo >>starts; exec "$0" "$@"', *OURS])
+        self.write("'first'", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "'never'")
+        self.assertIn("was ended by signal 9", self.run_it("--kernel", "counted", code=1))
+        self.assertEqual(self.texts(), ["'first'", "DeadKernelError", ""])
+        self.assertEqual((self.place / "starts").read_text(), "\n")
+
+    def test_a_kernel_that_cannot_begin_is_told_of_with_what_it_said(self):
+        install_kernelspec(self.place, "broken", [sys.executable, "-c", "import no_such_module"])
+        self.write("1")
+        told = self.run_it("--kernel", "broken", code=1)
+        self.assertIn("No module named 'no_such_module'", told)
+        install_kernelspec(self.place, "missing", ["/no/such/program"])
+        self.assertIn("cannot be started", self.run_it("--kernel", "missing", code=2))
+
+    def test_a_cell_that_asks_somebody_fails(self):
+        self.write("input('your name?')")
+        self.assertIn("StdinNotImplementedError", self.run_it(code=1))
+
+    def test_outputs_are_saved_while_cells_run_and_a_killed_run_leaves_no_kernel(self):
+        self.write("import os, time; print(os.getpid())", "print('first'); time.sleep(1000)")
+        process = self.start("book.ipynb", "-o", "out.ipynb")
+        process.wait_for(r"\[1/2\]")   # by then the file is there
+        pid, _ = wait_until(lambda: self.texts("out.ipynb")[1] and self.texts("out.ipynb"))
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(int(pid)))
+
+    def test_what_somebody_else_saves_meanwhile_stays_and_the_result_goes_beside_it(self):
+        self.write("open('begun', 'w')\nimport os, time\nwhile not os.path.exists('go'):\n"
+                   "    time.sleep(0.01)\n'result'")
+        process = self.start("book.ipynb")
+        wait_until((self.place / "begun").exists)
+        self.write("theirs")
+        theirs = (self.place / "book.ipynb").read_bytes()
+        (self.place / "go").touch()
+        self.assertEqual(process.exit_code(), 0, process.output)
+        self.assertEqual((self.place / "book.ipynb").read_bytes(), theirs)
+        self.assertEqual(self.texts("book-run.ipynb"), ["'result'"])
+        self.assertIn("Somebody else has changed book.ipynb", process.output)
+
+    def test_what_cannot_be_saved_at_last_goes_to_a_temporary_file(self):
+        (self.place / "out").mkdir()
+        self.write("import shutil; shutil.rmtree('out')", "'result'")
+        self.env["TMPDIR"] = str(self.place)
+        told = self.run_it("-o", "out/a.ipynb", code=1)
+        self.assertIn("out/a.ipynb cannot be written: No such file", told)
+        saved = re.search("2 cells in .*the outputs are in (.+\\.ipynb)", told)[1]
+        self.assertEqual(self.texts(saved), ["", "'result'"])
+
+    def test_displays_are_updated_wherever_they_are_and_clear_output_waits(self):
+        self.write("from IPython.display import display, clear_output\n"
+                   "handle = display(1, display_id='a')", "handle.update(2)",
+                   "for i in range(3):\n    clear_output(wait=True)\n    print(i)",
+                   "print('gone'); clear_output()")
+        self.run_it()
+        self.assertEqual(self.texts(), ["2", "", "2", ""])
+
+    def test_a_message_that_is_not_as_it_must_be_ends_nothing(self):
+        self.write("from IPython.display import publish_display_data as publish\n"
+                   "publish({'text/plain': 'odd'}, transient={'display_id': []})\n"
+                   "publish({'text/plain': 'odder'}, transient={'display_id': [1]})", "'next'")
+        self.assertIn("display_data from the kernel is not as it must be", self.run_it())
+        self.assertEqual(self.texts(), ["oddodder", "'next'"])
+
+    @needs("ipywidgets")
+    def test_what_widgets_say_to_a_page_is_left_unanswered(self):
+        self.write("from ipywidgets import IntSlider\nslider = IntSlider(3)\nslider")
+        told = self.run_it()
+        self.assertEqual((len(told.split("\n")), self.texts()[0][:9]), (3, "IntSlider"), told)
+
+    def test_more_is_printed_than_fits_in_a_mailbox_and_nothing_is_missing(self):
+        size = minijupyter.MOST_WAITING * 2
+        self.write(f"for _ in range({size} // 1000): print('x' * 999)", "'next'")
+        self.run_it("-o", "out.ipynb")
+        first, second = self.texts("out.ipynb")
+        self.assertEqual((len(first), second), (size // 1000 * 1000 - 1, "'next'"))
+
+    def test_a_notebook_can_come_from_stdin_and_go_to_stdout(self):
+        self.write("6 * 7")
+        self.run_it("-", input=(self.place / "book.ipynb").read_text())
+        nb = json.loads(self.stdout)
+        self.assertEqual(nb["cells"][0]["outputs"][0]["data"], {"text/plain": ["42"]})
+        self.run_it("-o", "-")
+        self.assertEqual(json.loads(self.stdout)["cells"][0]["execution_count"], 1)
+        self.assertEqual(self.texts(), [""])
+
+    def test_an_old_notebook_runs_and_becomes_a_new_one(self):
+        (self.place / "book.ipynb").write_text(json.dumps(VERSION_3))
+        self.run_it("-o", "out.ipynb")
+        nb = self.read("out.ipynb")
+        self.assertEqual((nb["nbformat"], nb["nbformat_minor"]), (4, 5))
+        self.assertEqual(nb["cells"][-1]["outputs"][0]["data"], {"text/plain": ["1"]})
+
+    def test_the_kernel_works_in_the_notebooks_folder_and_knows_its_name(self):
+        (self.place / "below").mkdir()
+        self.write("import os; os.getcwd()", "os.environ['JPY_SESSION_NAME']", name="below/a.ipynb")
+        self.run_it("below/a.ipynb")
+        self.assertEqual(self.texts("below/a.ipynb"), [
+            repr(os.path.realpath(self.place / "below")), repr(str(self.place / "below/a.ipynb"))])
+
+    def test_what_cannot_be_run_is_refused_in_a_sentence(self):
+        self.write("1")
+        self.write("1", name="other.ipynb", kernelspec={"name": "cobol", "display_name": "x"})
+        (self.place / "text.ipynb").write_text("text")
+        (self.place / "json.ipynb").write_text("{}")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.place)
+        self.enterContext(unittest.mock.patch.object(minijupyter.log, "level", "warning"))
+        for words, part in {
+                ("no.ipynb",): "no.ipynb cannot be read: No such file",
+                (".",): ". cannot be read: ",
+                ("text.ipynb",): "text.ipynb is no notebook",
+                ("json.ipynb",): "it has no nbformat number",
+                ("other.ipynb",): "no kernel called cobol; there are: python3",
+                ("book.ipynb", "--kernel", "cobol"): "Choose one with --kernel",
+                ("book.ipynb", "-o", "no/x.ipynb"): "no/x.ipynb cannot be written: No such file",
+                ("book.ipynb", "-o", "."): ". cannot be written: Is a directory",
+                ("book.ipynb", "-o", "text.ipynb"): "text.ipynb is there, and is no notebook",
+                ("book.ipynb", "--timeout", "0"): "above 0",
+                ("book.ipynb", "--tmeout", "1"): "unrecognized arguments: --tmeout",
+                ("book.ipynb", "-p", "a b", "1"): "'a b' cannot be the name",
+                ("book.ipynb", "-o", "-", "--html"): "name one with -o",
+                (): "required: NOTEBOOK"}.items():
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
+                with self.assertRaises(SystemExit) as end:
+                    minijupyter.COMMANDS["run"](words)
+                self.assertEqual(end.exception.code, 2)
+                self.assertIn(part, told.getvalue())
+        self.assertIn("no.ipynb cannot be read", self.run_it("no.ipynb", code=2))
+        self.assertEqual(self.stdout, "")
+
+    @needs("pexpect")
+    def test_a_terminal_shows_a_bar_that_is_gone_at_the_end(self):
+        import pexpect
+        self.write("x = 1", "open('begun', 'w')\nwhile True: pass")
+        terminal = pexpect.spawn(self.command[0], [*self.command[1:], "book.ipynb"], env=self.env,
+                                 cwd=str(self.place), timeout=SECONDS, encoding="utf-8")
+        self.addCleanup(terminal.close, True)
+        terminal.expect("\r████████░░░░░░░░ 2/2  0:0\\d  open")
+        wait_until((self.place / "begun").exists)
+        terminal.sendintr()
+        terminal.expect("\r +\rInterrupted.\r\nThe run ended at cell 2 of 2; the outputs until "
+                        "then are in book.ipynb.\r\n$")
+        terminal.expect(pexpect.EOF)
+
+    # -- kernels of others --
+
+    def test_bash_runs_with_parameters_as_they_were_given(self):
+        self.run_foreign("bash", ["price='0'", "echo $price $n"], "price", "it's $5", "n", "7",
+                         shown=["", "", "it's $5 7"])
+
+    def test_deno_runs_with_parameters_as_they_were_given(self):
+        self.run_foreign("deno", ["let text = '0'", "console.log(text, n)"], "text", "é \"$5\"\n",
+                         "n", "-7", shown=["", "", 'é "$5"\n -7'])
+
+    def run_foreign(self, name, sources, *parameters, shown):
+        row = FOREIGN[name]
+        if not (shutil.which(row["argv"][0]) and (name == "deno" or importlib.util.find_spec(
+                "bash_kernel"))):
+            self.skipTest(f"needs {name}")
+        install_kernelspec(self.place, name, row["argv"], language=row["language"])
+        self.write(*sources, tags=[(0, "parameters")], kernelspec={"name": name})
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        self.run_it(*(word for pair in pairs for word in ("-p", *pair)))
+        self.assertEqual(self.texts(), shown)
+
+    @needs("ipykernel", "xpython_launcher")
+    def test_ipykernel_and_xeus_run_too(self):
+        for name in ("ipykernel", "xpython"):
+            with self.subTest(name):
+                install_kernelspec(self.place, name, FOREIGN[name]["argv"])
+                self.write("print('x')", "6 * 7", "1 / 0", "8")
+                self.run_it("--kernel", name, code=1)
+                *ends, error, last = self.texts()
+                self.assertEqual((ends, last), (["x", "42"], ""))
+                self.assertIn("ZeroDivisionError", error)
+
+    def test_html_writes_a_page_beside_the_result_with_its_pictures(self):
+        (self.place / "near.png").write_bytes(one_red_pixel())
+        self.write("6 * 7", "from IPython.display import HTML\nHTML('<img src=near.png>')")
+        self.run_it("--html", "-o", "out.ipynb")
+        page = (self.place / "out.html").read_text()
+        self.assertIn('"path":"out.ipynb"', page)
+        self.assertIn('"near.png":"data:image/png;base64,', page)
+        self.assertEqual(self.texts("out.ipynb")[0], "42")
+
+
+class RunParameters(Case):
+    """Values of the command line in a notebook's language."""
+
+    VALUES = ["text", "it's", 'a "b" c', "", "back\\slash", "None", "True", "False", "3", "-4",
+              "2147483648", "0.5", "1e300", "1_000", " 7 ", "0x10", "yes"]
+    # Where papermill's text is not what the value says: é is no byte; $ inserts a variable.
+    OTHERWISE = [
+        ("r", "é\n", 'x = "é\\n"'), ("julia", "$5", 'x = "\\$5"'), ("c#", "é", 'var x = "é";'),
+        ("matlab", "C:\\x\ny", 'x = "C:\\x" + newline + "y";'), ("r", "nan", "x = NaN"),
+        ("powershell", "$5 `a`", '$x = "`$5 ``a``"'), ("c#", "None", "var x = (object)null;"),
+        ("scala", "-inf", "val x = Double.NegativeInfinity"), ("octave", "é\n", 'x = "é\\n";'),
+        ("typescript", "a", 'let x = "a";'), ("javascript", "None", "x = null;")]
+
+    def written(self, language, word):
+        value = minijupyter.parameter_value(word)
+        return minijupyter.assignments({"x": value}, language).split("\n", 1)[1].rstrip("\n")
+
+    @needs("papermill")
+    def test_words_are_the_values_that_papermill_takes_them_for(self):
+        from papermill.cli import _resolve_type
+        for word in [*self.VALUES, "nan", "inf", "-Infinity", "1,5", "١", "9" * 400, "true"]:
+            ours, theirs = minijupyter.parameter_value(word), _resolve_type(word)
+            self.assertEqual(repr(ours), repr(theirs), word)
+
+    @needs("papermill")
+    def test_cells_with_parameters_are_those_of_papermill(self):
+        from papermill.translators import translate_parameters
+        names = {"python": "python", "R": "R", "julia": "julia", "bash": "bash", "scala": "scala",
+                 "C#": ".net-csharp", "F#": ".net-fsharp", "PowerShell": ".net-powershell",
+                 "matlab": "matlab"}
+        for language, name in names.items():
+            for word in [*self.VALUES, *(["é\n☃", "nan", "-inf"] if name == "python" else [])]:
+                value = minijupyter.parameter_value(word)
+                is_known = (language, word) not in {
+                    ("C#", "None"), ("matlab", "back\\slash"), ("PowerShell", "back\\slash")}
+                with self.subTest(language, word=word):
+                    parameters = {"x": value, "_y": 1}
+                    if is_known:
+                        self.assertEqual(minijupyter.assignments(parameters, language),
+                                         translate_parameters(name, language, parameters))
+
+    def test_texts_say_what_they_say_where_papermills_do_not(self):
+        for language, word, written in self.OTHERWISE:
+            self.assertEqual(self.written(language, word), written)
+
+    def test_python_reads_back_what_was_given(self):
+        for word in [*self.VALUES, "é\n☃", "\\n", "'\"", "\udcff"]:
+            found = {}
+            exec(self.written("python", word), found)
+            self.assertEqual(found["x"], minijupyter.parameter_value(word))
+
+    @needs("papermill")
+    def test_the_cell_stands_where_papermill_puts_it(self):
+        import nbformat
+        from papermill.parameterize import parameterize_notebook
+        for tags in ({}, {1: "parameters"}, {0: "parameters", 2: "injected-parameters"},
+                     {0: "injected-parameters", 1: "parameters", 2: "injected-parameters"}):
+            nb = notebook("a = 1", "x = 0", "c", kernelspec={"name": "python3"},
+                          language_info={"name": "python"}, papermill={})
+            for number, cell in enumerate(nb["cells"]):
+                cell["metadata"]["tags"] = [tags[number]] if number in tags else []
+            with contextlib.redirect_stderr(io.StringIO()):   # both miss the tag
+                theirs = parameterize_notebook(nbformat.from_dict(nb), {"x": 5}, language="python",
+                                               kernel_name="python3")["cells"]
+                ours = minijupyter.with_parameters(nb["cells"], {"x": 5}, "python")
+            self.assertEqual([(cell["source"], cell["metadata"]) for cell in ours],
+                             [(cell["source"], cell["metadata"]) for cell in theirs])
+
+    def test_a_name_that_the_defaults_do_not_have_is_told(self):
+        cells = notebook("alpha = 1")["cells"]
+        for tags, part in (([], "No cell of the notebook has the tag parameters"),
+                           (["parameters"], "says nothing of alhpa")):
+            cells[0]["metadata"]["tags"] = tags
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                minijupyter.with_parameters(cells, {"alpha": 2, "alhpa": 2}, "python")
+            self.assertIn(part, told.getvalue())
+            self.assertEqual(told.getvalue().count("\n"), 1)
+
+    def test_a_language_without_a_row_is_refused_by_name(self):
+        with self.assertRaisesRegex(ValueError, "in the language 'COBOL', only in python, r, "):
+            minijupyter.assignments({"x": 1}, "COBOL")
 
 
 # ---- 5. The kernel, whole: every message, magic and library -----------------------------
@@ -9092,11 +9558,6 @@ class ServerPortable(ServerCase):
 class LocalSockets(ServerCase):
     """Between server and kernel there are files that only their owner can open, where it can be."""
 
-    def connection(self, kernel_id, server=None):
-        """The fields of a kernel's connection file."""
-        (file,) = Path((server or self.server).folder.name).rglob(f"kernel-{kernel_id}.json")
-        return json.loads(file.read_text())
-
     def socket_files(self, server=None):
         return [*Path((server or self.server).folder.name).rglob("sockets/*")]
 
@@ -10373,6 +10834,25 @@ class Journal(ServerCase):
         page = Page(WebSocketWire(self.server, self.kernel_id, session, journal=1))
         self.addCleanup(page.wire.close)
         return page
+
+    def test_the_question_of_a_console_that_has_gone_is_asked_in_pages_that_come(self):
+        console = self.attach(self.kernel_id)
+        cell = console.start("answer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        for _ in range(2):   # the first page leaves without an answer
+            page = self.follow()
+            page.until(lambda page=page: "input_request" in page.log)
+            asked = next(m for m in page.unasked if word(m) == "input_request")
+            self.assertEqual(asked["content"]["prompt"], "Who? ")
+            page.wire.close()
+        page = self.follow()
+        page.until(lambda: "input_request" in page.log)
+        page.type("me", asked["header"])
+        self.assertEqual(page.finish(page.start("answer", "a")).result, "'me'")
+        last = self.follow()
+        last.finish(last.start("1", "b"))
+        self.assertNotIn("input_request", last.log)
 
     def test_what_was_printed_while_nobody_listened_is_there_for_a_new_page(self):
         page = self.follow()
@@ -11851,6 +12331,62 @@ print(text, nb.cells[1].outputs[0].data["text/plain"])
         self.addCleanup(process.end)
         self.assertEqual(process.exit_code(3 * SECONDS), 0, process.output)
         self.assertTrue(process.output.endswith("☃\n 42\n"), process.output)
+
+
+class VsCode(ServerCase):
+    """What VS Code's Jupyter extension asks when a person chooses "Existing Jupyter Server" and
+    types a password, in its order."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"options": ["--port", free_ports(1)[0], "--password",
+                                   minijupyter.hash_password("correct horse")]}
+        super().setUpClass()
+
+    def log_in(self):
+        """The headers of all its further requests."""
+        self.assertNotEqual(self.server.get("/hub/api", Authorization=None).status, 200)
+        self.assertEqual(self.server.get("/tree?", Authorization=None).status, 302)
+        page = self.assertReply(self.server.get("/login?", Authorization=None), 200)
+        xsrf = re.match("_xsrf=([^;]+)", page.headers["Set-Cookie"])[1]
+        reply = self.server.request("POST", "/login?", urlencode(
+            {"_xsrf": xsrf, "password": "correct horse"}), {
+                "Authorization": None, "Cookie": f"_xsrf={xsrf}",
+                "Content-Type": "application/x-www-form-urlencoded;charset=UTF-8"})
+        self.assertEqual(reply.status, 302)
+        # It sends back the whole of the first cookie, with all that the server said about it.
+        cookie = f"_xsrf={xsrf}; {reply.headers.get_all('Set-Cookie')[0]}"
+        return {"Authorization": None, "Cookie": cookie, "X-XSRFToken": xsrf}
+
+    def test_a_password_lets_it_in_and_it_runs_cells_in_a_session(self):
+        headers = self.log_in()
+
+        def ask(method, path, body=None, status=200):
+            return self.assertReply(self.server.request(method, path, body, headers), status)
+
+        self.assertEqual(ask("GET", "/api/kernels?1795917734966").json, [])
+        specs = ask("GET", "/api/kernelspecs?1795917734967").json
+        self.assertIn(specs["default"], specs["kernelspecs"])
+        self.assertEqual(ask("GET", "/api/sessions?1795917734968").json, [])
+        self.assertEqual(ask("GET", "/api/contents?content=0").json["type"], "directory")
+        path = "book-jvsc-4c962022-cdec-4156-bd16-2c1e46761ade.ipynb"   # there is no such file
+        session = ask("POST", "/api/sessions", {"path": path, "type": "notebook", "name": path,
+                                                "kernel": {"name": "python3"}}, 201).json
+        kernel_path = f"/api/kernels/{session['kernel']['id']}"
+        wire = WebSocketWire(self.server, session["kernel"]["id"], headers={
+            name: value for name, value in headers.items() if value})
+        self.addCleanup(wire.close)
+        frontend = Frontend(wire)
+        frontend.greet()
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(lambda: cell.text())
+        ask("POST", f"{kernel_path}/interrupt", status=204)
+        self.assertFails(frontend.finish(cell), "KeyboardInterrupt")
+        ask("POST", f"{kernel_path}/restart")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).count, 1)
+        ask("DELETE", f"/api/sessions/{session['id']}", status=204)
+        self.assertEqual(ask("GET", "/api/kernels").json, [])
 
 
 # -- what nobody thinks of, and what others did not think of --
@@ -15965,6 +16501,7 @@ class PageForEveryone(PageCase):
         tab.cell(0).locator(".gutter").click(modifiers=["Control"])
         yield "after a run", tab
         tab.page.locator("[popovertarget=menu-file]").click()
+        tab.page.locator("#menu-file button:focus").wait_for()
         yield "menu", tab
         for key, name in (("f", "find bar"), ("h", "help"), ("p", "palette"), ("0 0", "dialog")):
             tab.press("Escape")
@@ -15980,6 +16517,20 @@ class PageForEveryone(PageCase):
         rows.nth(1).click()
         tab.page.locator("#hood-detail dl").wait_for()
         yield "under the hood", tab
+        tab.command("hood")
+        console = self.attach(self.server.get("/api/sessions").json[-1]["kernel"]["id"])
+        cell = console.start("print('from a console')\ninput('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        tab.page.get_by_label("Who?").wait_for()
+        yield "another client's cell asks", tab
+        tab.page.get_by_label("Who?").fill("me")
+        tab.press("Enter")
+        tab.page.get_by_role("button", name="Keep as a cell").wait_for()
+        yield "another client's cell has ended", tab
+        tab.command("connect-client")
+        tab.page.locator("dialog[open] code").first.wait_for()
+        yield "how to connect another client", tab
 
     def test_axe_finds_nothing_in_any_state(self):
         for name, tab in self.states():
@@ -19353,6 +19904,340 @@ def server_alone(folder, source, page=PAGE_SOURCE):
         "--token", token, "--no-browser"]
 
 
+class PageAmongOthers(PageCase):
+    """The page, while other clients use its kernel."""
+
+    def console(self):
+        """A client on the sockets of the only kernel."""
+        (model,) = self.server.get("/api/kernels").json
+        return self.attach(model["id"])
+
+    def run_there(self, code):
+        console = self.console()
+        return console.finish(console.start(code))
+
+    def test_what_a_console_runs_stands_in_a_strip_and_not_in_the_file(self):
+        tab = self.open("x = 1")
+        self.run_there("print('from the console')\n6 * 7")
+        self.run_there("1 / 0")
+        runs = tab.page.locator("#strip-runs article")
+        self.assertCount(runs, 2)
+        for part in ("In [1]", "6 * 7", "from the console", "42"):
+            self.assertShows(runs.first, part)
+        self.assertShows(runs.last, "ZeroDivisionError")
+        self.assertEqual(tab.page.locator("body").get_attribute("data-saved"), "true")
+        tab.press("Control+s")
+        self.assertEqual(self.saved_sources(), ["x = 1"])
+
+    def test_a_run_of_the_strip_is_kept_as_a_cell(self):
+        tab = self.open("x = 1")
+        self.run_there("print('kept')\n6 * 7")
+        tab.page.get_by_role("button", name="Keep as a cell").click()
+        self.assertEqual(tab.sources(), ["x = 1", "print('kept')\n6 * 7"])
+        self.assertEqual(tab.texts()[1], "kept42")
+        self.assertFalse(tab.page.locator("#strip").is_visible())
+        tab.save()
+        self.assertEqual(self.saved()["cells"][1]["execution_count"], 1)
+        tab.press("z")
+        self.assertEqual(tab.sources(), ["x = 1"])
+
+    def test_a_strip_that_was_closed_stays_closed_until_it_is_wanted(self):
+        tab = self.open("x = 1")
+        self.run_there("1")
+        tab.page.get_by_role("button", name="Close what other clients run").click()
+        self.run_there("2")
+        self.assertCount(tab.page.locator("#strip-runs article"), 2)
+        self.assertFalse(tab.page.locator("#strip").is_visible())
+        tab.command("toggle-strip")
+        self.assertTrue(tab.page.locator("#strip").is_visible())
+
+    def test_what_pages_of_the_same_notebook_run_is_no_strangers(self):
+        tab = self.open("print('mine')", "x = 1")
+        other = self.reopen(self.name)
+        tab.run(0)
+        self.assertShows(other.outputs(0), "mine")
+        other.page.reload()
+        other.wait_for(kernel="idle")
+        for each in (tab, other):
+            self.assertCount(each.page.locator("#strip-runs article"), 0)
+
+    def test_the_question_of_a_console_that_has_gone_is_answered_in_the_page(self):
+        tab = self.open("answer")
+        console = self.console()
+        cell = console.start("print('before')\nanswer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        self.assertShows(tab.page.locator("#strip-runs"), "before")
+        self.assertCount(tab.page.locator("#strip-runs input"), 0)   # it is the console's to answer
+        console.wire.close()
+        field = tab.page.get_by_label("Who?")
+        field.fill("me")
+        field.press("Enter")
+        self.assertShows(tab.page.locator("#strip-runs"), "Who? me")
+        tab.wait_for(kernel="idle")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "'me'")
+
+    def test_such_a_question_is_there_after_a_reload_too(self):
+        tab = self.open("answer")
+        console = self.console()
+        cell = console.start("answer = input('Who? ')")
+        console.until(lambda: cell.questions)
+        console.wire.close()
+        tab.page.get_by_label("Who?").wait_for()
+        tab.page.reload()
+        tab.page.get_by_label("Who?").fill("me")
+        tab.press("Enter")
+        tab.wait_for(kernel="idle")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "'me'")
+
+    def test_it_tells_the_command_line_of_each_client(self):
+        tab = self.open("x = 1")
+        (model,) = self.server.get("/api/kernels").json
+        file = f"kernel-{model['id']}.json"
+        tab.command("connect-client")
+        dialog = tab.page.locator("dialog[open]")
+        for command in ("minijupyter.py console --existing", "jupyter console --existing",
+                        "jupyter qtconsole --existing"):
+            line = dialog.locator("code", has_text=command)
+            self.assertShows(line, file)
+        self.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        dialog.get_by_role("button", name="Copy: Jupyter console").click()
+        self.assertShows(dialog, "Copied")
+        copied = tab.page.evaluate("navigator.clipboard.readText()")
+        self.assertTrue(copied.startswith("jupyter console --existing /"), copied)
+
+
+QT_CONSOLE = """
+import sys
+from qtpy import QtCore
+from qtconsole.qtconsoleapp import JupyterQtConsoleApp
+
+app = JupyterQtConsoleApp()
+app.initialize(["--existing", sys.argv[1], "--ConsoleWidget.include_other_output=True"])
+shown = ""
+
+def look():
+    global shown
+    text = app.widget._control.toPlainText()
+    if text != shown:
+        shown = text
+        print(text, flush=True)
+
+timer, typed = QtCore.QTimer(), QtCore.QSocketNotifier(0, QtCore.QSocketNotifier.Read)
+timer.timeout.connect(look)
+timer.start(50)
+typed.activated.connect(lambda *_: app.widget.execute(sys.stdin.readline()))
+app.start()
+"""   # shows what stands in its window, and runs what it is told
+
+
+@needs("pexpect", "jupyter_console", "qtconsole", "PySide6")
+class AllAtOnce(PageCase):
+    """Several clients on one kernel: each sees what the others run."""
+
+    def console(self, *argv):
+        import pexpect
+        console = pexpect.spawn(
+            sys.executable, [*map(str, argv)], timeout=SECONDS, encoding="utf-8",
+            dimensions=(50, 120), env=clean_environment(
+                self.server.folder.name, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1",
+                QT_QPA_PLATFORM="offscreen"))
+        self.addCleanup(console.close, True)
+        return console
+
+    def test_page_jupyter_console_qt_console_and_ours_see_each_other(self):
+        tab = self.open("print('from the page', 6 * 7)")
+        (model,) = self.server.get("/api/kernels").json
+        (file,) = Path(self.server.folder.name).rglob(f"kernel-{model['id']}.json")
+        consoles = {
+            "ours": self.console(HERE / "minijupyter.py", "console", "--existing", file),
+            "jupyter": self.console("-m", "jupyter_console", "--existing", file,
+                                    "--ZMQTerminalInteractiveShell.include_other_output=True"),
+            "qt": self.console("-c", QT_CONSOLE, file)}
+        for console in consoles.values():
+            console.expect(r"In \[")
+        tab.run(0)
+        for console in consoles.values():
+            console.expect("from the page 42")
+        for name, console in consoles.items():
+            console.send(f"print('from {name}', 6 * 7)\r")
+            for each in consoles.values():
+                each.expect(f"from {name} 42")
+            self.assertShows(tab.page.locator("#strip-runs"), f"from {name} 42")
+
+
+@needs("playwright", "jupyterlab", "notebook")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class JupyterInFront(ServerCase):
+    """The pages of JupyterLab and Jupyter Notebook, with ours as the gateway to their kernels."""
+
+    def open(self, module, page_path):
+        """(page on a notebook, its code cells) of a server of Jupyter's with ours behind it."""
+        def program(root, port, token):
+            return [sys.executable, "-m", module, f"--port={port}", "--no-browser", "--allow-root",
+                    f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+                    f"--gateway-url=http://127.0.0.1:{self.server.port}",
+                    f"--GatewayClient.auth_token={self.server.token}",
+                    "--LabApp.news_url=None"]   # it asks nothing of the internet
+        front = self.own_server(program=program)
+        (front.root / "a.ipynb").write_bytes(jupyter_bytes(notebook(
+            "print('out')\n6 * 7", "print('ready')\nwhile True: pass", "input('Who? ')", "impor",
+            kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"})))
+        wait_until(lambda: answers(front))
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        context.set_default_timeout(SECONDS * 1000)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{front.port}/{page_path}?token={front.token}")
+        page.locator(".jp-Toolbar-kernelName", has_text="Python 3").first.wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+        return page, page.locator(".jp-Notebook .jp-CodeCell")
+
+    def walk(self, page, cells):
+        def run(i):
+            cells.nth(i).locator(".cm-content").click()
+            page.keyboard.press("Control+Enter")
+
+        def shows(i, text):
+            cells.nth(i).locator(".jp-OutputArea-output", has_text=text).first.wait_for()
+
+        run(0)
+        shows(0, "42")
+        run(1)
+        shows(1, "ready")
+        for key in ("Escape", "i", "i"):
+            page.keyboard.press(key)
+        shows(1, "KeyboardInterrupt")
+        run(2)
+        page.locator(".jp-Stdin-input").fill("Ada")
+        page.keyboard.press("Enter")
+        shows(2, "'Ada'")
+        cells.nth(3).locator(".cm-content").click()
+        for key in ("End", "Tab"):
+            page.keyboard.press(key)
+        page.locator(".cm-content", has_text="import").or_(page.locator(".jp-Completer")) \
+            .first.wait_for()
+        for key in ("Escape", "Escape", "0", "0"):
+            page.keyboard.press(key)
+        page.locator(".jp-Dialog .jp-mod-accept").click()
+        page.locator(".jp-Dialog").wait_for(state="detached")
+        run(0)
+        cells.nth(0).locator(".jp-InputPrompt", has_text="[1]").wait_for()
+        self.assertEqual(page.locator(".jp-Dialog").count(), 0)   # nobody says that it died
+        (model,) = self.server.get("/api/kernels").json
+        self.assertEqual((model["name"], model["connections"]), ("python3", 1))
+        page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").click()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Shut Down Kernel$")).click()
+        wait_until(lambda: self.server.get("/api/kernels").json == [])
+
+    def test_jupyterlab_runs_completes_interrupts_restarts_and_shuts_down_a_kernel_of_ours(self):
+        self.walk(*self.open("jupyterlab", "lab/tree/a.ipynb"))
+
+    def test_jupyter_notebook_does_so_too(self):
+        self.walk(*self.open("notebook", "notebooks/a.ipynb"))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder, and says nothing of it."""
+
+    def log_message(self, *words):
+        pass
+
+
+ASK = """async ([address, token]) => {
+    const headers = {Authorization: `token ${token}`, 'X-XSRFToken': 'x'};
+    const tries = {
+        async list() { return (await fetch(address + 'api/contents', {headers})).status; },
+        async wrong() { return (await (await fetch(address + 'api/contents/none', {headers}))
+            .json()).message; },
+        async make() { return (await fetch(address + 'api/kernels', {headers, method: 'POST',
+            body: '{}'})).headers.get('Location'); },
+        async cookie() { return (await fetch(address + 'api/contents', {credentials: 'include'}))
+            .status; },
+    };
+    const answers = {};
+    for (const [name, ask] of Object.entries(tries))
+        answers[name] = await ask().catch(error => error.message);
+    return answers;
+}"""
+
+
+@needs("playwright")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class OtherSites(ServerCase):
+    """Web pages of other origins use the server when --allow-origin names theirs."""
+
+    @classmethod
+    def setUpClass(cls):
+        site = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=NODE))
+        thread = threading.Thread(target=site.serve_forever, args=[0.01])
+        thread.start()
+        for end in (thread.join, site.server_close, site.shutdown):
+            cls.addClassCleanup(end)
+        cls.allowed, cls.stranger = (
+            f"http://{host}:{site.server_port}" for host in ("localhost", "127.0.0.1"))
+        cls.options = {"options": ["--port", free_ports(1)[0], "--allow-origin", cls.allowed,
+                                   "--allow-origin", "https://Example.org:443/"]}
+        super().setUpClass()
+        cls.address = f"http://127.0.0.1:{cls.server.port}/"
+
+    def visit(self, address):
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        page = context.new_page()
+        page.goto(address)
+        return page
+
+    def test_a_named_origin_reads_answers_and_errors_with_the_token_and_not_by_the_cookie(self):
+        page = self.visit(f"{self.address}tree?token={self.server.token}")   # the cookie is there
+        page.goto(f"{self.allowed}/")
+        found = page.evaluate(ASK, [self.address, self.server.token])
+        self.assertEqual((found["list"], found["cookie"]), (200, "Failed to fetch"))
+        self.assertIn("none", found["wrong"])
+        self.assertIn("/api/kernels/", found["make"])
+        self.server.delete(found["make"])
+
+    def test_any_other_origin_reads_nothing(self):
+        page = self.visit(f"{self.stranger}/")
+        found = page.evaluate(ASK, [self.address, self.server.token])
+        self.assertEqual({*found.values()}, {"Failed to fetch"}, found)
+
+    def test_an_answer_names_the_origin_that_asks_if_it_is_one_of_those(self):
+        for origin, is_named in ((self.allowed, True), ("https://example.org", True),
+                                 (self.stranger, False), ("null", False), ("*", False),
+                                 (f"{self.allowed}.evil.example", False), (None, False)):
+            with self.subTest(origin):
+                headers = self.server.get("/api", Origin=origin).headers
+                named = headers.get("Access-Control-Allow-Origin")
+                self.assertEqual(named, origin if is_named else None)
+                self.assertIsNone(headers.get("Access-Control-Allow-Credentials"))
+                self.assertEqual(headers.get("Vary"), "Origin" if is_named else None)
+
+    def test_what_is_no_origin_is_refused_with_a_sentence(self):
+        for text in ("*", "https://*.example.org", "example.org", "https://example.org/path",
+                     "null", "ftp://example.org", "https://user@example.org"):
+            with self.subTest(text):
+                done = subprocess.run([sys.executable, HERE / "minijupyter.py", "--allow-origin",
+                                       text], capture_output=True, text=True, timeout=SECONDS)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn("is no origin: write it as https://example.org", done.stderr)
+
+    @needs_programs(NODE / "thebe")
+    def test_thebe_runs_the_code_of_a_web_page(self):
+        page = self.visit(f"{self.allowed}/")
+        page.set_content('<pre data-executable="true">print("from a page:", 6 * 7)</pre>')
+        page.add_script_tag(url=f"{self.allowed}/thebe/lib/index.js")
+        page.evaluate("options => void thebe.bootstrap(options)", {
+            "useBinder": False, "requestKernel": True,
+            "kernelOptions": {"kernelName": "python3"}, "serverSettings": {
+                "baseUrl": self.address, "wsUrl": self.address.replace("http", "ws"),
+                "token": self.server.token, "appendToken": True}})
+        page.wait_for_function("window.thebe?.session")
+        page.locator(".thebe-run-button").first.click()
+        page.get_by_text("from a page: 42").wait_for()
+
+
 class CoreOfTheServer(ServerCase):
     """Part I alone is a server: what the architecture promises holds without any extra."""
 
@@ -20532,6 +21417,21 @@ def bench_page_and_outputs(count):
     yield DOWNLOAD_SIZE, (len(PAGE_SOURCE.encode()) + len(notebook_to_download())) / 1e6
 
 
+OUR_RUN = [HERE / "minijupyter.py", "run"]
+NBCLIENTS_RUN = ["-m", "jupyter", "execute", "--inplace"]
+
+
+@yields("run: a notebook of 100 cells")
+def bench_run(command, count):
+    """From the command to its end, with a new kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [f"print({i})\n{i} * 2" for i in range(100)]
+        Path(folder, "book.ipynb").write_text(json.dumps(notebook(*cells)))
+        yield "run: a notebook of 100 cells", milliseconds(lambda: subprocess.run(
+            [sys.executable, *command, "book.ipynb"], cwd=folder, check=True, capture_output=True,
+            env=clean_environment(folder)))
+
+
 @yields("memory: idle server, MB", "memory: idle server and ten kernels, MB")
 def bench_memory(program, count):
     """What a server and its kernels, all idle, share with no other process."""
@@ -20894,6 +21794,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("limit", None, bench_page_and_outputs),
     ("ours", None, bench_downloads, None),
     ("theirs", "nbconvert", bench_downloads, jupyter_server),
+    ("ours", None, bench_run, OUR_RUN),
+    ("theirs", "nbclient", bench_run, NBCLIENTS_RUN),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
     ("ours", "playwright", bench_page, None),
