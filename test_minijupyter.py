@@ -16810,12 +16810,23 @@ class PageDownloads(PageCase):
         page.locator(".cell").nth(1).hover()
         page.locator(".fold-code").first.click()
         self.assertEqual(shown(), [False, False, True])
-        button = page.locator("#toggle-code")
+        button = page.locator("button[data-command=toggle-code]").first
         for label, states in (("Hide code", [False] * 3), ("Show code", [False, True, True])):
             self.assertShows(button, label)
             button.click()
             self.assertEqual(shown(), states)
+        for i in range(2):
+            page.locator(".cell").nth(i + 1).hover()
+            page.locator(".fold-code").nth(i).click()
+        self.assertShows(button, "Show code")
         self.assertEqual(Tab(page).texts(), ["said", "said", ""])
+
+    def test_without_code_a_page_has_the_outputs_alone(self):
+        name, data = self.downloaded("html-without-code", "print('out' + 'put')")
+        self.assertEqual(name, self.name.replace(".ipynb", ".html"))
+        self.assertCount(self.read(data).locator("[data-command=toggle-code]:not(.menu *)"), 0)
+        self.assertIn(b"output", data)
+        self.assertNotIn(b"'put'", data)
 
     def test_a_picture_from_elsewhere_is_a_link_because_the_page_asks_nobody(self):
         page = self.page_of(markdown("![far](https://example.org/a.png)"), self.html(
