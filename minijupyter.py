@@ -8154,6 +8154,10 @@ NOT_FOR_READING = (
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "The text editor", "Under the hood",
     "Other clients of the kernel")
+# Where a section of the page begins: one of a script, or of the style
+PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
+NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
+                        r"(?:[:;.]| -| \*/)")
 READING_POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
     "media-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
@@ -8400,14 +8404,12 @@ def page_with(export):
 
 
 def reading_page():
-    """index.html without the sections that a page to read has no use for."""
+    """index.html without the sections, and their style, that a page to read has no use for."""
     with open(os.path.join(HERE, "index.html"), encoding="utf-8") as file:
-        page = file.read()
-    for title in map(re.escape, NOT_FOR_READING):
-        page = re.sub(rf"// ---- \d+\. {title}(?::.*)? -+\n[\s\S]*?(?=// ---- \d|</script>)", "",
-                      page)
-        page = re.sub(rf"/\* \d+ {title}[^a-z][\s\S]*?\n(?=\n/\* [0-9N])", "", page)
-    return page.encode()
+        pieces = PAGE_SECTIONS.split(file.read())
+    # Of the last section the end of the script stays.
+    return "".join(piece[len(piece.partition("</script>")[0]):] if NO_READING.match(piece) else piece
+                   for piece in pieces).encode()
 
 
 EXPORTERS.update(
