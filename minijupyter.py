@@ -8407,9 +8407,10 @@ def reading_page():
     """index.html without the sections, and their style, that a page to read has no use for."""
     with open(os.path.join(HERE, "index.html"), encoding="utf-8") as file:
         pieces = PAGE_SECTIONS.split(file.read())
-    # Of the last section the end of the script stays.
-    return "".join(piece[len(piece.partition("</script>")[0]):] if NO_READING.match(piece) else piece
-                   for piece in pieces).encode()
+    for number, piece in enumerate(pieces):
+        if NO_READING.match(piece):   # of the last one, the end of the script stays
+            pieces[number] = piece[len(piece.partition("</script>")[0]):]
+    return "".join(pieces).encode()
 
 
 EXPORTERS.update(
