@@ -8172,8 +8172,7 @@ class Export:
     """
 
     def __init__(self, notebook, path, contents=None, with_code=True):
-        self.notebook, self.path, self.contents, self.with_code = (
-            notebook, path, contents, with_code)
+        self.notebook, self.path, self.contents = notebook, path, contents
         self.folder, _, name = path.rpartition("/")
         self.stem = os.path.splitext(name)[0] or "notebook"
         self.cells = [*filter(None, (shown(cell, with_code) for cell in notebook["cells"]))]
@@ -8292,7 +8291,7 @@ def keep_file(files, folder, stem, name, data):
 
 def fenced(text, language=""):
     """A block of code, in a fence that is longer than any run of its marks in the text."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     text = text.removesuffix("\n")
     return f"{fence}{language}\n{text}\n{fence}"
 
@@ -8346,9 +8345,9 @@ def with_attachments(cell, keep):
 
     def address(match):
         name = unquote(match[1])
-        bundle = attachments.get(name) if isinstance(attachments, dict) else None
-        for mime in PICTURES if isinstance(bundle, dict) else ():
-            if picture := picture_bytes(mime, bundle.get(mime)):
+        data = attachments.get(name) if isinstance(attachments, dict) else None
+        for mime in PICTURES if isinstance(data, dict) else ():
+            if picture := picture_bytes(mime, data.get(mime)):
                 return keep(re.sub(r"[^\w.-]", "_", name), picture)
         return match[0]
 
@@ -8366,14 +8365,14 @@ def printed(text):
 
 def overwritten(line):
     """A line of a terminal after its carriage returns and backspaces."""
-    shown, at = [], 0
+    written, at = [], 0
     for piece in re.findall(r"\r|\x08|[^\r\x08]+", line):
         if piece in "\r\b":
             at = max(0, at - 1) if piece == "\b" else 0
         else:
-            shown[at:at + len(piece)] = piece
+            written[at:at + len(piece)] = piece
             at += len(piece)
-    return "".join(shown)
+    return "".join(written)
 
 
 # -- HTML: the page with the notebook in it, to be read
@@ -8451,7 +8450,7 @@ class Nbconvert:
             return {}
         with self.lock:
             if self.known is None:
-                self.known = json.loads(self.run("list_nbconvert", {}, LIST_SECONDS))
+                self.known = self.run("list_nbconvert", {}, LIST_SECONDS)
         return self.known
 
     def export(self, format, export):
@@ -8460,16 +8459,15 @@ class Nbconvert:
         with tempfile.TemporaryDirectory(prefix="minijupyter-") as target:
             job = {"format": format, "notebook": export.notebook, "name": export.stem,
                    "folder": folder, "target": target}
-            names = json.loads(self.run("run_nbconvert", job, NBCONVERT_SECONDS))
             files = {}
-            for name in names:
+            for name in self.run("run_nbconvert", job, NBCONVERT_SECONDS):
                 with open(os.path.join(target, name), "rb") as file:
                     files[name] = file.read()
             return files
 
     def run(self, function, job, seconds):
-        """What a function of this module prints, called in a process of its own. Problem 504 when
-        it takes too long, 500 when it fails."""
+        """The JSON that a function of this module prints last, called in a process of its own.
+        Problem 504 when it takes too long, 500 when it fails."""
         process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r}); "
                                    f"import minijupyter; minijupyter.{function}()"], cwd=HERE,
@@ -8483,7 +8481,7 @@ class Nbconvert:
                           ) from None
         if process.returncode:
             raise Problem(500, why_it_failed(errors.decode("utf-8", "replace")))
-        return output
+        return json.loads(output.splitlines()[-1])
 
 
 def end_group(process):
