@@ -6950,6 +6950,7 @@ MOST_CLUSTER_SECONDS = 180     # … and others: a job that starts may have to q
 DISMISS_SECONDS = 4            # that tasks get to answer before their engines end
 CLUSTERS_END_SECONDS = 30      # that a driver gets to end its clusters
 LOG_BYTES = 64_000             # of the end of a log
+HUB_SECONDS = 2                # between two questions of how many tasks there are: each is logged
 CLUSTER_PATH = r"/ipyparallel/clusters/(.+)"
 OPTIONS.append((["--keep-clusters"], {
     "action": "store_true", "help": "leave ipyparallel's clusters running when the server ends"}))
@@ -7251,7 +7252,8 @@ class Hub:
     """What a cluster's hub says to a client of ours: its engines' numbers, how many tasks wait."""
 
     def __init__(self, cluster):
-        self.cluster, self.client, self.queues, self.look = cluster, None, {}, None
+        self.cluster, self.client, self.queues = cluster, None, {}
+        self.look, self.next_look = None, 0   # the task that asks; when to ask again, monotonic
 
     async def connect(self):
         import ipyparallel
@@ -7268,10 +7270,12 @@ class Hub:
     def refresh(self):
         """Ask again, without waiting for it: a list must not wait for a hub that hangs."""
         import asyncio
-        if self.look is None or self.look.done():
-            if self.look and self.look.exception():   # it was no hub any more, or not yet
-                self.client = None
-            self.look = asyncio.ensure_future(self.ask())
+        if self.look and (not self.look.done() or time.monotonic() < self.next_look):
+            return
+        if self.look and self.look.exception():   # it was no hub any more, or not yet
+            self.client = None
+        self.next_look = time.monotonic() + HUB_SECONDS
+        self.look = asyncio.ensure_future(self.ask())
 
     @property
     def tasks(self):
@@ -7327,7 +7331,7 @@ class Conductor:
         self.hubs = {}       # key -> Hub
         self.failures = {}   # key -> why it did not start: {"message", "log"}
         self.stamps = {}     # cluster file of others -> its st_mtime_ns when it was read
-        self.numbers = {}    # launcher of an engine -> its number in the hub
+        self.numbers = {}    # (key, set, name) of an engine -> its number in the hub
 
     async def run(self):
         import asyncio
@@ -7397,7 +7401,8 @@ class Conductor:
                 text = opened.read().decode("utf-8", "replace")
         except OSError:
             text = launcher.get_output() if launcher.state == "after" else ""
-        return {"name": name, "file": file, "text": text[-LOG_BYTES:]}
+        ours = r"(?m)^.* requested 'queue_request'\n"   # that we look is no news
+        return {"name": name, "file": file, "text": re.sub(ours, "", text)[-LOG_BYTES:]}
 
     def find(self, key):
         if key not in self.manager.clusters:
@@ -7450,13 +7455,13 @@ class Conductor:
         is_ours = key in self.ours
         return {"is_ours": is_ours, "parent": None if is_ours else parent_of(cluster.controller),
                 "controller": cluster.controller.state if cluster.controller else "before",
-                "engines": [self.engine(*each) for each in engines_of(cluster)],
+                "engines": [self.engine(key, *each) for each in engines_of(cluster)],
                 "registered": len(hub.client.ids) if hub and hub.client else 0,
                 "tasks": hub.tasks if hub else None, "failure": self.failures.get(key)}
 
-    def engine(self, set_id, name, launcher, ended):
+    def engine(self, key, set_id, name, launcher, ended):
         """An engine as the page shows it; `count` engines that one launcher has as one job."""
-        number = self.number(launcher) if launcher else None
+        number = self.number(key, set_id, name, launcher)
         is_job = launcher and name is None
         state = "dead" if ended is not None else "running" if is_job or (
             number is not None) else "starting"
@@ -7465,15 +7470,15 @@ class Conductor:
                 "pid": getattr(launcher, "pid", None) if launcher else ended.get("pid"),
                 "exit_code": int(code) if (code := (ended or {}).get("exit_code")) else code}
 
-    def number(self, launcher):
-        """The number that the hub has given to an engine: its log tells it."""
-        if launcher not in self.numbers:
+    def number(self, *place):
+        """The number that the hub has given to an engine: its log tells it. A dead one keeps its."""
+        *place, launcher = place
+        if launcher and tuple(place) not in self.numbers:
             found = re.search(r"Completed registration with id (\d+)",
                               self.log_of("", launcher)["text"])
-            if not found:
-                return None
-            self.numbers[launcher] = int(found[1])
-        return self.numbers[launcher]
+            if found:
+                self.numbers[tuple(place)] = int(found[1])
+        return self.numbers.get(tuple(place))
 
     # -- what becomes of it --
 
@@ -7498,19 +7503,19 @@ class Conductor:
             check_count(n)
         self.failures.pop(key, None)
         cluster.shutdown_atexit = not self.keeps
+        self.ours[key] = cluster
         try:
             await cluster.start_cluster(n=n)
         except Exception as problem:
             logs = await self.logs(key)
             log = "\n".join(each["text"] for each in logs).strip()
             await cluster.stop_cluster()
-            self.manager.clusters[key] = cluster   # it can be tried again
+            self.manager.clusters[key] = self.ours.pop(key, cluster)   # it can be tried again
             why = log.rpartition("\n")[2] or str(problem)
             self.failures[key] = {"message": why, "log": log}
             refusal = Problem(500, f"The cluster {key} did not start: {why}")
             refusal.more = {"log": log}
             raise refusal from None
-        self.ours[key] = cluster
         return self.model(key, cluster)
 
     async def stop(self, key):
@@ -7548,8 +7553,9 @@ class Conductor:
     async def let_go(self, key, cluster, spare):
         """End so many engines, those first that have nothing to do."""
         hub = self.hubs.get(key) or Hub(cluster)
-        single = [(hub.load(self.number(part)), -(self.number(part) or 0), set_id, name)
-                  for set_id, name, part, ended in engines_of(cluster) if name and part]
+        numbers = {(set_id, name): self.number(key, set_id, name, part) or 0
+                   for set_id, name, part, ended in engines_of(cluster) if name and part}
+        single = sorted(numbers, key=lambda each: (hub.load(numbers[each]), -numbers[each]))
         jobs = {set_id: each.n for set_id, each in cluster.engines.items()
                 if not hasattr(each, "launchers")}
         leaving = []
@@ -7563,7 +7569,7 @@ class Conductor:
                                "choose a number that leaves whole jobs")
         for set_id in leaving:
             await cluster.stop_engines(set_id)
-        for _, _, set_id, name in sorted(single)[:spare]:
+        for set_id, name in single[:spare]:
             await stop_engine(cluster, set_id, name)
 
     async def restart(self, key, set=None, engine=None):
