@@ -7471,7 +7471,8 @@ class Conductor:
                 "exit_code": int(code) if (code := (ended or {}).get("exit_code")) else code}
 
     def number(self, *place):
-        """The number that the hub has given to an engine: its log tells it. A dead one keeps its."""
+        """The number that the hub has given to an engine, which its log tells. It has it for good,
+        also when it is dead."""
         *place, launcher = place
         if launcher and tuple(place) not in self.numbers:
             found = re.search(r"Completed registration with id (\d+)",
