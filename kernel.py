@@ -4459,7 +4459,8 @@ def output_classes(interpreter):
                 self.is_showing = self._is_active = False   # also when a `__repr__` was interrupted
 
         def quiet(self):
-            return is_muted(interpreter.code)
+            # The `;` at the end of a `%%magic` cell is the magic's.
+            return is_muted(interpreter.shell.transform_cell(interpreter.code))
 
         def write_output_prompt(self):
             pass

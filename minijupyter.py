@@ -6940,14 +6940,15 @@ AT_START.append(announce)
 # C1 Every cluster of this user is found, wherever it was started: each leaves a file in a profile.
 # C2 A cluster that this server has started ends with it, also when it is killed; or, with
 #    --keep-clusters, never.
-# C3 Who waits for a task of a cluster that is stopped is told. ipyparallel would let them wait for
-#    ever: so tasks that wait are aborted first and those that run interrupted, and the controller
-#    ends last.
+# C3 Who waits for a task of a cluster that is stopped is told. ipyparallel alone would let them
+#    wait for ever. So the tasks that wait are aborted and those that run interrupted, then the
+#    engines end, and the controller, which tells of both, ends last.
 
 CLUSTER_WISHES = ("list", "create", "read", "start", "stop", "scale", "restart", "logs", "choices")
 CLUSTER_SECONDS = {"list": 10, "read": 10, "choices": 10}   # that an answer may take …
 MOST_CLUSTER_SECONDS = 180     # … and others: a job that starts may have to queue
 DISMISS_SECONDS = 4            # that tasks get to answer before their engines end
+STRANDED_SECONDS = 6           # a scheduler says after 5 s that a task ended with its engine
 CLUSTERS_END_SECONDS = 30      # that a driver gets to end its clusters
 LOG_BYTES = 64_000             # of the end of a log
 HUB_SECONDS = 2                # between two questions of how many tasks there are: each is logged
@@ -6957,12 +6958,13 @@ OPTIONS.append((["--keep-clusters"], {
 
 
 def python_of(spec):
-    """The words of a kernel spec that start its Python, such as those of `conda run -n lab python`.
+    """The words of a kernel spec that start its Python: those of `conda run -n lab python -s`, say.
     Problem 400 when there is no Python among them."""
     argv = fill_in(spec["argv"], {"prefix": sys.prefix})
     for at, word in enumerate(argv):
         if re.fullmatch(r"(python|pypy)[\d.]*(\.exe)?", os.path.basename(word).lower()):
-            return argv[:at + 1]
+            flags = itertools.takewhile(re.compile("-[EIPsS]+").fullmatch, argv[at + 1:])
+            return [*argv[:at + 1], *flags]   # those that say where it looks for packages
     raise Problem(400, f"The kernel {spec['display_name']} has no Python that could run engines")
 
 
@@ -7291,31 +7293,23 @@ class Hub:
         return queue.get("queue", 0) + queue.get("tasks", 0)
 
     def dismiss(self):
-        """Have every task answered before its engine ends (C3); blocks. A task is aborted when its
-        turn comes, so that each engine must drop what it works on."""
+        """Have every task answered (C3); blocks. A task is aborted when an engine takes it, so each
+        engine must also drop what it works on. False when there is none, or it does not."""
         deadline, told = time.monotonic() + DISMISS_SECONDS, set()
-        while self.client.ids and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             queues = self.client.queue_status(verbose=True)
             tasks = {number: {*queue["queue"], *queue["tasks"]} for number, queue in queues.items()
                      if number != "unassigned"}
             waiting = {*queues["unassigned"], *itertools.chain(*tasks.values())}
-            if not waiting:
-                break
+            if not waiting or not tasks:
+                return not waiting
             if fresh := waiting - told:
                 self.client.abort([*fresh], block=False)
             if busy := [number for number, some in tasks.items() if some - told]:
                 self.client.send_signal("SIGINT", targets=busy, block=False)
             told |= waiting
             time.sleep(0.1)
-
-    def say_goodbye(self):
-        """Shut the hub down, which tells its clients; blocks. First it must have told that the
-        engines have gone: a client waits for the answers of those that it knows."""
-        deadline = time.monotonic() + DISMISS_SECONDS
-        while self.client.ids and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if not self.client.ids:
-            self.client.shutdown(hub=True)
+        return False
 
 
 class Conductor:
@@ -7531,12 +7525,23 @@ class Conductor:
         hub = self.hubs.pop(key, None) or Hub(cluster)
         if runs(cluster):
             await as_long_as_it_runs(cluster, asyncio.ensure_future(hub.connect()))
-        if runs(cluster) and hub.client:
-            await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        are_told = not hub.client or await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
         await cluster.stop_engines()
-        if runs(cluster) and hub.client:
-            await as_long_as_it_runs(cluster, in_thread(hub.say_goodbye))
+        await until(lambda: not runs(cluster) or not hub.client or not hub.client.ids, 1)
+        if not are_told and runs(cluster):
+            await self.answer_for(cluster, hub)
         await cluster.stop_controller()
+
+    async def answer_for(self, cluster, hub):
+        """No engine is left that could answer the tasks that wait: start one that drops them all.
+        Meanwhile the scheduler tells of those that ended with their engines."""
+        import asyncio
+        told_at = time.monotonic() + STRANDED_SECONDS
+        await cluster.start_engines(1)
+        await until(lambda: hub.client.ids or not runs(cluster), MOST_CLUSTER_SECONDS / 10)
+        await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        await cluster.stop_engines()
+        await asyncio.sleep(max(0, told_at - time.monotonic()))
 
     async def scale(self, key, n=None):
         cluster = self.find(key)
@@ -7598,14 +7603,18 @@ def runs(cluster):
     return bool(cluster.controller) and cluster.controller.state == "running"
 
 
-async def as_long_as_it_runs(cluster, future):
-    """Wait for what needs a cluster's hub; the hub may go meanwhile, or hang."""
+async def until(condition, seconds):
+    """Wait for what other parts of the loop, or other threads, bring about; or for so long."""
     import asyncio
-    deadline = time.monotonic() + 2 * DISMISS_SECONDS
-    while not future.done() and runs(cluster) and time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
-    if future.done() and future.exception():
-        log(f"ipyparallel: {future.exception()!r}", "info")
+
+
+async def as_long_as_it_runs(cluster, future):
+    """What becomes of a future that needs a cluster's hub; None when the hub goes, or hangs."""
+    await until(lambda: future.done() or not runs(cluster), 2 * DISMISS_SECONDS)
+    return future.result() if future.done() and not future.exception() else None
 
 
 def check_count(n):
@@ -7650,12 +7659,10 @@ def count(engine_set):
 
 async def stop_engine(cluster, set_id, name):
     """End one engine, which is then no dead one but forgotten."""
-    import asyncio
     engine_set = cluster.engines[set_id]
     if launcher := engine_set.launchers.get(name):
-        await launcher.stop()
-        while name in engine_set.launchers:   # the launcher tells its set in this loop
-            await asyncio.sleep(0.01)
+        await launcher.stop()   # which tells its set, a little later
+        await until(lambda: name not in engine_set.launchers, launcher.stop_timeout)
     forget_dead(cluster, {(set_id, name)})
 
 
