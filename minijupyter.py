@@ -6948,6 +6948,7 @@ CLUSTER_WISHES = ("list", "create", "read", "start", "stop", "scale", "restart",
 CLUSTER_SECONDS = {"list": 10, "read": 10, "choices": 10}   # that an answer may take …
 MOST_CLUSTER_SECONDS = 180     # … and others: a job that starts may have to queue
 DISMISS_SECONDS = 4            # that tasks get to answer before their engines end
+MOST_ABORTED = 2_000           # ids on an engine's command line, where an argument has 128 kB
 STRANDED_SECONDS = 6           # a scheduler says after 5 s that a task ended with its engine
 CLUSTERS_END_SECONDS = 30      # that a driver gets to end its clusters
 LOG_BYTES = 64_000             # of the end of a log
@@ -7305,7 +7306,8 @@ class Hub:
                 return not waiting
             if fresh := waiting - told:
                 self.client.abort([*fresh], block=False)
-            if busy := [number for number, some in tasks.items() if some - told]:
+            alive = {*self.client.ids}
+            if busy := [n for n, some in tasks.items() if some - told and n in alive]:
                 self.client.send_signal("SIGINT", targets=busy, block=False)
             told |= waiting
             time.sleep(0.1)
@@ -7374,7 +7376,9 @@ class Conductor:
 
     async def logs(self, key):
         """[{"name", "file", "text"}] of the controller and of each engine, dead ones too."""
-        cluster = self.find(key)
+        return self.logs_of(self.find(key))
+
+    def logs_of(self, cluster):
         found = [("controller", cluster.controller)] if cluster.controller else []
         logs = [self.log_of(name, launcher) for name, launcher in found]
         for each in cluster.engines.values():
@@ -7502,8 +7506,7 @@ class Conductor:
         try:
             await cluster.start_cluster(n=n)
         except Exception as problem:
-            logs = await self.logs(key)
-            log = "\n".join(each["text"] for each in logs).strip()
+            log = "\n".join(each["text"] for each in self.logs_of(cluster)).strip()
             await cluster.stop_cluster()
             self.manager.clusters[key] = self.ours.pop(key, cluster)   # it can be tried again
             why = log.rpartition("\n")[2] or str(problem)
@@ -7525,21 +7528,26 @@ class Conductor:
         hub = self.hubs.pop(key, None) or Hub(cluster)
         if runs(cluster):
             await as_long_as_it_runs(cluster, asyncio.ensure_future(hub.connect()))
-        are_told = not hub.client or await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        is_there = hub.client is not None   # it is false when it has no engines
+        are_told = not is_there or await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
         await cluster.stop_engines()
-        await until(lambda: not runs(cluster) or not hub.client or not hub.client.ids, 1)
+        await until(lambda: not (runs(cluster) and is_there and hub.client.ids), 1)
         if not are_told and runs(cluster):
             await self.answer_for(cluster, hub)
         await cluster.stop_controller()
 
     async def answer_for(self, cluster, hub):
-        """No engine is left that could answer the tasks that wait: start one that drops them all.
+        """No engine is left that could answer the tasks that wait: start one that aborts them all.
         Meanwhile the scheduler tells of those that ended with their engines."""
         import asyncio
         told_at = time.monotonic() + STRANDED_SECONDS
-        await cluster.start_engines(1)
-        await until(lambda: hub.client.ids or not runs(cluster), MOST_CLUSTER_SECONDS / 10)
-        await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        queues = await as_long_as_it_runs(
+            cluster, in_thread(functools.partial(hub.client.queue_status, verbose=True)))
+        if waiting := (queues or {}).get("unassigned"):
+            abort = f"get_ipython().kernel.aborted.update({waiting[:MOST_ABORTED]})"
+            await cluster.start_engines(1, engine_args=["-c", abort])
+            await until(lambda: hub.client.ids or not runs(cluster), MOST_CLUSTER_SECONDS / 10)
+            await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
         await cluster.stop_engines()
         await asyncio.sleep(max(0, told_at - time.monotonic()))
 
@@ -7557,10 +7565,11 @@ class Conductor:
         return self.model(key, cluster)
 
     async def let_go(self, key, cluster, spare):
-        """End so many engines, those first that have nothing to do."""
+        """End so many engines, those first that have nothing to do, and of them the newest."""
         hub = self.hubs.get(key) or Hub(cluster)
-        numbers = {(set_id, name): self.number(key, set_id, name, part) or 0
+        numbers = {(set_id, name): self.number(key, set_id, name, part)
                    for set_id, name, part, ended in engines_of(cluster) if name and part}
+        numbers = {each: math.inf if n is None else n for each, n in numbers.items()}
         single = sorted(numbers, key=lambda each: (hub.load(numbers[each]), -numbers[each]))
         jobs = {set_id: each.n for set_id, each in cluster.engines.items()
                 if not hasattr(each, "launchers")}

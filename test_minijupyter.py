@@ -9631,9 +9631,23 @@ class ClustersOfIpyparallel(ServerCase):
         self.server.post(f"{path}/restart", {"set": one["set"], "engine": one["engine"]})
         self.assertNotIn(one["pid"], pids_of(wait_for_engines(self.server, key, 3)))
         self.assertReply(self.server.patch(path, {"n": 1}), 200)
-        wait_for_engines(self.server, key, 1)
+        last = wait_for_engines(self.server, key, 1)
         self.assertReply(self.server.patch(path, {"n": -1}), 400)
         self.assertReply(self.server.post(f"{path}/restart", {"set": "no"}), 404)
+        self.assertWhoWaitsIsTold(path, *pids_of(last))
+
+    def assertWhoWaitsIsTold(self, path, last):
+        """Also when no engine is left that could answer."""
+        import ipyparallel
+        file = self.server.get(path).json["cluster_file"].replace("cluster-", "ipcontroller-")
+        client = ipyparallel.Client(file.replace(".json", "-client.json"))
+        self.addCleanup(client.close)
+        waits = client.load_balanced_view().map_async(time.sleep, [60] * 3)
+        wait_until(lambda: client.queue_status()["unassigned"] == 2)
+        os.kill(last, signal.SIGKILL)
+        self.assertReply(self.server.delete(path), 204)
+        with self.assertRaisesRegex(ipyparallel.CompositeError, "died while running task"):
+            waits.get(timeout=SECONDS)
 
     def test_a_notebooks_cluster_is_found_and_who_waits_for_it_is_told_when_it_is_stopped(self):
         wish = {"path": "away.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
@@ -15837,6 +15851,112 @@ class PageForEveryone(PageCase):
                 tab.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
                 with self.subTest(name, scheme=scheme):
                     self.assertEqual(tab.page.evaluate(ACE_FINDS), [])
+
+
+@needs("ipyparallel")
+class PageClusters(PageCase):
+    """The tab beside Files and Running."""
+
+    def tearDown(self):
+        for cluster in self.server.get("/ipyparallel/clusters").json:
+            self.server.delete(f"/ipyparallel/clusters/{cluster['id']}")
+        super().tearDown()
+
+    def visit_clusters(self):
+        tab = self.visit("/tree")
+        tab.page.get_by_role("tab", name="Clusters").click()
+        return tab
+
+    def test_four_engines_from_the_tab_work_one_is_killed_started_anew_and_all_are_stopped(self):
+        tab = self.visit_clusters()
+        self.assertShows(tab.page.locator("#clusters"), "No cluster runs.")
+        tab.page.locator("[data-command=new-cluster-with]").click()
+        tab.page.get_by_label("Engines").fill("4")
+        tab.page.get_by_label("Name", exact=True).fill("scene")
+        tab.choose("Start")
+        cluster = tab.page.get_by_label("Cluster default:scene")
+        cluster.and_(tab.page.locator("[data-state=running]")).wait_for()
+        self.assertCount(cluster.locator(".engine[data-state=running]"), 4)
+        book = self.open("", "with rc[:].sync_imports(): import os, time",
+                         "sorted({*rc[:].map_sync(lambda n: os.getpid(), range(40))})",
+                         "rc[:].map_sync(time.sleep, [60] * 8)")
+        tab.page.bring_to_front()
+        cluster.get_by_role("button", name="Connect…").click()
+        tab.choose(f"Insert into {self.name}")
+        self.assertShows(tab.page.locator(".notice"), "Inserted into")
+        for n in (1, 2, 3):
+            book.run(n)
+        first = json.loads(book.texts()[3])
+        self.assertEqual(len(first), 4)
+        os.kill(first[0], signal.SIGKILL)
+        self.assertShows(cluster.locator(".state"), "some dead")
+        self.assertCount(cluster.locator(".engine[data-state=dead]"), 1)
+        self.assertShows(tab.page.locator(".notice.bad"), "An engine of “default:scene” has died")
+        cluster.get_by_role("button", name="Restart the dead engine").click()
+        cluster.and_(tab.page.locator("[data-state=running]")).wait_for()
+        for n in (2, 3):
+            book.run(n)
+        second = json.loads(book.texts()[3])
+        self.assertEqual((len(second), first[0] in second), (4, False))
+        book.cell(4).locator("textarea.editor").focus()
+        book.press("Shift+Enter")
+        self.assertShows(cluster, "4 tasks run, 0 wait")
+        cluster.get_by_role("button", name="Stop").click()
+        self.assertShows(tab.page.locator("dialog[open]"), "This ends 4 engines and the controller")
+        self.assertShows(tab.page.locator("dialog[open]"), "4 tasks run")
+        tab.choose("Stop")
+        book.wait_until_done()
+        self.assertShows(book.outputs(4), "KeyboardInterrupt")
+        self.assertShows(tab.page.locator("#clusters"), "No cluster runs.")
+        self.assertFalse(any(map(is_alive, second)))
+
+    def test_a_notebook_starts_a_cluster_and_the_tab_scales_it_and_shows_its_logs(self):
+        book = self.open("")
+        book.command("connect-cluster")
+        book.choose("Connect")
+        book.page.wait_for_function("() => view.cells.length === 2")
+        self.assertRegex(book.sources()[1], r'^import ipyparallel as ipp\nrc = ipp.Client\(cluster')
+        tab = self.visit_clusters()
+        cluster = tab.page.locator(".cluster")
+        cluster.locator(".engine").first.wait_for()
+        self.assertShows(cluster, "started by this server · for Python 3")
+        count = cluster.locator(".engine").count()
+        cluster.get_by_label("One more engine").click()
+        self.assertCount(cluster.locator(".engine"), count + 1)
+        cluster.get_by_role("button", name=f"{count + 1} engines").click()
+        tab.page.locator("dialog[open] input").fill("many")
+        tab.choose("Scale")
+        self.assertShows(tab.page.locator("dialog[open]"), "a number, such as 4")
+        tab.page.locator("dialog[open] input").fill("1")
+        tab.choose("Scale")
+        self.assertCount(cluster.locator(".engine"), 1)
+        cluster.get_by_role("button", name="Log").click()
+        self.assertShows(tab.page.locator("dialog[open] .log"), "Hub listening")
+        tab.page.get_by_label("Whose log").select_option("1")
+        self.assertShows(tab.page.locator("dialog[open] .log"), "Loading connection info")
+        tab.choose("Close")
+        PageForEveryone.assertAxeFindsNothing(self, tab)
+        cluster.get_by_role("button", name="Stop").click()
+        tab.choose("Stop")
+        self.assertCount(tab.page.locator(".cluster"), 0)
+
+    def test_what_keeps_a_cluster_from_starting_is_said(self):
+        self.use_own_profile()
+        self.context.route("**/ipyparallel/clusters*", lambda route: route.continue_(
+            post_data=json.dumps({"cluster_id": "bad", "controller_args": ["--no-such-option"]}))
+            if route.request.method == "POST" else route.continue_())
+        tab = self.visit_clusters()
+        tab.page.locator("[data-command=new-cluster]").click()
+        dialog = tab.page.locator("dialog[open]")
+        self.assertShows(dialog, "unrecognized arguments: --no-such-option")
+        self.assertShows(dialog.locator(".log"), "usage:")
+        self.problems.clear()      # the browser notes the 500
+        tab.choose("Close")
+        cluster = tab.page.get_by_label("Cluster default:bad")
+        self.assertShows(cluster, "It did not start")
+        cluster.get_by_role("button", name="Delete").click()
+        self.assertCount(cluster, 0)
+        self.assertShows(tab.page.locator("#clusters"), "No cluster runs.")
 
 
 class PageDownloads(PageCase):
