@@ -7077,10 +7077,15 @@ class Clusters:
         """The models of all clusters, in ipyparallel's order. A driver sees the clusters of another
         one by their files: whoever has made one knows more of it."""
         first = self.driver(wish.pop("kernel_name", None))
-        models = {model["id"]: self.with_origin(model) for model in first.ask("list", **wish)}
-        for driver in [each for each in self.drivers.values() if each.is_alive]:
-            for model in driver.ask("list", **wish) if driver is not first else ():
-                if self.owners.get(model["id"], (None,))[0] is driver or model["id"] not in models:
+        answers, models = [(first, first.ask("list", **wish))], {}
+        for driver in list(self.drivers.values()):
+            if driver is not first and driver.is_alive:
+                with contextlib.suppress(Problem):   # trouble of a Python that nobody asked for
+                    answers.append((driver, driver.ask("list", **wish)))
+        for driver, found in answers:
+            for model in found:
+                owner, _ = self.owners.get(model["id"], (None, None))
+                if owner is driver or model["id"] not in models:
                     models[model["id"]] = self.with_origin(model)
         return sorted(models.values(), key=cluster_order)
 
