@@ -7097,8 +7097,10 @@ class Clusters:
 
     def create(self, wish):
         name = wish.pop("kernel_name", None) or DEFAULT_KERNEL
+        if not isinstance(name, str):
+            raise Problem(400, "kernel_name must be the name of a kernel spec")
         driver = self.driver(name)
-        model = driver.ask("create", **wish)
+        model = driver.ask("create", wish=wish)
         self.owners[model["id"]] = driver, name
         return model
 
@@ -7486,7 +7488,8 @@ class Conductor:
 
     # -- what becomes of it --
 
-    async def create(self, **wish):
+    async def create(self, wish):
+        """Define a cluster by values of Cluster's traits, as ipyparallel's extension does."""
         wish = {name: value for name, value in wish.items() if value is not None and value != ""}
         if os.sep in str(wish.get("profile", "")):
             wish["profile_dir"] = wish.pop("profile")
@@ -7593,8 +7596,9 @@ class Conductor:
             await stop_engine(cluster, set_id, name)
 
     async def restart(self, key, set=None, engine=None):
+        """Start anew one engine, a job as a whole, or all engines that are dead."""
         cluster = self.find(key)
-        each = cluster.engines.get(set)
+        each = cluster.engines.get(str(set))
         if set is not None and each is None:
             raise Problem(404, f"The cluster {key} has no set of engines {set}")
         if each is not None and not hasattr(each, "launchers"):
@@ -7602,7 +7606,7 @@ class Conductor:
             return self.model(key, cluster)
         if engine is None:
             lost = forget_dead(cluster)
-        elif engine in each.launchers or engine in dead_of(each):
+        elif each and str(engine) in {**each.launchers, **dead_of(each)}:
             await stop_engine(cluster, set, engine)
             lost = 1
         else:

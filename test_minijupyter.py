@@ -9708,6 +9708,21 @@ class ClustersOfIpyparallel(ServerCase):
         self.assertIn("no Python", reply.json["message"])
         self.assertReply(server.get("/ipyparallel/clusters?kernel_name=nobody"), 501)
 
+    def test_wishes_that_make_no_sense_are_refused_in_a_sentence(self):
+        path = "/ipyparallel/clusters"
+        for body in ({"kernel_name": 5}, {"n": []}, {"engines": "nothing.like.it"},
+                     {"profile_dir": 5}, {"parent": 5}, {"self": 1}, "[]", "{"):
+            with self.subTest(body=body):
+                self.assertReply(self.server.post(path, body), 400)
+        self.assertReply(self.server.post(path, {"kernel_name": "nobody"}), 501)
+        for method, sub, body, status in (
+                ("POST", "/default:", {"n": "x"}, 400), ("POST", "/default:", {"n": -1}, 400),
+                ("PATCH", "/default:", {}, 400), ("PATCH", "/no:", {"n": 1}, 404),
+                ("POST", "/no:/restart", {}, 404), ("GET", "/no:/logs", None, 404),
+                ("POST", "/default:/restart", {"set": ["x"], "engine": {}}, 404)):
+            with self.subTest(method, path=sub, body=body):
+                self.assertReply(self.server.request(method, path + sub, body), status)
+
     def test_what_a_cluster_can_have_is_what_ipyparallel_offers(self):
         choices = self.server.get("/ipyparallel/choices").json
         self.assertLessEqual({"local", "mpi", "ssh", "slurm"}, {*choices["engines"]})
