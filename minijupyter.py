@@ -7393,7 +7393,7 @@ class Conductor:
             logs += [self.log_of(f"engine {n}", part) for n, part in parts.items()]
             logs += [{"name": f"engine {n}, dead", "file": "", "text": text[-LOG_BYTES:]}
                      for n, text in getattr(each, "outputs", {}).items() if n not in parts]
-            if not parts and each.state != "after":
+            if not hasattr(each, "launchers"):
                 logs.append(self.log_of(f"{each.n} engines", each))
         return logs
 
@@ -7660,7 +7660,7 @@ def engines_of(cluster):
     job (MPI, Slurm …) have one launcher and no names."""
     for set_id, each in cluster.engines.items():
         if not hasattr(each, "launchers"):
-            yield set_id, None, each, ({} if each.state == "after" else None)
+            yield set_id, None, each, (each.stop_data or {}) if each.state == "after" else None
         else:
             names = {**dict.fromkeys(each.launchers), **dict.fromkeys(dead_of(each))}
             for name in sorted(names, key=lambda name: (len(name), name)):

@@ -20599,6 +20599,7 @@ def bench_cluster(program, count):
         with tempfile.TemporaryDirectory() as folder:
             process = Process([sys.executable, "-c", program], env=clean_environment(folder))
             took = float(process.wait_for(r"took (\S+)", 60)[1])
+            process.exit_code()   # it stops its cluster
             process.end()
     else:
         server = Server()
