@@ -7287,6 +7287,10 @@ class Hub:
         self.next_look = time.monotonic() + HUB_SECONDS
         self.look = asyncio.ensure_future(self.ask())
 
+    def close(self):
+        if self.client is not None:
+            in_thread(self.client.close)
+
     @property
     def tasks(self):
         """{"waiting", "running"}; of an engine's own queue all but the first one wait."""
@@ -7302,19 +7306,20 @@ class Hub:
 
     def dismiss(self):
         """Have every task answered (C3); blocks. A task is aborted when an engine takes it, so each
-        engine must also drop what it works on. False when there is none, or it does not."""
+        engine must also drop what it works on. False when tasks are left: no engine is there, or
+        it does not drop them, or they were those of a dead one, of which the scheduler tells."""
         deadline, told = time.monotonic() + DISMISS_SECONDS, set()
         while time.monotonic() < deadline:
             queues = self.client.queue_status(verbose=True)
-            tasks = {number: {*queue["queue"], *queue["tasks"]} for number, queue in queues.items()
-                     if number != "unassigned"}
-            waiting = {*queues["unassigned"], *itertools.chain(*tasks.values())}
-            if not waiting or not tasks:
-                return not waiting
+            queued = {*queues.pop("unassigned")}
+            tasks = {n: {*queue["queue"], *queue["tasks"]} for n, queue in queues.items()}
+            alive = {*self.client.ids} & tasks.keys()
+            waiting = queued.union(*(tasks[n] for n in alive))
+            if not waiting or not alive:
+                return not queued and not any(tasks.values())
             if fresh := waiting - told:
                 self.client.abort([*fresh], block=False)
-            alive = {*self.client.ids}
-            if busy := [n for n, some in tasks.items() if some - told and n in alive]:
+            if busy := [n for n in alive if tasks[n] - told]:
                 self.client.send_signal("SIGINT", targets=busy, block=False)
             told |= waiting
             time.sleep(0.1)
@@ -7417,17 +7422,27 @@ class Conductor:
         except KeyError:
             raise Problem(404, f"No such cluster: {key}") from None
 
+    def hub(self, key, cluster):
+        if key not in self.hubs or self.hubs[key].cluster is not cluster:
+            self.hubs[key] = Hub(cluster)
+        return self.hubs[key]
+
     def read_files(self):
         """Find the clusters of others, and forget those that have ended (C1)."""
-        for key, cluster in list(self.manager.clusters.items()):
-            if key not in self.ours and self.has_changed(cluster):
-                self.manager.clusters.pop(key)
+        changed = {key: cluster for key, cluster in self.manager.clusters.items()
+                   if key not in self.ours and self.has_changed(cluster)}
+        for key in changed:
+            self.manager.clusters.pop(key)
         self.manager.load_clusters(init_default_clusters=True)
+        for key, old in changed.items():
+            if new := self.manager.clusters.get(key):
+                carry_over(old, new)
+                self.hub(key, old).cluster = new
         self.ours = {key: cluster for key, cluster in self.ours.items()
                      if self.manager.clusters.get(key) is cluster}
         for key, hub in list(self.hubs.items()):
             if self.manager.clusters.get(key) is not hub.cluster or not runs(hub.cluster):
-                self.hubs.pop(key)
+                self.hubs.pop(key).close()
 
     def has_changed(self, cluster):
         """True when whoever started a cluster has changed its file since it was read: ipyparallel
@@ -7455,7 +7470,7 @@ class Conductor:
     def details(self, key, cluster):
         hub = None
         if runs(cluster):
-            hub = self.hubs.setdefault(key, Hub(cluster))
+            hub = self.hub(key, cluster)
             hub.refresh()
         is_ours = key in self.ours
         return {"is_ours": is_ours, "parent": None if is_ours else parent_of(cluster.controller),
@@ -7533,7 +7548,7 @@ class Conductor:
     async def end(self, key, cluster):
         """End a cluster in the order in which everybody who waits is told (C3)."""
         import asyncio
-        hub = self.hubs.pop(key, None) or Hub(cluster)
+        hub = self.hub(key, cluster)
         if runs(cluster):
             await as_long_as_it_runs(cluster, asyncio.ensure_future(hub.connect()))
         is_there = hub.client is not None   # it is false when it has no engines
@@ -7543,6 +7558,8 @@ class Conductor:
         if not are_told and runs(cluster):
             await self.answer_for(cluster, hub)
         await cluster.stop_controller()
+        self.hubs.pop(key, None)
+        hub.close()
 
     async def answer_for(self, cluster, hub):
         """No engine is left that could answer the tasks that wait: start one that aborts them all.
@@ -7574,7 +7591,7 @@ class Conductor:
 
     async def let_go(self, key, cluster, spare):
         """End so many engines, those first that have nothing to do, and of them the newest."""
-        hub = self.hubs.get(key) or Hub(cluster)
+        hub = self.hub(key, cluster)
         numbers = {(set_id, name): self.number(key, set_id, name, part)
                    for set_id, name, part, ended in engines_of(cluster) if name and part}
         numbers = {each: math.inf if n is None else n for each, n in numbers.items()}
@@ -7651,8 +7668,10 @@ def parent_of(controller):
 
 
 def dead_of(engine_set):
-    """{name of an engine: {"exit_code", "pid"}} of those that ended and were not asked to."""
-    return getattr(engine_set, "stop_data", None) and engine_set.stop_data.get("engines") or {}
+    """{name of an engine: {"exit_code", "pid"}} of those that ended and were not asked to. Those
+    that a client has shut down end with 0."""
+    ended = (engine_set.stop_data or {}).get("engines", {})
+    return {name: how for name, how in ended.items() if how.get("exit_code") != 0}
 
 
 def engines_of(cluster):
@@ -7666,6 +7685,23 @@ def engines_of(cluster):
             for name in sorted(names, key=lambda name: (len(name), name)):
                 ended = None if name in each.launchers else dead_of(each)[name]
                 yield set_id, name, each.launchers.get(name), ended
+
+
+def carry_over(old, new):
+    """Tell a cluster that was read from its file once more what the file does not say: which sets
+    were started here, which engines have died."""
+    for set_id, each in old.engines.items():
+        fresh = new.engines.get(set_id)
+        if fresh is None and each.state == "running":
+            new.engines[set_id] = each
+        elif hasattr(fresh, "launchers"):
+            known = {name: {"exit_code": None, "pid": launcher.pid}
+                     for name, launcher in each.launchers.items()}
+            known.update(dead_of(each))
+            lost = {name: known[name] for name in known.keys() - fresh.launchers.keys()}
+            fresh.stop_data.setdefault("engines", {}).update(lost)
+            fresh.outputs.update(each.outputs)
+            fresh.n += len(lost)
 
 
 def count(engine_set):

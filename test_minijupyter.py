@@ -9664,16 +9664,19 @@ class ClustersOfIpyparallel(ServerCase):
         self.addCleanup(frontend.wire.close)
         up = frontend.finish(frontend.start(
             "import ipyparallel as ipp, time\n"
-            f"away = ipp.Cluster(n=1, cluster_id='away', log_level=40, **{QUICK})\n"
-            "rc = away.start_and_connect_sync()\n"
+            f"away = ipp.Cluster(n=2, cluster_id='away', log_level=40, **{QUICK})\n"
+            "rc = away.start_and_connect_sync()"))
+        self.assertEqual(up.status, "ok", up)
+        details = wait_for_engines(self.server, "default:away", 2)
+        self.assertEqual(details["origin"], "the notebook away.ipynb")
+        os.kill(pids_of(details)[0], signal.SIGKILL)
+        wait_for_engines(self.server, "default:away", 2, "dead", "running")
+        frontend.finish(frontend.start(
             "direct = rc[:].apply_async(time.sleep, 60)\n"
             "queue = rc.load_balanced_view().map_async(time.sleep, [60] * 5)"))
-        self.assertEqual(up.status, "ok", up)
         waits = frontend.start("queue.get()")
-        details = wait_for_engines(self.server, "default:away", 1)
-        self.assertEqual(details["origin"], "the notebook away.ipynb")
-        wait_until(lambda: wait_for_engines(self.server, "default:away", 1)["tasks"] == {
-            "running": 1, "waiting": 5})
+        wait_until(lambda: wait_for_engines(self.server, "default:away", 2, "dead", "running")[
+            "tasks"] == {"running": 1, "waiting": 5})
         self.assertReply(self.server.delete("/ipyparallel/clusters/default:away"), 204)
         for told in (waits, frontend.start("direct.get()")):   # whichever of both was running
             frontend.finish(told)
