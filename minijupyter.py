@@ -6953,6 +6953,7 @@ STRANDED_SECONDS = 6           # a scheduler says after 5 s that a task ended wi
 CLUSTERS_END_SECONDS = 30      # that a driver gets to end its clusters
 LOG_BYTES = 64_000             # of the end of a log
 HUB_SECONDS = 2                # between two questions of how many tasks there are: each is logged
+NO_IPYPARALLEL = "no ipyparallel"   # the reason of a Problem
 CLUSTER_PATH = r"/ipyparallel/clusters/(.+)"
 OPTIONS.append((["--keep-clusters"], {
     "action": "store_true", "help": "leave ipyparallel's clusters running when the server ends"}))
@@ -6979,7 +6980,7 @@ class Driver:
         self.waiting = {0: threading.Event()}   # number of a wish -> its answer is there
         self.answers = {}                       # number of a wish -> its answer; 0: it is ready
         self.tail = ""                          # of what the process says on stderr
-        start = (f"import sys; sys.path[0] = {HERE!r}; import minijupyter; sys.path[0] = ''; "
+        start = (f"import sys; sys.path[0] = {HERE!r}; import minijupyter; "
                  f"minijupyter.drive_clusters({keeps})")
         try:
             self.process = subprocess.Popen(
@@ -7000,9 +7001,9 @@ class Driver:
         """File the answers as they come, until the process ends."""
         for line in self.process.stdout:
             answer = json.loads(line)
-            self.answers[answer["number"]] = answer
-            if answer["number"] in self.waiting:
-                self.waiting[answer["number"]].set()
+            if event := self.waiting.get(answer["number"]):   # else it was too late
+                self.answers[answer["number"]] = answer
+                event.set()
         self.process.wait()
         for event in list(self.waiting.values()):
             event.set()
@@ -7015,19 +7016,23 @@ class Driver:
         """What the process answers to a wish. Raises the Problem that it answers with, 501 when
         ipyparallel is not there, 504 when it takes too long."""
         self.take(0, MOST_CLUSTER_SECONDS)
-        number = next(self.numbers)
-        self.waiting[number] = threading.Event()
+        number, event = next(self.numbers), threading.Event()
+        self.waiting[number] = event
         line = json.dumps({"number": number, "do": do, "wish": wish})
-        with self.lock, contextlib.suppress(OSError):   # its end is told below
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+        try:
+            with self.lock:
+                self.process.stdin.write(line.encode() + b"\n")
+                self.process.stdin.flush()
+        except (OSError, ValueError):   # it has ended, or the server ends
+            event.set()
         try:
             return self.take(number, CLUSTER_SECONDS.get(do, MOST_CLUSTER_SECONDS))
         finally:
-            self.waiting.pop(number).set()
+            del self.waiting[number]
             self.answers.pop(number, None)
 
     def take(self, number, seconds):
+        """An answer, as soon as it is there."""
         if not self.waiting[number].wait(seconds) and self.is_alive:
             raise Problem(504, "ipyparallel is still busy with another wish. Look again in a while")
         answer = self.answers.get(number)
@@ -7038,7 +7043,7 @@ class Driver:
             return answer["value"]
         problem = Problem(answer["status"], answer["problem"], answer["reason"])
         problem.more = answer["more"]
-        if problem.status == 501:
+        if problem.reason == NO_IPYPARALLEL:
             python = " ".join(self.python)
             problem.message = (
                 f"ipyparallel is not installed for the kernel {self.spec['display_name']}. Run "
@@ -7059,6 +7064,7 @@ class Clusters:
         self.server, self.keeps, self.lock = server, False, threading.Lock()
         self.drivers = {}   # words that start a Python, and its environment -> Driver
         self.owners = {}    # key of a cluster that was made here -> (Driver, name of its kernel)
+        self.finders = {}   # key of any cluster -> Driver that has told of it
 
     def driver(self, kernel_name=None):
         """The living Driver of a kernel's Python, as a rule of our own kernel's."""
@@ -7087,11 +7093,12 @@ class Clusters:
                 owner, _ = self.owners.get(model["id"], (None, None))
                 if owner is driver or model["id"] not in models:
                     models[model["id"]] = self.with_origin(model)
+                    self.finders[model["id"]] = driver
         return sorted(models.values(), key=cluster_order)
 
     def ask(self, do, key, **wish):
         """What becomes of a wish for the cluster of this key."""
-        owner, _ = self.owners.get(key, (None, None))
+        owner, _ = self.owners.get(key, (self.finders.get(key), None))
         driver = owner if owner and owner.is_alive else self.driver()
         return self.with_origin(driver.ask(do, key=key, **wish))
 
@@ -7233,7 +7240,7 @@ def drive_clusters(keeps):
     try:
         import ipyparallel.cluster  # noqa: F401
     except ImportError as problem:
-        answer(0, problem=str(problem), status=501, reason="no ipyparallel", more={})
+        answer(0, problem=str(problem), status=501, reason=NO_IPYPARALLEL, more={})
         return
     answer(0, value="ready")
     asyncio.run(Conductor(answer, keeps).run())
