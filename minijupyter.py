@@ -7300,9 +7300,9 @@ class Hub:
 
     @property
     def tasks(self):
-        """{"waiting", "running"}; of an engine's own queue all but the first one wait."""
-        counts = [queue["queue"] + queue["tasks"] for number, queue in self.queues.items()
-                  if number != "unassigned"]
+        """{"waiting", "running"}; of an engine's own queue all but the first one wait. The hub
+        keeps on counting those of a dead engine."""
+        counts = [self.load(number) for number in self.client.ids] if self.queues else []
         return {"waiting": self.queues.get("unassigned", 0) + sum(max(0, n - 1) for n in counts),
                 "running": sum(map(bool, counts))}
 
@@ -7350,18 +7350,23 @@ class Conductor:
 
     async def run(self):
         import asyncio
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop, over, obeyed = asyncio.get_running_loop(), asyncio.Event(), set()
 
         def listen():
             for line in sys.stdin.buffer:
-                loop.call_soon_threadsafe(lambda wish: asyncio.ensure_future(self.obey(**wish)),
-                                          json.loads(line))
+                loop.call_soon_threadsafe(begin, json.loads(line))
             loop.call_soon_threadsafe(over.set)
+
+        def begin(wish):
+            task = asyncio.ensure_future(self.obey(**wish))
+            obeyed.add(task)   # the loop itself keeps no task alive
+            task.add_done_callback(obeyed.discard)
 
         threading.Thread(target=listen, daemon=True).start()
         await over.wait()
         if not self.keeps:
-            await asyncio.gather(*(self.end(key, cluster) for key, cluster in self.ours.items()))
+            await asyncio.gather(*(self.end(key, cluster) for key, cluster in self.ours.items()),
+                                 return_exceptions=True)   # one must not keep the others
 
     async def obey(self, number, do, wish):
         try:

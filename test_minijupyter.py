@@ -15907,15 +15907,17 @@ class PageClusters(PageCase):
         cluster = tab.page.get_by_label("Cluster default:scene")
         cluster.and_(tab.page.locator("[data-state=running]")).wait_for()
         self.assertCount(cluster.locator(".engine[data-state=running]"), 4)
-        book = self.open("", "with rc[:].sync_imports(): import os, time",
+        book = self.open("", "with rc[:].sync_imports(): import os, time\n"
+                         "rc[:].map_async(str, range(8)).wait_interactive()",
                          "sorted({*rc[:].map_sync(lambda n: os.getpid(), range(40))})",
-                         "rc[:].map_sync(time.sleep, [60] * 8)")
+                         "rc.load_balanced_view().map_sync(time.sleep, [60] * 8)")
         tab.page.bring_to_front()
         cluster.get_by_role("button", name="Connect…").click()
         tab.choose(f"Insert into {self.name}")
         self.assertShows(tab.page.locator(".notice"), "Inserted into")
         for n in (1, 2, 3):
             book.run(n)
+        self.assertShows(book.outputs(2), "100%")   # the progress bar
         first = json.loads(book.texts()[3])
         self.assertEqual(len(first), 4)
         os.kill(first[0], signal.SIGKILL)
@@ -15930,10 +15932,10 @@ class PageClusters(PageCase):
         self.assertEqual((len(second), first[0] in second), (4, False))
         book.cell(4).locator("textarea.editor").focus()
         book.press("Shift+Enter")
-        self.assertShows(cluster, "4 tasks run, 0 wait")
+        self.assertShows(cluster, "tasks: 4 running, 4 waiting")
         cluster.get_by_role("button", name="Stop").click()
         self.assertShows(tab.page.locator("dialog[open]"), "This ends 4 engines and the controller")
-        self.assertShows(tab.page.locator("dialog[open]"), "4 tasks run")
+        self.assertShows(tab.page.locator("dialog[open]"), "4 running, 4 waiting")
         tab.choose("Stop")
         book.wait_until_done()
         self.assertShows(book.outputs(4), "KeyboardInterrupt")
