@@ -4388,14 +4388,18 @@ class IPythonInterpreter(INTERPRETERS["python"]):
             cell = {"transformed_cell": code, "preprocessing_exc_tuple": sys.exc_info()}
         if self.stores:
             shell.execution_count = self.count.get()   # it counts up itself
-        try:
-            result = await shell.run_cell_async(code, self.stores, is_silent, **cell,
-                                                **self.about_cell())
-            result.error_in_exec = self.as_interrupt(result.error_in_exec)
-        finally:   # what IPython leaves to its caller
-            shell.events.trigger("post_execute")
-            if not is_silent:
-                shell.events.trigger("post_run_cell", result)
+        is_replaced = "run_cell" in vars(shell)   # as by %autopx of ipyparallel
+        if is_replaced and not shell.should_run_async(code, **cell):
+            result = shell.run_cell(code, self.stores, is_silent, **self.about_cell())
+        else:
+            try:
+                result = await shell.run_cell_async(code, self.stores, is_silent, **cell,
+                                                    **self.about_cell())
+                result.error_in_exec = self.as_interrupt(result.error_in_exec)
+            finally:   # what IPython leaves to its caller
+                shell.events.trigger("post_execute")
+                if not is_silent:
+                    shell.events.trigger("post_run_cell", result)
         problems = (result.error_before_exec, result.error_in_exec, self.display_error)
         return next((error for error in problems if error is not None), None)
 
@@ -4457,7 +4461,8 @@ def output_classes(interpreter):
                 self.is_showing = self._is_active = False   # also when a `__repr__` was interrupted
 
         def quiet(self):
-            return is_muted(interpreter.code)
+            # The `;` at the end of a `%%magic` cell is the magic's.
+            return is_muted(interpreter.shell.transform_cell(interpreter.code))
 
         def write_output_prompt(self):
             pass

@@ -3315,10 +3315,11 @@ def serve(server):
 #    49 Other clients of a kernel                ROUTES
 #    50 Pages of other sites                     OPTIONS, AT_START, HANDLERS, SERVERS needs 46
 #    51 Parameters                               TRANSLATORS
-#    52 Run a notebook without a page            COMMANDS                            needs 51 54
-#    53 Programs as notebooks                    CONTENTS
-#    54 Download as                              ROUTES                              needs 53
-#    55 A quick start                            run_as_module
+#    52 Run a notebook without a page            COMMANDS                          needs 51 55
+#    53 Clusters                                 ROUTES, SERVERS, OPTIONS, AT_START
+#    54 Programs as notebooks                    CONTENTS
+#    55 Download as                              ROUTES                            needs 54
+#    56 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -7744,7 +7745,836 @@ def end_of_run(run, trouble, has_page):
 COMMANDS["run"] = run_notebook
 
 
-# ---- 53. Programs as notebooks: the percent format ---------------------------------------------
+# ---- 53. Clusters: ipyparallel's ---------------------------------------------------------------
+#
+# A cluster of ipyparallel is a controller and sets of engines, processes that work for notebooks.
+# ipyparallel's own Cluster and launchers start and stop them, here or on other machines. This
+# section gives them the addresses of ipyparallel's server extension, with its models, so that its
+# JupyterLab extension works here, too. `?details=1` adds what the page's tab shows.
+#
+#     page, lab -- REST --> Clusters -- Driver -- JSON lines --> drive_clusters (one per Python)
+#                                                                ipyparallel -> controller, engines
+#
+# The process that runs `drive_clusters` is the *driver*. It runs the Python of a kernel spec, so
+# that the engines have the packages of the notebook's kernel; this server itself imports nothing of
+# ipyparallel. When the server is gone, the driver reads the end of its standard input.
+#
+#     state of an engine   what is true                           what leads on
+#     starting             its process runs                       the hub knows it -> running
+#     running              the hub has given it a number          its process ends -> dead
+#     dead                 it has ended, and nobody asked for it  restart -> a new one, starting
+#
+# C1 Every cluster of this user is found, wherever it was started: each leaves a file in a profile.
+# C2 A cluster that this server has started ends with it, also when it is killed; or, with
+#    --keep-clusters, never.
+# C3 Who waits for a task of a cluster that is stopped is told. ipyparallel alone would let them
+#    wait for ever. So the tasks that wait are aborted and those that run interrupted, then the
+#    engines end, and the controller, which tells of both, ends last.
+
+CLUSTER_WISHES = ("list", "create", "read", "start", "stop", "scale", "restart", "logs", "choices")
+CLUSTER_SECONDS = {"list": 10, "read": 10, "choices": 10}   # that an answer may take …
+MOST_CLUSTER_SECONDS = 180     # … and others: a job that starts may have to queue
+DISMISS_SECONDS = 4            # that tasks get to answer before their engines end
+MOST_ABORTED = 2_000           # ids on an engine's command line, where an argument has 128 kB
+STRANDED_SECONDS = 6           # a scheduler says after 5 s that a task ended with its engine
+CLUSTERS_END_SECONDS = 30      # that a driver gets to end its clusters
+LOG_BYTES = 64_000             # of the end of a log
+HUB_SECONDS = 2                # between two questions of how many tasks there are: each is logged
+NO_IPYPARALLEL = "no ipyparallel"   # the reason of a Problem
+CLUSTER_PATH = r"/ipyparallel/clusters/(.+)"
+OPTIONS.append((["--keep-clusters"], {
+    "action": "store_true", "help": "leave ipyparallel's clusters running when the server ends"}))
+
+
+def python_of(spec):
+    """The words of a kernel spec that start its Python: those of `conda run -n lab python -s`, say.
+    Problem 400 when there is no Python among them."""
+    argv = fill_in(spec["argv"], {"prefix": sys.prefix})
+    for at, word in enumerate(argv):
+        if re.fullmatch(r"(python|pypy)[\d.]*(\.exe)?", os.path.basename(word).lower()):
+            flags = itertools.takewhile(re.compile("-[EIPsS]+").fullmatch, argv[at + 1:])
+            return [*argv[:at + 1], *flags]   # those that say where it looks for packages
+    raise Problem(400, f"The kernel {spec['display_name']} has no Python that could run engines")
+
+
+class Driver:
+    """The process that has ipyparallel's Cluster objects for one Python. Any thread may ask it."""
+
+    def __init__(self, spec, folder, keeps):
+        """Start it; Problem 500 when the kernel's Python is not there."""
+        self.spec, self.python = spec, python_of(spec)
+        self.lock, self.numbers = threading.Lock(), itertools.count(1)
+        self.waiting = {0: threading.Event()}   # number of a wish -> its answer is there
+        self.answers = {}                       # number of a wish -> its answer; 0: it is ready
+        self.tail = ""                          # of what the process says on stderr
+        start = (f"import sys; sys.path[0] = {HERE!r}; import minijupyter; "
+                 f"minijupyter.drive_clusters({keeps})")
+        try:
+            self.process = subprocess.Popen(
+                [*self.python, "-c", start], cwd=folder, env=kernel_environment(spec),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True)   # Ctrl-C is the server's
+        except OSError as problem:
+            raise Problem(500, f"The Python of {spec['display_name']} does not start: "
+                               f"{problem.strerror}") from None
+        for follow in (self.listen, self.overhear):
+            threading.Thread(target=follow, daemon=True).start()
+
+    @property
+    def is_alive(self):
+        return self.process.poll() is None
+
+    def listen(self):
+        """File the answers as they come, until the process ends."""
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            if event := self.waiting.get(answer["number"]):   # else it was too late
+                self.answers[answer["number"]] = answer
+                event.set()
+        self.process.wait()
+        for event in list(self.waiting.values()):
+            event.set()
+
+    def overhear(self):
+        for line in self.process.stderr:
+            self.tail = (self.tail + line.decode("utf-8", "replace"))[-TAIL:]
+
+    def ask(self, do, **wish):
+        """What the process answers to a wish. Raises the Problem that it answers with, 501 when
+        ipyparallel is not there, 504 when it takes too long."""
+        self.take(0, MOST_CLUSTER_SECONDS)
+        number, event = next(self.numbers), threading.Event()
+        self.waiting[number] = event
+        line = json.dumps({"number": number, "do": do, "wish": wish})
+        try:
+            with self.lock:
+                self.process.stdin.write(line.encode() + b"\n")
+                self.process.stdin.flush()
+        except (OSError, ValueError):   # it has ended, or the server ends
+            event.set()
+        try:
+            return self.take(number, CLUSTER_SECONDS.get(do, MOST_CLUSTER_SECONDS))
+        finally:
+            del self.waiting[number]
+            self.answers.pop(number, None)
+
+    def take(self, number, seconds):
+        """An answer, as soon as it is there."""
+        if not self.waiting[number].wait(seconds) and self.is_alive:
+            raise Problem(504, "ipyparallel is still busy with another wish. Look again in a while")
+        answer = self.answers.get(number)
+        if answer is None:
+            words = self.tail.strip().rpartition("\n")[2]
+            raise Problem(500, f"The process that drives ipyparallel has ended. {words}")
+        if "problem" not in answer:
+            return answer["value"]
+        problem = Problem(answer["status"], answer["problem"], answer["reason"])
+        problem.more = answer["more"]
+        if problem.reason == NO_IPYPARALLEL:
+            python = " ".join(self.python)
+            problem.message = (
+                f"ipyparallel is not installed for the kernel {self.spec['display_name']}. Run "
+                "`%pip install ipyparallel` in a notebook with that kernel, or in a terminal "
+                f"`{python} -m pip install ipyparallel`")
+        raise problem
+
+    def close(self):
+        """Let it end: it ends its clusters, or leaves them."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+
+class Clusters:
+    """The drivers of all Pythons that were asked for, and whose each cluster is."""
+
+    def __init__(self, server):
+        self.server, self.keeps, self.lock = server, False, threading.Lock()
+        self.drivers = {}   # words that start a Python, and its environment -> Driver
+        self.owners = {}    # key of a cluster that was made here -> (Driver, name of its kernel)
+        self.finders = {}   # key of any cluster -> Driver that has told of it
+
+    def driver(self, kernel_name=None):
+        """The living Driver of a kernel's Python, as a rule of our own kernel's."""
+        spec, _ = find_spec(kernel_name or DEFAULT_KERNEL)
+        place = (*python_of(spec), *sorted(spec["env"].items()))
+        with self.lock:
+            if not self.drivers:
+                atexit.register(self.close)
+            driver = self.drivers.get(place)
+            if not driver or not driver.is_alive:
+                driver = Driver(spec, self.server.contents.root, self.keeps)
+                self.drivers[place] = driver
+            return driver
+
+    def list(self, **wish):
+        """The models of all clusters, in ipyparallel's order. A driver sees the clusters of another
+        one by their files: whoever has made one knows more of it."""
+        first = self.driver(wish.pop("kernel_name", None))
+        answers, models = [(first, first.ask("list", **wish))], {}
+        for driver in list(self.drivers.values()):
+            if driver is not first and driver.is_alive:
+                with contextlib.suppress(Problem):   # trouble of a Python that nobody asked for
+                    answers.append((driver, driver.ask("list", **wish)))
+        for driver, found in answers:
+            for model in found:
+                owner, _ = self.owners.get(model["id"], (None, None))
+                if owner is driver or model["id"] not in models:
+                    models[model["id"]] = self.with_origin(model)
+                    self.finders[model["id"]] = driver
+        return sorted(models.values(), key=cluster_order)
+
+    def ask(self, do, key, **wish):
+        """What becomes of a wish for the cluster of this key."""
+        owner, _ = self.owners.get(key, (self.finders.get(key), None))
+        driver = owner if owner and owner.is_alive else self.driver()
+        return self.with_origin(driver.ask(do, key=key, **wish))
+
+    def create(self, wish):
+        name = wish.pop("kernel_name", None) or DEFAULT_KERNEL
+        if not isinstance(name, str):
+            raise Problem(400, "kernel_name must be the name of a kernel spec")
+        driver = self.driver(name)
+        model = driver.ask("create", wish=wish)
+        self.owners[model["id"]] = driver, name
+        return model
+
+    def with_origin(self, model):
+        """The model; its details say, in words, who started the cluster, and for which kernel."""
+        if details := isinstance(model, dict) and model.get("details"):
+            details["kernel_name"] = self.owners.get(model["id"], (None, None))[1]
+            details["origin"] = "this server" if details["is_ours"] else self.origin(
+                details.pop("parent", None))
+        return model
+
+    def origin(self, parent):
+        """Who has started a process: a notebook, a program, or one that has ended since."""
+        if not parent:
+            return ""
+        for session in self.server.sessions.list():
+            kernel = self.server.kernels.all.get(session["kernel"]["id"])
+            if kernel and kernel.process and kernel.process.pid == parent["pid"]:
+                return f"the notebook {session['path']}"
+        name = "ipcluster" if "ipcluster" in parent["command"] else "process"
+        return f"{name} {parent['pid']}: {parent['command']}"
+
+    def close(self):
+        """The server ends: so do the clusters that it has started, unless they are kept (C2)."""
+        drivers = [driver for driver in self.drivers.values() if driver.is_alive]
+        if self.owners and drivers:
+            print("Left running: " + ", ".join(self.owners) + ". `ipcluster list` shows them."
+                  if self.keeps else "Stopping the clusters …", flush=True)
+        for driver in drivers:
+            driver.close()
+        deadline = time.monotonic() + CLUSTERS_END_SECONDS
+        for driver in drivers:
+            try:
+                driver.process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                driver.process.kill()
+
+
+def cluster_order(model):
+    """ipyparallel's: those that run, the default profile, the default id."""
+    cluster = model["cluster"]
+    return (not model.get("controller"), cluster["profile"] != "default",
+            cluster["cluster_id"] != "", cluster["profile"], cluster["cluster_id"])
+
+
+# -- The endpoints --
+
+def list_clusters(handler):
+    return handler.server.clusters.list(details=handler.asked("details"),
+                                        kernel_name=handler.asked("kernel_name"))
+
+
+def create_cluster(handler):
+    return handler.server.clusters.create(handler.json_body())
+
+
+def get_cluster(handler, key):
+    return handler.server.clusters.ask("read", key, details=handler.asked("details"))
+
+
+def start_cluster(handler, key):
+    return handler.server.clusters.ask("start", key, n=handler.json_body().get("n"))
+
+
+def scale_cluster(handler, key):
+    return handler.server.clusters.ask("scale", key, n=handler.json_body().get("n"))
+
+
+def stop_cluster(handler, key):
+    handler.server.clusters.ask("stop", key)
+    handler.server.clusters.owners.pop(key, None)
+    return 204, None
+
+
+def restart_engines(handler, key):
+    """Engines anew: the one that the body names by `set` and `engine`, or all that are dead."""
+    body = handler.json_body()
+    return handler.server.clusters.ask(
+        "restart", key, set=body.get("set"), engine=body.get("engine"))
+
+
+def cluster_logs(handler, key):
+    return handler.server.clusters.ask("logs", key)
+
+
+def cluster_choices(handler):
+    """What a new cluster can have: profiles, launchers, the number of cores."""
+    return handler.server.clusters.driver(handler.asked("kernel_name")).ask("choices")
+
+
+ROUTES += [("GET", r"/ipyparallel/clusters", list_clusters),
+           ("POST", r"/ipyparallel/clusters", create_cluster),
+           ("GET", CLUSTER_PATH, get_cluster),
+           ("POST", CLUSTER_PATH, start_cluster),
+           ("PATCH", CLUSTER_PATH, scale_cluster),
+           ("DELETE", CLUSTER_PATH, stop_cluster),
+           ("POST", CLUSTER_PATH + "/restart", restart_engines),
+           ("GET", CLUSTER_PATH + "/logs", cluster_logs),
+           ("GET", r"/ipyparallel/choices", cluster_choices)]
+
+
+class ClusterServer(SERVERS[-1]):
+    """Has the clusters."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.clusters = Clusters(self)
+
+
+def keep_clusters(server, arguments):
+    server.clusters.keeps = arguments.keep_clusters
+
+
+SERVERS.append(ClusterServer)
+AT_START.append(keep_clusters)
+
+
+# -- The driver: all below runs in its process, in one asyncio loop --
+
+def drive_clusters(keeps):
+    """Obey the server's wishes, a JSON line each, until there are no more; then end."""
+    import asyncio
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)   # what ipyparallel prints is no answer
+
+    def answer(number, **what):
+        channel.write(json.dumps({"number": number, **what}) + "\n")
+        channel.flush()
+
+    try:
+        import ipyparallel.cluster  # noqa: F401
+    except ImportError as problem:
+        answer(0, problem=str(problem), status=501, reason=NO_IPYPARALLEL, more={})
+        return
+    answer(0, value="ready")
+    asyncio.run(Conductor(answer, keeps).run())
+
+
+def in_thread(function, *arguments):
+    """A future of what `function` returns. It may block for ever, as a client does whose hub has
+    gone: nobody waits for the thread when the driver ends."""
+    import asyncio
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def run():
+        try:
+            tell = functools.partial(future.set_result, function(*arguments))
+        except Exception as problem:
+            tell = functools.partial(future.set_exception, problem)
+        with contextlib.suppress(RuntimeError):   # the loop has ended
+            loop.call_soon_threadsafe(lambda: future.done() or tell())
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+class Hub:
+    """What a cluster's hub says to a client of ours: its engines' numbers, how many tasks wait."""
+
+    def __init__(self, cluster):
+        self.cluster, self.client, self.queues = cluster, None, {}
+        self.look, self.next_look = None, 0   # the task that asks; when to ask again, monotonic
+
+    async def connect(self):
+        import ipyparallel
+        if self.client is None:
+            info = await self.cluster.controller.get_connection_info()
+            self.client = await in_thread(
+                lambda: ipyparallel.Client(info["client"], timeout=CLUSTER_SECONDS["read"]))
+        return self.client
+
+    async def ask(self):
+        client = await self.connect()
+        self.queues = await in_thread(client.queue_status)
+
+    def refresh(self):
+        """Ask again, without waiting for it: a list must not wait for a hub that hangs."""
+        import asyncio
+        if self.look and (not self.look.done() or time.monotonic() < self.next_look):
+            return
+        if self.look and self.look.exception():   # it was no hub any more, or not yet
+            self.client = None
+        self.next_look = time.monotonic() + HUB_SECONDS
+        self.look = asyncio.ensure_future(self.ask())
+
+    def close(self):
+        if self.client is not None:
+            in_thread(self.client.close)
+
+    @property
+    def tasks(self):
+        """{"waiting", "running"}; of an engine's own queue all but the first one wait. The hub
+        keeps on counting those of a dead engine."""
+        counts = [self.load(number) for number in self.client.ids] if self.queues else []
+        return {"waiting": self.queues.get("unassigned", 0) + sum(max(0, n - 1) for n in counts),
+                "running": sum(map(bool, counts))}
+
+    def load(self, number):
+        """How many tasks an engine has."""
+        queue = self.queues.get(number, {})
+        return queue.get("queue", 0) + queue.get("tasks", 0)
+
+    def dismiss(self):
+        """Have every task answered (C3); blocks. A task is aborted when an engine takes it, so each
+        engine must also drop what it works on. False when tasks are left: no engine is there, or
+        it does not drop them, or they were those of a dead one, of which the scheduler tells."""
+        deadline, told = time.monotonic() + DISMISS_SECONDS, set()
+        while time.monotonic() < deadline:
+            queues = self.client.queue_status(verbose=True)
+            queued = {*queues.pop("unassigned")}
+            tasks = {n: {*queue["queue"], *queue["tasks"]} for n, queue in queues.items()}
+            alive = {*self.client.ids} & tasks.keys()
+            waiting = queued.union(*(tasks[n] for n in alive))
+            if not waiting or not alive:
+                return not queued and not any(tasks.values())
+            if fresh := waiting - told:
+                self.client.abort([*fresh], block=False)
+            if busy := [n for n in alive if tasks[n] - told]:
+                self.client.send_signal("SIGINT", targets=busy, block=False)
+            told |= waiting
+            time.sleep(0.1)
+        return False
+
+
+class Conductor:
+    """The driver's clusters, in ipyparallel's ClusterManager, and what the server wishes of them.
+
+    A wish is a method called like it, of CLUSTER_WISHES. It returns JSON, or raises a Problem.
+    """
+
+    def __init__(self, answer, keeps):
+        from ipyparallel.cluster import ClusterManager
+        self.answer, self.keeps, self.manager = answer, keeps, ClusterManager()
+        self.ours = {}       # key -> Cluster that was started here
+        self.hubs = {}       # key -> Hub
+        self.failures = {}   # key -> why it did not start: {"message", "log"}
+        self.stamps = {}     # cluster file of others -> its st_mtime_ns when it was read
+        self.numbers = {}    # (key, set, name) of an engine -> its number in the hub
+
+    async def run(self):
+        import asyncio
+        loop, over, obeyed = asyncio.get_running_loop(), asyncio.Event(), set()
+
+        def listen():
+            for line in sys.stdin.buffer:
+                loop.call_soon_threadsafe(begin, json.loads(line))
+            loop.call_soon_threadsafe(over.set)
+
+        def begin(wish):
+            task = asyncio.ensure_future(self.obey(**wish))
+            obeyed.add(task)   # the loop itself keeps no task alive
+            task.add_done_callback(obeyed.discard)
+
+        threading.Thread(target=listen, daemon=True).start()
+        await over.wait()
+        if not self.keeps:
+            await asyncio.gather(*(self.end(key, cluster) for key, cluster in self.ours.items()),
+                                 return_exceptions=True)   # one must not keep the others
+
+    async def obey(self, number, do, wish):
+        try:
+            if do not in CLUSTER_WISHES:
+                raise Problem(400, f"The driver knows no {do}")
+            self.answer(number, value=await getattr(self, do)(**wish))
+        except Problem as problem:
+            self.answer(number, problem=problem.message, status=problem.status,
+                        reason=problem.reason, more=problem.more)
+        except Exception as problem:
+            self.answer(number, problem=f"ipyparallel: {type(problem).__name__}: {problem}",
+                        status=500, reason=None, more={})
+
+    # -- what there is --
+
+    async def list(self, details=None):
+        self.read_files()
+        return [self.model(key, cluster, details)
+                for key, cluster in self.manager.clusters.items()]
+
+    async def read(self, key, details=None):
+        return self.model(key, self.find(key), details)
+
+    async def choices(self):
+        from ipyparallel.traitlets import entry_points
+        from ipyparallel.util import _all_profile_dirs, abbreviate_profile_dir
+        launchers = entry_points(group="ipyparallel.engine_launchers")
+        profiles = {"default", *map(abbreviate_profile_dir, _all_profile_dirs())}
+        return {"profiles": sorted(profiles), "n": os.cpu_count(),
+                "engines": sorted(launcher.name for launcher in launchers)}
+
+    async def logs(self, key):
+        """[{"name", "file", "text"}] of the controller and of each engine, dead ones too."""
+        return self.logs_of(self.find(key))
+
+    def logs_of(self, cluster):
+        found = [("controller", cluster.controller)] if cluster.controller else []
+        logs = [self.log_of(name, launcher) for name, launcher in found]
+        for each in cluster.engines.values():
+            parts = getattr(each, "launchers", {})
+            logs += [self.log_of(f"engine {n}", part) for n, part in parts.items()]
+            logs += [{"name": f"engine {n}, dead", "file": "", "text": text[-LOG_BYTES:]}
+                     for n, text in getattr(each, "outputs", {}).items() if n not in parts]
+            if not hasattr(each, "launchers"):
+                logs.append(self.log_of(f"{each.n} engines", each))
+        return logs
+
+    def log_of(self, name, launcher):
+        """The end of a launcher's log; of one that has ended, ipyparallel has kept what it said."""
+        file = getattr(launcher, "output_file", "")
+        try:
+            with open(file, "rb") as opened:
+                opened.seek(max(0, os.path.getsize(file) - LOG_BYTES))
+                text = opened.read().decode("utf-8", "replace")
+        except OSError:
+            text = launcher.get_output() if launcher.state == "after" else ""
+        ours = r"(?m)^.* requested 'queue_request'\n"   # that we look is no news
+        return {"name": name, "file": file, "text": re.sub(ours, "", text)[-LOG_BYTES:]}
+
+    def find(self, key):
+        if key not in self.manager.clusters:
+            self.read_files()
+        try:
+            return self.manager.get_cluster(key)
+        except KeyError:
+            raise Problem(404, f"No such cluster: {key}") from None
+
+    def hub(self, key, cluster):
+        if key not in self.hubs or self.hubs[key].cluster is not cluster:
+            self.hubs[key] = Hub(cluster)
+        return self.hubs[key]
+
+    def read_files(self):
+        """Find the clusters of others, and forget those that have ended (C1)."""
+        changed = {key: cluster for key, cluster in self.manager.clusters.items()
+                   if key not in self.ours and self.has_changed(cluster)}
+        for key in changed:
+            self.manager.clusters.pop(key)
+        self.manager.load_clusters(init_default_clusters=True)
+        for key, old in changed.items():
+            if new := self.manager.clusters.get(key):
+                carry_over(old, new)
+                self.hub(key, old).cluster = new
+        self.ours = {key: cluster for key, cluster in self.ours.items()
+                     if self.manager.clusters.get(key) is cluster}
+        for key, hub in list(self.hubs.items()):
+            if self.manager.clusters.get(key) is not hub.cluster or not runs(hub.cluster):
+                self.hubs.pop(key).close()
+
+    def has_changed(self, cluster):
+        """True when whoever started a cluster has changed its file since it was read: ipyparallel
+        itself reads a file once. The old object writes to that file no more."""
+        info = stat_of(cluster.cluster_file)
+        if not info or self.stamps.get(cluster.cluster_file) == info.st_mtime_ns:
+            return False
+        self.stamps[cluster.cluster_file] = info.st_mtime_ns
+        with contextlib.suppress(OSError, ValueError), open(cluster.cluster_file) as file:
+            if json.load(file) != cluster.to_dict():
+                cluster.cluster_file = ""
+                return True
+        return False
+
+    def model(self, key, cluster, details=None):
+        """A cluster as ipyparallel's server extension tells of it (its cluster_model)."""
+        from ipyparallel.util import abbreviate_profile_dir
+        model = cluster.to_dict()
+        model["cluster"]["profile"] = abbreviate_profile_dir(cluster.profile_dir)
+        sets = model["engines"]["sets"].values()
+        model["engines"]["n"] = sum(each.get("n", 0) for each in sets)
+        model.update(id=key, cluster_file=cluster.cluster_file)
+        return {**model, "details": self.details(key, cluster)} if details else model
+
+    def details(self, key, cluster):
+        hub = None
+        if runs(cluster):
+            hub = self.hub(key, cluster)
+            hub.refresh()
+        is_ours = key in self.ours
+        return {"is_ours": is_ours, "parent": None if is_ours else parent_of(cluster.controller),
+                "controller": cluster.controller.state if cluster.controller else "before",
+                "engines": [self.engine(key, *each) for each in engines_of(cluster)],
+                "registered": len(hub.client.ids) if hub and hub.client else 0,
+                "tasks": hub.tasks if hub else None, "failure": self.failures.get(key)}
+
+    def engine(self, key, set_id, name, launcher, ended):
+        """An engine as the page shows it; `count` engines that one launcher has as one job."""
+        number = self.number(key, set_id, name, launcher)
+        is_job = launcher and name is None
+        state = "dead" if ended is not None else "running" if is_job or (
+            number is not None) else "starting"
+        return {"set": set_id, "engine": name, "state": state, "number": number,
+                "count": launcher.n if is_job else 1,
+                "pid": getattr(launcher, "pid", None) if launcher else ended.get("pid"),
+                "exit_code": int(code) if (code := (ended or {}).get("exit_code")) else code}
+
+    def number(self, *place):
+        """The number that the hub has given to an engine, which its log tells. It has it for good,
+        also when it is dead."""
+        *place, launcher = place
+        if launcher and tuple(place) not in self.numbers:
+            found = re.search(r"Completed registration with id (\d+)",
+                              self.log_of("", launcher)["text"])
+            if found:
+                self.numbers[tuple(place)] = int(found[1])
+        return self.numbers.get(tuple(place))
+
+    # -- what becomes of it --
+
+    async def create(self, wish):
+        """Define a cluster by values of Cluster's traits, as ipyparallel's extension does."""
+        wish = {name: value for name, value in wish.items() if value is not None and value != ""}
+        if os.sep in str(wish.get("profile", "")):
+            wish["profile_dir"] = wish.pop("profile")
+        if "profile" in wish and "cluster_id" not in wish and (
+                f"{wish['profile']}:" not in self.manager.clusters):
+            wish["cluster_id"] = ""
+        try:
+            key, cluster = self.manager.new_cluster(**wish)
+        except KeyError:
+            raise Problem(409, f"There is a cluster {wish.get('cluster_id')!r} already") from None
+        except Exception as problem:   # a trait's value that ipyparallel does not take
+            raise Problem(400, f"ipyparallel cannot make such a cluster: {problem}") from None
+        return self.model(key, cluster)
+
+    async def start(self, key, n=None):
+        cluster = self.find(key)
+        if n is not None:
+            check_count(n)
+        self.failures.pop(key, None)
+        cluster.shutdown_atexit = not self.keeps
+        self.ours[key] = cluster
+        try:
+            await cluster.start_cluster(n=n)
+        except Exception as problem:
+            log = "\n".join(each["text"] for each in self.logs_of(cluster)).strip()
+            await cluster.stop_cluster()
+            self.manager.clusters[key] = self.ours.pop(key, cluster)   # it can be tried again
+            why = log.rpartition("\n")[2] or str(problem)
+            self.failures[key] = {"message": why, "log": log}
+            refusal = Problem(500, f"The cluster {key} did not start: {why}")
+            refusal.more = {"log": log}
+            raise refusal from None
+        return self.model(key, cluster)
+
+    async def stop(self, key):
+        await self.end(key, self.find(key))
+        self.failures.pop(key, None)
+        self.manager.clusters.pop(key, None)
+        self.ours.pop(key, None)
+
+    async def end(self, key, cluster):
+        """End a cluster in the order in which everybody who waits is told (C3)."""
+        import asyncio
+        hub = self.hub(key, cluster)
+        if runs(cluster):
+            await as_long_as_it_runs(cluster, asyncio.ensure_future(hub.connect()))
+        is_there = hub.client is not None   # it is false when it has no engines
+        are_told = not is_there or await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        await cluster.stop_engines()
+        await until(lambda: not (runs(cluster) and is_there and hub.client.ids), 1)
+        if not are_told and runs(cluster):
+            await self.answer_for(cluster, hub)
+        await cluster.stop_controller()
+        self.hubs.pop(key, None)
+        hub.close()
+
+    async def answer_for(self, cluster, hub):
+        """No engine is left that could answer the tasks that wait: start one that aborts them all.
+        Meanwhile the scheduler tells of those that ended with their engines."""
+        import asyncio
+        told_at = time.monotonic() + STRANDED_SECONDS
+        queues = await as_long_as_it_runs(
+            cluster, in_thread(functools.partial(hub.client.queue_status, verbose=True)))
+        if waiting := (queues or {}).get("unassigned"):
+            abort = f"get_ipython().kernel.aborted.update({waiting[:MOST_ABORTED]})"
+            await cluster.start_engines(1, engine_args=["-c", abort])
+            await until(lambda: hub.client.ids or not runs(cluster), MOST_CLUSTER_SECONDS / 10)
+            await as_long_as_it_runs(cluster, in_thread(hub.dismiss))
+        await cluster.stop_engines()
+        await asyncio.sleep(max(0, told_at - time.monotonic()))
+
+    async def scale(self, key, n=None):
+        cluster = self.find(key)
+        check_count(n)
+        if not runs(cluster):
+            raise Problem(409, f"The cluster {key} does not run: start it first")
+        now = sum(count(each) for each in cluster.engines.values())
+        if n > now:
+            await cluster.start_engines(n - now)
+        elif n < now:
+            await self.let_go(key, cluster, now - n)
+        forget_dead(cluster)
+        return self.model(key, cluster)
+
+    async def let_go(self, key, cluster, spare):
+        """End so many engines, those first that have nothing to do, and of them the newest."""
+        hub = self.hub(key, cluster)
+        numbers = {(set_id, name): self.number(key, set_id, name, part)
+                   for set_id, name, part, ended in engines_of(cluster) if name and part}
+        numbers = {each: math.inf if n is None else n for each, n in numbers.items()}
+        single = sorted(numbers, key=lambda each: (hub.load(numbers[each]), -numbers[each]))
+        jobs = {set_id: each.n for set_id, each in cluster.engines.items()
+                if not hasattr(each, "launchers")}
+        leaving = []
+        for set_id, size in sorted(jobs.items(), key=lambda job: -job[1]):
+            if size <= spare:
+                leaving.append(set_id)
+                spare -= size
+        if spare > len(single):
+            sizes = ", ".join(str(size) for size in jobs.values())
+            raise Problem(409, f"These engines are jobs that end as a whole, of {sizes} engines: "
+                               "choose a number that leaves whole jobs")
+        for set_id in leaving:
+            await cluster.stop_engines(set_id)
+        for set_id, name in single[:spare]:
+            await stop_engine(cluster, set_id, name)
+
+    async def restart(self, key, set=None, engine=None):
+        """Start anew one engine, a job as a whole, or all engines that are dead."""
+        cluster = self.find(key)
+        each = cluster.engines.get(str(set))
+        if set is not None and each is None:
+            raise Problem(404, f"The cluster {key} has no set of engines {set}")
+        if each is not None and not hasattr(each, "launchers"):
+            await cluster.restart_engines(set)   # a job, as a whole
+            return self.model(key, cluster)
+        if engine is None:
+            lost = forget_dead(cluster)
+        elif each and str(engine) in {**each.launchers, **dead_of(each)}:
+            await stop_engine(cluster, set, engine)
+            lost = 1
+        else:
+            raise Problem(404, f"The set {set} has no engine {engine}")
+        if lost:
+            await cluster.start_engines(lost)
+        return self.model(key, cluster)
+
+
+def runs(cluster):
+    """Its controller runs, and can be asked."""
+    return bool(cluster.controller) and cluster.controller.state == "running"
+
+
+async def until(condition, seconds):
+    """Wait for what other parts of the loop, or other threads, bring about; or for so long."""
+    import asyncio
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
+async def as_long_as_it_runs(cluster, future):
+    """What becomes of a future that needs a cluster's hub; None when the hub goes, or hangs."""
+    await until(lambda: future.done() or not runs(cluster), 2 * DISMISS_SECONDS)
+    return future.result() if future.done() and not future.exception() else None
+
+
+def check_count(n):
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise Problem(400, f"n must be an integer, not {n!r}")
+
+
+def parent_of(controller):
+    """{"pid", "command"} of the process that has started a controller on this machine."""
+    import psutil
+    try:
+        parent = psutil.Process(controller.process.pid).parent()
+        return {"pid": parent.pid, "command": " ".join(parent.cmdline())[:200]}
+    except (AttributeError, psutil.Error):   # it runs elsewhere, or its parent has ended
+        return None
+
+
+def dead_of(engine_set):
+    """{name of an engine: {"exit_code", "pid"}} of those that ended and were not asked to. Those
+    that a client has shut down end with 0."""
+    ended = (engine_set.stop_data or {}).get("engines", {})
+    return {name: how for name, how in ended.items() if how.get("exit_code") != 0}
+
+
+def engines_of(cluster):
+    """(id of its set, its name there, its launcher, how it ended) of each engine; the engines of a
+    job (MPI, Slurm …) have one launcher and no names."""
+    for set_id, each in cluster.engines.items():
+        if not hasattr(each, "launchers"):
+            yield set_id, None, each, (each.stop_data or {}) if each.state == "after" else None
+        else:
+            names = {**dict.fromkeys(each.launchers), **dict.fromkeys(dead_of(each))}
+            for name in sorted(names, key=lambda name: (len(name), name)):
+                ended = None if name in each.launchers else dead_of(each)[name]
+                yield set_id, name, each.launchers.get(name), ended
+
+
+def carry_over(old, new):
+    """Tell a cluster that was read from its file once more what the file does not say: which sets
+    were started here, which engines have died."""
+    for set_id, each in old.engines.items():
+        fresh = new.engines.get(set_id)
+        if fresh is None and each.state == "running":
+            new.engines[set_id] = each
+        elif hasattr(fresh, "launchers"):
+            known = {name: {"exit_code": None, "pid": launcher.pid}
+                     for name, launcher in each.launchers.items()}
+            known.update(dead_of(each))
+            lost = {name: known[name] for name in known.keys() - fresh.launchers.keys()}
+            fresh.stop_data.setdefault("engines", {}).update(lost)
+            fresh.outputs.update(each.outputs)
+            fresh.n += len(lost)
+
+
+def count(engine_set):
+    """How many engines of a set run."""
+    if hasattr(engine_set, "launchers"):
+        return len(engine_set.launchers)
+    return engine_set.n if engine_set.state != "after" else 0
+
+
+async def stop_engine(cluster, set_id, name):
+    """End one engine, which is then no dead one but forgotten."""
+    engine_set = cluster.engines[set_id]
+    if launcher := engine_set.launchers.get(name):
+        await launcher.stop()   # which tells its set, a little later
+        await until(lambda: name not in engine_set.launchers, launcher.stop_timeout)
+    forget_dead(cluster, {(set_id, name)})
+
+
+def forget_dead(cluster, which=None):
+    """Take dead engines out of their sets, all or `which` {(set, name)}; returns how many."""
+    forgotten = 0
+    for set_id, each in list(cluster.engines.items()):
+        for name in list(dead_of(each)):
+            if which is None or (set_id, name) in which:
+                each.stop_data["engines"].pop(name)
+                each.n -= 1
+                forgotten += 1
+        if each.state == "after" and not dead_of(each):
+            cluster.engines.pop(set_id)
+    cluster.update_cluster_file()
+    return forgotten
+
+
+# ---- 54. Programs as notebooks: the percent format ---------------------------------------------
 #
 # A program whose comments `# %%` divide it into cells is a notebook, too: VS Code, Spyder, PyCharm
 # and jupytext read and write it. `GET /api/contents/x.py?type=notebook` gives it as one, and a PUT
@@ -8127,7 +8957,7 @@ CONTENTS.append(TextNotebookContents)
 TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, Program))
 
 
-# ---- 54. Download as: what else a notebook can become -------------------------------------------
+# ---- 55. Download as: what else a notebook can become -------------------------------------------
 #
 # `GET /api/nbconvert` lists the formats, `GET /nbconvert/FORMAT/PATH` gives a notebook of the disk
 # in one of them, and `POST /nbconvert/FORMAT` the notebook in the body, which need not be saved. An
@@ -8152,7 +8982,7 @@ NOT_FOR_READING = (
     "Typing", "Completion and tooltip", "Undo of cell operations", "Copy, split, merge, move",
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
-    "Download as", "The file browser", "The text editor", "Under the hood",
+    "Download as", "The file browser", "Clusters", "The text editor", "Under the hood",
     "Other clients of the kernel")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
@@ -8612,7 +9442,7 @@ ROUTES += [("GET", r"/api/nbconvert", list_exporters),
            ("POST", r"/nbconvert/([^/]+)", export_content)]
 
 
-# ---- 55. A quick start -------------------------------------------------------------------------
+# ---- 56. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the script starts itself again as a module, except under a debugger, and

@@ -4490,6 +4490,59 @@ class SameAsIpykernel(Case):
                                       answer.reply["content"].get("ename")), expected)
 
 
+ON_A_CLUSTER = [   # cells of a notebook that uses a cluster of ipyparallel
+    "import ipyparallel as ipp\nrc = ipp.Client()\nrc.ids",
+    "v = rc[:]\nv.map_sync(lambda x: x * 2, range(5))",
+    "lv = rc.load_balanced_view()\nlist(lv.map(lambda x: x + 1, range(6), ordered=True))",
+    "lv.map_sync(str, range(3))",
+    # What engines print comes in any order: one engine is asked.
+    "one = rc[0]\none.block = True\none.activate()", "%px 1 + 1", "%%px\nprint('hi')",
+    "%%px --targets 1\nx = 3\nx", "%%px\nimport sys\nprint('a')\nprint('b', file=sys.stderr)",
+    "%%px\nfrom IPython.display import display, HTML\ndisplay(HTML('<b>x</b>'))", "%%px\n1 / 0",
+    "ar = rc[0].execute('print(5); 7', silent=False)\nar.wait_for_output()\nar.display_outputs()",
+    "%%px --noblock --out later\nprint('later')\n7;", "later.wait_for_output()",
+    "later.display_outputs()",
+    "%%px --local\ny = 5\ny", "%autopx", "z = 1\nz", "%autopx", "'z' in globals()",
+    "ar = v.map_async(lambda x: x, range(4))\nar.get()\nar.wait_interactive(widget=False)",
+    "with v.sync_imports():\n    import json", "v['q'] = 5\nv['q']",
+    "ar = rc[0].apply_async(print, 'from engine')\nar.wait_for_output()\nar.stdout",
+    "@v.parallel(block=True)\ndef f(x): return x\nf(range(3))", "rc[5]", "%px?"]
+
+
+@needs("ipykernel", "ipyparallel")
+class SameAsIpykernelOnACluster(Case):
+    """Clients of a cluster of ipyparallel say in our kernel what they say in ipykernel."""
+
+    CLUSTER = """
+import sys, ipyparallel
+with ipyparallel.Cluster(n=2, cluster_id="", delay=0, controller_args=[
+        "--HeartMonitor.period=500"]) as rc:
+    print("up", flush=True)
+    ipyparallel.cluster.launcher.threading.Event().wait()
+"""
+
+    def test_views_maps_magics_and_progress_are_the_same(self):
+        env = clean_environment(self.folder())
+        cluster = Process([sys.executable, "-c", self.CLUSTER], env=env)
+        self.addCleanup(cluster.end)
+        sides = [Comparison(argv, env=env) for argv in (IPYKERNEL, OURS)]
+        for side in sides:
+            self.addCleanup(side.end)
+            side.PLACES = [(re.compile(r"[\da-f]+-[\da-f]{24}_\d+_\d+|'completed': [^,]*|"
+                                       r"\d\d:\d\d|[\d.]+(?=tasks/s)|\[\d:\d+\]"), "X"),
+                           *Comparison.PLACES]
+        cluster.wait_for("up")
+        for cell in ON_A_CLUSTER:   # one side at a time: an error aborts what waits at an engine
+            with self.subTest(cell=cell):
+                (((theirs,),), ((ours,),)) = (Comparison.said([side], [cell]) for side in sides)
+                self.assertEqual(*map(self.timeless, (ours, theirs)))
+
+    def timeless(self, said):
+        """Without the metadata of results: ids, dates, the engine's own count."""
+        return [(kind, {**content, "metadata": {}, "transient": {}} if kind in (
+            "display_data", "execute_result") else content) for kind, content in said]
+
+
 class UnderIPython:
     """The tests of another class once more, in a kernel where IPython runs the cells."""
 
@@ -10415,6 +10468,247 @@ class ServerLife(ServerCase):
         self.addCleanup(process.end)
         self.assertNotEqual(process.exit_code(), 0)
         self.assertNotIn("Traceback", process.output)
+
+
+# -- Clusters --
+
+QUICK = {"delay": 0, "controller_args": ["--HeartMonitor.period=500"]}   # of a cluster
+# (method, path, body, ours and theirs, where they differ, and why); among them are all that
+# ipyparallel's JupyterLab extension asks: GET, POST to make, POST without a body to start, DELETE.
+CLUSTER_REQUESTS = [
+    ("GET", "", None),
+    ("POST", "", {"cluster_id": "one", "n": 1, "profile": None, **QUICK}),
+    ("GET", "", None),
+    ("GET", "/default:one", None),
+    ("POST", "/default:one", None),
+    ("GET", "", None),
+    ("GET", "/default:one", None),
+    ("DELETE", "/default:one", None),
+    ("GET", "/default:one", None),
+    ("DELETE", "/default:one", None),
+    ("POST", "/default:nowhere", None),
+    ("POST", "", {"profile": "other"}),
+    ("POST", "", {"profile": "other", "cluster_id": "x"}),
+    ("POST", "/other:x", {"n": "two"}),
+    ("DELETE", "/other:x", None),
+    ("POST", "", {"cluster_id": "z"}),
+    ("POST", "", {"cluster_id": "z"}, 409, 500, "what is wrong is said"),
+    ("POST", "", {"cluster_id": "y", "n": "two"}, 400, 500, "what is wrong is said"),
+    ("PATCH", "/default:", {"n": 1}, 409, 405, "ours can scale"),
+    ("GET", "/default:/logs", None, 200, 404, "ours shows logs"),
+]
+
+
+def install_bare_kernel(folder):
+    """A kernel spec whose Python has pyzmq alone."""
+    python, env = bare_python(folder)
+    install_kernelspec(Path(folder), "bare", [*python, "-m", "kernel"],
+                       env={"PYTHONPATH": env["PYTHONPATH"]})
+
+
+def with_clusters(root, port, token):
+    """A Jupyter Server with ipyparallel's extension."""
+    return [*jupyter_server(root, port, token),
+            "--ServerApp.jpserver_extensions={'ipyparallel': True}"]
+
+
+def wait_for_engines(server, key, count, *states):
+    """The details of a cluster, once it has so many engines in these states and no others."""
+    def details():
+        found = server.get(f"/ipyparallel/clusters/{key}?details=1").json["details"]
+        now = [engine["state"] for engine in found["engines"]]
+        return found if sorted(now) == sorted(states or ["running"] * count) and (
+            found["registered"] == now.count("running")) else None
+    return wait_until(details)
+
+
+def pids_of(details):
+    return [engine["pid"] for engine in details["engines"]]
+
+
+@needs("ipyparallel")
+class ClustersOfIpyparallel(ServerCase):
+    """ipyparallel's clusters, by the addresses of its own server extension and by more."""
+
+    def new_cluster(self, server=None, **wish):
+        """(key, path) of a cluster that is being started; it ends with the test."""
+        server = server or self.server
+        made = self.assertReply(server.post("/ipyparallel/clusters", {**QUICK, **wish}), 200).json
+        path = f"/ipyparallel/clusters/{made['id']}"
+        self.addCleanup(server.delete, path)
+        self.assertReply(server.post(path), 200)
+        return made["id"], path
+
+    @needs("jupyter_server")
+    def test_requests_are_answered_as_by_ipyparallels_extension_or_the_table_says_why_not(self):
+        theirs = Server(program=with_clusters)
+        self.addCleanup(theirs.end)
+        wait_until(lambda: answers(theirs))
+        for server in (self.server, theirs):   # else none has a profile at first
+            Path(server.folder.name, "ipythondir", "profile_default", "security").mkdir(
+                parents=True, exist_ok=True)
+        for method, path, body, *differs in CLUSTER_REQUESTS:
+            with self.subTest(method, path=path, body=body):
+                replies = [server.request(method, f"/ipyparallel/clusters{path}", body)
+                           for server in (self.server, theirs)]
+                if differs:
+                    self.assertEqual([reply.status for reply in replies], differs[:2])
+                else:
+                    self.assertEqual(*map(self.shape_of, replies, (self.server, theirs)))
+
+    def shape_of(self, reply, server):
+        """Status and JSON; of what each server has of its own the type."""
+        def shape(value, name=None):
+            if isinstance(value, dict):
+                return {("SET" if key.isdigit() and name == "sets" else key): shape(each, key)
+                        for key, each in value.items()}
+            if isinstance(value, list):
+                return [shape(each) for each in value]
+            return type(value).__name__ if name in ("pid", "output_file") else (
+                value.replace(server.folder.name, "FOLDER") if isinstance(value, str) else value)
+        is_told = reply.body and reply.status < 400
+        return reply.status, shape(reply.json) if is_told else None
+
+    def test_engines_come_go_die_and_are_started_anew(self):
+        key, path = self.new_cluster(n=2)
+        first, second = pids_of(wait_for_engines(self.server, key, 2))
+        os.kill(first, signal.SIGKILL)
+        dead = wait_for_engines(self.server, key, 2, "dead", "running")
+        (ended,) = [engine for engine in dead["engines"] if engine["state"] == "dead"]
+        self.assertEqual((ended["exit_code"], ended["pid"]), (-9, first))
+        self.assertReply(self.server.post(f"{path}/restart"), 200)
+        self.assertIn(second, pids_of(wait_for_engines(self.server, key, 2)))
+        self.assertReply(self.server.patch(path, {"n": 3}), 200)
+        details = wait_for_engines(self.server, key, 3)
+        logs = {log["name"]: log["text"] for log in self.server.get(f"{path}/logs").json}
+        self.assertIn("Hub listening", logs["controller"])
+        self.assertIn("Completed registration", logs["engine 1"])
+        one = details["engines"][-1]
+        self.server.post(f"{path}/restart", {"set": one["set"], "engine": one["engine"]})
+        self.assertNotIn(one["pid"], pids_of(wait_for_engines(self.server, key, 3)))
+        self.assertReply(self.server.patch(path, {"n": 1}), 200)
+        last = wait_for_engines(self.server, key, 1)
+        self.assertReply(self.server.patch(path, {"n": -1}), 400)
+        self.assertReply(self.server.post(f"{path}/restart", {"set": "no"}), 404)
+        self.assertWhoWaitsIsTold(path, *pids_of(last))
+
+    def assertWhoWaitsIsTold(self, path, last):
+        """Also when no engine is left that could answer."""
+        import ipyparallel
+        file = self.server.get(path).json["cluster_file"].replace("cluster-", "ipcontroller-")
+        client = ipyparallel.Client(file.replace(".json", "-client.json"))
+        self.addCleanup(client.close)
+        waits = client.load_balanced_view().map_async(time.sleep, [60] * 3)
+        wait_until(lambda: client.queue_status()["unassigned"] == 2)
+        os.kill(last, signal.SIGKILL)
+        self.assertReply(self.server.delete(path), 204)
+        with self.assertRaisesRegex(ipyparallel.CompositeError, "died while running task"):
+            waits.get(timeout=SECONDS)
+
+    def test_a_notebooks_cluster_is_found_and_who_waits_for_it_is_told_when_it_is_stopped(self):
+        wish = {"path": "away.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
+        session = self.assertReply(self.server.post("/api/sessions", wish), 201).json
+        self.addCleanup(self.server.delete, f"/api/sessions/{session['id']}")
+        frontend = self.server.frontend(session["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        up = frontend.finish(frontend.start(
+            "import ipyparallel as ipp, time\n"
+            f"away = ipp.Cluster(n=2, cluster_id='away', log_level=40, **{QUICK})\n"
+            "rc = away.start_and_connect_sync()"))
+        self.assertEqual(up.status, "ok", up)
+        details = wait_for_engines(self.server, "default:away", 2)
+        self.assertEqual(details["origin"], "the notebook away.ipynb")
+        os.kill(pids_of(details)[0], signal.SIGKILL)
+        wait_for_engines(self.server, "default:away", 2, "dead", "running")
+        frontend.finish(frontend.start(
+            "direct = rc[:].apply_async(time.sleep, 60)\n"
+            "queue = rc.load_balanced_view().map_async(time.sleep, [60] * 5)"))
+        waits = frontend.start("queue.get()")
+        wait_until(lambda: wait_for_engines(self.server, "default:away", 2, "dead", "running")[
+            "tasks"] == {"running": 1, "waiting": 5})
+        self.assertReply(self.server.delete("/ipyparallel/clusters/default:away"), 204)
+        for told in (waits, frontend.start("direct.get()")):   # whichever of both was running
+            frontend.finish(told)
+            self.assertRegex(told.error.get("evalue") or told.result,
+                             "TaskAborted|KeyboardInterrupt")
+            self.assertEqual(told.text("stderr"), "")
+        self.assertEqual(frontend.finish(frontend.start("rc.ids")).result, "[]")
+        self.assertFalse(any(map(is_alive, pids_of(details))))
+
+    def test_a_cluster_that_does_not_start_says_why(self):
+        body = {"cluster_id": "fails", "controller_args": ["--no-such-option"]}
+        self.assertReply(self.server.post("/ipyparallel/clusters", body), 200)
+        path = "/ipyparallel/clusters/default:fails"
+        reply = self.assertReply(self.server.post(path), 500)
+        self.assertIn("unrecognized arguments: --no-such-option", reply.json["message"])
+        self.assertIn("usage:", reply.json["log"])
+        failure = self.server.get(f"{path}?details=1").json["details"]["failure"]
+        self.assertIn("--no-such-option", failure["message"])
+        self.assertReply(self.server.delete(path), 204)
+
+    def test_engines_run_the_python_of_the_kernel_that_is_chosen(self):
+        folder = self.folder()
+        install_kernelspec(folder, "lab", OURS, env={"LAB": "yes"})
+        install_kernelspec(folder, "noise", ["bash", "-c", "x"], language="python")
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        _, path = self.new_cluster(server, n=1, kernel_name="lab")
+        (engine,) = server.get(f"{path}?details=1").json["details"]["engines"]
+        self.assertIn(b"LAB=yes", Path(f"/proc/{engine['pid']}/environ").read_bytes())
+        self.assertEqual([model["details"]["kernel_name"] for model in server.get(
+            "/ipyparallel/clusters?details=1").json if model.get("controller")], ["lab"])
+        reply = self.assertReply(server.get("/ipyparallel/choices?kernel_name=noise"), 400)
+        self.assertIn("no Python", reply.json["message"])
+        self.assertReply(server.get("/ipyparallel/clusters?kernel_name=nobody"), 501)
+
+    def test_wishes_that_make_no_sense_are_refused_in_a_sentence(self):
+        path = "/ipyparallel/clusters"
+        for body in ({"kernel_name": 5}, {"n": []}, {"engines": "nothing.like.it"},
+                     {"profile_dir": 5}, {"parent": 5}, {"self": 1}, "[]", "{"):
+            with self.subTest(body=body):
+                self.assertReply(self.server.post(path, body), 400)
+        self.assertReply(self.server.post(path, {"kernel_name": "nobody"}), 501)
+        for method, sub, body, status in (
+                ("POST", "/default:", {"n": "x"}, 400), ("POST", "/default:", {"n": -1}, 400),
+                ("PATCH", "/default:", {}, 400), ("PATCH", "/no:", {"n": 1}, 404),
+                ("POST", "/no:/restart", {}, 404), ("GET", "/no:/logs", None, 404),
+                ("POST", "/default:/restart", {"set": ["x"], "engine": {}}, 404)):
+            with self.subTest(method, path=sub, body=body):
+                self.assertReply(self.server.request(method, path + sub, body), status)
+
+    def test_what_a_cluster_can_have_is_what_ipyparallel_offers(self):
+        choices = self.server.get("/ipyparallel/choices").json
+        self.assertLessEqual({"local", "mpi", "ssh", "slurm"}, {*choices["engines"]})
+        self.assertIn("default", choices["profiles"])
+
+    def test_the_clusters_of_a_server_end_with_it_also_when_it_is_killed_or_are_kept(self):
+        for options, end, is_kept in (([], signal.SIGINT, False), ([], signal.SIGKILL, False),
+                                      (["--keep-clusters"], signal.SIGTERM, True)):
+            with self.subTest(options, end=end):
+                port = free_ports(1)[0]
+                server = self.own_server(options=["--port", str(port), *options])
+                made = server.post("/ipyparallel/clusters", {**QUICK, "n": 1}).json
+                path = f"/ipyparallel/clusters/{made['id']}"
+                model = self.assertReply(server.post(path), 200).json
+                details = server.get(f"{path}?details=1").json["details"]
+                pids = [model["controller"]["state"]["pid"], *pids_of(details)]
+                server.process.popen.send_signal(end)
+                server.process.exit_code()
+                if is_kept:
+                    self.assertIn("Left running: default:", server.process.output)
+                    self.assertTrue(all(map(is_alive, pids)))
+                    for pid in pids:
+                        os.kill(pid, signal.SIGTERM)
+                wait_until(lambda pids=pids: not any(map(is_alive, pids)))
+
+
+class ClustersWithoutIpyparallel(ServerCase):
+    def test_what_must_be_installed_is_said(self):
+        folder = self.folder()
+        install_bare_kernel(folder)
+        server = self.own_server(env={"JUPYTER_PATH": str(folder)})
+        reply = self.assertReply(server.get("/ipyparallel/clusters?kernel_name=bare"), 501)
+        self.assertIn("not installed for the kernel bare.", reply.json["message"])
+        self.assertIn("`%pip install ipyparallel` in a notebook", reply.json["message"])
 
 
 # ---- 8. WebSocket frames and the bridge --------------------------------------------
@@ -16651,6 +16945,123 @@ class PageForEveryone(PageCase):
                     self.assertEqual(tab.page.evaluate(ACE_FINDS), [])
 
 
+@needs("ipyparallel")
+class PageClusters(PageCase):
+    """The tab beside Files and Running."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = class_folder(cls)
+        install_bare_kernel(folder)
+        cls.options = {"env": {"JUPYTER_PATH": str(folder)}}
+        super().setUpClass()
+
+    def tearDown(self):
+        for cluster in self.server.get("/ipyparallel/clusters").json:
+            self.server.delete(f"/ipyparallel/clusters/{cluster['id']}")
+        super().tearDown()
+
+    def visit_clusters(self):
+        tab = self.visit("/tree")
+        tab.page.get_by_role("tab", name="Clusters").click()
+        return tab
+
+    def test_four_engines_from_the_tab_work_one_is_killed_started_anew_and_all_are_stopped(self):
+        tab = self.visit_clusters()
+        self.assertShows(tab.page.locator("#clusters"), "No cluster runs.")
+        tab.page.locator("[data-command=new-cluster-with]").click()
+        tab.page.get_by_label("Engines").fill("4")
+        tab.page.get_by_label("Name", exact=True).fill("scene")
+        tab.choose("Start")
+        cluster = tab.page.get_by_label("Cluster default:scene")
+        cluster.and_(tab.page.locator("[data-state=running]")).wait_for()
+        self.assertCount(cluster.locator(".engine[data-state=running]"), 4)
+        book = self.open("", "with rc[:].sync_imports(): import os, time\n"
+                         "rc[:].map_async(str, range(8)).wait_interactive()",
+                         "sorted({*rc[:].map_sync(lambda n: os.getpid(), range(40))})",
+                         "rc.load_balanced_view().map_sync(time.sleep, [60] * 8)")
+        tab.page.bring_to_front()
+        cluster.get_by_role("button", name="Connect…").click()
+        tab.choose(f"Insert into {self.name}")
+        self.assertShows(tab.page.locator(".notice"), "Inserted into")
+        for n in (1, 2, 3):
+            book.run(n)
+        self.assertShows(book.outputs(2), "100%")   # the progress bar
+        first = json.loads(book.texts()[3])
+        self.assertEqual(len(first), 4)
+        os.kill(first[0], signal.SIGKILL)
+        self.assertShows(cluster.locator(".state"), "some dead")
+        self.assertCount(cluster.locator(".engine[data-state=dead]"), 1)
+        self.assertShows(tab.page.locator(".notice.bad"), "An engine of “default:scene” has died")
+        cluster.get_by_role("button", name="Restart the dead engine").click()
+        cluster.and_(tab.page.locator("[data-state=running]")).wait_for()
+        for n in (2, 3):
+            book.run(n)
+        second = json.loads(book.texts()[3])
+        self.assertEqual((len(second), first[0] in second), (4, False))
+        book.cell(4).locator("textarea.editor").focus()
+        book.press("Shift+Enter")
+        self.assertShows(cluster, "tasks: 4 running, 4 waiting")
+        cluster.get_by_role("button", name="Stop").click()
+        self.assertShows(tab.page.locator("dialog[open]"), "This ends 4 engines and the controller")
+        self.assertShows(tab.page.locator("dialog[open]"), "4 running, 4 waiting")
+        tab.choose("Stop")
+        book.wait_until_done()
+        self.assertShows(book.outputs(4), "KeyboardInterrupt")
+        self.assertShows(tab.page.locator("#clusters"), "No cluster runs.")
+        self.assertFalse(any(map(is_alive, second)))
+
+    def test_a_notebook_starts_a_cluster_and_the_tab_scales_it_and_shows_its_logs(self):
+        book = self.open("")
+        book.command("connect-cluster")
+        book.choose("Connect")
+        book.page.wait_for_function("() => view.cells.length === 2")
+        self.assertRegex(book.sources()[1], r'^import ipyparallel as ipp\nrc = ipp.Client\(cluster')
+        tab = self.visit_clusters()
+        cluster = tab.page.locator(".cluster")
+        cluster.locator(".engine").first.wait_for()
+        self.assertShows(cluster, "started by this server · for Python 3")
+        count = cluster.locator(".engine").count()
+        cluster.get_by_label("One more engine").click()
+        self.assertCount(cluster.locator(".engine"), count + 1)
+        cluster.get_by_role("button", name=f"{count + 1} engines").click()
+        tab.page.locator("dialog[open] input").fill("many")
+        tab.choose("Scale")
+        self.assertShows(tab.page.locator("dialog[open]"), "a number, such as 4")
+        tab.page.locator("dialog[open] input").fill("1")
+        tab.choose("Scale")
+        self.assertCount(cluster.locator(".engine"), 1)
+        cluster.get_by_role("button", name="Log").click()
+        self.assertShows(tab.page.locator("dialog[open] .log"), "Hub listening")
+        tab.page.get_by_label("Whose log").select_option("1")
+        self.assertShows(tab.page.locator("dialog[open] .log"), "Loading connection info")
+        tab.choose("Close")
+        PageForEveryone.assertAxeFindsNothing(self, tab)
+        cluster.get_by_role("button", name="Stop").click()
+        tab.choose("Stop")
+        self.assertCount(tab.page.locator(".cluster"), 0)
+
+    def test_what_keeps_a_cluster_from_starting_is_said(self):
+        self.use_own_profile()
+        self.context.route("**/ipyparallel/clusters*", lambda route: route.continue_(
+            post_data=json.dumps({"cluster_id": "bad", "controller_args": ["--no-such-option"]}))
+            if route.request.method == "POST" else route.continue_())
+        tab = self.visit_clusters()
+        tab.page.locator("[data-command=new-cluster]").click()
+        dialog = tab.page.locator("dialog[open]")
+        self.assertShows(dialog, "unrecognized arguments: --no-such-option")
+        self.assertShows(dialog.locator(".log"), "usage:")
+        self.problems.clear()      # the browser notes the 500
+        tab.choose("Close")
+        cluster = tab.page.get_by_label("Cluster default:bad")
+        self.assertShows(cluster, "It did not start")
+        cluster.get_by_role("button", name="Delete").click()
+        self.assertCount(cluster, 0)
+        tab.page.get_by_label("Kernel of new clusters").select_option("bare")
+        self.assertShows(tab.page.get_by_role("alert"), "not installed for the kernel bare. Run")
+        self.problems.clear()      # the browser notes the 501
+
+
 ON_PAPER = """() => {   // [texts that are not laid out, texts beyond the edge, boxes that scroll]
     const texts = root => [...root.querySelectorAll('*')].flatMap(node => [
         ...node.shadowRoot ? texts(node.shadowRoot) : [],
@@ -21788,6 +22199,38 @@ def bench_page(program, count):
         yield from bench_page_prints(program, server)
 
 
+AS_THE_PAGE = {"delay": 0, "controller_args": re.findall(
+    "'(--HeartMonitor.*?)'", (HERE / "index.html").read_text("utf-8"))}
+CLUSTER_START = """
+import time, ipyparallel
+cluster = ipyparallel.Cluster(n=4)
+began = time.perf_counter()
+cluster.start_and_connect_sync()
+print("took", (time.perf_counter() - began) * 1000, flush=True)
+"""
+
+
+@yields("clusters: start of 4 local engines")
+def bench_cluster(program, count):
+    """Until the hub knows four engines: as the page's button starts them, and by a program."""
+    if program:
+        with tempfile.TemporaryDirectory() as folder:
+            process = Process([sys.executable, "-c", program], env=clean_environment(folder))
+            took = float(process.wait_for(r"took (\S+)", 60)[1])
+            process.exit_code()   # it stops its cluster
+            process.end()
+    else:
+        server = Server()
+        server.get("/ipyparallel/clusters")   # theirs has imported ipyparallel, too
+        began = time.perf_counter()
+        key = server.post("/ipyparallel/clusters", {"n": 4, **AS_THE_PAGE}).json["id"]
+        server.post(f"/ipyparallel/clusters/{key}")
+        wait_for_engines(server, key, 4)
+        took = (time.perf_counter() - began) * 1000
+        server.end()
+    yield "clusters: start of 4 local engines", took
+
+
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
@@ -21812,6 +22255,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
     ("ours", "playwright", bench_big_page, None),
+    ("ours", "ipyparallel", bench_cluster, None),
+    ("theirs", "ipyparallel", bench_cluster, CLUSTER_START),
 ]
 
 
