@@ -5233,11 +5233,10 @@ class RememberingSocket(zmq.Socket):
         return parts
 
     def forget_gone(self):
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event, _ = self.ends.recv_multipart(zmq.NOBLOCK)   # zmq_socket_monitor(3)
-                number = int.from_bytes(event[2:], sys.byteorder)
-                self.clients = {who: its for who, its in self.clients.items() if its != number}
+        while self.ends.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            event, _ = self.ends.recv_multipart()   # zmq_socket_monitor(3): 2 bytes say which event,
+            number = int.from_bytes(event[2:], sys.byteorder)               # 4 of which connection
+            self.clients = {who: its for who, its in self.clients.items() if its != number}
 
 
 @EXTRAS.append

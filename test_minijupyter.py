@@ -317,7 +317,8 @@ class ZeroMQWire:
     TYPES = {"shell": zmq.DEALER, "control": zmq.DEALER, "stdin": zmq.DEALER, "iopub": zmq.SUB}
 
     def __init__(self, connection, channels=None):
-        self.connection, self.session = connection, kernel.Session(connection["key"])
+        self.connection = {"transport": "tcp", **connection}
+        self.session = kernel.Session(connection["key"])
         self.context, self.poller, self.sockets = zmq.Context(), zmq.Poller(), {}
         for name in channels or self.TYPES:
             self.connect(name, self.TYPES[name])
