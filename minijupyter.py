@@ -3312,7 +3312,8 @@ def serve(server):
 #    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
 #    48 Other servers                            COMMANDS, AT_START
 #    49 A terminal on a kernel                   COMMANDS needs 33 48
-#    50 A quick start                            run_as_module
+#    50 Editing                                  AT_CONSOLE needs 49
+#    51 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6929,29 +6930,25 @@ AT_START.append(announce)
 #     asks     `input`, for the person     a whole cell -> runs; Ctrl-D, `exit` -> the end
 #     runs     `Client.receive`            reply and idle, or the kernel's end -> asks; its question
 #                                          -> answers. Ctrl-C interrupts the kernel
-#     answers  `input`, for the kernel     a line, or the end of the cell -> runs
+#     answers  `input`, for the kernel     a line, or Ctrl-C -> runs
 #
-# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While somebody types
-# it is in `input`, which knows no sockets. So the thread *bell* waits for their descriptors, and
-# rings with a signal. The signal's handler runs in the main thread: it takes what has come, and if
-# there is something to show, leaves `input` by the exception News. `input` then begins again, below
-# what was shown, with the text typed so far. (Without readline, or on Windows, news waits for
-# Enter.)
+# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While that is in
+# `input`, which knows no sockets, nothing is heard. (Section 50 changes that.)
 
 EARS = (*HEARD, "link")       # link: the connection to the kernel's process is made, or lost
 ANSWER_SECONDS = 1            # that the kernel gets for a question about code: it may be busy
 ATTACH_SECONDS = 10           # for its first answer,
 START_SECONDS = 60            # and if we have just started it (jupyter_console's)
 INTERRUPT_SECONDS = 2         # that a cell gets to stop, before we say what else can be done
-MOST_HISTORY = 1_000          # cells (jupyter_console's)
 COLOURS = {"In ": 32, "Out": 31, "Remote": 33}   # of prompts: green, red, yellow, as there
+AT_CONSOLE = []               # functions of a Console, before its first prompt on a terminal
 LEAVING = re.compile(r"\s*(exit|quit)\s*(\(\s*\))?\s*")   # in the kernel, this would end it
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))")   # colours, links, titles
 PICTURES = {   # MIME type -> how its bytes begin, with width and height; struct's format of these
     "image/png": (rb"\x89PNG.{12}(....)(....)", ">I"), "image/gif": (rb"GIF8.a(..)(..)", "<H"),
     "image/jpeg": (rb".*?\xff[\xc0-\xc2]..\x08(?=..(..))(..)", ">H")}
 # To each of these message types a console has a method of that name, which gets content and parent
-# header. The first ones interrupt whoever types.
+# header. The first ones show something.
 SHOWN = ("stream", "display_data", "update_display_data", "execute_result", "error",
          "execute_input", "link")
 NOTED = ("status", "clear_output", "shutdown_reply", "kernel_info_reply", "execute_reply",
@@ -7009,28 +7006,25 @@ class Client:
         return {}
 
 
-class News(Exception):
-    """Something is to be shown while the person types."""
-
-
 class Console:
     """A Client of the kernel `name`, and a person at a terminal or lines from a pipe. `kernel` is
     the KernelProcess when we have started it, else None."""
 
     def __init__(self, client, name, kernel):
-        self.client, self.name, self.kernel, self.readline = client, name, kernel, None
+        self.client, self.name, self.kernel = client, name, kernel
         self.ours = {client.session.session, kernel and kernel.session.session, None}
         self.others = set()       # the sessions of other clients that have asked something
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.input = lambda prompt, text: input(prompt())   # see `ask`
+        self.on_cell = []         # functions of the code of each cell that was typed
         self.count, self.lines = 1, []   # number of the next cell; its lines, until it is whole
         self.ahead = []           # lines that were read from a pipe to see how it goes on
         self.info, self.is_heard, self.is_lost = {}, False, False   # info: its kernel_info_reply
         self.ending = {}          # content of a shutdown_reply: the kernel's end is no crash
         self.running, self.due = None, set()   # msg_id of our cell; what has not come of it yet
         self.warn_at = math.inf   # when to say that the cell does not stop; None: it was said
-        self.is_asking, self.news = threading.Event(), []   # see *bell*
-        self.typed = self.next_input = ""   # text with which the next line, the next cell begins
-        self.has_failed = self.is_over = self.keeps_kernel = False
+        self.next_input = ""      # text with which the next cell begins
+        self.has_failed = self.is_over = self.keeps_kernel = self.is_asking = False
         self.drawn = ""           # what was shown since a cell began, for clear_output
         self.is_within = self.clears = False   # within a line; the next output replaces all that
 
@@ -7131,8 +7125,6 @@ class Console:
                 answer = self.ask(lambda: content["prompt"])
         except EOFError:
             answer = "\x04"
-            if self.readline:   # GNU's prints an empty line after each one that follows Ctrl-D
-                self.readline.parse_and_bind("set enable-bracketed-paste off")
         except KeyboardInterrupt:
             return self.interrupt()
         if answer is not None:
@@ -7146,16 +7138,18 @@ class Console:
     def greet(self, seconds):
         """Ask who the kernel is, until it has answered and iopub was heard: it publishes only to
         those who have subscribed by then (P1). True if so. On control, too: shell may be busy."""
-        self.info, self.is_heard, deadline = {}, False, time.monotonic() + seconds
-        while time.monotonic() < deadline and not (self.kernel and self.kernel.state == "dead"):
-            for channel in ("shell", "control"):
-                self.client.send(channel, "kernel_info_request", {})
-            nudge_at = time.monotonic() + NUDGE_SECONDS
-            while (left := nudge_at - time.monotonic()) > 0:
-                self.step(left)
-                if self.info and self.is_heard:
-                    return True
-        return False
+        self.info, self.is_heard = {}, False
+        began = nudge_at = time.monotonic()
+        while not (self.info and self.is_heard):
+            now = time.monotonic()
+            if now > began + seconds or (self.kernel and self.kernel.state == "dead"):
+                return False
+            if now >= nudge_at:
+                nudge_at = now + NUDGE_SECONDS
+                for channel in ("shell", "control"):
+                    self.client.send(channel, "kernel_info_request", {})
+            self.step(NUDGE_SECONDS)
+        return True
 
     def shutdown_reply(self, content, parent):
         self.ending = content
@@ -7183,7 +7177,7 @@ class Console:
 
     def step(self, seconds):
         """Do something about the next message, if one comes in this time."""
-        if came := self.news.pop(0) if self.news else self.client.receive(seconds):
+        if came := self.client.receive(seconds):
             self.handle(*came)
 
     def run(self, code):
@@ -7241,7 +7235,7 @@ class Console:
         if not self.kernel:
             reply = self.client.request("execute_request", {"code": "", "silent": True})
             self.count = reply.get("execution_count", 0) + 1
-        self.use_readline()
+        call_all(AT_CONSOLE, self)
 
     def interact(self):
         """Read cells and run them, until it is over. False when one failed that came from a pipe,
@@ -7281,8 +7275,7 @@ class Console:
             if is_whole:
                 break
         code = "\n".join(self.lines)
-        if self.readline and code.strip():
-            self.readline.add_history(code)
+        call_all(self.on_cell, code)
         return code
 
     def is_whole(self, code):
@@ -7308,110 +7301,25 @@ class Console:
             "...: ".rjust(len(ESCAPES.sub("", label))))
 
     def ask(self, prompt, text=""):
-        """A line from the person. prompt() is shown before it, and it begins with `text`. None when
-        the cell has ended that asked. Raises EOFError."""
-        asks_for, self.typed = self.running, text
-        while self.is_terminal:
+        """A line from the person, which may begin with `text`; prompt() is shown before it. None
+        when it is not wanted any more. Raises EOFError."""
+        if self.is_terminal:
+            self.is_asking = True
             try:
-                # What readline shall not count, because it takes no room, stands between \1 and \2.
-                return input(ESCAPES.sub("\1\\g<0>\2", prompt()) if self.readline else prompt())
-            except News:
-                self.show_news(prompt)
+                return self.input(prompt, text)
             finally:
-                self.is_asking.clear()
-                self.is_within = False
-            if asks_for and "idle" not in self.due:
-                return None
+                self.is_asking = self.is_within = False
         self.write(prompt(), own_line=False)
         line = self.ahead.pop(0) if self.ahead else sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\n")
 
-    def show_news(self, prompt):
-        """Show what has come above the lines that are typed."""
-        above = "" if self.running else "\n{}"
-        print(back_over(above.format(self.earlier_lines()) + prompt() + self.typed), end="")
-        while self.news:
-            self.step(0)
-        print("\n" * self.is_within + above.format(self.earlier_lines()), end="", flush=True)
-
-    def earlier_lines(self):
-        return "".join(f"{self.prompt(at)}{line}\n" for at, line in enumerate(self.lines))
-
-    def use_readline(self):
-        """Editing, history, completion and the bell, where there is readline."""
-        try:
-            import readline
-        except ImportError:   # Windows
-            return
-        self.readline = readline
-        for code in self.past_cells():
-            readline.add_history(code)
-        readline.set_auto_history(False)
-        readline.set_startup_hook(self.begin_line)
-        readline.set_completer(self.complete)
-        is_libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
-        readline.parse_and_bind("set enable-bracketed-paste on")   # pasted lines are one text
-        if POSIX:
-            signal.signal(signal.SIGUSR1, self.on_bell)
-            ears = [self.client.sockets[name].fd for name in ("iopub", "link")]
-            threading.Thread(target=self.ring, args=[ears], daemon=True, name="bell").start()
-
-    def past_cells(self):
-        reply = self.client.request("history_request", {
-            "hist_access_type": "tail", "n": MOST_HISTORY, "raw": True, "output": False})
-        return [code for _, _, code in reply.get("history", ())]
-
-    def begin_line(self):
-        """Called by readline when `input` begins."""
-        self.readline.insert_text(self.typed)
-        self.is_asking.set()
-
-    def ring(self, ears):
-        """The thread *bell*. It uses no socket, it only waits for descriptors."""
-        while self.is_asking.wait():
-            if zmq.select(ears, [], [])[0] and self.is_asking.is_set():
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-
-    def on_bell(self, signum, frame):
-        """The bell has rung. What `input` has taken by now is in the line buffer."""
-        if not self.is_asking.is_set():
-            return
-        while came := self.client.receive(0, ["iopub", "link"]):
-            self.news.append(came)
-        if any(message["header"]["msg_type"] in SHOWN or self.running for _, message in self.news):
-            self.typed = self.readline.get_line_buffer()
-            self.is_asking.clear()
-            raise News
-
     def on_interrupt(self, signum, frame):
         """Ctrl-C is for the cell that runs, else for the line that is typed."""
-        if self.running and not self.is_asking.is_set():
+        if self.running and not self.is_asking:
             return self.interrupt()
         raise KeyboardInterrupt
-
-    def complete(self, word, number):
-        """Match number so and so for the word before the cursor, None behind the last one."""
-        if number == 0:
-            self.is_asking.clear()   # no bell
-            self.matches = [] if self.running else self.find_matches()
-            self.is_asking.set()
-        return self.matches[number] if number < len(self.matches) else None
-
-    def find_matches(self):
-        """The kernel's matches. They replace text from its cursor_start on, readline's from begidx
-        on, which may be earlier or later."""
-        line, end = self.readline.get_line_buffer(), self.readline.get_endidx()
-        if not line[:end].strip():
-            return ["    "]
-        before = "".join(f"{each}\n" for each in self.lines)
-        reply = self.client.request("complete_request", {
-            "code": before + line, "cursor_pos": len(before) + end})
-        start, begin = reply.get("cursor_start", 0) - len(before), self.readline.get_begidx()
-        return [line[begin:start] + match[max(0, begin - start):]
-                for match in reply.get("matches", ())]
 
 
 def back_over(text):
@@ -7425,11 +7333,11 @@ def in_words(data):
     """What a terminal can show of a MIME bundle: its text; of pictures, and of what has no text,
     the type and the size."""
     texts = [data[mime] for mime in ("text/plain", "text/markdown", "text/latex") if mime in data]
-    return "\n".join(texts[:1] + [announce(mime, body) for mime, body in data.items()
+    return "\n".join(texts[:1] + [in_short(mime, body) for mime, body in data.items()
                                   if mime.startswith("image/") or not texts])
 
 
-def announce(mime, body):
+def in_short(mime, body):
     """[image/png, 640 × 480, 12 kB]"""
     data = base64.b64decode(body) if mime in PICTURES else (
         body.encode() if isinstance(body, str) else to_json(body))
@@ -7572,7 +7480,138 @@ def console(words):
 COMMANDS["console"] = console
 
 
-# ---- 50. A quick start -------------------------------------------------------------------------
+# ---- 50. Editing: lines, and news while somebody types -----------------------------------------
+#
+# At a terminal with readline a line is edited, completed by the kernel (Tab), and found again
+# (arrow up); and what other clients run is shown at once. For that, the thread *bell* waits for
+# what the sockets' descriptors tell while the main thread is in `input`, and rings with a signal.
+# The signal's handler runs in the main thread, which owns the sockets: it takes what has come, and
+# if there is something to show, leaves `input` by the exception News. What was typed moves below
+# what is shown, and `input` begins again. (On Windows news waits for Enter.)
+
+MOST_HISTORY = 1_000          # cells (jupyter_console's)
+
+
+class News(Exception):
+    """Something is to be shown while the person types."""
+
+
+class LineEditor:
+    """readline, for a Console."""
+
+    def __init__(self, readline, console):
+        self.readline, self.console, self.client = readline, console, console.client
+        self.typed = ""     # with what the next line begins
+        self.news = []      # (channel, message) that could not be shown yet
+        self.is_open = threading.Event()   # somebody types, and the bell may ring
+        self.matches = []
+        found = self.client.request("history_request", {
+            "hist_access_type": "tail", "n": MOST_HISTORY, "raw": True, "output": False})
+        for _, _, code in found.get("history", ()):
+            readline.add_history(code)
+        readline.set_auto_history(False)
+        readline.set_startup_hook(self.begin)
+        readline.set_completer(self.complete)
+        is_libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")   # pasted lines are one text
+        if POSIX:
+            signal.signal(signal.SIGUSR1, self.on_bell)
+            ears = [self.client.sockets[name].fd for name in ("iopub", "link")]
+            threading.Thread(target=self.ring, args=[ears], daemon=True, name="bell").start()
+
+    def remember(self, code):
+        if code.strip():
+            self.readline.add_history(code)
+
+    def ask(self, prompt, text):
+        """A line, as Console.ask has it."""
+        asks_for, self.typed = self.console.running, text
+        while not asks_for or "idle" in self.console.due:
+            try:
+                # What readline shall not count, because it takes no room, stands between \1 and \2.
+                return input(ESCAPES.sub("\1\\g<0>\2", prompt()))
+            except News:
+                self.show_news(prompt)
+            except EOFError:   # after this GNU's would print an empty line behind each line
+                self.readline.parse_and_bind("set enable-bracketed-paste off")
+                raise
+            finally:
+                self.is_open.clear()
+        return None
+
+    def begin(self):
+        """Called by readline when `input` begins."""
+        self.readline.insert_text(self.typed)
+        self.is_open.set()
+
+    def ring(self, ears):
+        """The thread *bell*. It uses no socket, it only waits for descriptors."""
+        while self.is_open.wait():
+            if zmq.select(ears, [], [])[0] and self.is_open.is_set():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def on_bell(self, signum, frame):
+        """Something has come. What was typed by now is in readline's buffer."""
+        if not self.is_open.is_set():
+            return
+        while came := self.client.receive(0, ["iopub", "link"]):
+            self.news.append(came)
+        if self.console.running or any(
+                message["header"]["msg_type"] in SHOWN for _, message in self.news):
+            self.typed = self.readline.get_line_buffer()
+            self.is_open.clear()
+            raise News
+
+    def show_news(self, prompt):
+        """Show what has come above the lines that are typed."""
+        console = self.console
+        above = "" if console.running else "\n{}"   # is it a cell, or an answer?
+        print(back_over(above.format(self.lines()) + prompt() + self.typed), end="")
+        while self.news:
+            console.handle(*self.news.pop(0))
+        print("\n" * console.is_within + above.format(self.lines()), end="", flush=True)
+
+    def lines(self):
+        """The lines of the cell that were typed before this one, with their prompts."""
+        return "".join(f"{self.console.prompt(at)}{line}\n"
+                       for at, line in enumerate(self.console.lines))
+
+    def complete(self, word, number):
+        """Match number so and so for the word before the cursor, None behind the last one."""
+        if number == 0:
+            self.is_open.clear()   # no bell: the sockets are needed here
+            self.matches = [] if self.console.running else self.find_matches()
+            self.is_open.set()
+        return self.matches[number] if number < len(self.matches) else None
+
+    def find_matches(self):
+        """The kernel's matches. They replace text from its cursor_start on, readline's from begidx
+        on, which may be earlier or later."""
+        line, end = self.readline.get_line_buffer(), self.readline.get_endidx()
+        if not line[:end].strip():
+            return ["    "]
+        before = "".join(f"{each}\n" for each in self.console.lines)
+        reply = self.client.request("complete_request", {
+            "code": before + line, "cursor_pos": len(before) + end})
+        start, begin = reply.get("cursor_start", 0) - len(before), self.readline.get_begidx()
+        return [line[begin:start] + match[max(0, begin - start):]
+                for match in reply.get("matches", ())]
+
+
+def use_readline(console):
+    """Edit lines with readline, where there is one."""
+    with contextlib.suppress(ImportError):   # Windows
+        import readline
+        editor = LineEditor(readline, console)
+        console.input = editor.ask
+        console.on_cell.append(editor.remember)
+
+
+AT_CONSOLE.append(use_readline)
+
+
+# ---- 51. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not
