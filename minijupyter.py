@@ -7526,9 +7526,10 @@ class LineEditor:
 
     def ask(self, prompt, text):
         """A line, as Console.ask has it."""
-        asks_for, self.typed = self.console.running, text
-        while not asks_for or "idle" in self.console.due:
+        answers, self.typed = self.console.running, text
+        while not (answers and self.is_too_late()):
             try:
+                self.hear()   # of what is left unread, ZeroMQ's descriptors do not tell again
                 # What readline shall not count, because it takes no room, stands between \1 and \2.
                 return input(ESCAPES.sub("\1\\g<0>\2", prompt()))
             except News:
@@ -7552,16 +7553,25 @@ class LineEditor:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def on_bell(self, signum, frame):
-        """Something has come. What was typed by now is in readline's buffer."""
-        if not self.is_open.is_set():
-            return
-        while came := self.client.receive(0, ["iopub", "link"]):
-            self.news.append(came)
-        if self.console.running or any(
-                message["header"]["msg_type"] in SHOWN for _, message in self.news):
+        """The bell has rung."""
+        if self.is_open.is_set():
             self.typed = self.readline.get_line_buffer()
+            self.hear()
+
+    def hear(self):
+        """Take what has come. Raises News when there is something to show."""
+        while came := self.client.receive(0, ["iopub", "link"]):
+            if self.news or came[1]["header"]["msg_type"] in SHOWN:
+                self.news.append(came)
+            else:
+                self.console.handle(*came)
+        if self.news or (self.console.running and self.is_too_late()):
             self.is_open.clear()
             raise News
+
+    def is_too_late(self):
+        """True when nobody waits for the answer any more."""
+        return "idle" not in self.console.due or self.console.is_lost
 
     def show_news(self, prompt):
         """Show what has come above the lines that are typed."""
