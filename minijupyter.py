@@ -42,7 +42,7 @@ Part I's extension points, and what is plugged in there:
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
-    COMMANDS               first word -> function                  list, stop, password
+    COMMANDS               first word -> function                  list, stop, password, console
     ACCESS                 subclasses of Access, the last used     password, tokens in UTF-8
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
