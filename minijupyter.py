@@ -7553,10 +7553,12 @@ class LineEditor:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def on_bell(self, signum, frame):
-        """The bell has rung."""
+        """The bell has rung. A second signal must not be handled within the first."""
         if self.is_open.is_set():
+            self.is_open.clear()
             self.typed = self.readline.get_line_buffer()
             self.hear()
+            self.is_open.set()
 
     def hear(self):
         """Take what has come. Raises News when there is something to show."""
@@ -7566,7 +7568,6 @@ class LineEditor:
             else:
                 self.console.handle(*came)
         if self.news or (self.console.running and self.is_too_late()):
-            self.is_open.clear()
             raise News
 
     def is_too_late(self):
