@@ -7176,9 +7176,10 @@ class Console:
             self.step(NUDGE_SECONDS)
 
     def step(self, seconds):
-        """Do something about the next message, if one comes in this time."""
+        """Do something about the next message, if one comes in this time. True if one did."""
         if came := self.client.receive(seconds):
             self.handle(*came)
+        return bool(came)
 
     def run(self, code):
         """Run a cell, and show what comes of it, until reply and idle are in. True if all is well.
@@ -7261,6 +7262,8 @@ class Console:
     def read_cell(self):
         """The next cell: lines until the kernel says that they are whole. Raises EOFError."""
         self.lines, text, self.next_input = [], self.next_input, ""
+        while self.step(0):
+            pass   # what has come since the last one
         if self.is_terminal:
             print("\n" * self.is_within)
         while True:

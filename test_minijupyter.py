@@ -11701,6 +11701,16 @@ class Console(ServerCase):
         terminal.type("get_ipython().set_next_input('6 * 7')", "In [3]: ", "6 * 7")
         terminal.press("\r", "Out[3]: ", "42")
 
+    def test_it_works_without_readline_and_what_only_posix_has(self):
+        start = f"import sys; sys.modules['readline'] = None\nexec({ServerPortable.START!r})"
+        terminal = self.console(folder=self.folder(), program=["-c", start, "console"])
+        terminal.see("In [1]: ").type("import os, time; os.getpid()", "Out[1]: ")
+        pid = terminal.number(r"(\d+)\r")
+        terminal.type("print('begins'); time.sleep(60)", "begins\r\n")
+        terminal.press(CTRL_C, "KeyboardInterrupt", "In [3]: ").press(CTRL_D)
+        self.assertEqual(terminal.exit_code(), 0)
+        self.assertFalse(is_alive(pid))
+
     @needs("jupyter_console")
     def test_jupyter_console_and_it_share_a_notebooks_kernel(self):
         kernel_id, frontend = self.notebook_kernel("shared.ipynb")
@@ -20570,6 +20580,27 @@ def bench_page(program, count):
         yield from bench_page_prints(program, server)
 
 
+@yields("console: start to first prompt")
+def bench_console(program, count):
+    """A console with a kernel of its own. The first start is not counted: it makes folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = clean_environment(folder, TERM="xterm")
+        for is_counted in (False, True):
+            began = time.perf_counter()
+            terminal = Terminal([sys.executable, *program], env, folder)
+            terminal.number(r"In .*?\[.*?(1)")   # there may be colours in between
+            if is_counted:
+                yield "console: start to first prompt", (time.perf_counter() - began) * 1000
+            terminal.end()
+
+
+@yields("console: start to first prompt")
+def bench_two_interpreters(count):
+    """The limit of a console and its kernel: one after the other imports zmq."""
+    yield "console: start to first prompt", milliseconds(lambda: [
+        subprocess.run([sys.executable, "-c", "import zmq"], check=True) for _ in range(2)])
+
+
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
@@ -20586,6 +20617,9 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_server", bench_files, jupyter_server),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
+    ("limit", None, bench_two_interpreters),
+    ("ours", "pexpect", bench_console, [HERE / "minijupyter.py", "console"]),
+    ("theirs", "jupyter_console", bench_console, ["-m", "jupyter_console"]),
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
     ("ours", "playwright", bench_big_page, None),
