@@ -6932,15 +6932,15 @@ AT_START.append(announce)
 #                                          -> answers. Ctrl-C interrupts the kernel
 #     answers  `input`, for the kernel     a line, or Ctrl-C -> runs
 #
-# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While that is in
-# `input`, which knows no sockets, nothing is heard. (Section 50 changes that.)
+# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While it is in
+# `input`, which knows no sockets, nothing is heard. (The next section changes that.)
 
 EARS = (*HEARD, "link")       # link: the connection to the kernel's process is made, or lost
 ANSWER_SECONDS = 1            # that the kernel gets for a question about code: it may be busy
 ATTACH_SECONDS = 10           # for its first answer,
 START_SECONDS = 60            # and if we have just started it (jupyter_console's)
 INTERRUPT_SECONDS = 2         # that a cell gets to stop, before we say what else can be done
-COLOURS = {"In ": 32, "Out": 31, "Remote": 33}   # of prompts: green, red, yellow, as there
+COLOURS = {"In ": 32, "Out": 31, "Remote ": 33}   # of prompts: green, red, yellow, as there
 AT_CONSOLE = []               # functions of a Console, before its first prompt on a terminal
 LEAVING = re.compile(r"\s*(exit|quit)\s*(\(\s*\))?\s*")   # in the kernel, this would end it
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))")   # colours, links, titles
@@ -7012,6 +7012,8 @@ class Console:
 
     def __init__(self, client, name, kernel):
         self.client, self.name, self.kernel = client, name, kernel
+        for each in (sys.stdin, sys.stdout, sys.stderr):
+            each.reconfigure(errors="replace")   # not every terminal has every character
         self.ours = {client.session.session, kernel and kernel.session.session, None}
         self.others = set()       # the sessions of other clients that have asked something
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -7031,12 +7033,14 @@ class Console:
     # -- what is shown: a method for each message type --
 
     def handle(self, channel, message):
-        """Do what a message asks for. A kernel may send anything: what cannot be shown is named."""
-        msg_type, content = message["header"]["msg_type"], message["content"]
+        """Do what a message asks for; in a pipe, show only what comes of our cells. A kernel may
+        send anything: what cannot be shown is named."""
+        msg_type, parent = message["header"]["msg_type"], message["parent_header"]
         self.is_heard = self.is_heard or channel == "iopub"
+        is_shown = msg_type in SHOWN and (self.is_terminal or parent.get("session") in self.ours)
         try:
-            if msg_type in SHOWN or msg_type in NOTED:
-                getattr(self, msg_type)(content, message["parent_header"])
+            if is_shown or msg_type in NOTED:
+                getattr(self, msg_type)(message["content"], parent)
         except (LookupError, TypeError, ValueError, AttributeError) as problem:
             self.say(f"Left out a {msg_type} that cannot be shown: {problem!r}")
 
@@ -7059,11 +7063,11 @@ class Console:
         self.write(text, "stdout" if self.is_terminal else "stderr")
 
     def label(self, word, number, parent):
-        """`In [7]: ` or `Out[7]: ` in colour, of other clients as `Remote In [7]: `; for a pipe
-        the mark alone."""
-        remote = "" if parent.get("session") in self.ours else "Remote "
-        text = f"{remote}{word}[{number}]: " if self.is_terminal else remote and f"{remote}{word}: "
-        return text and f"\x1b[{COLOURS[remote.strip() or word]}m{text}\x1b[0m"
+        """`In [7]: ` or `Out[7]: ` in colour, of other clients as `Remote In [7]: `; nothing in a
+        pipe."""
+        mark = "" if parent.get("session") in self.ours else "Remote "
+        text = f"\x1b[{COLOURS[mark or word]}m{mark}{word}[{number}]: \x1b[0m"
+        return text if self.is_terminal else ""
 
     def stream(self, content, parent):
         self.write(content["text"], "stderr" if content["name"] == "stderr" else "stdout", False)
@@ -7084,11 +7088,11 @@ class Console:
 
     def execute_input(self, content, parent):
         self.count = content["execution_count"] + 1
-        if parent.get("session") not in self.ours:
+        if parent.get("session") not in self.ours:   # ours is there: it was typed
             label = self.label("In ", content["execution_count"], parent)
             margin = "\n" + "...: ".rjust(len(ESCAPES.sub("", label)))
             self.clears = False
-            self.write("\n" * self.is_terminal + label + content["code"].replace("\n", margin))
+            self.write("\n" + label + content["code"].replace("\n", margin))
             self.drawn = ""
 
     def clear_output(self, content, parent):
@@ -7157,7 +7161,7 @@ class Console:
     def link(self, content, parent):
         """The connection to the kernel was made, or is lost: then its process has ended."""
         if content["is_made"] and self.is_lost:
-            if self.greet(ATTACH_SECONDS):
+            if self.greet(START_SECONDS):
                 self.is_lost, self.count, self.ending = False, 1, {}
                 self.say("A new process of the kernel is there; it has none of the variables.")
         elif not content["is_made"] and not self.is_lost:
@@ -7182,8 +7186,7 @@ class Console:
         return bool(came)
 
     def run(self, code):
-        """Run a cell, and show what comes of it, until reply and idle are in. True if all is well.
-        """
+        """Run a cell, and show what comes of it until reply and idle are in. True if it is fine."""
         if self.is_lost:
             self.wait_until_back()
         self.drawn, self.has_failed, self.warn_at, self.due = "", False, math.inf, {"reply", "idle"}
@@ -7232,10 +7235,10 @@ class Console:
         reply to nothing tells."""
         if not self.is_terminal:
             return
-        self.say(f"{self.info.get('banner', '').strip()}\nCtrl-C interrupts, Ctrl-D leaves.")
+        self.say(f"{(self.info.get('banner') or '').strip()}\nCtrl-C interrupts, Ctrl-D leaves.")
         if not self.kernel:
             reply = self.client.request("execute_request", {"code": "", "silent": True})
-            self.count = reply.get("execution_count", 0) + 1
+            self.count = (reply.get("execution_count") or 0) + 1
         call_all(AT_CONSOLE, self)
 
     def interact(self):
@@ -7297,7 +7300,7 @@ class Console:
         return any(line.strip() and line[0] in " \t" for line in self.ahead)
 
     def prompt(self, number=None):
-        """`In [7]: `, or dots for a line that follows; nothing for a pipe. Without a number, it is
+        """`In [7]: `, or dots for a line that follows; nothing in a pipe. Without a number, it is
         that of the line which comes next."""
         label = self.label("In ", self.count, {})
         return label if number == 0 or not (self.lines and label) else (
@@ -7393,9 +7396,10 @@ def kernels_of_notebook(path):
     found = {}
     for info in running_servers():
         for session in call(info, "GET", "api/sessions") or ():
-            whole = os.path.realpath(os.path.join(info["root_dir"], session["path"]))
-            if session["path"] == path or whole == os.path.realpath(path):
-                found[session["kernel"]["id"]] = whole
+            with contextlib.suppress(LookupError, TypeError):   # what answers may be anything
+                whole = os.path.realpath(os.path.join(info["root_dir"], session["path"]))
+                if session["path"] == path or whole == os.path.realpath(path):
+                    found[session["kernel"]["id"]] = whole
     return found
 
 
@@ -7475,6 +7479,10 @@ def console(words):
             is_fine = talk.interact()
         else:
             talk.say(kernel and kernel.reason or f"The kernel {name} does not answer.")
+    except KeyboardInterrupt:
+        talk.say("Interrupted.")
+    except BrokenPipeError:   # nobody reads on; Python shall not complain of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         talk.leave()
     sys.exit(not is_fine)
@@ -7511,7 +7519,7 @@ class LineEditor:
         found = self.client.request("history_request", {
             "hist_access_type": "tail", "n": MOST_HISTORY, "raw": True, "output": False})
         for _, _, code in found.get("history", ()):
-            readline.add_history(code)
+            self.remember(code)
         readline.set_auto_history(False)
         readline.set_startup_hook(self.begin)
         readline.set_completer(self.complete)
@@ -7524,8 +7532,9 @@ class LineEditor:
             threading.Thread(target=self.ring, args=[ears], daemon=True, name="bell").start()
 
     def remember(self, code):
-        if code.strip():
-            self.readline.add_history(code)
+        with contextlib.suppress(ValueError):   # a NUL, half a surrogate pair
+            if code.strip():
+                self.readline.add_history(code)
 
     def ask(self, prompt, text):
         """A line, as Console.ask has it."""

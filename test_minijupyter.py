@@ -11373,6 +11373,18 @@ class ConsoleInAPipe(Case):
         self.assertEqual((shown, code), ("before\n", 1))
         self.assertIn("ZeroDivisionError: division by zero", said)
 
+    def test_a_reader_that_leaves_is_no_mistake(self):
+        folder = self.folder()
+        console = subprocess.Popen(
+            [sys.executable, HERE / "minijupyter.py", "console"], env=clean_environment(folder),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        console.stdin.write("print('begins')\nfor i in range(100_000): print(i)\n")
+        console.stdin.close()
+        self.assertEqual(console.stdout.readline(), "begins\n")
+        console.stdout.close()
+        with console.stderr:
+            self.assertEqual((console.stderr.read(), console.wait(SECONDS)), ("", 1))
+
     def test_a_question_is_answered_by_the_next_line(self):
         shown, code, _ = self.run_cells("name = input('Who? ')\nAda\nprint('Hello', name)\n")
         self.assertEqual((shown, code), ("Who? Hello Ada\n", 0))
@@ -11619,6 +11631,26 @@ class Console(ServerCase):
             with self.subTest(words):
                 self.assertEqual(run_console(folder, "--existing", *words, typed="mark\n"),
                                  ("'meant'\n", 0, ""))
+
+    def test_in_a_pipe_nothing_is_shown_of_what_others_run(self):
+        _, frontend = self.notebook_kernel("piped.ipynb")
+        frontend.start("import os, time\nwhile not os.path.exists('on'): time.sleep(.01)\n"
+                       "print('theirs')")
+        with ThreadPoolExecutor() as pool:
+            done = pool.submit(run_console, self.server.folder.name, "--existing", "piped.ipynb",
+                               typed="print('ours')\n")
+            frontend.until(lambda: any(message["parent_header"].get("username") == "console"
+                                       for message in frontend.unasked))
+            (self.root / "on").write_text("")
+            self.assertEqual(done.result(), ("ours\n", 0, ""))
+
+    def test_a_kernel_with_curve_keys_is_spoken_with_in_secret(self):
+        public, secret = zmq.curve_keypair()
+        own = KernelProcess(curve_publickey=public.decode(), curve_secretkey=secret.decode())
+        self.addCleanup(own.end)
+        wait_until(lambda: minijupyter.is_heard_at(own.connection))
+        self.assertEqual(run_console(self.folder(), "--existing", own.file, typed="6 * 7\n"),
+                         ("42\n", 0, ""))
 
     def test_two_notebooks_of_one_path_are_asked_about(self):
         other = self.own_server(env={"JUPYTER_RUNTIME_DIR": clean_environment(
