@@ -6922,9 +6922,9 @@ AT_START.append(announce)
 # ---- 49. A terminal on a kernel: console -------------------------------------------------------
 #
 # A client of a kernel is a page of code: four sockets and a Session (`Client`), and a method for
-# each message type, with its name (`Console`). All that it knows is a connection file, whoever has
-# started the kernel. A kernel of our own has its KernelProcess besides, as in the server: it is
-# interrupted by a signal, started again after a crash, and ended with the console.
+# each message type, called like it (`Console`). A connection file is all that it needs, whoever
+# started the kernel. A kernel that the console itself starts has a KernelProcess besides, as in the
+# server: this interrupts it by a signal, starts it again after a crash, and ends it in the end.
 #
 #     state    the main thread waits in    what leads on
 #     asks     `input`, for the person     a whole cell -> runs; Ctrl-D, `exit` -> the end
@@ -6932,8 +6932,8 @@ AT_START.append(announce)
 #                                          -> answers. Ctrl-C interrupts the kernel
 #     answers  `input`, for the kernel     a line, or Ctrl-C -> runs
 #
-# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While it is in
-# `input`, which knows no sockets, nothing is heard. (The next section changes that.)
+# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While that thread
+# is in `input`, which knows no sockets, nothing is heard. (The next section changes that.)
 
 EARS = (*HEARD, "link")       # link: the connection to the kernel's process is made, or lost
 ANSWER_SECONDS = 1            # that the kernel gets for a question about code: it may be busy
@@ -7203,8 +7203,8 @@ class Console:
         return not self.has_failed and not self.due
 
     def interrupt(self):
-        """Interrupt the cell: our own kernel as the server does it, others by a message. If it was
-        in vain, do not wait for the cell any longer."""
+        """Interrupt the cell: in our own kernel as the server does, in another by a message. When
+        that was in vain, stop waiting for the cell."""
         if self.warn_at is None:
             self.due = set()
             return
@@ -7231,11 +7231,12 @@ class Console:
     # -- the person --
 
     def begin(self):
-        """Say who is there. The number of the next cell is that of the last one and 1, which the
-        reply to nothing tells."""
+        """Say who is there. The number of the last cell stands in the reply to an empty one that is
+        silent, and so is not counted."""
         if not self.is_terminal:
             return
-        self.say(f"{(self.info.get('banner') or '').strip()}\nCtrl-C interrupts, Ctrl-D leaves.")
+        banner = str(self.info.get("banner", "")).strip("\n")
+        self.say(f"{banner}\nCtrl-C interrupts, Ctrl-D leaves.")
         if not self.kernel:
             reply = self.client.request("execute_request", {"code": "", "silent": True})
             self.count = (reply.get("execution_count") or 0) + 1
@@ -7427,8 +7428,8 @@ def start_kernel(name):
     """A KernelProcess of a kernel spec, in this folder. Exits with what is wrong."""
     kernel = None
     try:
-        # Usually a kernel ends with its parent. This one may have to go on, for others; if we are
-        # killed, the reaper ends it.
+        # A kernel ends with the process JPY_PARENT_PID. This one may have to go on without us, for
+        # other clients. If we are killed, the reaper ends it.
         kernel = KernelProcess(name, *find_spec(name), cwd=os.getcwd(),
                                env={"JPY_PARENT_PID": "0"} if POSIX else None)
         kernel.start()
@@ -7440,8 +7441,8 @@ def start_kernel(name):
 
 
 def let_go(kernel):
-    """Let a kernel process live on without us, until somebody ends it. A shell reads on what it
-    writes to its own output, as we have done, and at its end removes its files."""
+    """Let a kernel process live on without us. A shell reads what the process writes on its own
+    stdout, as we did until now, and removes its files when it has ended."""
     REAPER.shell.kill()   # it would end the kernel
     os.set_blocking(kernel.process.stdout.fileno(), True)
     subprocess.Popen(
@@ -7493,12 +7494,13 @@ COMMANDS["console"] = console
 
 # ---- 50. Editing: lines, and news while somebody types -----------------------------------------
 #
-# At a terminal with readline a line is edited, completed by the kernel (Tab), and found again
-# (arrow up); and what other clients run is shown at once. For that, the thread *bell* waits for
-# what the sockets' descriptors tell while the main thread is in `input`, and rings with a signal.
-# The signal's handler runs in the main thread, which owns the sockets: it takes what has come, and
-# if there is something to show, leaves `input` by the exception News. What was typed moves below
-# what is shown, and `input` begins again. (On Windows news waits for Enter.)
+# With readline, lines are edited, completed by the kernel (Tab) and found again (arrow up), and the
+# console shows at once what other clients run. While the main thread is in `input`, the thread
+# *bell* waits for the descriptors of the sockets, and rings with a signal. The signal's handler
+# runs in the main thread, so it may use the sockets: it takes what has come. If that is to be
+# shown, the handler leaves `input` by the exception News; the console shows it above the lines that
+# were typed, and calls `input` again with the text that was typed. (On Windows, which has no such
+# signals, and without readline, news waits for Enter.)
 
 MOST_HISTORY = 1_000          # cells (jupyter_console's)
 
@@ -7541,12 +7543,12 @@ class LineEditor:
         answers, self.typed = self.console.running, text
         while not (answers and self.is_too_late()):
             try:
-                self.hear()   # of what is left unread, ZeroMQ's descriptors do not tell again
-                # What readline shall not count, because it takes no room, stands between \1 and \2.
+                self.hear()   # ZeroMQ's descriptors tell of what comes, not of what is unread
+                # Colours stand between \1 and \2: readline does not count them as columns.
                 return input(ESCAPES.sub("\1\\g<0>\2", prompt()))
             except News:
                 self.show_news(prompt)
-            except EOFError:   # after this GNU's would print an empty line behind each line
+            except EOFError:   # with it, GNU readline prints an empty line after each later line
                 self.readline.parse_and_bind("set enable-bracketed-paste off")
                 raise
             finally:
@@ -7601,7 +7603,7 @@ class LineEditor:
                        for at, line in enumerate(self.console.lines))
 
     def complete(self, word, number):
-        """Match number so and so for the word before the cursor, None behind the last one."""
+        """readline's completer: match `number` for the word before the cursor, None at the end."""
         if number == 0:
             self.is_open.clear()   # no bell: the sockets are needed here
             self.matches = [] if self.console.running else self.find_matches()
@@ -7609,8 +7611,8 @@ class LineEditor:
         return self.matches[number] if number < len(self.matches) else None
 
     def find_matches(self):
-        """The kernel's matches. They replace text from its cursor_start on, readline's from begidx
-        on, which may be earlier or later."""
+        """The kernel's matches, cut for readline: the kernel's replace the text from cursor_start
+        on, readline's the text from begidx on, which may be earlier or later."""
         line, end = self.readline.get_line_buffer(), self.readline.get_endidx()
         if not line[:end].strip():
             return ["    "]
