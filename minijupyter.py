@@ -6940,6 +6940,7 @@ ANSWER_SECONDS = 1            # that the kernel gets for a question about code: 
 ATTACH_SECONDS = 10           # for its first answer,
 START_SECONDS = 60            # and if we have just started it (jupyter_console's)
 INTERRUPT_SECONDS = 2         # that a cell gets to stop, before we say what else can be done
+MOST_DRAWN = 20_000           # characters that clear_output can clear; no terminal shows more
 COLOURS = {"In ": 32, "Out": 31, "Remote ": 33}   # of prompts: green, red, yellow, as there
 AT_CONSOLE = []               # functions of a Console, before its first prompt on a terminal
 LEAVING = re.compile(r"\s*(exit|quit)\s*(\(\s*\))?\s*")   # in the kernel, this would end it
@@ -7055,7 +7056,7 @@ class Console:
         stream.write(text if is_terminal else ESCAPES.sub("", text))
         stream.flush()
         if text:
-            self.drawn += text
+            self.drawn = (self.drawn + text)[-MOST_DRAWN:]
             self.is_within, self.clears = not text.endswith("\n"), False
 
     def say(self, text):
