@@ -7220,7 +7220,7 @@ class Console:
         signal.signal(signal.SIGINT, signal.SIG_IGN)   # too late
         how = f"`python minijupyter.py console --existing {self.name}` attaches to it"
         if not self.kernel:
-            if self.is_terminal:
+            if self.is_terminal and not self.is_lost:
                 self.say(f"The kernel goes on: {how}.")
         elif POSIX and (self.keeps_kernel or (self.others and not self.is_over)):
             let_go(self.kernel)
@@ -7288,7 +7288,7 @@ class Console:
 
     def is_whole(self, code):
         """(is it a cell?, what the next line begins with). In a pipe a blank line is no end."""
-        if not code.strip() or LEAVING.fullmatch(code):
+        if not code.strip() or LEAVING.fullmatch(code) or self.is_lost:   # nobody can tell then
             return True, ""
         reply = self.client.request("is_complete_request", {"code": code})
         if reply.get("status") == "incomplete":

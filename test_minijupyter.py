@@ -11683,6 +11683,7 @@ class Console(ServerCase):
         terminal = self.console("--existing", own.file).see("In [1]: ")
         own.process.popen.kill()
         terminal.see("The kernel has ended.").type("6 * 7", "Waiting until it comes back")
+        terminal.press(CTRL_C, "In [").type("6 * 7", "Waiting until it comes back")
         again = Process([word.format(connection_file=own.file) for word in OURS])
         self.addCleanup(again.end)
         self.addCleanup(again.popen.kill)
