@@ -5234,8 +5234,9 @@ class RememberingSocket(zmq.Socket):
 
     def forget_gone(self):
         while self.ends.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            event, _ = self.ends.recv_multipart()   # zmq_socket_monitor(3): 2 bytes say which event,
-            number = int.from_bytes(event[2:], sys.byteorder)               # 4 of which connection
+            # zmq_socket_monitor(3): two bytes for the event, four for its connection; its address
+            event, _ = self.ends.recv_multipart()
+            number = int.from_bytes(event[2:], sys.byteorder)
             self.clients = {who: its for who, its in self.clients.items() if its != number}
 
 

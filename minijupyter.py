@@ -42,7 +42,7 @@ Part I's extension points, and what is plugged in there:
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
     OPTIONS, AT_START      of the command line, and to obey them   password, TLS, idle kernels
-    COMMANDS               first word -> function                  list, stop, run, password
+    COMMANDS               first word -> function                  list, stop, run, console …
     ACCESS                 subclasses of Access, the last used     password, tokens in UTF-8
     SPELLINGS              how a secret is found in what is shown  every encoding
     server.wrap            socket -> what connections speak by     TLS
@@ -3319,7 +3319,9 @@ def serve(server):
 #    53 Clusters                                 ROUTES, SERVERS, OPTIONS, AT_START
 #    54 Programs as notebooks                    CONTENTS
 #    55 Download as                              ROUTES                            needs 54
-#    56 A quick start                            run_as_module
+#    56 A terminal on a kernel                   COMMANDS                          needs 33 48
+#    57 Editing                                  AT_CONSOLE                        needs 56
+#    58 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6850,7 +6852,7 @@ SERVER_INFO = {"url": str, "token": str, "port": int, "root_dir": str}   # that 
 
 
 def call(info, method, path):
-    """The answer of a running server to a request, as a JSON object; None when there is none."""
+    """The answer of a running server to a request, a JSON object or array; None without one."""
     import http.client
     import ssl
     import urllib.request
@@ -6863,7 +6865,7 @@ def call(info, method, path):
             answer = json.loads(response.read(MOST_ANSWER))
     except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return None
-    return answer if isinstance(answer, dict) else None
+    return answer if isinstance(answer, (dict, list)) else None
 
 
 def read_server_info(path):
@@ -8957,7 +8959,7 @@ CONTENTS.append(TextNotebookContents)
 TEXT_NOTEBOOKS.update(dict.fromkeys(PROGRAMS, Program))
 
 
-# ---- 55. Download as: what else a notebook can become -------------------------------------------
+# ---- 55. Download as: what else a notebook can become ------------------------------------------
 #
 # `GET /api/nbconvert` lists the formats, `GET /nbconvert/FORMAT/PATH` gives a notebook of the disk
 # in one of them, and `POST /nbconvert/FORMAT` the notebook in the body, which need not be saved. An
@@ -9442,13 +9444,731 @@ ROUTES += [("GET", r"/api/nbconvert", list_exporters),
            ("POST", r"/nbconvert/([^/]+)", export_content)]
 
 
-# ---- 56. A quick start -------------------------------------------------------------------------
+# ---- 56. A terminal on a kernel: console -------------------------------------------------------
+#
+# A client of a kernel is a page of code: four sockets and a Session (`Client`), and a method for
+# each message type, called like it (`Console`). A connection file is all that it needs, whoever
+# started the kernel. A kernel that the console itself starts has a KernelProcess besides, as in the
+# server: this interrupts it by a signal, starts it again after a crash, and ends it in the end.
+#
+#     state    the main thread waits in    what leads on
+#     asks     `input`, for the person     a whole cell -> runs; Ctrl-D, `exit` -> the end
+#     runs     `Client.receive`            reply and idle, or the kernel's end -> asks; its question
+#                                          -> answers. Ctrl-C interrupts the kernel
+#     answers  `input`, for the kernel     a line, or Ctrl-C -> runs
+#
+# ZeroMQ's sockets are not thread-safe: all of them belong to the main thread. While that thread
+# is in `input`, which knows no sockets, nothing is heard. (The next section changes that.)
+
+EARS = (*HEARD, "link")       # link: the connection to the kernel's process is made, or lost
+ANSWER_SECONDS = 1            # that the kernel gets for a question about code: it may be busy
+ATTACH_SECONDS = 10           # for its first answer,
+FIRST_SECONDS = 60            # and if we have just started it (jupyter_console's)
+OBEY_SECONDS = 2              # that a cell gets to stop, before we say what else can be done
+MOST_DRAWN = 20_000           # characters that clear_output can clear; no terminal shows more
+COLOURS = {"In ": 32, "Out": 31, "Remote ": 33}   # of prompts: green, red, yellow, as there
+AT_CONSOLE = []               # functions of a Console, before its first prompt on a terminal
+LEAVING = re.compile(r"\s*(exit|quit)\s*(\(\s*\))?\s*")   # in the kernel, this would end it
+ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))")   # colours, links, titles
+PICTURE_SIZES = {   # MIME type -> how it begins, with width and height; struct's format of these
+    "image/png": (rb"\x89PNG.{12}(....)(....)", ">I"), "image/gif": (rb"GIF8.a(..)(..)", "<H"),
+    "image/jpeg": (rb".*?\xff[\xc0-\xc2]..\x08(?=..(..))(..)", ">H")}
+# To each of these message types a console has a method of that name, which gets content and parent
+# header. The first ones show something.
+TOLD = ("stream", "display_data", "update_display_data", "execute_result", "error",
+         "execute_input", "link")
+NOTED = ("status", "clear_output", "shutdown_reply", "kernel_info_reply", "execute_reply",
+         "input_request")
+
+
+class Client:
+    """A client of a kernel, on the wire. Only the thread that made it may use it."""
+
+    def __init__(self, connection):
+        self.session = Session(connection["key"], username="console",
+                               scheme=connection["signature_scheme"])
+        self.sockets = {channel: self.connect(connection, channel) for channel in HEARD}
+        self.sockets["link"] = self.sockets["iopub"].get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+
+    def connect(self, connection, channel):
+        new = ZMQ.socket(CHANNELS[channel])
+        new.linger, new.rcvhwm, new.reconnect_ivl = 0, 0, 20   # milliseconds
+        if channel == "iopub":
+            new.subscribe(b"")
+        else:   # the same on all channels: the kernel asks on stdin whom it has heard on shell
+            new.identity = self.session.session.encode()
+        if public_key := connection.get("curve_publickey"):
+            new.curve_publickey, new.curve_secretkey = zmq.curve_keypair()
+            new.curve_serverkey = public_key.encode()
+        new.connect(endpoint(connection, channel))
+        return new
+
+    def send(self, channel, msg_type, content):
+        """Sign and send a message. Returns its msg_id: what comes of it has that as its parent."""
+        message = self.session.message(msg_type, content)
+        self.sockets[channel].send_multipart(self.session.pack(message))
+        return message["header"]["msg_id"]
+
+    def receive(self, seconds, channels=EARS):
+        """(channel, message) of what comes within so many seconds, or None. iopub is first, because
+        output comes before its reply. What is forged or broken is dropped."""
+        while ready := zmq.select([self.sockets[each] for each in channels], [], [], seconds)[0]:
+            channel = next(each for each in channels if self.sockets[each] in ready)
+            parts = self.sockets[channel].recv_multipart()
+            if channel == "link":   # its parts are no message: (event, value), endpoint
+                is_made = struct.unpack("=Hi", parts[0])[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                return channel, self.session.message("link", {"is_made": is_made})
+            with contextlib.suppress(our_kernel.BadMessage):
+                return channel, self.session.unpack(parts)
+        return None
+
+    def request(self, msg_type, content):
+        """The content of the reply to a request on shell; {} when none comes in time."""
+        msg_id, deadline = self.send("shell", msg_type, content), time.monotonic() + ANSWER_SECONDS
+        while came := self.receive(max(0, deadline - time.monotonic()), ["shell"]):
+            if came[1]["parent_header"].get("msg_id") == msg_id:
+                return came[1]["content"]
+        return {}
+
+
+class Console:
+    """A Client of the kernel `name`, and a person at a terminal or lines from a pipe. `kernel` is
+    the KernelProcess when we have started it, else None."""
+
+    def __init__(self, client, name, kernel):
+        self.client, self.name, self.kernel = client, name, kernel
+        for each in (sys.stdin, sys.stdout, sys.stderr):
+            each.reconfigure(errors="replace")   # not every terminal has every character
+        self.ours = {client.session.session, kernel and kernel.session.session, None}
+        self.others = set()       # the sessions of other clients that have asked something
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.input = lambda prompt, text: input(prompt())   # see `ask`
+        self.on_cell = []         # functions of the code of each cell that was typed
+        self.count, self.lines = 1, []   # number of the next cell; its lines, until it is whole
+        self.ahead = []           # lines that were read from a pipe to see how it goes on
+        self.info, self.is_heard, self.is_lost = {}, False, False   # info: its kernel_info_reply
+        self.ending = {}          # content of a shutdown_reply: the kernel's end is no crash
+        self.running, self.due = None, set()   # msg_id of our cell; what has not come of it yet
+        self.warn_at = math.inf   # when to say that the cell does not stop; None: it was said
+        self.next_input = ""      # text with which the next cell begins
+        self.has_failed = self.is_over = self.keeps_kernel = self.is_asking = False
+        self.drawn = ""           # what was shown since a cell began, for clear_output
+        self.is_within = self.clears = False   # within a line; the next output replaces all that
+
+    # -- what is shown: a method for each message type --
+
+    def handle(self, channel, message):
+        """Do what a message asks for; in a pipe, show only what comes of our cells. A kernel may
+        send anything: what cannot be shown is named."""
+        msg_type, parent = message["header"]["msg_type"], message["parent_header"]
+        self.is_heard = self.is_heard or channel == "iopub"
+        is_shown = msg_type in TOLD and (self.is_terminal or parent.get("session") in self.ours)
+        try:
+            if is_shown or msg_type in NOTED:
+                getattr(self, msg_type)(message["content"], parent)
+        except (LookupError, TypeError, ValueError, AttributeError) as problem:
+            self.say(f"Left out a {msg_type} that cannot be shown: {problem!r}")
+
+    def write(self, text, name="stdout", own_line=True):
+        """Print text, without colours where no terminal is; on lines of its own."""
+        stream, is_terminal = getattr(sys, name), getattr(sys, name).isatty()
+        if self.clears and is_terminal:
+            stream.write(back_over(self.drawn))
+            self.is_within, self.drawn = False, ""
+        if own_line:
+            text = "\n" * self.is_within + text + "\n"
+        stream.write(text if is_terminal else ESCAPES.sub("", text))
+        stream.flush()
+        if text:
+            self.drawn = (self.drawn + text)[-MOST_DRAWN:]
+            self.is_within, self.clears = not text.endswith("\n"), False
+
+    def say(self, text):
+        """What the console itself has to say."""
+        self.write(text, "stdout" if self.is_terminal else "stderr")
+
+    def label(self, word, number, parent):
+        """`In [7]: ` or `Out[7]: ` in colour, of other clients as `Remote In [7]: `; nothing in a
+        pipe."""
+        mark = "" if parent.get("session") in self.ours else "Remote "
+        text = f"\x1b[{COLOURS[mark or word]}m{mark}{word}[{number}]: \x1b[0m"
+        return text if self.is_terminal else ""
+
+    def stream(self, content, parent):
+        self.write(content["text"], "stderr" if content["name"] == "stderr" else "stdout", False)
+
+    def display_data(self, content, parent):
+        self.write(in_words(content["data"]))
+
+    update_display_data = display_data   # a terminal has no way back to where it was shown
+
+    def execute_result(self, content, parent):
+        text = in_words(content["data"])
+        label = self.label("Out", content["execution_count"], parent)
+        self.write(f"{label}\n{text}" if label and "\n" in text else f"{label}{text}")
+
+    def error(self, content, parent):
+        lines = content["traceback"] or [f"{content['ename']}: {content['evalue']}"]
+        self.write("\n".join(lines).rstrip("\n"), "stderr")
+
+    def execute_input(self, content, parent):
+        self.count = content["execution_count"] + 1
+        if parent.get("session") not in self.ours:   # ours is there: it was typed
+            label = self.label("In ", content["execution_count"], parent)
+            margin = "\n" + "...: ".rjust(len(ESCAPES.sub("", label)))
+            self.clears = False
+            self.write("\n" + label + content["code"].replace("\n", margin))
+            self.drawn = ""
+
+    def clear_output(self, content, parent):
+        self.clears = True
+
+    def status(self, content, parent):
+        if parent.get("session") not in self.ours:
+            self.others.add(parent["session"])
+        if content["execution_state"] == "idle" and parent.get("msg_id") == self.running:
+            self.due.discard("idle")
+
+    def execute_reply(self, content, parent):
+        if parent.get("msg_id") != self.running:
+            return
+        self.due.discard("reply")
+        self.has_failed = content["status"] != "ok"
+        if content["status"] == "aborted":
+            self.say("The kernel did not run it, because another cell has failed.")
+        for payload in content.get("payload", ()):
+            if payload["source"] == "page":
+                self.write(in_words(payload["data"]))
+            elif payload["source"] == "set_next_input":
+                self.next_input = payload["text"]
+            elif payload["source"] == "ask_exit":
+                self.is_over, self.keeps_kernel = True, payload.get("keepkernel", False)
+
+    def input_request(self, content, parent):
+        """Ask the person for the kernel. Ctrl-D is answered with \\x04, which kernels know."""
+        try:
+            if content.get("password") and self.is_terminal:
+                import getpass
+                answer = getpass.getpass(content["prompt"])
+            else:
+                answer = self.ask(lambda: content["prompt"])
+        except EOFError:
+            answer = "\x04"
+        except KeyboardInterrupt:
+            return self.interrupt()
+        if answer is not None:
+            self.client.send("stdin", "input_reply", {"value": answer})
+
+    # -- the kernel's life --
+
+    def kernel_info_reply(self, content, parent):
+        self.info = content
+
+    def greet(self, seconds):
+        """Ask who the kernel is, until it has answered and iopub was heard: it publishes only to
+        those who have subscribed by then (P1). True if so. On control, too: shell may be busy."""
+        self.info, self.is_heard = {}, False
+        began = nudge_at = time.monotonic()
+        while not (self.info and self.is_heard):
+            now = time.monotonic()
+            if now > began + seconds or (self.kernel and self.kernel.state == "dead"):
+                return False
+            if now >= nudge_at:
+                nudge_at = now + NUDGE_SECONDS
+                for channel in ("shell", "control"):
+                    self.client.send(channel, "kernel_info_request", {})
+            self.step(NUDGE_SECONDS)
+        return True
+
+    def shutdown_reply(self, content, parent):
+        self.ending = content
+
+    def link(self, content, parent):
+        """The connection to the kernel was made, or is lost: then its process has ended."""
+        if content["is_made"] and self.is_lost:
+            if self.greet(FIRST_SECONDS):
+                self.is_lost, self.count, self.ending = False, 1, {}
+                self.say("A new process of the kernel is there; it has none of the variables.")
+        elif not content["is_made"] and not self.is_lost:
+            self.is_lost = True
+            if self.kernel and self.kernel.ended.wait(ANSWER_SECONDS) and self.kernel.reason:
+                return self.say(self.kernel.reason)
+            self.say("The kernel has ended." if not self.ending else
+                     "The kernel is restarted." if self.ending.get("restart") else
+                     "The kernel was shut down.")
+
+    def wait_until_back(self):
+        self.say("The kernel is gone. Waiting until it comes back; Ctrl-C ends the waiting.")
+        if self.kernel and self.kernel.state == "dead":   # it has crashed too often
+            self.kernel.restart()
+        while self.is_lost:
+            self.step(NUDGE_SECONDS)
+
+    def step(self, seconds):
+        """Do something about the next message, if one comes in this time. True if one did."""
+        if came := self.client.receive(seconds):
+            self.handle(*came)
+        return bool(came)
+
+    def run(self, code):
+        """Run a cell, and show what comes of it until reply and idle are in. True if it is fine."""
+        if self.is_lost:
+            self.wait_until_back()
+        self.drawn, self.has_failed, self.warn_at, self.due = "", False, math.inf, {"reply", "idle"}
+        self.running = self.client.send("shell", "execute_request", {
+            "code": code, "silent": False, "store_history": True, "user_expressions": {},
+            "allow_stdin": True, "stop_on_error": True})
+        while self.due and not self.is_lost:
+            self.step(NUDGE_SECONDS)
+            if self.warn_at and time.monotonic() > self.warn_at:
+                self.warn_at = None
+                self.say("The cell does not stop. Ctrl-C again leaves it running. (Some kernels "
+                         "can be interrupted only where they were started.)")
+        self.running, self.clears = None, False
+        return not self.has_failed and not self.due
+
+    def interrupt(self):
+        """Interrupt the cell: in our own kernel as the server does, in another by a message. When
+        that was in vain, stop waiting for the cell."""
+        if self.warn_at is None:
+            self.due = set()
+            return
+        self.warn_at, self.is_within = time.monotonic() + OBEY_SECONDS, True   # behind ^C
+        if self.kernel:
+            self.kernel.interrupt()
+        else:
+            self.client.send("control", "interrupt_request", {})
+
+    def leave(self):
+        """End our own kernel, unless others use it, and say what becomes of it."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # too late
+        how = f"`python minijupyter.py console --existing {self.name}` attaches to it"
+        if not self.kernel:
+            if self.is_terminal and not self.is_lost:
+                self.say(f"The kernel goes on: {how}.")
+        elif POSIX and (self.keeps_kernel or (self.others and not self.is_over)):
+            let_go(self.kernel)
+            why = "" if self.keeps_kernel else ", because others use it"
+            self.say(f"The kernel goes on{why}: {how}, `kill {self.kernel.process.pid}` ends it.")
+        else:   # on Windows there is no reaper: a kernel must follow its parent
+            self.kernel.shutdown()
+
+    # -- the person --
+
+    def begin(self):
+        """Say who is there. The number of the last cell stands in the reply to an empty one that is
+        silent, and so is not counted."""
+        if not self.is_terminal:
+            return
+        banner = str(self.info.get("banner", "")).strip("\n")
+        self.say(f"{banner}\nCtrl-C interrupts, Ctrl-D leaves.")
+        if not self.kernel:
+            reply = self.client.request("execute_request", {"code": "", "silent": True})
+            self.count = (reply.get("execution_count") or 0) + 1
+        call_all(AT_CONSOLE, self)
+
+    def interact(self):
+        """Read cells and run them, until it is over. False when one failed that came from a pipe,
+        whose others are not run then."""
+        while not self.is_over:
+            try:
+                code = self.read_cell()
+                if LEAVING.fullmatch(code):
+                    break
+                if code.strip() and not self.run(code) and not self.is_terminal:
+                    return False
+            except KeyboardInterrupt:
+                if not self.is_terminal:
+                    return False
+                self.write("", own_line=True)
+            except EOFError:
+                if self.is_terminal:
+                    self.write("\r\x1b[K", own_line=False)   # some have begun a new line, some not
+                    self.is_within = False
+                break
+        return True
+
+    def read_cell(self):
+        """The next cell: lines until the kernel says that they are whole. Raises EOFError."""
+        self.lines, text, self.next_input = [], self.next_input, ""
+        while self.step(0):
+            pass   # what has come since the last one
+        if self.is_terminal:
+            print("\n" * self.is_within)
+        while True:
+            try:
+                line = self.ask(self.prompt, text)
+            except EOFError:
+                if not self.lines:
+                    raise
+                break
+            self.lines.append(line if line.strip() else "")
+            is_whole, text = self.is_whole("\n".join(self.lines))
+            if is_whole:
+                break
+        code = "\n".join(self.lines)
+        call_all(self.on_cell, code)
+        return code
+
+    def is_whole(self, code):
+        """(is it a cell?, what the next line begins with). In a pipe a blank line is no end."""
+        if not code.strip() or LEAVING.fullmatch(code) or self.is_lost:   # nobody can tell then
+            return True, ""
+        reply = self.client.request("is_complete_request", {"code": code})
+        if reply.get("status") == "incomplete":
+            return False, reply.get("indent", "")
+        return self.is_terminal or len(self.lines) == 1 or not self.goes_on(), ""
+
+    def goes_on(self):
+        """True when the next line of a pipe that is not blank is indented."""
+        while not any(map(str.strip, self.ahead)) and (line := sys.stdin.readline()):
+            self.ahead.append(line)
+        return any(line.strip() and line[0] in " \t" for line in self.ahead)
+
+    def prompt(self, number=None):
+        """`In [7]: `, or dots for a line that follows; nothing in a pipe. Without a number, it is
+        that of the line which comes next."""
+        label = self.label("In ", self.count, {})
+        return label if number == 0 or not (self.lines and label) else (
+            "...: ".rjust(len(ESCAPES.sub("", label))))
+
+    def ask(self, prompt, text=""):
+        """A line from the person, which may begin with `text`; prompt() is shown before it. None
+        when it is not wanted any more. Raises EOFError."""
+        if self.is_terminal:
+            self.is_asking = True
+            try:
+                return self.input(prompt, text)
+            finally:
+                self.is_asking = self.is_within = False
+        self.write(prompt(), own_line=False)
+        line = self.ahead.pop(0) if self.ahead else sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def on_interrupt(self, signum, frame):
+        """Ctrl-C is for the cell that runs, else for the line that is typed."""
+        if self.running and not self.is_asking:
+            return self.interrupt()
+        raise KeyboardInterrupt
+
+
+def back_over(text):
+    """What brings a terminal to where it was before this text, and clears the rest."""
+    width, lines = shutil.get_terminal_size().columns, ESCAPES.sub("", text).split("\n")
+    rows = sum(len(line) // width + 1 for line in lines) - 1
+    return "\r" + f"\x1b[{rows}A" * bool(rows) + "\x1b[J"
+
+
+def in_words(data):
+    """What a terminal can show of a MIME bundle: its text; of pictures, and of what has no text,
+    the type and the size."""
+    texts = [data[mime] for mime in ("text/plain", "text/markdown", "text/latex") if mime in data]
+    return "\n".join(texts[:1] + [in_short(mime, body) for mime, body in data.items()
+                                  if mime.startswith("image/") or not texts])
+
+
+def in_short(mime, body):
+    """[image/png, 640 × 480, 12 kB]"""
+    data = base64.b64decode(body) if mime in PICTURE_SIZES else (
+        body.encode() if isinstance(body, str) else to_json(body))
+    begins, form = PICTURE_SIZES.get(mime, (b"(?!)", ""))
+    found = re.match(begins, data, re.S)
+    sides = [struct.unpack(form, side)[0] for side in found.groups()] if found else []
+    size = f"{len(data) / 1000:,.0f} kB" if len(data) >= 1000 else f"{len(data)} bytes"
+    return f"[{', '.join([mime, *([' × '.join(map(str, sides))] if sides else []), size])}]"
+
+
+# Which kernel --existing means.
+
+def connection_files(word):
+    """(path, fields) of the connection files in the runtime folder with this word in their names,
+    the newest first."""
+    found = []
+    for name in os.listdir(RUNTIME) if os.path.isdir(RUNTIME) else ():
+        path = os.path.join(RUNTIME, name)
+        with contextlib.suppress(OSError):   # it has just been removed
+            if word in name and (connection := read_connection(path)):
+                found.append((os.path.getmtime(path), path, connection))
+    return [each[1:] for each in sorted(found, reverse=True, key=lambda each: each[0])]
+
+
+def read_connection(path):
+    """The fields of a connection file; None of any other file."""
+    try:
+        return our_kernel.read_connection_file(path)
+    except SystemExit:   # a kernel cannot go on without
+        return None
+
+
+def is_heard_at(connection):
+    """True when a process listens at the place that a connection file names: the kernel lives."""
+    ip, port = connection["ip"], connection["shell_port"]
+    try:
+        if connection["transport"] == "tcp":
+            socket.create_connection((ip, port), ATTACH_SECONDS).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(f"{ip}-{port}")
+    except (OSError, AttributeError):   # Windows has no socket files
+        return False
+    return True
+
+
+def kernels_of_notebook(path):
+    """{id of a kernel: path of its notebook} of the notebooks on the running servers that `path`
+    means: from here, or from a server's root."""
+    found = {}
+    for info in running_servers():
+        for session in call(info, "GET", "api/sessions") or ():
+            with contextlib.suppress(LookupError, TypeError):   # what answers may be anything
+                whole = os.path.realpath(os.path.join(info["root_dir"], session["path"]))
+                if session["path"] == path or whole == os.path.realpath(path):
+                    found[session["kernel"]["id"]] = whole
+    return found
+
+
+def find_kernel(which):
+    """(path, fields) of the connection file that --existing means. Exits with what is wrong."""
+    connection = read_connection(which) if os.path.isfile(which) else None
+    files = [(which, connection)] if connection else connection_files(which)
+    if not files:
+        notebooks = kernels_of_notebook(which)
+        if len(notebooks) > 1:
+            sys.exit(f"Which one? {which} has {len(notebooks)} kernels; give the id: " + ", ".join(
+                f"{id} ({path})" for id, path in notebooks.items()))
+        files = [file for id in notebooks for file in connection_files(id)]
+    for path, connection in files:
+        if is_heard_at(connection):
+            return path, connection
+    if files and which:
+        sys.exit(f"The kernel of {files[0][0]} has ended: nobody listens there any more.")
+    sys.exit(f"No kernel runs: there is no file of one in {RUNTIME}." if not which else
+             f"{which} is no connection file, no part of the name of one in {RUNTIME}, and no "
+             "notebook with a kernel on a server that runs. (--existing alone takes the newest.)")
+
+
+def start_kernel(name):
+    """A KernelProcess of a kernel spec, in this folder. Exits with what is wrong."""
+    kernel = None
+    try:
+        # A kernel ends with the process JPY_PARENT_PID. This one may have to go on without us, for
+        # other clients. If we are killed, the reaper ends it.
+        kernel = KernelProcess(name, *find_spec(name), cwd=os.getcwd(),
+                               env={"JPY_PARENT_PID": "0"} if POSIX else None)
+        kernel.start()
+    except (Problem, OSError) as problem:
+        if kernel:
+            kernel.shutdown()
+        sys.exit(str(problem))
+    return kernel
+
+
+def let_go(kernel):
+    """Let a kernel process live on without us. A shell reads what the process writes on its own
+    stdout, as we did until now, and removes its files when it has ended."""
+    REAPER.shell.kill()   # it would end the kernel
+    os.set_blocking(kernel.process.stdout.fileno(), True)
+    subprocess.Popen(
+        ["/bin/sh", "-c", 'cat > /dev/null; rm -f -- "$@"', "sh", *kernel.files],
+        stdin=kernel.process.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True)
+
+
+def console(words):
+    """`console [--existing [ID|PATH|FILE]] [--kernel NAME]`: talk with a kernel in the terminal, a
+    new one or one that runs."""
+    parser = argparse.ArgumentParser(prog="minijupyter.py console", description=
+        "A terminal on a kernel. Ctrl-C interrupts, Ctrl-D leaves.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--kernel", default=DEFAULT_KERNEL, metavar="NAME",
+                       help="start this one (default: %(default)s)")
+    which.add_argument("--existing", nargs="?", const="", metavar="ID|PATH|FILE", help=
+                       "attach to the kernel with this id, of this notebook on a server, or of "
+                       "this connection file (default: to the newest)")
+    wish, log.level, kernel = parser.parse_args(words), "error", None
+    if wish.existing is None:
+        kernel = start_kernel(wish.kernel)
+        name, connection = kernel.id[:8], kernel.connection
+    else:
+        path, connection = find_kernel(wish.existing)
+        is_known = os.path.dirname(path) == RUNTIME   # by its id; part of it will do
+        name = re.sub(r"^kernel-|\.json$", "", os.path.basename(path))[:8] if is_known else path
+    talk, is_fine = Console(Client(connection), name, kernel), False
+    signal.signal(signal.SIGINT, talk.on_interrupt)
+    for signal_name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
+        signal.signal(getattr(signal, signal_name), lambda signum, frame: sys.exit(128 + signum))
+    try:
+        if talk.greet(FIRST_SECONDS if kernel else ATTACH_SECONDS):
+            talk.begin()
+            is_fine = talk.interact()
+        else:
+            talk.say(kernel and kernel.reason or f"The kernel {name} does not answer.")
+    except KeyboardInterrupt:
+        talk.say("Interrupted.")
+    except BrokenPipeError:   # nobody reads on; Python shall not complain of it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        talk.leave()
+    sys.exit(not is_fine)
+
+
+COMMANDS["console"] = console
+
+
+# ---- 57. Editing: lines, and news while somebody types -----------------------------------------
+#
+# With readline, lines are edited, completed by the kernel (Tab) and found again (arrow up), and the
+# console shows at once what other clients run. While the main thread is in `input`, the thread
+# *bell* waits for the descriptors of the sockets, and rings with a signal. The signal's handler
+# runs in the main thread, so it may use the sockets: it takes what has come. If that is to be
+# shown, the handler leaves `input` by the exception News; the console shows it above the lines that
+# were typed, and calls `input` again with the text that was typed. (On Windows, which has no such
+# signals, and without readline, news waits for Enter.)
+
+MOST_HISTORY = 1_000          # cells (jupyter_console's)
+
+
+class News(Exception):
+    """Something is to be shown while the person types."""
+
+
+class LineEditor:
+    """readline, for a Console."""
+
+    def __init__(self, readline, console):
+        self.readline, self.console, self.client = readline, console, console.client
+        self.typed = ""     # with what the next line begins
+        self.news = []      # (channel, message) that could not be shown yet
+        self.is_open = threading.Event()   # somebody types, and the bell may ring
+        self.matches = []
+        found = self.client.request("history_request", {
+            "hist_access_type": "tail", "n": MOST_HISTORY, "raw": True, "output": False})
+        for _, _, code in found.get("history", ()):
+            self.remember(code)
+        readline.set_auto_history(False)
+        readline.set_startup_hook(self.begin)
+        readline.set_completer(self.complete)
+        is_libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")   # pasted lines are one text
+        if POSIX:
+            signal.signal(signal.SIGUSR1, self.on_bell)
+            ears = [self.client.sockets[name].fd for name in ("iopub", "link")]
+            threading.Thread(target=self.ring, args=[ears], daemon=True, name="bell").start()
+
+    def remember(self, code):
+        with contextlib.suppress(ValueError):   # a NUL, half a surrogate pair
+            if code.strip():
+                self.readline.add_history(code)
+
+    def ask(self, prompt, text):
+        """A line, as Console.ask has it."""
+        answers, self.typed = self.console.running, text
+        while not (answers and self.is_too_late()):
+            try:
+                self.hear()   # ZeroMQ's descriptors tell of what comes, not of what is unread
+                # Colours stand between \1 and \2: readline does not count them as columns.
+                return input(ESCAPES.sub("\1\\g<0>\2", prompt()))
+            except News:
+                self.show_news(prompt)
+            except EOFError:   # with it, GNU readline prints an empty line after each later line
+                self.readline.parse_and_bind("set enable-bracketed-paste off")
+                raise
+            finally:
+                self.is_open.clear()
+        return None
+
+    def begin(self):
+        """Called by readline when `input` begins."""
+        self.readline.insert_text(self.typed)
+        self.is_open.set()
+
+    def ring(self, ears):
+        """The thread *bell*. It uses no socket, it only waits for descriptors."""
+        while self.is_open.wait():
+            if zmq.select(ears, [], [])[0] and self.is_open.is_set():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def on_bell(self, signum, frame):
+        """The bell has rung. A second signal must not be handled within the first."""
+        if self.is_open.is_set():
+            self.is_open.clear()
+            self.typed = self.readline.get_line_buffer()
+            self.hear()
+            self.is_open.set()
+
+    def hear(self):
+        """Take what has come. Raises News when there is something to show."""
+        while came := self.client.receive(0, ["iopub", "link"]):
+            if self.news or came[1]["header"]["msg_type"] in TOLD:
+                self.news.append(came)
+            else:
+                self.console.handle(*came)
+        if self.news or (self.console.running and self.is_too_late()):
+            raise News
+
+    def is_too_late(self):
+        """True when nobody waits for the answer any more."""
+        return "idle" not in self.console.due or self.console.is_lost
+
+    def show_news(self, prompt):
+        """Show what has come above the lines that are typed."""
+        console = self.console
+        above = "" if console.running else "\n{}"   # is it a cell, or an answer?
+        print(back_over(above.format(self.lines()) + prompt() + self.typed), end="")
+        while self.news:
+            console.handle(*self.news.pop(0))
+        print("\n" * console.is_within + above.format(self.lines()), end="", flush=True)
+
+    def lines(self):
+        """The lines of the cell that were typed before this one, with their prompts."""
+        return "".join(f"{self.console.prompt(at)}{line}\n"
+                       for at, line in enumerate(self.console.lines))
+
+    def complete(self, word, number):
+        """readline's completer: match `number` for the word before the cursor, None at the end."""
+        if number == 0:
+            self.is_open.clear()   # no bell: the sockets are needed here
+            self.matches = [] if self.console.running else self.find_matches()
+            self.is_open.set()
+        return self.matches[number] if number < len(self.matches) else None
+
+    def find_matches(self):
+        """The kernel's matches, cut for readline: the kernel's replace the text from cursor_start
+        on, readline's the text from begidx on, which may be earlier or later."""
+        line, end = self.readline.get_line_buffer(), self.readline.get_endidx()
+        if not line[:end].strip():
+            return ["    "]
+        before = "".join(f"{each}\n" for each in self.console.lines)
+        reply = self.client.request("complete_request", {
+            "code": before + line, "cursor_pos": len(before) + end})
+        start, begin = reply.get("cursor_start", 0) - len(before), self.readline.get_begidx()
+        return [line[begin:start] + match[max(0, begin - start):]
+                for match in reply.get("matches", ())]
+
+
+def use_readline(console):
+    """Edit lines with readline, where there is one."""
+    with contextlib.suppress(ImportError):   # Windows
+        import readline
+        editor = LineEditor(readline, console)
+        console.input = editor.ask
+        console.on_cell.append(editor.remember)
+
+
+AT_CONSOLE.append(use_readline)
+
+
+# ---- 58. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
-# the bytecode cache. So the script starts itself again as a module, except under a debugger, and
-# except for a command: that would only begin later. On the way it has glibc ask for large pages:
-# half the time of a copy of a large notebook or message is spent on faults of 4 kB pages. (Not in
-# kernels: an idle one would have 2 MB more.)
+# the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not
+# commands: people wait for them, and a second start takes 80 ms.) On the way it has glibc ask for
+# large pages: half the time of a copy of a large notebook or message is spent on faults of 4 kB
+# pages. (Not in kernels: an idle one would have 2 MB more.)
 
 def run_as_module():
     ours = {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -9460,9 +10180,8 @@ def run_as_module():
               {**os.environ, **ours})
 
 
-is_command = bool(COMMANDS.keys() & {*sys.argv[1:2]})
 if __name__ == "__main__" and os.name == "posix" and not (
-        is_command or {"bdb", "pydevd"} & sys.modules.keys()):
+        {"bdb", "pydevd"} & sys.modules.keys() or {*sys.argv[1:2]} & COMMANDS.keys()):
     run_as_module()
 
 

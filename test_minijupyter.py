@@ -12684,6 +12684,444 @@ class VsCode(ServerCase):
         self.assertEqual(ask("GET", "/api/kernels").json, [])
 
 
+def run_console(folder, *words, typed="", **options):
+    """(what it printed, exit code, what it said on stderr) of a console that reads from a pipe."""
+    env = clean_environment(folder, JUPYTER_PATH=str(folder))
+    done = subprocess.run([sys.executable, HERE / "minijupyter.py", "console", *map(str, words)],
+                          env=env, input=typed, text=True, capture_output=True, cwd=folder,
+                          timeout=MOST_SECONDS, **options)
+    return done.stdout, done.returncode, plain_text(done.stderr)
+
+
+class ConsoleInAPipe(Case):
+    """`minijupyter.py console` reads cells from a pipe, and says nothing else than they do."""
+
+    def run_cells(self, text, *words):
+        return run_console(self.folder(), *words, typed=text)
+
+    def test_the_value_of_a_line_is_all_that_it_shows(self):
+        self.assertEqual(self.run_cells("6 * 7\n"), ("42\n", 0, ""))
+        self.assertEqual(self.run_cells(""), ("", 0, ""))
+
+    def test_a_program_is_cut_into_cells_also_when_functions_have_blank_lines(self):
+        self.assertEqual(self.run_cells(
+            "def double(x):\n    y = x\n\n    return 2 * y\n\ndouble(21)\nfor i in range(2):\n"
+            "    print(i)"), ("42\n0\n1\n", 0, ""))
+
+    def test_it_ends_at_the_first_cell_that_fails(self):
+        shown, code, said = self.run_cells("print('before')\n1 / 0\nprint('after')\n")
+        self.assertEqual((shown, code), ("before\n", 1))
+        self.assertIn("ZeroDivisionError: division by zero", said)
+
+    def test_a_reader_that_leaves_is_no_mistake(self):
+        folder = self.folder()
+        console = subprocess.Popen(
+            [sys.executable, HERE / "minijupyter.py", "console"], env=clean_environment(folder),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        console.stdin.write("print('begins')\nfor i in range(100_000): print(i)\n")
+        console.stdin.close()
+        self.assertEqual(console.stdout.readline(), "begins\n")
+        console.stdout.close()
+        with console.stderr:
+            self.assertEqual((console.stderr.read(), console.wait(SECONDS)), ("", 1))
+
+    def test_a_question_is_answered_by_the_next_line(self):
+        shown, code, _ = self.run_cells("name = input('Who? ')\nAda\nprint('Hello', name)\n")
+        self.assertEqual((shown, code), ("Who? Hello Ada\n", 0))
+
+    def test_exit_ends_it_and_no_kernel_and_no_file_is_left(self):
+        folder = self.folder()
+        shown, code, _ = run_console(folder, typed="import os; os.getpid()\nexit\nprint('more')\n")
+        self.assertEqual(code, 0)
+        self.assertFalse(is_alive(int(shown)))
+        self.assertEqual([path for path in folder.rglob("*") if not path.is_dir()], [])
+
+    def test_it_shows_text_and_announces_pictures(self):
+        shown, _, said = self.run_cells(
+            "from IPython.display import *\nimport base64\n"
+            "display({'text/plain': 'text', 'text/html': '<b>'}, raw=True)\n"
+            "display({'text/html': '<p>a page</p>'}, raw=True)\n"
+            "shown = display({'text/plain': 'one'}, raw=True, display_id='d')\n"
+            "update_display({'text/plain': 'two'}, raw=True, display_id='d')\n"
+            "print('\\x1b[31mred\\x1b[0m')\n")
+        self.assertEqual(shown, "text\n[text/html, 13 bytes]\none\ntwo\nred\n", said)
+
+    def test_the_size_of_a_picture_is_read_from_its_bytes(self):
+        png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 640, 480) + bytes(11_976)
+        gif = b"GIF89a" + struct.pack("<HH", 3, 5)
+        jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 5, 3)
+        svg = "<svg xmlns='http://www.w3.org/2000/svg'/>"
+        for mime, data, words in (
+                ("image/png", png, "[image/png, 640 × 480, 12 kB]"),
+                ("image/gif", gif, "[image/gif, 3 × 5, 10 bytes]"),
+                ("image/jpeg", jpeg, "[image/jpeg, 3 × 5, 17 bytes]"),
+                ("image/png", b"no picture", "[image/png, 10 bytes]")):
+            with self.subTest(words):
+                text = base64.encodebytes(data).decode()
+                self.assertEqual(minijupyter.in_words({mime: text}), words)
+        self.assertEqual(minijupyter.in_words({"text/plain": "A drawing", "image/svg+xml": svg}),
+                         "A drawing\n[image/svg+xml, 41 bytes]")
+
+    def test_a_wish_that_cannot_be_fulfilled_is_answered_by_a_sentence(self):
+        folder = self.folder()
+        install_kernelspec(folder, "gone", ["/no/such/program", "{connection_file}"])
+        install_kernelspec(folder, "ends", [sys.executable, "-c", "raise SystemExit('no luck')"])
+        (folder / "text.json").write_text("[]")
+        connection = {f"{channel}_port": port for channel, port in zip(
+            ("shell", "iopub", "stdin", "control", "hb"), free_ports(5), strict=True)}
+        (folder / "stale.json").write_text(json.dumps(connection))
+        for words, code, sentence in (
+                (["--kernel", "nope"], 1, "no kernel called nope; there are: python3, "),
+                (["--kernel", "gone"], 1, "gone cannot be started: .*No such file"),
+                (["--kernel", "ends"], 1, "ended with exit code 1:\nno luck"),
+                (["--existing"], 1, "No kernel runs"),
+                (["--existing", "1234"], 1, "1234 is no connection file, no part of"),
+                (["--existing", "no.ipynb"], 1, "no.ipynb is no connection file, .* no notebook"),
+                (["--existing", folder / "text.json"], 1, "text.json is no connection file"),
+                (["--existing", folder / "stale.json"], 1, "stale.json has ended"),
+                (["--existing", "x", "--kernel", "python3"], 2, "not allowed with"),
+                (["--nope"], 2, "unrecognized arguments: --nope")):
+            with self.subTest(words):
+                shown, status, said = run_console(folder, *words, typed="6 * 7\n")
+                self.assertEqual((shown, status), ("", code), said)
+                self.assertRegex(said, f"(?s){sentence}")
+                self.assertNotIn("Traceback", said)
+
+    def test_kernels_of_others_are_spoken_with_too(self):
+        for name, module, cell in (("bash", "bash_kernel", "echo $((6 * 7))"),
+                                   ("xpython", "xpython_launcher", "6 * 7"),
+                                   ("ipython", "ipykernel_launcher", "6 * 7")):
+            if importlib.util.find_spec(module):
+                with self.subTest(name):
+                    folder = self.folder()
+                    install_kernelspec(folder, name, [
+                        sys.executable, "-m", module, "-f", "{connection_file}"])
+                    shown, code, said = run_console(folder, "--kernel", name, typed=cell + "\n")
+                    self.assertEqual((shown, code), ("42\n", 0), said)
+
+
+class Terminal:
+    """A program at a terminal, in a person's words: `type` a line, and `see` texts, in order."""
+
+    def __init__(self, argv, env, cwd):
+        import pexpect
+        self.spawn = pexpect.spawn(str(argv[0]), [*map(str, argv[1:])], env=env, cwd=str(cwd),
+                                   timeout=SECONDS, dimensions=(40, 100), encoding="utf-8")
+        self.at_end = pexpect.EOF
+
+    def see(self, *texts):
+        for text in texts:
+            self.spawn.expect_exact(text)   # or pexpect's EOF
+        return self
+
+    def type(self, line, *texts):
+        """Type a line and Enter, and see these texts."""
+        self.spawn.sendline(line)
+        return self.see(*texts)
+
+    def press(self, keys, *texts):
+        self.spawn.send(keys)
+        return self.see(*texts)
+
+    def number(self, pattern):
+        """The number in the first match of `pattern`."""
+        self.spawn.expect(pattern)
+        return int(self.spawn.match[1])
+
+    def exit_code(self):
+        self.see(self.at_end)
+        self.spawn.wait()
+        return self.spawn.exitstatus
+
+    def end(self):
+        """Kill it. (A console's kernel ends with it.)"""
+        if self.spawn.isalive():
+            self.spawn.kill(signal.SIGKILL)
+            self.spawn.wait()
+        self.spawn.close()
+
+
+CTRL_C, CTRL_D, TAB, UP = "\x03", "\x04", "\t", "\x1b[A"
+
+
+@needs("pexpect")
+class Console(ServerCase):
+    """`minijupyter.py console` at a terminal."""
+
+    def console(self, *words, folder=None, program=None):
+        """A Terminal with a console, whose runtime folder is below `folder`, or the server's."""
+        env = clean_environment(folder or self.server.folder.name, TERM="xterm")
+        program = program or [HERE / "minijupyter.py", "console"]
+        terminal = Terminal([sys.executable, *program, *words], env, self.root)
+        self.addCleanup(terminal.end)
+        return terminal
+
+    def own_console(self, *words, folder=None):
+        """(a console with a kernel of its own, ready; the kernel's process id)."""
+        terminal = self.console(*words, folder=folder or self.folder())
+        terminal.see("In [1]: ").type("import os; print('pid', os.getpid())")
+        pid = terminal.number(r"pid (\d+)\r")
+        self.addCleanup(end_process, pid)
+        return terminal.see("In [2]: "), pid
+
+    def notebook_kernel(self, path):
+        """(id of the kernel, frontend) of a notebook that a page of the server has open."""
+        (self.root / path).write_bytes(jupyter_bytes(notebook()))
+        session = self.assertReply(self.server.post("/api/sessions", {
+            "path": path, "type": "notebook", "name": path, "kernel": {}}), 201).json
+        self.addCleanup(self.server.delete, f"/api/sessions/{session['id']}")
+        frontend = self.server.frontend(session["kernel"]["id"])
+        self.addCleanup(frontend.wire.close)
+        return session["kernel"]["id"], frontend
+
+    def test_lines_become_a_cell_when_the_kernel_says_that_they_are_whole(self):
+        terminal, _ = self.own_console()
+        terminal.type("for i in range(2):", "   ...:     ").type("print(i + 5)", "   ...: ")
+        terminal.type("", "5\r\n6\r\n", "In [3]: ").type("6 * 7", "Out[3]: ", "42", "In [4]: ")
+        terminal.type("[1,\r2]", "Out[4]: ", "[1, 2]")
+
+    def test_tab_completes_and_arrow_up_finds_earlier_cells(self):
+        terminal, _ = self.own_console()
+        terminal.type("remarkable = [40]", "In [3]: ")
+        terminal.press(f"remark{TAB}[0] + 2", "remarkable[0] + 2").press("\r", "42", "In [4]: ")
+        terminal.press(f"remarkable.app{TAB}", "remarkable.append").press("(1)\r", "In [5]: ")
+        terminal.press(UP * 3, " = [40]").press("\r", "In [6]: ").type("remarkable", "[40]")
+
+    def test_questions_are_answered_and_passwords_not_shown(self):
+        terminal, _ = self.own_console()
+        terminal.type("input('Name? ')", "Name? ").type("Ada", "'Ada'", "In [3]: ")
+        terminal.type("import getpass; len(getpass.getpass('Secret? '))", "Secret? ")
+        terminal.spawn.waitnoecho()
+        terminal.type("hidden", "Out[3]: ")
+        self.assertNotIn("hidden", terminal.spawn.before)
+        terminal.type("input('End? ')", "End? ").press(CTRL_D, "EOFError", "In [5]: ")
+        terminal.type("input('Stop? ')", "Stop? ").press(CTRL_C, "KeyboardInterrupt", "In [6]: ")
+
+    def test_a_question_that_nobody_waits_for_any_more_goes_away(self):
+        terminal, _ = self.own_console()
+        terminal.type("import threading, signal", "In [3]: ")
+        terminal.type("threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start(); "
+                      "input('Still? ')", "Still? ").press("half an ans", "KeyboardInterrupt")
+        terminal.see("In [4]: ").type("6 * 7", "42")
+
+    def test_ctrl_c_at_the_prompt_clears_the_line_and_ctrl_d_ends_kernel_and_console(self):
+        terminal, pid = self.own_console()
+        terminal.press("nonsense", "nonsense").press(CTRL_C, "In [2]: ").press(CTRL_D)
+        self.assertEqual(terminal.exit_code(), 0)
+        self.assertFalse(is_alive(pid))
+
+    def test_ctrl_c_interrupts_the_kernel_that_it_has_started(self):
+        terminal, _ = self.own_console()
+        terminal.type("import time; print('begins'); time.sleep(60)", "begins\r\n")
+        terminal.press(CTRL_C, "KeyboardInterrupt", "In [3]: ")
+
+    def test_ctrl_c_interrupts_the_kernel_of_a_notebook_as_well(self):
+        _, frontend = self.notebook_kernel("interrupted.ipynb")
+        terminal = self.console("--existing", "interrupted.ipynb").see("In [")
+        terminal.type("import time; print('begins'); time.sleep(60)", "begins\r\n")
+        terminal.press(CTRL_C, "KeyboardInterrupt", "In [")
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_a_cell_that_does_not_stop_can_be_left_running(self):
+        terminal, _ = self.own_console()
+        terminal.type("import contextlib, time", "In [3]: ").type("print('begins')\r"
+                      "while True:\rwith contextlib.suppress(KeyboardInterrupt): time.sleep(9)\r\r",
+                      "begins\r\n", "In [4]: ", "sleep(9)\r\n", "...: ", "\r\n")
+        terminal.press(CTRL_C, "The cell does not stop.").press(CTRL_C, "In [")
+
+    def test_it_shows_at_once_what_a_page_runs_on_its_kernel_above_what_is_typed(self):
+        _, frontend = self.notebook_kernel("seen.ipynb")
+        terminal = self.console("--existing", "seen.ipynb").see("In [").press("half a li", "half a")
+        frontend.finish(frontend.start("seen = 40\nprint('from the page')\nseen"))
+        terminal.see("Remote In [", "seen = 40", "from the page", "Remote Out[", "40")
+        terminal.see("In [", "half a li").press(CTRL_C, "In [").type("seen + 2", "Out[", "42")
+        self.assertEqual(frontend.finish(frontend.start("_")).result, "42")
+
+    def test_the_page_may_have_run_cells_before_and_the_next_number_is_known(self):
+        _, frontend = self.notebook_kernel("counted.ipynb")
+        for _ in range(3):
+            count = frontend.finish(frontend.start("'earlier'")).count
+        terminal = self.console("--existing", "counted.ipynb").see(f"In [{count + 1}]: ")
+        terminal.press(UP, "'earlier'").press("\r", f"Out[{count + 1}]: ")
+
+    def test_a_kernel_that_works_is_attached_to(self):
+        _, frontend = self.notebook_kernel("works.ipynb")
+        cell = frontend.start("import os, time\nwhile not os.path.exists('go'): time.sleep(.01)")
+        terminal = self.console("--existing", "works.ipynb").see("In [1]: ").type("6 * 7", "* 7")
+        (self.root / "go").write_text("")
+        frontend.finish(cell)
+        terminal.see("Out[", "42")
+
+    def test_exit_leaves_the_kernel_of_a_notebook_alone_and_says_so(self):
+        kernel_id, frontend = self.notebook_kernel("left.ipynb")
+        for leaving in ("exit", "quit()"):
+            terminal = self.console("--existing", "left.ipynb").see("In [")
+            terminal.type(leaving, "The kernel goes on: ", f"--existing {kernel_id[:8]}")
+            self.assertEqual(terminal.exit_code(), 0)
+        self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
+
+    def test_existing_means_a_notebook_an_id_or_a_part_of_it_a_file_or_the_newest(self):
+        kernel_id, frontend = self.notebook_kernel("meant.ipynb")
+        frontend.finish(frontend.start("mark = 'meant'"))
+        folder = self.server.folder.name
+        (file,) = Path(folder).rglob(f"kernel-{kernel_id}.json")
+        (file.parent / "kernel-000.json").write_text("{")   # a later one, of a kernel that crashed
+        for words in ([], ["meant.ipynb"], [self.root / "meant.ipynb"], [kernel_id],
+                      [kernel_id[:8]], [file], [file.name]):
+            with self.subTest(words):
+                self.assertEqual(run_console(folder, "--existing", *words, typed="mark\n"),
+                                 ("'meant'\n", 0, ""))
+
+    def test_in_a_pipe_nothing_is_shown_of_what_others_run(self):
+        _, frontend = self.notebook_kernel("piped.ipynb")
+        frontend.start("import os, time\nwhile not os.path.exists('on'): time.sleep(.01)\n"
+                       "print('theirs')")
+        with ThreadPoolExecutor() as pool:
+            done = pool.submit(run_console, self.server.folder.name, "--existing", "piped.ipynb",
+                               typed="print('ours')\n")
+            frontend.until(lambda: any(message["parent_header"].get("username") == "console"
+                                       for message in frontend.unasked))
+            (self.root / "on").write_text("")
+            self.assertEqual(done.result(), ("ours\n", 0, ""))
+
+    def test_a_kernel_with_curve_keys_is_spoken_with_in_secret(self):
+        public, secret = zmq.curve_keypair()
+        own = KernelProcess(curve_publickey=public.decode(), curve_secretkey=secret.decode())
+        self.addCleanup(own.end)
+        wait_until(lambda: minijupyter.is_heard_at(own.connection))
+        self.assertEqual(run_console(self.folder(), "--existing", own.file, typed="6 * 7\n"),
+                         ("42\n", 0, ""))
+
+    def test_two_notebooks_of_one_path_are_asked_about(self):
+        other = self.own_server(env={"JUPYTER_RUNTIME_DIR": clean_environment(
+            self.server.folder.name)["JUPYTER_RUNTIME_DIR"]})
+        ids = [self.assertReply(server.post("/api/sessions", {
+            "path": "twice.ipynb", "type": "notebook", "kernel": {}}), 201).json["kernel"]["id"]
+            for server in (self.server, other)]
+        shown, code, said = run_console(self.server.folder.name, "--existing", "twice.ipynb")
+        self.assertEqual((shown, code), ("", 1))
+        for words in ("Which one?", *ids, str(other.root / "twice.ipynb")):
+            self.assertIn(words, said)
+
+    def test_a_restart_is_told_and_the_session_goes_on(self):
+        kernel_id, _ = self.notebook_kernel("restarted.ipynb")
+        terminal = self.console("--existing", "restarted.ipynb").see("In [")
+        terminal.type("x = 1", "In [").press("half", "half")
+        self.assertReply(self.server.post(f"/api/kernels/{kernel_id}/restart"), 200)
+        terminal.see("The kernel is restarted.", "A new process", "In [1]: ", "half")
+        terminal.press(CTRL_C, "In [1]: ").type("x", "NameError", "In [2]: ")
+
+    def test_a_crash_of_its_own_kernel_is_told_and_it_is_started_again(self):
+        terminal, _ = self.own_console()
+        terminal.type("os._exit(7)", "ended with exit code 7", "A new process", "In [1]: ")
+        terminal.type("6 * 7", "Out[1]: ", "42")
+
+    def test_what_is_asked_of_a_kernel_that_is_gone_waits_for_the_next(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        own.connect().wire.close()
+        terminal = self.console("--existing", own.file).see("In [1]: ")
+        own.process.popen.kill()
+        terminal.see("The kernel has ended.").type("6 * 7", "Waiting until it comes back")
+        terminal.press(CTRL_C, "In [").type("6 * 7", "Waiting until it comes back")
+        again = Process([word.format(connection_file=own.file) for word in OURS])
+        self.addCleanup(again.end)
+        self.addCleanup(again.popen.kill)
+        terminal.see("A new process", "Out[1]: ", "42")
+
+    def test_two_consoles_on_one_kernel_see_each_other(self):
+        folder = self.folder()
+        first, pid = self.own_console(folder=folder)
+        second = self.console("--existing", folder=folder).see("In [2]: ")
+        first.type("x = 40", "In [3]: ")
+        second.see("Remote In [2]: ", "x = 40", "In [3]: ").type("x + 2", "Out[3]: ", "42")
+        first.see("Remote In [3]: ", "x + 2", "Remote Out[3]: ", "42", "In [4]: ")
+        first.type("for i in range(2):", "...:     ")   # a cell that is not whole moves down
+        second.type("print('between')", "between")
+        first.see("Remote In [4]: ", "between", "In [5]: ", "for i in range(2):", "...: ")
+        first.type("print(i)", "...: ").type("", "0\r\n1\r\n")
+        second.see("Remote In [5]: ", "0\r\n1\r\n")
+
+    def test_its_kernel_goes_on_for_others_and_its_files_go_with_it(self):
+        folder = self.folder()
+        first, pid = self.own_console(folder=folder)
+        second = self.console("--existing", folder=folder).see("In [2]: ")
+        first.press(CTRL_D, "The kernel goes on, because others use it", f"`kill {pid}` ends it.")
+        self.assertEqual(first.exit_code(), 0)
+        second.type("print('x' * 3)", "xxx").press(CTRL_D, "The kernel goes on: ")
+        self.assertTrue(is_alive(pid))
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not [path for path in folder.rglob("*") if not path.is_dir()])
+
+    def test_a_console_that_is_killed_leaves_no_kernel(self):
+        terminal, pid = self.own_console()
+        terminal.spawn.kill(signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+
+    def test_a_console_whose_terminal_is_closed_ends_its_kernel(self):
+        terminal, pid = self.own_console()
+        terminal.spawn.kill(signal.SIGHUP)
+        wait_until(lambda: not is_alive(pid))
+
+    def test_output_that_is_to_be_cleared_is_replaced_on_the_screen(self):
+        terminal, _ = self.own_console()
+        terminal.type("from IPython.display import clear_output", "In [3]: ")
+        terminal.type("print('first'); clear_output(wait=True); print('second')",
+                      "first\r\n", "\r\x1b[1A\x1b[J", "second\r\n", "In [4]: ")
+
+    def test_text_for_the_next_cell_can_be_edited(self):
+        terminal, _ = self.own_console()
+        terminal.type("get_ipython().set_next_input('6 * 7')", "In [3]: ", "6 * 7")
+        terminal.press("\r", "Out[3]: ", "42")
+
+    def test_it_works_without_readline_and_what_only_posix_has(self):
+        start = f"import sys; sys.modules['readline'] = None\nexec({ServerPortable.START!r})"
+        terminal = self.console(folder=self.folder(), program=["-c", start, "console"])
+        terminal.see("In [1]: ").type("import os, time; os.getpid()", "Out[1]: ")
+        pid = terminal.number(r"(\d+)\r")
+        terminal.type("print('begins'); time.sleep(60)", "begins\r\n")
+        terminal.press(CTRL_C, "KeyboardInterrupt", "In [3]: ").press(CTRL_D)
+        self.assertEqual(terminal.exit_code(), 0)
+        self.assertFalse(is_alive(pid))
+
+    @needs("jupyter_console")
+    def test_jupyter_console_and_it_share_a_notebooks_kernel(self):
+        kernel_id, frontend = self.notebook_kernel("shared.ipynb")
+        ours = self.console("--existing", "shared.ipynb").see("In [")
+        theirs = self.console("--existing", kernel_id, "--simple-prompt",
+                              program=["-m", "jupyter_console"]).see("In [")
+        theirs.type("x = 40", "In [")
+        ours.see("Remote In [", "x = 40", "In [").type("x + 2", "Out[", "42", "In [")
+        frontend.finish(frontend.start("print('page', x)"))
+        ours.see("Remote In [", "page 40")
+        theirs.type("print('again', x)", "again 40")
+        ours.see("again 40")
+
+
+def end_process(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class ReadmesProgram(ServerCase):
+    """The program of the README's section "Drive it from Python"."""
+
+    def test_it_runs_a_cell_on_the_kernel_that_was_started_last(self):
+        (program,) = re.findall(r"(?s)## Drive it from Python.*?```python\n(.*?)```",
+                                text_of("README.md"))
+        for options in ([], ["--transport", "tcp"]):
+            server = self.own_server(options=["--port", free_ports(1)[0], *options])
+            _, frontend, _ = self.start_kernel(server)
+            done = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True,
+                                  env=clean_environment(server.folder.name), timeout=SECONDS,
+                                  capture_output=True)
+            with self.subTest(options):
+                self.assertEqual(done.returncode, 0, done.stderr)
+                for words in ("stream {'name': 'stdout', 'text': 'seen from Python\\n'}", "'42'"):
+                    self.assertIn(words, done.stdout)
+                self.assertIn("seen from Python", frontend.finish(frontend.start("In[2]")).result)
+
+
 # -- what nobody thinks of, and what others did not think of --
 
 def fuzzed(*strategies, examples=200):
@@ -22232,6 +22670,27 @@ def bench_cluster(program, count):
     yield "clusters: start of 4 local engines", took
 
 
+@yields("console: start to first prompt")
+def bench_console(program, count):
+    """A console with a kernel of its own. The first start is not counted: it makes folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = clean_environment(folder, TERM="xterm")
+        for is_counted in (False, True):
+            began = time.perf_counter()
+            terminal = Terminal([sys.executable, *program], env, folder)
+            terminal.number(r"In .*?\[.*?(1)")   # there may be colours in between
+            if is_counted:
+                yield "console: start to first prompt", (time.perf_counter() - began) * 1000
+            terminal.end()
+
+
+@yields("console: start to first prompt")
+def bench_two_interpreters(count):
+    """The limit of a console and its kernel: one after the other imports zmq."""
+    yield "console: start to first prompt", milliseconds(lambda: [
+        subprocess.run([sys.executable, "-c", "import zmq"], check=True) for _ in range(2)])
+
+
 BENCHES = [  # column, needed module, function, its arguments before the count of round trips
     ("limit", None, bench_interpreter),
     ("limit", None, bench_echo),
@@ -22253,6 +22712,9 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "nbclient", bench_run, NBCLIENTS_RUN),
     ("ours", None, bench_memory, None),
     ("theirs", "jupyter_server", bench_memory, jupyter_server),
+    ("limit", None, bench_two_interpreters),
+    ("ours", "pexpect", bench_console, [HERE / "minijupyter.py", "console"]),
+    ("theirs", "jupyter_console", bench_console, ["-m", "jupyter_console"]),
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
     ("ours", "playwright", bench_big_page, None),
