@@ -12423,6 +12423,135 @@ class UnderTheHood(ServerCase):
         self.page.finish(self.page.start("1"))
 
 
+class TraceKept(ServerCase):
+    """`--trace FILE` and `--trace -`: what passes is kept from the server's start to its end."""
+
+    @classmethod
+    def setUpClass(cls):
+        """The same lesson twice: once into a file, once on the terminal."""
+        folder = Path(class_folder(cls))
+        cls.file, cls.shown = folder / "lesson.json", []
+        for trace in (str(cls.file), "-"):
+            server = Server(options=["--trace", trace])
+            cls.addClassCleanup(server.end)
+            cls.give_lesson(server)
+            server.process.end()
+            cls.shown.append(server.process.output)
+        cls.token, cls.events = server.token, json.loads(cls.file.read_text())["events"]
+
+    @staticmethod
+    def give_lesson(server):
+        page = server.frontend(server.post("/api/kernels", {}).json["id"])
+        page.typed = ["sesame"]
+        page.finish(page.start("import getpass; getpass.getpass(); print('hello'); 6 * 7"))
+        page.finish(page.start("print('x' * 200_000)"))
+        server.get(f"/api/contents/none?token={server.token}", Authorization=None)
+        page.wire.close()
+
+    def test_the_file_has_every_message_from_the_start_of_the_kernel_to_its_end(self):
+        self.assertEqual([event["kind"] for event in self.events[:1] + self.events[-1:]],
+                         ["process"] * 2)
+        texts = [b"".join(map(base64.b64decode, event["parts"])) for event in self.events]
+        for words in (b"start as process", b"execute_request", b"6 * 7", b'"hello\\n"',
+                      b"shutdown_request", b"ended with exit code 0"):
+            with self.subTest(words):
+                self.assertTrue(any(words in text for text in texts))
+
+    def test_secrets_are_hidden_in_the_file_and_on_the_terminal(self):
+        for event in self.events:
+            for data in map(base64.b64decode, event["parts"]):
+                text = unmasked(data) if event["kind"] == "websocket" else data
+                self.assertNotIn(b"sesame", text)
+                self.assertNotIn(self.token.encode(), text)
+        lines = self.shown[1].partition("Ctrl-C stops it")[2]
+        self.assertIn("GET /api/contents/none?token=****************", lines)
+        for secret in ("sesame", self.token):
+            self.assertNotIn(secret, lines)
+
+    def test_the_terminal_shows_a_line_for_each_step_of_a_cell(self):
+        lines = self.shown[1].split("\n")
+        number = re.search(r"#\d+", next(line for line in lines if "getpass" in line))[0]
+        cell = "\n".join(line for line in lines if re.search(rf"{number}\b", line))
+        self.assertEqual(re.findall(r"server ◀─ kernel +iopub +(\w+)", cell),
+                         ["status", "execute_input", "stream", "execute_result", "status"])
+        for line in (r"browser ─▶ server +shell +execute_request +#\d+ +\d+ B  import getpass",
+                     r"server ─▶ kernel +stdin +input_reply +of #\d+ +\d+ B$",
+                     r"server ◀─ kernel +shell +execute_reply +of #\d+ +\d+ B  ok$",
+                     r"browser ◀─ server +iopub +stream +of #\d+ +\d+ B  hello$",
+                     r"browser ◀─ server +iopub +execute_result +of #\d+ +\d+ B  42$"):
+            with self.subTest(line):
+                self.assertRegex(cell, f"(?m)^[\\d:.]+ +{line}")
+
+    def test_of_a_long_message_the_terminal_tells_type_and_size(self):
+        self.assertRegex(self.shown[1], r"(?m)browser ◀─ server .* stream +of #\d+ +200,\d+ B$")
+
+    def test_heartbeats_and_questions_of_the_server_are_not_shown(self):
+        self.assertNotIn("hb", self.shown[1].partition("Ctrl-C")[2])
+        infos = re.findall(r"server ─▶ kernel +shell +kernel_info_request", self.shown[1])
+        self.assertEqual(len(infos), 1)   # the frontend's; the server asks as well
+
+    def test_the_file_can_be_loaded_while_the_server_runs_and_after_it_was_killed(self):
+        path = self.folder() / "trace.json"
+        server = self.own_server(options=["--trace", str(path)])
+        server.get("/api")
+        wait_until(lambda: len(json.loads(path.read_text())["events"]) == 1)
+        server.process.popen.kill()
+        server.process.exit_code()
+        self.assertEqual(len(json.loads(path.read_text())["events"]), 1)
+
+    def test_a_trace_takes_the_place_of_an_earlier_one_and_of_no_other_file(self):
+        path = self.folder() / "lesson.ipynb"
+        keep = minijupyter.TraceFile(path).keep
+        keep([{"n": 1, "parts": [b"x" * 1000]}])
+        minijupyter.TraceFile(path).keep([{"n": 2, "parts": [b"ab"]}])
+        self.assertEqual(json.loads(path.read_text())["events"], [{"n": 2, "parts": ["YWI="]}])
+        path.write_text('{"cells": []}')
+        for wish, reason in ((path, "no trace"), (path.parent, "directory"),
+                             (path / "x", "Not a directory"), ("", "No such file")):
+            with self.subTest(wish):
+                ended = subprocess.run(
+                    [sys.executable, HERE / "minijupyter.py", path.parent, "--no-browser",
+                     "--trace", wish], capture_output=True, text=True, timeout=SECONDS)
+                self.assertEqual((ended.returncode, ended.stdout), (1, ""))
+                self.assertRegex(ended.stderr, f"^Cannot write the trace .*{reason}.*\n$")
+        self.assertEqual(path.read_text(), '{"cells": []}')
+
+    def test_when_the_disk_is_full_the_trace_ends_whole_and_the_server_goes_on(self):
+        path = self.folder() / "trace.json"
+        code = (f"import minijupyter, sys; minijupyter.MOST_OF_TRACE = 5_000; "
+                f"sys.argv[1:] = [{str(path.parent)!r}, '--no-browser', '--trace', {str(path)!r}, "
+                f"'--token', 'secret']; minijupyter.main()")
+        process = Process([sys.executable, "-c", code], cwd=HERE)
+        self.addCleanup(process.end)
+        port = process.wait_for(r"127\.0\.0\.1:(\d+)")[1]
+        for _ in range(20):
+            client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=SECONDS)
+            client.request("GET", "/api/contents", headers={"Authorization": "token secret"})
+            self.assertEqual(Reply(client.getresponse()).status, 200)
+            client.close()
+        process.wait_for("The trace ends here: the file is as long as a page can load")
+        self.assertIsNone(process.popen.poll())
+        json.loads(path.read_text())
+
+    @needs("pexpect")
+    def test_on_a_terminal_the_lines_have_the_colour_of_their_channel(self):
+        import pexpect
+        words = [str(HERE / "minijupyter.py"), str(self.folder()), "--no-browser", "--trace", "-"]
+        for more, is_coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            server = pexpect.spawn(sys.executable, words, timeout=SECONDS, dimensions=(40, 160),
+                                   env=clean_environment(self.folder(), TERM="xterm", **more))
+            self.addCleanup(server.close, True)
+            server.expect(r"127\.0\.0\.1:(\d+)/\S*token=(\w+)")
+            port, token = server.match[1].decode(), server.match[2].decode()
+            client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=SECONDS)
+            client.request("GET", "/api", headers={"Authorization": f"token {token}"})
+            client.getresponse().read()
+            client.close()
+            server.expect(r"(\x1b\[2m)?[\d:.]+  browser [^\n]*GET /api ")
+            with self.subTest(more):
+                self.assertEqual(server.match[1] is not None, is_coloured)
+
+
 class PastFlaws(ServerCase):
     """What once went wrong in Jupyter's servers, each under its number; those that other tests
     tell are not repeated: foreign origins, paths to the root's neighbours, a kernel's folder."""
@@ -17398,6 +17527,27 @@ class PageUnderTheHood(PageCase):
             for depth in ("JSON", "Bytes", "Source", "Fields"):
                 tab.page.locator("#hood-detail").get_by_role("tab", name=depth).click()
             self.assertShows(tab.page.locator("#hood-detail"), "bytes")
+
+    def test_a_trace_that_the_server_has_written_shows_the_journey_of_a_cell(self):
+        path = self.folder() / "lesson.json"
+        server = self.own_server(options=["--trace", str(path)])
+        page = server.frontend(server.post("/api/kernels", {}).json["id"])
+        page.finish(page.start("6 * 7"))
+        page.wire.close()
+        server.end()
+        tab = self.look("")
+        tab.page.locator("[name=file]").set_input_files(path)
+        self.assertShows(tab.page.locator("#hood-news"), "This is lesson.json")
+        self.rows(tab, "ended with exit code 0").wait_for()
+        labels = self.labels(tab)
+        for row in (["Browser", "Server", "execute_request 6 * 7"],
+                    ["Server", "shell", "execute_request 6 * 7"],
+                    ["iopub", "Server", "execute_result 42"],
+                    ["Server", "Browser", "execute_result 42"],
+                    ["shell", "Server", "execute_reply ok"]):
+            self.assertIn(row, labels)
+        detail = self.choose(tab, "execute_result 42", "Source")
+        self.assertShows(detail, "execute_result")
 
     def test_the_ladder_is_filtered_and_hides_what_comes_all_the_time(self):
         tab = self.look("1")
