@@ -31,6 +31,8 @@
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
       python test_minijupyter.py core         Part I alone, and with all of Part II but one section
+      python test_minijupyter.py lab N        a student's work on a sheet of the README; --hint
+      python test_minijupyter.py clinic N     a copy with one spoiled line; --answer FILE:LINE
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -54,8 +56,9 @@ Sections:
     8 WebSocket frames and the bridge
     9 The page, in Chromium and Firefox
     10 Documentation under test
-    11 Bench
-    12 main
+    11 Labs and the clinic
+    12 Bench
+    13 main
 
 Left out on purpose: assertions about time (the benchmark measures, it does not judge), and
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
@@ -71,6 +74,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -19981,7 +19985,720 @@ def dependencies(text):
     return re.findall(r'"([^"]+)"', block)
 
 
-# ---- 11. Bench ----------------------------------------------------------------------
+# ---- 11. Labs and the clinic --------------------------------------------------------
+#
+# The README's sheets are done in a copy of the five files, and checked in that copy, because these
+# tests run beside the sources that they check: `lab N` does from outside what the sheet asks for
+# and says in words what is missing; `--hint` shows one hint more each time. `clinic N` writes a
+# copy in which one line is spoiled, with its case file; `clinic N --answer FILE:LINE` judges a
+# diagnosis.
+#
+# To add a lab, write a function `lab_N(lab)` below `@sheet(title, three hints)`, and a sheet of
+# that title. To add a case, add a row to CLINIC. What would tell an answer is no clear text:
+# spoiled lines, and the work of the student that the tests make up, are in ROT13, as on Usenet (in
+# vim, `g?` reads it); answers to questions are kept as `sealed` gives them.
+
+LABS = {}          # number -> (title, function of a Lab, hints)
+MEMORY = HERE / ".labs.json"   # {"hints": {number: how many were shown}, "solved": [cases]}
+ENOUGH_CASES = 3   # that lab 11 asks for
+LUCKY_TRIES = 5    # of a test that fails most often
+rot13 = functools.partial(codecs.encode, encoding="rot13")
+
+
+class Missing(Exception):
+    """What a student's work lacks, in words."""
+
+
+class Lab:
+    """A student's work on one sheet, checked from outside. Kernels and servers that it starts end
+    with it."""
+
+    def __init__(self, number, say=print):
+        self.number, self.say, self.stack = number, say, contextlib.ExitStack()
+
+    def expect(self, promise, is_kept, why=""):
+        """Say that a promise is kept. Raises Missing when it is not."""
+        if not is_kept:
+            raise Missing(f"{promise}\n         {why}".rstrip())
+        self.say(f"ok       {promise}")
+
+    def script(self, end=".py"):
+        """The student's own file: lab3.py. Raises Missing when it is not there."""
+        path = HERE / f"lab{self.number}{end}"
+        if not path.exists():
+            raise Missing(f"{path.name} lies beside the five files\n         There is no {path}.")
+        return path
+
+    def kernel(self, argv=OURS):
+        """A KernelProcess that ends with the lab."""
+        own = KernelProcess(argv)
+        self.stack.callback(own.end)
+        return own
+
+    def frontend(self, own):
+        """A Frontend on it. Raises Missing, with what the process said, when it does not answer."""
+        try:
+            frontend = own.connect()
+        except TimeoutError:
+            raise Missing("the kernel starts and answers kernel_info_request\n         It says: "
+                          f"{last_lines(own.process.output)}") from None
+        self.stack.callback(frontend.wire.close)
+        return frontend
+
+    def run(self, frontend, code):
+        """The Answer to a cell. Raises Missing when the kernel does not finish it."""
+        try:
+            return frontend.finish(frontend.start(code))
+        except TimeoutError:
+            raise Missing(f"`{code}` comes to its end\n         A reply on shell and `idle` on "
+                          f"iopub are needed; so far there is {frontend.log[-8:]}.") from None
+
+    def page(self, *sources):
+        """A Tab on a notebook in a server and a Chromium of its own. Raises Missing when the page
+        stays blank, with the error on its console."""
+        if not CHROMIUM or not importlib.util.find_spec("playwright"):
+            raise Missing("Chromium and playwright are there to look at the page\n         Install "
+                          "chromium and `pip install playwright`, or judge it by the sheet.")
+        server, errors = Server(), []
+        self.stack.callback(server.end)
+        context = browser().new_context()
+        self.stack.callback(context.close)
+        (server.root / "lab.ipynb").write_bytes(jupyter_bytes(notebook(*sources)))
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url[0])
+        page.goto(f"http://127.0.0.1:{server.port}/notebooks/lab.ipynb")
+        try:
+            Tab(page).wait_for(kernel="idle")
+        except Exception as problem:
+            raise Missing("the page opens a notebook\n         A blank page is a script that does "
+                          f"not run: {errors or problem}") from None
+        return Tab(page)
+
+    def answer(self, question):
+        """What the student answers on the terminal. Raises Missing at the end of the input."""
+        try:
+            return input(f"{question}\n> ").strip()
+        except EOFError:
+            raise Missing("each question gets an answer\n         The input has ended.") from None
+
+    def wait(self, tab):
+        """Wait until all cells of a page are done. Raises Missing when they do not end."""
+        from playwright.sync_api import TimeoutError as TookTooLong
+        try:
+            tab.wait_until_done()
+        except TookTooLong:
+            raise Missing("the cells come to their end\n         After "
+                          f"{SECONDS} s they are {', '.join(tab.states())}.") from None
+
+    def ask(self, question, *answers):
+        """Put a question whose answer is one of `answers`, which are `sealed`."""
+        answer = self.answer(question)
+        self.expect("that is right", sealed(self.number, answer) in answers,
+                    f"{answer!r} is not the answer. Look again, in the page and in the source.")
+
+
+def sealed(number, answer):
+    """A short hash of an answer to a question of lab `number`; case, quotes and ends do not
+    count. For a new question: python -c "import test_minijupyter as t; print(t.sealed(4, 'x'))"."""
+    words = re.sub(r"[^\w\[\]* ]", "", answer.lower().removesuffix("()")).split()
+    return hashlib.sha256(f"lab {number}: {' '.join(words)}".encode()).hexdigest()[:12]
+
+
+def last_lines(text, count=5):
+    return "\n         ".join(text.rstrip().split("\n")[-count:]) or "nothing"
+
+
+def sheet(title, *hints):
+    """Enter the function below, `lab_N`, as the check of lab N."""
+    def enter(function):
+        LABS[int(function.__name__.removeprefix("lab_"))] = title, function, hints
+        return function
+    return enter
+
+
+@sheet("A magic",
+       "The head of the section Magics in kernel.py says what a magic is. Read magic_pwd.",
+       "`line` is the rest of the line behind the name. What a method prints, the cell shows.",
+       "`%hello?` goes through Magics.pinfo; what it shows of a function is its docstring.")
+def lab_1(lab):
+    frontend = lab.frontend(lab.kernel())
+    cell = lab.run(frontend, "%hello Ada")
+    lab.expect("`%hello Ada` runs", cell.status == "ok", cell.error.get("evalue", ""))
+    lab.expect("it greets Ada", "Ada" in cell.text(), f"It printed {cell.text()!r}.")
+    cell = lab.run(frontend, "%hello")
+    lab.expect("`%hello` alone greets as well", cell.status == "ok" and cell.text().strip(),
+               f"It printed {cell.text()!r}.")
+    lab.expect("`%lsmagic` lists it", "%hello" in lab.run(frontend, "%lsmagic").text())
+    payload = lab.run(frontend, "%hello?").reply["content"]["payload"]
+    shown = plain_text("".join(each["data"]["text/plain"] for each in payload))
+    methods = [node for node in ast.walk(ast.parse(text_of("kernel.py")))
+               if getattr(node, "name", None) == "magic_hello"]
+    about = ast.get_docstring(methods[0]) if methods else None
+    lab.expect("`%hello?` shows what the method does", about and about.split("\n")[0] in shown,
+               f"magic_hello has the docstring {about!r}; the pager shows {shown[:200]!r}.")
+
+
+@sheet("A renderer",
+       "The rows at the end of section 17 of index.html, More types of output, are such rows.",
+       "`h('td', {}, text)` makes an element, and text stays text; a child may be a list.",
+       "addRenderer(rank, /^text\\/csv$/, text => …) must return one node. Rank 101 takes all of "
+       "text/: yours must be lower.")
+def lab_2(lab):
+    csv = "name,born\nAda,1815\n<img src=x>,1"
+    tab = lab.page(f"display({{'text/csv': {csv!r}, 'text/plain': 'plain'}}, raw=True)",
+                   "display({'text/csv': 'a,b', 'text/html': '<b>rich</b>'}, raw=True)")
+    tab.command("run-all")
+    lab.wait(tab)
+    output = tab.outputs(0)
+    mime = output.locator(".output").get_attribute("data-mime")
+    lab.expect("of text/csv and text/plain the page draws text/csv", mime == "text/csv",
+               f"It draws {mime}.")
+    rows = [row.locator("td, th").all_text_contents() for row in output.locator("tr").all()]
+    wanted = [line.split(",") for line in csv.split("\n")]
+    lab.expect("each line is a row of a table, each field a cell", rows == wanted,
+               f"Wanted {wanted}, got {rows}.")
+    lab.expect("a field that looks like HTML stays text", output.locator("img").count() == 0)
+    mime = tab.outputs(1).locator(".output").get_attribute("data-mime")
+    lab.expect("text/html, which is richer, is still drawn before it", mime == "text/html",
+               f"The page draws {mime}: the rank is lower than HTML's.")
+
+
+@sheet("Eavesdrop",
+       "The connection file is JSON; `endpoint(connection, 'iopub')` in minijupyter.py puts the "
+       "address together.",
+       "A SUB socket hears nothing until it subscribes: the empty topic b'' is everything.",
+       "Session(key).unpack(parts) gives a dict; its header has the msg_type. Print with "
+       "flush=True, or a pipe keeps your lines.")
+def lab_3(lab):
+    script, own = lab.script(), lab.kernel()
+    frontend = lab.frontend(own)
+    listener = Process([sys.executable, script, own.file], cwd=HERE)
+    lab.stack.callback(listener.end)
+    deadline = time.monotonic() + SECONDS
+    while "execute_input" not in listener.output and not listener.ended \
+            and time.monotonic() < deadline:   # it may not have subscribed yet
+        lab.run(frontend, "print('secret of the cell'); 6 * 7")
+    lab.expect("lab3.py CONNECTION_FILE runs on while there is something to hear",
+               not listener.ended, f"It says: {last_lines(listener.output)}")
+    for msg_type in ("status", "execute_input", "stream", "execute_result"):
+        lab.expect(f"it prints each {msg_type}", msg_type in listener.output,
+                   f"It says: {last_lines(listener.output)}")
+    source = script.read_text("utf-8")
+    lab.expect("it verifies what it hears with Session", "Session" in source)
+
+
+@sheet("Forge",
+       "The arrow is the second execute_request, from Server to shell: only that one is signed. "
+       "The arrow to choose afterwards comes from the process at the right.",
+       "The tab Source of that arrow leads to two lines of kernel.py: the one that wrote the log, "
+       "and, by its button, the one that says why.",
+       "Count the arrows from the kernel to the server behind the forged one: status, reply?")
+def lab_4(lab):
+    lab.ask("The forged message: which method of Session refuses it?", "621850eb15e7")
+    lab.ask("What does the kernel log about it? (the five words in quotation marks)",
+            "4b8bb29fc577")
+    lab.ask("How many messages does the kernel send back to the forger?",
+            "bbdf74300c19", "ecd2d8f152db")
+    lab.ask("And the true message, sent again: which word does the kernel log?", "0f3f6db38027")
+    lab.ask("Which method of Session refuses that one?", "2a077f527951")
+
+
+@sheet("Two signs of the end",
+       "Choose the arrows from Server to Browser, in their order, and compare their times.",
+       "While the button is pressed, look at the prompt left of the cell for two seconds.",
+       "The first line of Execution.settle names the two fields that it asks for.")
+def lab_5(lab):
+    lab.ask("iopub is late. Which message of the cell reaches the browser first?", "ae9b45c4845f")
+    lab.ask("What does the cell's prompt show meanwhile, brackets included?", "a94b1c0e9013")
+    lab.ask("Which field of Execution is still null then?", "5a9ccfbbe4a8")
+    lab.ask("Which message sets it? (msg_type and state)", "8a3497ff7b55", "a4fe6e2fcc8a")
+
+
+@sheet("Order",
+       "The test is one of those that run Part I alone: `python test_minijupyter.py core`.",
+       "What a child process prints comes through a pipe. Whoever reads the pipe before `idle` is "
+       "queued keeps promise I2.",
+       "Search kernel.py for catch_up: a section of Part II sets it, and publish calls it.")
+def lab_6(lab):
+    name = lab.answer("Which test fails with your kernel.py? (Class.test_…)")
+    case, _, method = name.partition(".")
+    lab.expect("there is a test of that name", method and hasattr(globals().get(case), method),
+               f"There is no {name!r}. `python test_minijupyter.py core` shows sentences; the "
+               "code has them as Class.test_….")
+    tries = (run_beside(HERE, name) for _ in range(LUCKY_TRIES))
+    done = next((done for done in tries if done.returncode), None)
+    lab.expect("it fails with your kernel.py", done, "It passes: is the call to drain in "
+               "Cells.leave gone, and is one behind kernel.finish in Cells.execute?")
+    lab.expect("it fails because something came after idle", re.search(
+        r"idle stream|!= 'c\\n'", done.stdout), last_lines(done.stdout))
+    lab.ask("With Part II nothing fails. Which of its sections does the work? (its title)",
+            "f792e204cbcc")
+
+
+@sheet("A button",
+       "Section 8 of index.html, Commands and keys, says what the five fields of a row are.",
+       "The notebook's method `run` takes a list of cells, and `active` is the selected one.",
+       "A list may hold the same cell ten times.")
+def lab_7(lab):
+    tab = lab.page("n = globals().get('n', 0) + 1\nn", "'another'")
+    row = tab.page.evaluate("(({ menu, label } = {}) => menu && [menu, label])"
+                            "(commandNamed('run-ten-times'))")
+    lab.expect("a menu has a command run-ten-times", row, "There is no such row in COMMANDS.")
+    tab.select(0)
+    tab.page.evaluate("void runCommand('run-ten-times')")
+    lab.wait(tab)
+    lab.expect("it runs the selected cell ten times", tab.texts()[0] == "10",
+               f"The cell counts its runs, and shows {tab.texts()[0]!r}.")
+    lab.expect("and no other", tab.texts()[1] == "")
+
+
+@sheet("A language",
+       "AnotherLanguage in these tests is a calculator of another kind; Interpreter's docstring "
+       "says what a language needs.",
+       "`run` is async; it shows a value by self.displayhook(value), and what it raises becomes "
+       "the cell's error.",
+       "A stack: push numbers; at + - * / pop two and push what they give. The last line of the "
+       "calculator in the tests starts the kernel.")
+def lab_8(lab):
+    own = lab.kernel([sys.executable, str(lab.script()), "-f", "{connection_file}"])
+    frontend = lab.frontend(own)
+    for code, result in (("3 4 +", "7"), ("2 3 4 + *", "14"), ("10 2 - 4 /", "2"), ("5", "5")):
+        cell = lab.run(frontend, code)
+        is_right = cell.result is not None and float(cell.result) == float(result)
+        lab.expect(f"`{code}` gives {result}", is_right, f"Got {cell.result}; {cell.error}")
+    for code in ("1 +", "one two", "1 0 /"):
+        cell = lab.run(frontend, code)
+        lab.expect(f"`{code}` is an error, in the reply and on iopub",
+                   cell.status == "error" and cell.error.get("ename"), repr(cell))
+    own.interrupt()
+    lab.expect("it lives on after errors and an interrupt",
+               lab.run(frontend, "1 1 +").result is not None)
+    about = frontend.request("kernel_info_request").reply["content"]["language_info"]["name"]
+    lab.expect("kernel_info_reply names the language", about != "python", f"It says {about}.")
+
+
+@sheet("Be the frontend",
+       "Two sockets are enough: a DEALER to shell, a SUB to iopub that subscribes to b''.",
+       "iopub connects a little later than shell: wait for its first message (iopub_welcome, or "
+       "the status of a kernel_info_request) before you ask for the cell.",
+       "Only messages whose parent_header has your msg_id are yours. Stop when you have both: the "
+       "reply on shell, and status idle on iopub.")
+def lab_9(lab):
+    script = lab.script()
+
+    def ask(code):
+        listener = Process([sys.executable, script, lab.kernel().file, code], cwd=HERE)
+        lab.stack.callback(listener.end)
+        try:
+            return listener.exit_code(), listener.output
+        except subprocess.TimeoutExpired:
+            raise Missing(f"lab9.py CONNECTION_FILE {code!r} comes to its end\n         It waits: "
+                          f"reply and idle are in? So far: {last_lines(listener.output)}") from None
+
+    code, shown = ask("print('hello'); 6 * 7")
+    lab.expect("it shows what the cell prints, and its value", "hello" in shown and "42" in shown,
+               f"It says: {last_lines(shown)}")
+    lab.expect("it ends with exit code 0", code == 0, f"The code is {code}.")
+    _, shown = ask("for i in range(30_000): print(i)")
+    lines = [line for line in shown.split("\n") if line.strip().isdigit()]
+    lab.expect("of a long output it loses nothing, and mixes nothing up",
+               [*map(int, lines)] == [*range(30_000)], f"{len(lines):,} of 30,000 lines came.")
+    code, shown = ask("1/0")
+    lab.expect("it shows the name of an error", "ZeroDivisionError" in shown, last_lines(shown))
+    lab.expect("and tells it by its exit code", code != 0, "The code is 0.")
+
+
+@sheet("Break in",
+       "Take one test of PastFlaws, read what it sends, and send it yourself with curl.",
+       "Under the hood, the tab Source of the exchange's arrow shows the endpoint; the refusal "
+       "stands on its way there: Handler.admit, Access, Contents.resolve.",
+       "Put a `pass` in the line's place: the right line is the one whose test fails then, while "
+       "the others pass.")
+def lab_10(lab):
+    rows = [line.split() for line in lab.script(".txt").read_text("utf-8").split("\n") if line]
+    lab.expect("lab10.txt has three lines or more: test_NAME FILE:LINE",
+               len(rows) >= 3 and all(len(row) == 2 for row in rows), f"It has {rows}.")
+    lab.expect("they name three tests of PastFlaws, and three lines",
+               all(name in vars(PastFlaws) for name, _ in rows) and all(
+                   len({*column}) == len(rows) for column in zip(*rows, strict=True)),
+               "Each test and each line once; the tests: " + ", ".join(
+                   name for name in vars(PastFlaws) if name.startswith("test_")))
+    for name, place in rows:
+        file, line = read_place(place)
+        with tempfile.TemporaryDirectory(prefix="minijupyter-lab-") as folder:
+            copy_files(folder)
+            path = Path(folder, file)
+            path.write_text(without_statement(path.read_text("utf-8"), line), "utf-8")
+            done = run_beside(folder, "PastFlaws.")
+        broken = re.findall(r"(?m)^FAILED PastFlaws: (.+) \(", done.stdout)
+        sentence = name.removeprefix("test_").replace("_", " ")
+        lab.expect(f"without {place} the server still works", len(broken) < 6
+                   and re.search(r"\d+ passed", done.stdout), last_lines(done.stdout + done.stderr))
+        lab.expect(f"and {name} fails", sentence in broken,
+                   f"What fails then: {'; '.join(broken) or 'nothing'}.")
+
+
+@sheet("The bug clinic",
+       "First make it go wrong twice. Then run the same cell in your own copy beside it, and "
+       "compare the two ladders arrow by arrow: which is the first that differs?",
+       "`grep -n Journey kernel.py minijupyter.py index.html` gives the line of that station; the "
+       "tab Source of the arrow gives it as well.",
+       "Read the function that the station stands in as if you had never seen it, word by word.")
+def lab_11(lab):
+    solved = remembered().get("solved", [])
+    lab.expect(f"{ENOUGH_CASES} cases of the clinic are solved", len(solved) >= ENOUGH_CASES,
+               f"Solved here: {solved or 'none'}. `python test_minijupyter.py clinic` lists them.")
+
+
+@sheet("Grow Part I",
+       "lab12.py is kernel.py without what stands between the two marks of Part II, and the marks.",
+       "A handler is a function of (kernel, request) below `@handles(\"io\")`; what it returns is "
+       "the content of the reply. The specification's “Completion” says which four fields.",
+       "kernel.interpreter.namespace has the user's names, vars(builtins) and keyword.kwlist the "
+       "others. Look backwards from cursor_pos for the word's beginning.")
+def lab_12(lab):
+    script = lab.script()
+    source = script.read_text("utf-8")
+    lab.expect("it is Part I: the two marks are gone, and what stood between them",
+               PART_II not in source and len(source.split("\n")) < 2_300,
+               f"It has {len(source.split(chr(10))):,} lines.")
+    frontend = lab.frontend(lab.kernel([sys.executable, str(script), "-f", "{connection_file}"]))
+    cell = lab.run(frontend, "alphabet = 1")
+    lab.expect("it runs cells", cell.status == "ok", cell)
+    blocking = frontend.start("import time\nprint('ready')\ntime.sleep(60)")
+    frontend.until(blocking.text)
+    for code, at, match, start in (("alph", 4, "alphabet", 0), ("x = prin + 1", 8, "print", 4),
+                                   ("(lamb", 5, "lambda", 1)):
+        asked = frontend.ask("complete_request", code=code, cursor_pos=at)
+        with contextlib.suppress(TimeoutError):
+            frontend.finish(asked, seconds=5)
+        content = asked.reply["content"] if asked.reply else {}
+        lab.expect(f"while a cell runs, {code[:at]!r} is completed to {match}",
+                   match in content.get("matches", ()), f"The reply: {content or 'none came'}")
+        place = content.get("cursor_start"), content.get("cursor_end")
+        lab.expect(f"cursor_start and cursor_end are {start} and {at}", place == (start, at), place)
+
+
+# -- the clinic --
+
+class Patient:
+    """A copy of the program with one spoiled line. `was` and `now` are that line before and after,
+    `because` what follows from it, all in ROT13; `shown_by` is a test that fails."""
+
+    def __init__(self, title, complaint, cells, shown_by, file, was, now, because):
+        self.title, self.complaint, self.cells, self.shown_by = title, complaint, cells, shown_by
+        self.file, self.was, self.now, self.because = file, rot13(was), rot13(now), rot13(because)
+
+    def spoiled(self, source):
+        """The source with the spoiled line. It stands there once: a test sees to that."""
+        return source.replace(self.was, self.now)
+
+    def lines(self, source):
+        """The numbers of the lines of the spoiled statement, in a healthy or a spoiled source."""
+        at = max(source.find(self.was), source.find(self.now))
+        same = os.path.commonprefix([self.was, self.now])
+        line = source.count("\n", 0, at) + same.count("\n") + 1
+        if not self.file.endswith(".py"):
+            return range(line - 1, line + 2)
+        first, last = statement_at(source, line)
+        return range(first, last + 1)
+
+
+CLINIC = [
+    Patient("Silent prints",
+            "Values appear, but nothing that a cell prints does. No error is shown anywhere.",
+            ["print('hello')\n6 * 7"],
+            "KernelOutput.test_stdout_and_stderr_keep_their_order",
+            "kernel.py",
+            "grkg[fgneg:fgneg + ZBFG_GRKG]}, cnerag)",
+            "grkg[fgneg:fgneg + ZBFG_GRKG]}, {})",
+            "Fgngvba 8: fgernz yrnirf jvgu na rzcgl cnerag_urnqre. Gur cntr svaqf gur pryy bs "
+            "na bhgchg ol vgf cnerag'f zft_vq (fgngvba 12), naq qenjf jung unf abar abjurer. "
+            "Haqre gur ubbq gur neebj vf gurer, ohg vg unf ab pbybhe, naq vgf gvzr qbrf abg "
+            "pbhag sebz gur xrl cerff."),
+    Patient("Done too early",
+            "Over a slow network a cell looks finished, its number in the prompt, and its "
+            "output comes a while later. (Press *Delay iopub* to have such a network.)",
+            ["for i in range(3): print(i)"],
+            "PageUnderTheHood.test_messages_are_held_and_let_pass_one_by_one",
+            "index.html",
+            "vs (guvf.ercyl === ahyy || guvf.vqyrNg === ahyy || guvf.vfFrggyrq) erghea;",
+            "vs (guvf.ercyl === ahyy || guvf.vfFrggyrq) erghea;",
+            "Fgngvba 12: gur cntr nfxf sbe gur ercyl nybar. Ercyl naq bhgchg geniry ba gjb "
+            "fbpxrgf, fb gung rvgure znl pbzr svefg; vqyr fnlf gung nyy bhgchg vf va."),
+    Patient("It runs on",
+            "*Run all* does not stop at an error: the cells behind it run, on values that are "
+            "not there.",
+            ["x = 1", "x / 0", "print('this must not run')"],
+            "KernelErrors.test_cells_queued_behind_an_error_are_aborted",
+            "kernel.py",
+            'erghea {"fgnghf": "reebe", **pbagrag}',
+            'erghea {"fgnghf": "bx", **pbagrag}',
+            "Orgjrra fgngvbaf 7 naq 10: reebe vf choyvfurq, ohg gur ercyl fnlf bx, jvgu gur "
+            "ranzr bs na reebe orfvqr vg. Pryyf.rkrphgr ybbxf ng gur ercyl'f fgnghf jura vg "
+            "nobegf gur pryyf gung jnvg."),
+    Patient("It does not stop",
+            "Interrupt (I twice, or the button) has no effect: the cell sleeps on. The server "
+            "answers 204.",
+            ["import time\ntime.sleep(600)"],
+            "Kernels.test_interrupt_stops_a_running_cell",
+            "minijupyter.py",
+            "frys.fraq_fvtany(fvtany.FVTVAG)",
+            "frys.fraq_fvtany(fvtany.FVTPBAG)",
+            "Ab fgngvba: na vagreehcg gnxrf nabgure jnl, CBFG gb gur freire naq n fvtany gb gur "
+            "cebprff. Haqre gur ubbq gur neebj gb gur cebprff fnlf fvtany 18 (Pbagvahrq), jurer "
+            "2 (Vagreehcg) orybatf."),
+    Patient("Nobody hears my answer",
+            "`input()` asks, I answer, the answer is shown, and the cell runs for ever.",
+            ["name = input('Who? ')\nname"],
+            "PageRuns.test_input_is_asked_in_the_cell",
+            "index.html",
+            "    pbafg nafjre = pbagrag => {\n      xreary.fraq('fgqva', 'vachg_ercyl'",
+            "    pbafg nafjre = pbagrag => {\n      xreary.fraq('furyy', 'vachg_ercyl'",
+            "N dhrfgvba'f bja jnl: vachg_erdhrfg pbzrf ba fgqva, naq vachg_ercyl zhfg tb onpx "
+            "ba fgqva. Urer vg tbrf ba furyy, jurer gur xreary ybtf gung vg unf ab unaqyre bs "
+            "gung anzr."),
+    Patient("Tab does nothing",
+            "Cells run, but Tab completes nothing, and no help comes at Shift+Tab.",
+            ["import math\nmath.sq"],
+            "Bridge.test_every_frontend_sees_the_output_and_only_the_asker_the_reply",
+            "minijupyter.py",
+            "xreary.nfxrq_gb_eha.trg(ragel.cnerag_vq) be xreary.nfxrq.trg(ragel.cnerag_vq)",
+            "xreary.nfxrq_gb_eha.trg(ragel.cnerag_vq) be xreary.nfxrq.trg(ragel.pyvrag)",
+            "Fgngvba 11: n ercyl orybatf gb gur cntr jubfr erdhrfg vg anzrf nf vgf cnerag (C2). "
+            "Bs rkrphgr_ercyl gung fgvyy ubyqf; nyy bgure ercyvrf ernpu gur freire naq ab cntr."),
+    Patient("No other client gets in",
+            "In the page all is well. `jupyter console --existing` with the kernel's connection "
+            "file gets no answer to anything. (Kernel, *Connect another client…* shows the "
+            "command. Without it: choose any signed arrow.)",
+            ["6 * 7"],
+            "Wire.test_the_signature_is_the_hmac_of_the_four_parts",
+            "kernel.py",
+            "sbe cneg va wfba_cnegf:\n            qvtrfg.hcqngr(cneg)",
+            "sbe cneg va wfba_cnegf[:3]:\n            qvtrfg.hcqngr(cneg)",
+            "Fgngvbaf 3 naq 4: gur fvtangher yrnirf bhg gur pbagrag. Freire naq xreary hfr gur "
+            "fnzr Frffvba naq nterr va gur zvfgnxr; gur cntr, juvpu pbzchgrf vg narj, naq nyy "
+            "bgure pyvragf qb abg. Jbefr, jubrire punatrf n pbagrag vf abg abgvprq."),
+    Patient("It waits for ever",
+            "The page opens, the kernel is idle; whatever I run keeps its [*] and nothing else "
+            "happens.",
+            ["6 * 7"],
+            "WebSocketFrames.test_every_length_is_read_back",
+            "minijupyter.py",
+            '(2, "!U") vs yratgu == 126',
+            '(2, "<U") vs yratgu == 126',
+            "Orsber fgngvba 2: gur yratgu bs n senzr bs 126 olgrf be zber vf ernq jvgu gur "
+            "jebat olgr svefg, fb gung gur freire jnvgf sbe gubhfnaqf bs olgrf gung arire pbzr. "
+            "Gur gnc fgnaqf oruvaq vg: gur ynqqre fgnlf rzcgl."),
+    Patient("Who wrote last wins",
+            "Two people edit one notebook. Nobody is asked, and the changes of whoever saved "
+            "first are gone. (Change case.ipynb with another editor while the page has it open, "
+            "then change a cell and save.)",
+            ["'mine'"],
+            "ConflictsAndFullDisks.test_a_save_while_the_file_changed_on_disk_is_a_conflict",
+            "minijupyter.py",
+            '.fgevc(\'"\') be Abar)',
+            '.fgevc(\'"\') naq Abar)',
+            "Ab fgngvba: n fnir'f jnl. Gur CHG pneevrf Vs-Zngpu, gur unfu bs gur irefvba gung "
+            "gur cntr unf; gur freire ernqf vg naq gnxrf vg sbe abar, naq nafjref 200 jurer 412 "
+            "orybatf."),
+    Patient("Twice",
+            "Somebody on the network recorded a message to my kernel, and sent it once more. It "
+            "ran twice. (Under the hood, the execute_request from Server to shell: *Send it "
+            "again*.)",
+            ["print('paid')"],
+            "Wire.test_a_replayed_message_is_refused",
+            "kernel.py",
+            "vs fvtangher va frys.frra:",
+            "vs fvtangher va frys.cnerag:",
+            "Fgngvba 4: n fvtangher gung jnf gurer orsber zhfg or ershfrq, be n erpbeqrq "
+            "zrffntr ehaf ntnva. Gur zrzbel vf xrcg, ohg ybbxrq hc va gur jebat cynpr."),
+]
+CASE_FILE = """\
+# Case {number}: {title}
+
+{complaint}
+
+In this folder: the five files, one line spoiled, and `case.ipynb` with the cells of the complaint.
+Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
+
+    python {folder}/minijupyter.py {folder}
+
+Then answer, in this order and in writing:
+
+1. What do you see in the page, and what should be there?
+2. Under the hood, which is the first arrow that is missing, wrong, or at a wrong place? (Run the
+   same cell in your own copy, beside it.) Which arrows are as they should be?
+3. So between which two stations of the journey does it go wrong? (`grep -n Journey *.py *.html`) Or
+   is it on another way than a cell's, and on which?
+4. What did you believe first, and which observation has refuted it?
+5. Which line is it? From your own copy of the five files:
+
+    python test_minijupyter.py clinic {number} --answer FILE:LINE
+
+To compare this folder with a healthy copy by a program would find the line, and teach nothing.
+"""
+
+
+def admit_patient(number, folder):
+    """Write case `number` into a folder: the spoiled copy, a notebook, the case file."""
+    patient = CLINIC[number - 1]
+    copy_files(folder)
+    path = Path(folder, patient.file)
+    path.write_text(patient.spoiled(path.read_text("utf-8")), "utf-8")
+    Path(folder, "case.ipynb").write_bytes(jupyter_bytes(notebook(*patient.cells)))
+    text = CASE_FILE.format(number=number, folder=folder, title=patient.title,
+                            complaint=patient.complaint)
+    Path(folder, "CASE.md").write_text(text, "utf-8")
+    return text
+
+
+def judge(number, place):
+    """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
+    patient = CLINIC[number - 1]
+    file, line = read_place(place)
+    if file != patient.file:
+        print(f"No: {file} is healthy. Which end of the first wrong arrow is its sender?")
+        return 1
+    if line not in patient.lines(text_of(file)):
+        print(f"No: line {line} does its work. The file is the right one.")
+        return 1
+    print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
+          f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
+    memory = remembered()
+    remember(solved=sorted({*memory.get("solved", []), number}))
+    return 0
+
+
+# -- what both need --
+
+def remembered():
+    """What MEMORY holds; what is damaged is forgotten."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(MEMORY.read_text("utf-8")))
+    return {}
+
+
+def remember(**news):
+    try:
+        MEMORY.write_text(json.dumps({**remembered(), **news}), "utf-8")
+    except OSError as problem:
+        print(f"(This cannot be kept for next time: {problem})")
+
+
+def copy_files(folder):
+    for name in FILES:
+        shutil.copy(HERE / name, folder)
+
+
+def run_beside(folder, name):
+    """The finished process of some tests, beside the sources of a folder."""
+    return subprocess.run([sys.executable, "test_minijupyter.py", name], cwd=folder,
+                          capture_output=True, text=True)
+
+
+def read_place(text):
+    """(file, line) of "kernel.py:123", whatever folder stands before it. Raises Missing."""
+    match = re.fullmatch(r"(?:.*[/\\])?([\w.]+):(\d+)", text.strip())
+    if not match or match[1] not in FILES[:3]:
+        raise Missing(f"a place is one of {', '.join(FILES[:3])} and a line: kernel.py:123\n"
+                      f"         This is {text!r}.")
+    return match[1], int(match[2])
+
+
+def statement_at(source, line):
+    """(first, last line) of the smallest statement of Python that holds a line; of one with a
+    block only its head."""
+    found = line, line
+    for node in ast.walk(ast.parse(source)):   # outer ones first
+        if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno:
+            body = getattr(node, "body", None)
+            found = node.lineno, body[0].lineno - 1 if body else node.end_lineno
+    first, last = found
+    return (first, max(first, last)) if line <= max(first, last) else (line, line)
+
+
+def without_statement(source, line):
+    """The source with `pass` in place of the statement at a line. Raises Missing."""
+    nodes = [node for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno]
+    if not nodes:
+        raise Missing(f"line {line} is a statement\n         It is empty, or a comment.")
+    node, lines = nodes[-1], source.split("\n")
+    lines[node.lineno - 1:node.end_lineno] = [" " * node.col_offset + "pass"] + [""] * (
+        node.end_lineno - node.lineno)
+    return "\n".join(lines)
+
+
+def number_among(words, table):
+    """The number that the command line names, if the table has it. Raises Missing."""
+    if not words or not words[0].isdigit() or int(words[0]) not in table:
+        raise Missing(f"a number from {min(table)} to {max(table)} says which one\n         " +
+                      "\n         ".join(f"{n:2} {title}" for n, title in table.items()))
+    return int(words[0])
+
+
+def run_lab(words):
+    """`lab N`: check a student's work. `lab N --hint`: show one hint more."""
+    try:
+        number = number_among(words, {n: title for n, (title, *_) in sorted(LABS.items())})
+        if words[1:] not in ([], ["--hint"]):
+            raise Missing(f"behind the number there may be --hint\n         This is {words[1:]}.")
+    except Missing as problem:
+        print(f"usage: python test_minijupyter.py lab N [--hint]\nmissing  {problem}",
+              file=sys.stderr)
+        return 2
+    return show_hint(number) if words[1:] else check_lab(number)
+
+
+def show_hint(number):
+    _, _, hints = LABS[number]
+    shown = remembered().get("hints", {})
+    count = min(len(hints), shown.get(str(number), 0) + 1)
+    for n, hint in enumerate(hints[:count], 1):
+        print(f"Hint {n} of {len(hints)}: {hint}")
+    remember(hints={**shown, str(number): count})
+    return 0
+
+
+def check_lab(number):
+    """Check lab `number`; returns the exit code."""
+    title, check, _ = LABS[number]
+    lab = Lab(number)
+    print(f"Lab {number}: {title}")
+    try:
+        with lab.stack:
+            check(lab)
+    except Missing as problem:
+        print(f"missing  {problem}\n`python test_minijupyter.py lab {number} --hint` helps.")
+        return 1
+    finally:
+        unittest.doModuleCleanups()
+    print(f"Lab {number} is done. Now explain it, as the sheet asks.")
+    return 0
+
+
+def run_clinic(words):
+    """`clinic N`: write a case. `clinic N --answer FILE:LINE`: judge a diagnosis."""
+    try:
+        number = number_among(words, {n: each.title for n, each in enumerate(CLINIC, 1)})
+        if words[1:2] == ["--answer"] and len(words) == 3:
+            return judge(number, words[2])
+        if words[1:]:
+            raise Missing(f"behind the number there may be --answer FILE:LINE\n         "
+                          f"This is {words[1:]}.")
+    except Missing as problem:
+        print("usage: python test_minijupyter.py clinic N [--answer FILE:LINE]\n"
+              f"missing  {problem}", file=sys.stderr)
+        return 2
+    folder = tempfile.mkdtemp(prefix=f"minijupyter-clinic-{number}-")
+    print(admit_patient(number, folder))
+    print(f"This stands in {Path(folder) / 'CASE.md'}")
+    return 0
+
+
+# ---- 12. Bench ----------------------------------------------------------------------
 #
 # What a user waits for, beside what is physically possible on this machine (the same frames
 # through a bare ZeroMQ socket, the bare interpreter) and beside ipykernel and jupyter_server.
@@ -20803,7 +21520,7 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-# ---- 12. main ----------------------------------------------------------------
+# ---- 13. main ----------------------------------------------------------------
 
 
 def give_up(signum, frame):
@@ -20932,11 +21649,14 @@ def run_tests(suites):
     return result
 
 
+COMMANDS = {"bench": bench, "lab": run_lab, "clinic": run_clinic}   # function of further words
+
+
 def main(names):
-    """Run the benchmark, the parts alone, the tests whose name contains one of `names`, or all."""
+    """Obey a command, or run the parts alone, the tests whose name contains a name, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if names[:1] == ["bench"]:
-        return bench(names[1:])
+    if names and names[0] in COMMANDS:
+        return COMMANDS[names[0]](names[1:])
     if names == ["core"]:
         names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
