@@ -89,6 +89,7 @@ import itertools
 import json
 import operator
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -19910,24 +19911,6 @@ class Documentation(Case):
                 for name in names:
                     self.assertTrue(is_there(name, "\n".join(lines)), name)
 
-    def test_what_the_labs_of_the_readme_name_is_there(self):
-        text = text_of("README.md")
-        labs = " ".join(text[text.index("## Labs"):text.index("## Tests and")].split())
-        programs = [text_of(name) for name in FILES[:3]]
-        to_be_made = {"magic_hello", "%hello?", "text/csv"}
-        for code in {*re.findall(r"`([^`]+)`", labs)} - to_be_made - {*FILES}:
-            name = re.split(r"[ (]", code)[0]
-            with self.subTest(code):
-                if re.fullmatch(r"(?:[A-Z]\w+\.)?\w+", name) and "_" not in code:
-                    self.assertTrue(any(is_there(name, program) for program in programs))
-                else:      # an option, a message type, a call on its object
-                    self.assertTrue(any(name in program for program in programs))
-        buttons = re.findall(r"\*([^*]+)\*", re.sub(r"\d\. \*[^*]+\*", "", labs))
-        self.assertIn("Flip a letter", buttons)
-        for label in buttons:
-            with self.subTest(label):
-                self.assertTrue(re.search(f"[>']{label}['<]", text_of("index.html")))
-
     def test_the_key_and_the_menu_item_of_the_readme_are_those_of_the_page(self):
         key, menu, label = re.search(r"Press `(\w)` \(or (\w+), \*([^*]+)\*\)",
                                      " ".join(text_of("README.md").split())).groups()
@@ -19975,7 +19958,8 @@ class Documentation(Case):
         self.assertEqual(re.findall(r"(?:url\(|@import |import\()[\"']?https?:.*", page), [])
 
     def test_the_top_level_holds_the_five_files_and_nothing_else(self):
-        top = {name for name in os.listdir(HERE) if not name.startswith(".")}
+        top = {name for name in os.listdir(HERE)      # and what a student has written for a lab
+               if not re.match(r"\.|lab\d+\.(?:py|txt)$", name)}
         self.assertEqual(top - {"__pycache__"}, set(FILES))
 
 
@@ -20002,6 +19986,8 @@ LABS = {}          # number -> (title, function of a Lab, hints)
 MEMORY = HERE / ".labs.json"   # {"hints": {number: how many were shown}, "solved": [cases]}
 ENOUGH_CASES = 3   # that lab 11 asks for
 LUCKY_TRIES = 5    # of a test that fails most often
+HEALTHY = ("Bridge.test_a_cell_runs_through_the_server",     # what a server must go on to do
+           "Contents.test_text_and_binary_files_are_read_and_saved")
 rot13 = functools.partial(codecs.encode, encoding="rot13")
 
 
@@ -20055,7 +20041,7 @@ class Lab:
 
     def page(self, *sources):
         """A Tab on a notebook in a server and a Chromium of its own. Raises Missing when the page
-        stays blank, with the error on its console."""
+        has an error."""
         if not CHROMIUM or not importlib.util.find_spec("playwright"):
             raise Missing("Chromium and playwright are there to look at the page\n         Install "
                           "chromium and `pip install playwright`, or judge it by the sheet.")
@@ -20071,8 +20057,10 @@ class Lab:
         try:
             Tab(page).wait_for(kernel="idle")
         except Exception as problem:
-            raise Missing("the page opens a notebook\n         A blank page is a script that does "
-                          f"not run: {errors or problem}") from None
+            raise Missing("the page opens a notebook\n         "
+                          f"{'; '.join(errors) or problem}") from None
+        if errors:   # then Part I alone may have started
+            raise Missing("the scripts of the page run\n         " + "; ".join(errors))
         return Tab(page)
 
     def answer(self, question):
@@ -20118,7 +20106,7 @@ def sheet(title, *hints):
 
 
 @sheet("A magic",
-       "The head of the section Magics in kernel.py says what a magic is. Read magic_pwd.",
+       "The head of the section “Magics” in kernel.py says what a magic is. Read magic_pwd.",
        "`line` is the rest of the line behind the name. What a method prints, the cell shows.",
        "`%hello?` goes through Magics.pinfo; what it shows of a function is its docstring.")
 def lab_1(lab):
@@ -20140,7 +20128,7 @@ def lab_1(lab):
 
 
 @sheet("A renderer",
-       "The rows at the end of section 17 of index.html, More types of output, are such rows.",
+       "The section “More types of output” of index.html calls addRenderer for such rows.",
        "`h('td', {}, text)` makes an element, and text stays text; a child may be a list.",
        "addRenderer(rank, /^text\\/csv$/, text => …) must return one node. Rank 101 takes all of "
        "text/: yours must be lower.")
@@ -20237,7 +20225,7 @@ def lab_6(lab):
 
 
 @sheet("A button",
-       "Section 8 of index.html, Commands and keys, says what the five fields of a row are.",
+       "The head of the section “Commands and keys” of index.html says what a row consists of.",
        "The notebook's method `run` takes a list of cells, and `active` is the selected one.",
        "A list may hold the same cell ten times.")
 def lab_7(lab):
@@ -20313,8 +20301,8 @@ def lab_9(lab):
        "Take one test of PastFlaws, read what it sends, and send it yourself with curl.",
        "Under the hood, the tab Source of the exchange's arrow shows the endpoint; the refusal "
        "stands on its way there: Handler.admit, Access, Contents.resolve.",
-       "Put a `pass` in the line's place: the right line is the one whose test fails then, while "
-       "the others pass.")
+       "Put `pass` in the line's place, in a copy: without the right line that flaw is back, and "
+       "all else works as before.")
 def lab_10(lab):
     rows = [line.split() for line in lab.script(".txt").read_text("utf-8").split("\n") if line]
     lab.expect("lab10.txt has three lines or more: test_NAME FILE:LINE",
@@ -20330,13 +20318,10 @@ def lab_10(lab):
             copy_files(folder)
             path = Path(folder, file)
             path.write_text(without_statement(path.read_text("utf-8"), line), "utf-8")
-            done = run_beside(folder, "PastFlaws.")
-        broken = re.findall(r"(?m)^FAILED PastFlaws: (.+) \(", done.stdout)
-        sentence = name.removeprefix("test_").replace("_", " ")
-        lab.expect(f"without {place} the server still works", len(broken) < 6
-                   and re.search(r"\d+ passed", done.stdout), last_lines(done.stdout + done.stderr))
-        lab.expect(f"and {name} fails", sentence in broken,
-                   f"What fails then: {'; '.join(broken) or 'nothing'}.")
+            works, flaw = (run_beside(folder, *names) for names in (HEALTHY, [f"PastFlaws.{name}"]))
+        lab.expect(f"without {place} the server still serves files and runs cells",
+                   works.returncode == 0, last_lines(works.stdout + works.stderr))
+        lab.expect(f"and {name} fails", flaw.returncode, "It passes: something else stops it.")
 
 
 @sheet("The bug clinic",
@@ -20592,9 +20577,9 @@ def copy_files(folder):
         shutil.copy(HERE / name, folder)
 
 
-def run_beside(folder, name):
+def run_beside(folder, *names):
     """The finished process of some tests, beside the sources of a folder."""
-    return subprocess.run([sys.executable, "test_minijupyter.py", name], cwd=folder,
+    return subprocess.run([sys.executable, "test_minijupyter.py", *names], cwd=folder,
                           capture_output=True, text=True)
 
 
@@ -20696,6 +20681,368 @@ def run_clinic(words):
     print(admit_patient(number, folder))
     print(f"This stands in {Path(folder) / 'CASE.md'}")
     return 0
+
+
+class Sheets(Case):
+    """The README's sheets and the checks are about the same labs, and what a sheet says is so."""
+
+    FIELDS = ("You learn", "Read", "Predict", "Do", "Check", "Explain", "In real Jupyter")
+    MADE = re.compile(r"magic_hello|%name|%hello.*|.*\"%hello\"|text/csv|run-ten-times|lab\d+\.\w+|<b>|"
+                      r"2 3 4 \+ \*|[\w.]+:123")   # by the student
+
+    @classmethod
+    def setUpClass(cls):
+        text = text_of("README.md")
+        cls.text = text[text.index("## Labs"):text.index("## Tests and")]
+        cls.sheets = re.split(r"(?m)^### ", cls.text)[1:]
+
+    def words(self):
+        """All of it in one line, without blocks of code and what real Jupyter is said to have."""
+        text = re.sub(r"(?ms)^- \*\*In real Jupyter.*?\n(?=\n|- )|^```.*?^```", "", self.text)
+        return " ".join(re.sub(r"\*\*[^*]+\*\*", "", text).split())
+
+    def test_each_lab_has_a_sheet_of_its_title_with_every_field_once_and_in_order(self):
+        self.assertEqual(len(LABS), 12)
+        for sheet_, (number, (title, _, hints)) in zip(self.sheets, sorted(LABS.items()),
+                                                       strict=True):
+            with self.subTest(number):
+                self.assertRegex(sheet_, rf"^{number}\. {title} · \d+ minutes")
+                self.assertEqual(re.findall(r"(?m)^- \*\*([^*]+)\*\*", sheet_), [*self.FIELDS])
+                self.assertIn(f"`python test_minijupyter.py lab {number}`", sheet_)
+                self.assertEqual(len(hints), 3)
+
+    def test_what_the_sheets_name_is_there(self):
+        programs = [text_of(name) for name in FILES[:4]]
+        for code in {*re.findall(r"`([^`]+)`", self.words())} - {*FILES}:
+            name = re.split(r"[ (]", code)[0]
+            with self.subTest(code):
+                if self.MADE.fullmatch(code) or code.startswith(("python ", "jupyter ", "~")):
+                    continue   # the commands have a test of their own
+                if re.fullmatch(r"(?:[A-Z]\w+\.)\w+", code):
+                    self.assertTrue(any(is_there(code, program) for program in programs))
+                else:      # a function, a table; an option, a message type, a call on its object
+                    self.assertTrue(any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", program)
+                                        for program in programs))
+
+    def test_the_labels_and_sections_of_the_sheets_are_those_of_the_programs(self):
+        page = text_of("index.html")
+        labels = {*re.findall(r"(?<!\*)\*([^*`]+)\*(?!\*)", self.words())}
+        self.assertLessEqual({"Flip a letter", "Delay iopub", "Connect another client…"}, labels)
+        for label in labels:
+            with self.subTest(label):
+                words = re.escape(label).replace("'", ".")
+                self.assertTrue(re.search(rf"[>'\"]{words}[<'\"]|^  {words}\(", page, re.M))
+        sections = re.findall(r"section “([^”]+)”", self.words())
+        self.assertGreater(len(sections), 8)
+        for title in sections:
+            with self.subTest(title):
+                self.assertTrue(any(re.search(rf"(?m)^(?:#|//|<!--) ---- \d+\. {title}\b",
+                                              text_of(name)) for name in FILES[:3]))
+
+    def test_what_the_sheets_say_of_real_jupyter_is_there(self):
+        said = " ".join(re.findall(r"(?ms)^- \*\*In real Jupyter.*?(?=\n\n|\n- |\Z)", self.text))
+        names = [name for name in re.findall(r"`((?:jupyter_client|ipykernel|IPython)\.[\w.]+)`",
+                                             said) if importlib.util.find_spec(name.split(".")[0])]
+        for name in names:
+            with self.subTest(name):
+                pkgutil.resolve_name(name)
+
+    def test_each_python_block_runs_as_a_cell(self):
+        blocks = re.findall(r"(?ms)^```python\n(.*?)^```", self.text)
+        self.assertGreater(len(blocks), 0)
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        for block in blocks:
+            with self.subTest(block):
+                self.assertEqual(frontend.finish(frontend.start(block)).status, "ok")
+
+    def test_each_command_of_the_sheets_is_understood(self):
+        folder = self.folder()
+        copy_files(folder)
+        blocks = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```", self.text))
+        inline = [code for code in re.findall(r"`(python [^`]+)`", self.words())
+                  if not re.search(r"lab\d+\.py|test_minijupyter\.py (?:lab|Kernel|core)", code)]
+        for line in [*blocks.strip().split("\n"), *inline]:
+            line = re.sub(r"^python (minijupyter\.py.*)", r"python \1 --help", line)
+            line = re.sub(r"^python", sys.executable, line)
+            if " lab 1" in line and "--hint" not in line:
+                continue   # a check: tested below
+            with self.subTest(line):
+                done = subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True,
+                                      text=True, env={**os.environ, "TMPDIR": str(folder)})
+                self.assertEqual((done.returncode if "--answer" not in line else 0, done.stderr),
+                                 (0, ""))
+
+
+class Labs(Case):
+    """Each check finds untouched files wanting, and is content with a right solution."""
+
+    WORK = {   # lab -> [(file, what it is put before; None: a new file, the student's lines)]
+        1: [("kernel.py", "    def magic_pwd(", rot13(r'''    qrs zntvp_uryyb(frys, yvar, pryy):
+        """Terrg fbzrobql."""
+        cevag(s"Uryyb, {yvar be 'jbeyq'}!")
+
+'''))],
+        2: [("index.html", "addRenderer(80,", rot13(r"""
+nqqEraqrere(70, /^grkg\/pfi$/, pfi => u('gnoyr', {}, wbvarq(pfi).fcyvg('\a').znc(yvar =>
+  u('ge', {}, yvar.fcyvg(',').znc(svryq => u('gq', {}, svryq))))));
+"""))],
+        3: [("lab3.py", None, "import json, sys\nfrom test_minijupyter import ZeroMQWire\n"
+             "wire = ZeroMQWire(json.load(open(sys.argv[1])), ['iopub'])   # it has a Session\n"
+             "while True: print(wire.receive(60), flush=True)\n")],
+        7: [("index.html", "  ['type-code',", rot13(
+            "  ['eha-gra-gvzrf', 'Eha gra gvzrf', '', ao => ao.eha(Neenl(10).svyy(ao.npgvir))],\n"))],
+        8: [("lab8.py", None, rot13(r"""vzcbeg bcrengbe, flf, xreary
+pynff Cbyvfu(xreary.Vagrecergre):
+    ynathntr_vasb = {"anzr": "cbyvfu", "irefvba": "1", "zvzrglcr": "grkg/cynva"}
+    nflap qrs eha(frys, pbqr):
+        fgnpx = []
+        sbe jbeq va pbqr.fcyvg():
+            vs jbeq va "+-*/":
+                evtug, yrsg = fgnpx.cbc(), fgnpx.cbc()
+                qbrf = {"+": "nqq", "-": "fho", "*": "zhy", "/": "gehrqvi"}[jbeq]
+                fgnpx.nccraq(trgngge(bcrengbe, qbrf)(yrsg, evtug))
+            ryfr:
+                fgnpx.nccraq(sybng(jbeq))
+        frys.qvfcynlubbx(fgnpx.cbc())
+xreary.Xreary(xreary.ernq_pbaarpgvba_svyr(flf.neti[-1]), Cbyvfu).eha()
+"""))],
+        9: [("lab9.py", None, "import json, sys\nfrom test_minijupyter import Frontend, ZeroMQWire\n"
+             "frontend = Frontend(ZeroMQWire(json.load(open(sys.argv[1]))))\nfrontend.greet()\n"
+             "cell = frontend.finish(frontend.start(sys.argv[2]))\n"
+             "print(cell.text(), cell.result, cell.error.get('ename'))\n"
+             "sys.exit(cell.status != 'ok')\n")],
+        12: [("lab12.py", 'if __name__ == "__main__":\n    main()', rot13(r"""@unaqyrf("vb")
+qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
+    pbagrag = erdhrfg["pbagrag"]
+    orsber = pbagrag["pbqr"][:pbagrag["phefbe_cbf"]]
+    jbeq = er.frnepu(e"\j*$", orsber)[0]
+    anzrf = {*xreary.vagrecergre.anzrfcnpr, *inef(ohvygvaf), *xrljbeq.xjyvfg}
+    erghea {"zngpurf": [anzr sbe anzr va anzrf vs anzr.fgnegfjvgu(jbeq)], "zrgnqngn": {},
+            "phefbe_fgneg": yra(orsber) - yra(jbeq), "phefbe_raq": yra(orsber)}
+
+
+"""))]}
+    ANSWERS = {
+        4: "Irevsl()\n'gur fvtangher qbrf abg svg'\nAbar\nercynlrq\nershfr_ercynl\n",
+        5: "rkrphgr_ercyl\n[*]\nvqyrNg\nfgnghf: vqyr\n",
+        6: "PberBsGurXreary.grfg_vgf_bhgchg_vf_jubyr_naq_va_beqre\npuvyqera\n"}
+
+    def student(self):
+        """A student's copy of the five files."""
+        folder = self.folder()
+        copy_files(folder)
+        return folder
+
+    def lab(self, folder, *words, answers=""):
+        """The finished process of `lab …` there."""
+        return subprocess.run([sys.executable, "test_minijupyter.py", "lab", *map(str, words)],
+                              cwd=folder, input=answers, capture_output=True, text=True)
+
+    def work(self, folder, number):
+        for file, place, lines in self.WORK[number]:
+            path = folder / file
+            if number == 12:
+                path.write_text(without_part_two(KERNEL_SOURCE), "utf-8")
+            source = path.read_text("utf-8") if place else ""
+            self.assertEqual(source.count(place or ""), 1, (file, place))
+            path.write_text(source.replace(place or "", lines + (place or "")), "utf-8")
+
+    def assertDone(self, done):
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertRegex(done.stdout, r"(?m)^Lab \d+ is done\.")
+
+    def assertMissing(self, done, words):
+        self.assertEqual((done.returncode, done.stderr), (1, ""), done.stdout)
+        self.assertRegex(done.stdout, rf"(?s)missing  [^\n]*{words}.*lab \d+ --hint")
+
+    def test_of_untouched_files_it_says_what_is_missing(self):
+        folder = self.student()
+        for number, words in ((1, "%hello Ada` runs"), (3, "lab3.py lies beside"),
+                              (8, "lab8.py lies beside"), (9, "lab9.py lies beside"),
+                              (10, "lab10.txt lies beside"), (11, "3 cases of the clinic"),
+                              (12, "lab12.py lies beside")):
+            with self.subTest(number):
+                self.assertMissing(self.lab(folder, number), words)
+
+    def test_a_right_solution_is_taken(self):
+        folder = self.student()
+        for number in (1, 3, 8, 9, 12):
+            with self.subTest(number):
+                self.work(folder, number)
+                self.assertDone(self.lab(folder, number))
+
+    @needs("playwright")
+    @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+    def test_a_right_solution_in_the_page_is_taken_and_a_page_with_an_error_is_not(self):
+        folder = self.student()
+        for number, words in ((2, "draws text/csv"), (7, "a menu has a command")):
+            with self.subTest(number):
+                self.assertMissing(self.lab(folder, number), words)
+                self.work(folder, number)
+                self.assertDone(self.lab(folder, number))
+        page = folder / "index.html"
+        page.write_text(page.read_text("utf-8").replace("addRenderer(80,", "addRenderer(80,,"))
+        self.assertMissing(self.lab(folder, 2), r"scripts of the page run\n +Unexpected token")
+
+    def test_right_answers_are_taken_and_wrong_ones_are_not(self):
+        folder = self.student()
+        for number in (4, 5):
+            answers = rot13(self.ANSWERS[number])
+            with self.subTest(number):
+                self.assertDone(self.lab(folder, number, answers=answers))
+                self.assertMissing(self.lab(folder, number, answers="x\n" + answers), "is right")
+                self.assertMissing(self.lab(folder, number), "each question gets an answer")
+
+    def test_the_lab_on_order_wants_the_test_that_fails(self):
+        folder = self.student()
+        answers = rot13(self.ANSWERS[6])
+        self.assertMissing(self.lab(folder, 6, answers="nonsense\n"), "a test of that name")
+        self.assertMissing(self.lab(folder, 6, answers=answers), "it fails with your kernel.py")
+        path = folder / "kernel.py"
+        line = "            kernel.finish(request, reply, started)\n"
+        source = path.read_text("utf-8").replace("        self.kernel.drain()\n\n", "\n", 1)
+        path.write_text(source.replace(line, line + "            kernel.drain()\n"), "utf-8")
+        self.assertDone(self.lab(folder, 6, answers=answers))
+
+    def test_the_lines_that_stop_past_flaws_are_taken_and_others_are_not(self):
+        folder = self.student()
+        lines = SERVER_SOURCE.split("\n")
+        places = [next(at for at, line in enumerate(lines, 2) if rot13(words) in line)
+                  for words in ('vs urnqref.trg("Frp-Srgpu-Fvgr") va',
+                                "vs abg nyy(znc(frys.vf_ivfvoyr, anzrf))",
+                                "frys.pbzznaq, frys.urnqref, frys.dhrel):")]
+        names = ("no_other_site_may_include_what_is_ours",
+                 "a_hidden_file_is_hidden_by_its_exact_name_too",
+                 "a_form_of_another_site_changes_nothing")
+        rows = [f"test_{name} {HERE}/minijupyter.py:{at}"
+                for name, at in zip(names, places, strict=True)]
+        for text, words in (("\n".join(rows), None), ("\n".join(rows[:2]), "three lines or more"),
+                            ("\n".join(rows[::-1]).replace(str(places[2]), str(places[0] - 1)),
+                             "test_a_form_of_another_site_changes_nothing fails")):
+            (folder / "lab10.txt").write_text(text)
+            with self.subTest(words):
+                done = self.lab(folder, 10)
+                self.assertMissing(done, words) if words else self.assertDone(done)
+
+    def test_wrong_solutions_are_told_what_is_wrong(self):
+        folder = self.student()
+        for number, script, words in (
+                (3, "", "runs on"), (3, "raise SystemExit('no key')", r"runs on.*no key"),
+                (8, "import sys; sys.exit('I die')", "starts and answers.*I die"),
+                (9, "print('hello 42')", "nothing up"),
+                (9, "import time; time.sleep(600)", "comes to its end")):
+            (folder / f"lab{number}.py").write_text(script)
+            with self.subTest(script):
+                source = (HERE / "test_minijupyter.py").read_text("utf-8")
+                (folder / "test_minijupyter.py").write_text(
+                    source.replace("\nSECONDS = 20 ", "\nSECONDS = 2 "), "utf-8")
+                self.assertMissing(self.lab(folder, number), words)
+
+    def test_each_hint_is_shown_one_at_a_time_and_a_damaged_memory_harms_nothing(self):
+        folder = self.student()
+        (folder / ".labs.json").write_text("{")
+        _, _, hints = LABS[9]
+        for count in (1, 2, 3, 3):
+            shown = self.lab(folder, 9, "--hint").stdout
+            self.assertEqual([hint for hint in hints if hint in shown], [*hints[:count]])
+        self.assertNotIn(hints[1], self.lab(folder, 1, "--hint").stdout)
+
+    def test_what_is_no_lab_is_answered_with_those_that_there_are(self):
+        for words in ([], ["13"], ["x"], ["1", "--hin"]):
+            done = self.lab(HERE, *words)
+            with self.subTest(words):
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertRegex(done.stderr, "^usage: .*lab N")
+        self.assertIn("12 Grow Part I", self.lab(HERE).stderr)
+
+
+class Clinic(Case):
+    """Each case is really broken, is found by its line, and tells it nowhere."""
+
+    def clinic(self, folder, *words):
+        return subprocess.run([sys.executable, "test_minijupyter.py", "clinic", *map(str, words)],
+                              cwd=folder, capture_output=True, text=True)
+
+    def admit(self, number):
+        folder = self.folder()
+        text = admit_patient(number, folder)
+        return folder, CLINIC[number - 1], text
+
+    def test_in_each_case_one_line_of_one_file_is_another(self):
+        self.assertGreaterEqual(len(CLINIC), 8)
+        self.assertEqual({patient.file for patient in CLINIC}, {*FILES[:3]})
+        for number in range(1, len(CLINIC) + 1):
+            folder, patient, _ = self.admit(number)
+            with self.subTest(patient.title):
+                for name in FILES:
+                    before, after = text_of(name), (folder / name).read_text("utf-8")
+                    pairs = zip(before.split("\n"), after.split("\n"), strict=True)
+                    changed = [at for at, (was, is_) in enumerate(pairs, 1) if was != is_]
+                    self.assertEqual(len(changed), name == patient.file)
+                    if changed:
+                        self.assertIn(changed[0], patient.lines(before))
+                        self.assertEqual(patient.lines(before), patient.lines(after))
+
+    def test_in_each_case_a_test_of_the_suite_fails(self):
+        """The same test passes on healthy files: it is one of this suite."""
+        def fails(number):
+            folder, patient, _ = self.admit(number)
+            source = text_of("test_minijupyter.py")
+            (folder / "test_minijupyter.py").write_text(     # a broken page is waited for
+                source.replace("\nSECONDS = 20 ", "\nSECONDS = 4 "), "utf-8")
+            done = run_beside(folder, patient.shown_by)
+            return patient.title, re.findall(r"\d+ passed, \d+ failed.*", done.stdout)
+
+        with ThreadPoolExecutor(2) as pool:
+            for title, said in pool.map(fails, range(1, len(CLINIC) + 1)):
+                with self.subTest(title):
+                    self.assertEqual(said, ["0 passed, 1 failed"])
+
+    def test_the_folder_does_not_tell_the_answer(self):
+        for number in range(1, len(CLINIC) + 1):
+            folder, patient, text = self.admit(number)
+            with self.subTest(patient.title):
+                self.assertEqual((folder / "CASE.md").read_text("utf-8"), text)
+                self.assertFalse(any(patient.was in path.read_text("utf-8")
+                                     for path in folder.iterdir() if path.is_file()))
+                self.assertNotIn(patient.file + ":", text)
+                json.loads((folder / "case.ipynb").read_text("utf-8"))
+
+    def test_a_right_diagnosis_is_taken_a_wrong_one_is_not_and_three_make_the_lab(self):
+        folder = self.folder()
+        copy_files(folder)
+        for number, patient in enumerate(CLINIC[:ENOUGH_CASES], 1):
+            lines = patient.lines(text_of(patient.file))
+            other = next(name for name in FILES[:3] if name != patient.file)
+            for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
+                                 (f"{other}:{lines[0]}", f"^No: {other} is healthy"),
+                                 (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
+                done = self.clinic(folder, number, "--answer", place)
+                with self.subTest(place):
+                    self.assertRegex(done.stdout, words)
+                    self.assertEqual(done.returncode, words != "^Yes.")
+        self.assertIn(patient.because, done.stdout)
+        self.assertEqual(Labs.lab(self, folder, 11).returncode, 0)
+
+    def test_the_case_is_printed_with_its_folder_and_questions(self):
+        env = {**os.environ, "TMPDIR": str(self.folder())}
+        done = subprocess.run([sys.executable, HERE / "test_minijupyter.py", "clinic", "2"], env=env,
+                              capture_output=True, text=True, check=True)
+        folder = re.search(r"python (\S+)/minijupyter\.py", done.stdout)[1]
+        self.assertEqual({path.name for path in Path(folder).iterdir()},
+                         {*FILES, "CASE.md", "case.ipynb"})
+        self.assertIn("5. Which line is it?", done.stdout)
+
+    def test_what_is_no_case_or_no_place_is_answered_in_words(self):
+        for words in ([], ["0"], ["99"], ["1", "--answer"], ["1", "--answer", "kernel.py"],
+                      ["1", "--answer", "README.md:3"], ["1", "--anser", "kernel.py:3"]):
+            done = self.clinic(HERE, *words)
+            with self.subTest(words):
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertRegex(done.stderr, "^usage: .*clinic N")
 
 
 # ---- 12. Bench ----------------------------------------------------------------------
