@@ -7180,8 +7180,8 @@ class TraceLines:
 
 def words_of_exchange(parts):
     """(channel, what, more) of an HTTP exchange: its request line, its status."""
-    method, address = parts[0].decode("latin-1").split(" ", 2)[:2]
-    return "", f"{method} {address}", parts[2].decode("latin-1").partition("\r\n")[0][9:]
+    asked, answered = (part.decode("latin-1").partition("\r\n")[0] for part in parts[::2])
+    return "", asked.rpartition(" ")[0], answered[9:]
 
 
 def words_of_process(parts):
@@ -7215,8 +7215,11 @@ def entry_in_frame(frame):
 
 
 def is_nudge(entry):
-    """The server asks a new kernel until it answers. Those questions say nothing to a reader."""
-    return entry.header.get("username") == "server" and entry.msg_type == "kernel_info_request"
+    """The server asks a new kernel until it answers. That, and the answer, tells a reader
+    nothing."""
+    return any(isinstance(header, dict) and header.get("username") == "server"
+               and header.get("msg_type") == "kernel_info_request"
+               for header in (entry.header, json.loads(entry.json_parts[1])))
 
 
 def told_by(content):
@@ -7224,7 +7227,7 @@ def told_by(content):
     data = content.get("data")
     said = data.get("text/plain", ", ".join(data)) if isinstance(data, dict) else next(
         (content[name] for name in TOLD if name in content), "")
-    line = " ".join(str("".join(said) if isinstance(said, list) else said).split())
+    line = " ".join(("".join(map(str, said)) if isinstance(said, list) else str(said)).split())
     return line if len(line) <= MOST_TOLD else f"{line[:MOST_TOLD - 1]}…"
 
 

@@ -12492,8 +12492,35 @@ class TraceKept(ServerCase):
 
     def test_heartbeats_and_questions_of_the_server_are_not_shown(self):
         self.assertNotIn("hb", self.shown[1].partition("Ctrl-C")[2])
-        infos = re.findall(r"server ─▶ kernel +shell +kernel_info_request", self.shown[1])
-        self.assertEqual(len(infos), 1)   # the frontend's; the server asks as well
+        asked, passed = (re.findall(f"{way} +shell +kernel_info_request", self.shown[1])
+                         for way in ("browser ─▶ server", "server ─▶ kernel"))
+        self.assertEqual(len(asked), len(passed))   # the frontend's alone; the server asks as well
+
+    def test_what_a_peer_may_send_ends_no_trace(self):
+        lines = minijupyter.TraceLines()
+        for header in (b"", b"7", b"[", b"null", b'{"msg_id": "1", "msg_type": "a\\u001b[1m\\n"}'):
+            for other in (b"{}", b"[]", b"null", b'{"username": "server"}', b'{"data": [7]}',
+                          b'{"text": [7]}', b'{"data": {"text/plain": [7, null]}}', b"\xff"):
+                parts = [b"<IDS|MSG>", b"", header, other, other, other]
+                payload = b'{"header": %s, "parent_header": %s, "content": %s}' % (
+                    header, other, other)
+                for kind, sent in (("zmq", parts), ("zmq", parts[:3]), ("process", [other]),
+                                   ("websocket", [frame(TEXT, payload)]),
+                                   ("websocket", [frame(BINARY, payload)]),
+                                   ("http", [other] * 4)):
+                    line = lines.line({"kind": kind, "way": "in", "at": 0, "channel": "shell",
+                                       "sizes": [1], "parts": sent})
+                    self.assertTrue(line is None or line.isprintable(), line)
+
+    def test_events_that_come_too_fast_are_counted_and_told(self):
+        kept = []
+        recorder = minijupyter.Recorder(self.here(), kept.extend)
+        for _ in range(minijupyter.MOST_EVENTS + 7):
+            recorder.note({"kind": "process", "way": "in", "sizes": [1], "parts": [b"x"]})
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            recorder.tell()
+        self.assertEqual(len(kept), minijupyter.MOST_EVENTS)
+        self.assertIn("misses 7 events", log.getvalue())
 
     def test_the_file_can_be_loaded_while_the_server_runs_and_after_it_was_killed(self):
         path = self.folder() / "trace.json"
@@ -20268,6 +20295,24 @@ def lab_8(lab):
     lab.expect("kernel_info_reply names the language", about != "python", f"It says {about}.")
 
 
+def lead_on_late(door, port, seconds=0.5):
+    """Lead each connection at a door on to a port, as late as a slow network would; until the door
+    is closed."""
+    def carry(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    with contextlib.suppress(OSError):
+        while True:
+            near, _ = door.accept()
+            time.sleep(seconds)
+            far = socket.create_connection(("127.0.0.1", port))
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=carry, args=ends, daemon=True).start()
+
+
 @sheet("Be the frontend",
        "Two sockets are enough: a DEALER to shell, a SUB to iopub that subscribes to b''.",
        "iopub connects a little later than shell: wait for its first message (iopub_welcome, or "
@@ -20275,16 +20320,23 @@ def lab_8(lab):
        "Only messages whose parent_header has your msg_id are yours. Stop when you have both: the "
        "reply on shell, and status idle on iopub.")
 def lab_9(lab):
-    script = lab.script()
+    script, own = lab.script(), lab.kernel()
+    lab.frontend(own)   # a kernel that has another client waits for nobody's subscription
+    door = lab.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    threading.Thread(target=lead_on_late, args=[door, own.connection["iopub_port"]],
+                     daemon=True).start()
+    file = own.file.with_name("late.json")
+    file.write_text(json.dumps({**own.connection, "iopub_port": door.getsockname()[1]}))
 
     def ask(code):
-        listener = Process([sys.executable, script, lab.kernel().file, code], cwd=HERE)
+        listener = Process([sys.executable, script, file, code], cwd=HERE)
         lab.stack.callback(listener.end)
         try:
             return listener.exit_code(), listener.output
         except subprocess.TimeoutExpired:
-            raise Missing(f"lab9.py CONNECTION_FILE {code!r} comes to its end\n         It waits: "
-                          f"reply and idle are in? So far: {last_lines(listener.output)}") from None
+            raise Missing(f"lab9.py CONNECTION_FILE {code!r} comes to its end\n         Here iopub "
+                          "connects half a second later than shell: what had been said by then?\n"
+                          f"         So far it says: {last_lines(listener.output)}") from None
 
     code, shown = ask("print('hello'); 6 * 7")
     lab.expect("it shows what the cell prints, and its value", "hello" in shown and "42" in shown,
@@ -20761,6 +20813,7 @@ class Sheets(Case):
             with self.subTest(block):
                 self.assertEqual(frontend.finish(frontend.start(block)).status, "ok")
 
+    @needs_programs("sh")
     def test_each_command_of_the_sheets_is_understood(self):
         folder = self.folder()
         copy_files(folder)
@@ -20830,6 +20883,11 @@ qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
 
 
 """))]}
+    TOO_EARLY = """if True:
+        import json, sys
+        from test_minijupyter import Frontend, ZeroMQWire
+        frontend = Frontend(ZeroMQWire(json.load(open(sys.argv[1]))))
+        frontend.finish(frontend.start(sys.argv[2]))"""
     ANSWERS = {
         4: "Irevsl()\n'gur fvtangher qbrf abg svg'\nAbar\nercynlrq\nershfr_ercynl\n",
         5: "rkrphgr_ercyl\n[*]\nvqyrNg\nfgnghf: vqyr\n",
@@ -20943,6 +21001,7 @@ qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
                 (3, "", "runs on"), (3, "raise SystemExit('no key')", r"runs on.*no key"),
                 (8, "import sys; sys.exit('I die')", "starts and answers.*I die"),
                 (9, "print('hello 42')", "nothing up"),
+                (9, self.TOO_EARLY, "comes to its end.*half a second"),
                 (9, "import time; time.sleep(600)", "comes to its end")):
             (folder / f"lab{number}.py").write_text(script)
             with self.subTest(script), unittest.mock.patch.object(
