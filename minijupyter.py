@@ -3321,7 +3321,8 @@ def serve(server):
 #    55 Download as                              ROUTES                            needs 54
 #    56 A terminal on a kernel                   COMMANDS                          needs 33 48
 #    57 Editing                                  AT_CONSOLE                        needs 56
-#    58 A quick start                            run_as_module
+#    58 A trace that is kept                     OPTIONS, AT_START                 needs 47
+#    59 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -6696,9 +6697,7 @@ class Spectator:
         """Tell and obey until the connection ends; then nothing is held back any more."""
         poller = zmq.Poller()
         poller.register(self.websocket.fileno(), zmq.POLLIN)
-        SPECTATORS.append(self)
-        if report not in TAPS:
-            TAPS.append(report)
+        self.begin()
         try:
             self.say(now=time.time())
             while not self.websocket.is_closed:
@@ -6708,12 +6707,22 @@ class Spectator:
                 self.tell()
                 self.websocket.ping_or_give_up()
         finally:
-            SPECTATORS.remove(self)
-            if not SPECTATORS:
-                TAPS.remove(report)
-            for kernel, rules in self.rules.items():
-                if kernel.gate.rules is rules:   # nobody else has set it since
-                    kernel.gate.rules = {}
+            self.end()
+
+    def begin(self):
+        """From here on it hears of all that passes."""
+        SPECTATORS.append(self)
+        if report not in TAPS:
+            TAPS.append(report)
+
+    def end(self):
+        """It hears no more, and what it holds back may pass."""
+        SPECTATORS.remove(self)
+        if not SPECTATORS:
+            TAPS.remove(report)
+        for kernel, rules in self.rules.items():
+            if kernel.gate.rules is rules:   # nobody else has set it since
+                kernel.gate.rules = {}
 
     # -- what it tells --
 
@@ -6735,6 +6744,11 @@ class Spectator:
         self.websocket.send(to_json(what).decode())
 
     def frame(self, event):
+        head, parts = self.shown(event)
+        return encode_frame(BINARY, join_parts([to_json(head), *parts]))
+
+    def shown(self, event):
+        """(head, parts) of an event as they may be shown."""
         parts = event["parts"]
         try:
             seen = self.secrets.seen(event)
@@ -6744,7 +6758,7 @@ class Spectator:
                         for part, shown in zip(parts, seen, strict=True))
         head = {"n": next(self.numbers), "hidden": is_hidden, **event}
         del head["parts"]
-        return encode_frame(BINARY, join_parts([to_json(head), *seen]))
+        return head, seen
 
     def held_at(self, kernel):
         """{channel: (how many messages wait at the kernel's gate, msg_type of the first)}"""
@@ -10162,7 +10176,234 @@ def use_readline(console):
 AT_CONSOLE.append(use_readline)
 
 
-# ---- 58. A quick start -------------------------------------------------------------------------
+# ---- 58. A trace that is kept ------------------------------------------------------------------
+#
+# What Under the hood shows, kept while nobody looks. `--trace FILE` writes it from the server's
+# start to its end, in the format of the page's “Save trace”: so a lesson can show the journey of a
+# cell where the network fails (“Load trace…”). `--trace -` prints a line for each message instead:
+#
+#     14:03:07.512  browser ─▶ server            shell    execute_request    #3      420 B  1 + 1
+#     14:03:07.513             server ─▶ kernel  shell    execute_request    #3      396 B  1 + 1
+#     14:03:07.514             server ◀─ kernel  iopub    status          of #3      611 B  busy
+#
+# Requests are numbered as they come; `of #3` names the parent. Both ways are a Spectator without a
+# WebSocket: it hears of the same bytes and hides the same secrets, but holds nothing back.
+
+IS_TRACE = re.compile(rb'\{\s*"minijupyter_trace"')
+END_OF_TRACE = b"\n]}\n"
+MOST_OF_TRACE = 256 << 20    # bytes: a browser still reads that in one go
+MOST_NUMBERED = 10_000       # requests; an answer to an older one has no number
+MOST_TOLD = 40               # characters of what a message says
+HEADERS = re.compile(rb'\{"header":(\{.*?\}),"parent_header":(\{.*?\}),')   # of what was cut
+POLLING = re.compile(r"GET \S*/api/(?:sessions|kernels|status)(?:[/?][\w-]*)? ")
+WAYS = {"http in": "browser ─▶ server", "websocket in": "browser ─▶ server",
+        "websocket out": "browser ◀─ server",
+        "zmq out": "           server ─▶ kernel", "zmq in": "           server ◀─ kernel",
+        "process out": "           server ─▶ kernel", "process in": "           server ◀─ kernel"}
+COLOURS = {"shell": 34, "control": 35, "iopub": 32, "stdin": 33, "": 2}   # SGR; 2 is dim
+TOLD = ("code", "text", "execution_state", "ename", "prompt", "status")   # of a content the first
+
+
+class Recorder(Spectator):
+    """A spectator as long as the server lives. `keep(events)` keeps what may be seen of them; when
+    it raises an OSError, the recorder says so and the server goes on."""
+
+    def __init__(self, server, keep):
+        super().__init__(None, server)
+        self.keep, self.ending = keep, threading.Event()
+        self.thread = threading.Thread(target=self.run, name="recorder", daemon=True)
+
+    def run(self):
+        """Tell until the server ends, and then the rest."""
+        try:
+            while not self.ending.wait(TELL_SECONDS):
+                self.tell()
+            self.tell()
+        except OSError as problem:
+            log(f"The trace ends here: {problem.strerror or problem}", "error")
+        finally:
+            self.end()
+
+    def tell(self):
+        with self.lock:
+            events = [self.take() for _ in range(len(self.events))]
+            missed, self.missed = self.missed, 0
+        if missed:
+            log(f"The trace misses {missed:,} events: they came too fast")
+        if events:
+            self.secrets.learn()
+            self.keep([{**head, "parts": parts} for head, parts in map(self.shown, events)])
+
+    def stop(self):
+        """Called when the kernels have ended, because their end belongs to the trace."""
+        self.ending.set()
+        self.thread.join()
+
+
+class TraceFile:
+    """{minijupyter_trace: 1, saved, events}, as the page saves and loads it, that grows. The file
+    is whole after each write: it can be loaded while the server runs, or after it was killed."""
+
+    def __init__(self, path):
+        """Raises OSError, and ValueError when there is a file that is no trace."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        self.file = io.FileIO(os.open(path, flags, 0o666), "r+")
+        beginning = self.file.read(100)
+        if beginning and not IS_TRACE.match(beginning):
+            raise ValueError("a file that is no trace is there, and stays as it is")
+        self.between = b'{"minijupyter_trace": 1, "saved": %s, "events": [\n' % to_json(
+            iso(time.time()))
+        self.file.truncate(0)
+        self.write(0, b"")
+
+    def keep(self, events):
+        """Write events over the end, and the end behind them."""
+        self.write(self.file.seek(-len(END_OF_TRACE), os.SEEK_END), b",\n".join(
+            to_json({**event, "parts": [base64.b64encode(part).decode()
+                                        for part in event["parts"]]}) for event in events))
+
+    def write(self, at, data):
+        """The events that make a whole file of its first `at` bytes. Raises OSError; when the disk
+        is full, the file ends before them."""
+        if at + len(data) > MOST_OF_TRACE:
+            raise OSError(errno.EFBIG, "the file is as long as a page can load")
+        rest = memoryview(self.between + data + END_OF_TRACE)
+        try:
+            self.file.seek(at)
+            while rest:
+                rest = rest[self.file.write(rest):]
+        except OSError:
+            self.file.truncate(at)
+            self.file.seek(at)
+            self.file.write(END_OF_TRACE)
+            raise
+        self.between = b",\n" if data else b""
+
+
+class TraceLines:
+    """Prints a line for each event, but for what the page hides as well: heartbeats, polling."""
+
+    def __init__(self):
+        self.numbers = {}   # msg_id of a request -> its number, oldest first
+        self.count = itertools.count(1)
+        self.has_colours = sys.stdout.isatty() and POSIX and "NO_COLOR" not in os.environ
+        sys.stdout.reconfigure(errors="replace")   # a terminal may know no arrows
+
+    def keep(self, events):
+        for event in sorted(events, key=lambda event: event["at"]):   # an exchange began before
+            if line := self.line(event):
+                print(line, flush=True)
+
+    def line(self, event):
+        """The line of an event, or None when it has nothing to say."""
+        read = {"http": words_of_exchange, "process": words_of_process}.get(event["kind"])
+        entry = None if read else entry_in(event)
+        if not read and (not entry or is_nudge(entry)):
+            return None
+        channel, msg_type, told = read(event["parts"]) if read else (
+            entry.channel, entry.msg_type, told_by(entry.content))
+        if POLLING.match(msg_type + " "):
+            return None
+        at = datetime.fromtimestamp(event["at"]).strftime("%H:%M:%S.%f")[:-3]
+        way = f"{event['kind']} {event['way']}"
+        cells = (f"{at}  {WAYS[way]:27}  {channel:8} {msg_type:19}", f"{self.cause(entry):>8}",
+                 f"{sum(event['sizes']):>9,} B", f" {told}")
+        text = " ".join("".join(each if each.isprintable() else "·" for each in cell)
+                        for cell in cells).rstrip()
+        return f"\x1b[{COLOURS[channel]}m{text}\x1b[0m" if self.has_colours else text
+
+    def cause(self, entry):
+        """`#3` for a request, `of #3` for what came of it, else nothing."""
+        if entry is None:
+            return ""
+        msg_id = entry.header["msg_id"]
+        if entry.msg_type.endswith("_request") and entry.msg_type != "input_request":
+            if msg_id not in self.numbers:
+                self.numbers[msg_id] = next(self.count)
+            if len(self.numbers) > MOST_NUMBERED:
+                del self.numbers[next(iter(self.numbers))]
+            return f"#{self.numbers[msg_id]}"
+        number = self.numbers.get(entry.parent_id)
+        if number and entry.msg_type == "input_request":   # its answer is of that request, too
+            self.numbers[msg_id] = number
+        return f"of #{number}" if number else ""
+
+
+def words_of_exchange(parts):
+    """(channel, what, more) of an HTTP exchange: its request line, its status."""
+    asked, answered = (part.decode("latin-1").partition("\r\n")[0] for part in parts[::2])
+    return "", asked.rpartition(" ")[0], answered[9:]
+
+
+def words_of_process(parts):
+    return "", parts[0].decode("utf-8", "replace").rstrip()[:100], ""
+
+
+def entry_in(event):
+    """The message that an event carries, as an Entry; None when it carries none."""
+    try:
+        if event["kind"] == "websocket":
+            return entry_in_frame(event["parts"][0])
+        parts = event["parts"]
+        start = parts.index(our_kernel.DELIMITER) + 2
+        return Entry(event["channel"], parts[start:start + 4])
+    except (ValueError, IndexError, RecursionError, zlib.error):
+        return None   # a heartbeat, a fragment, a close, or a peer's mistake
+
+
+def entry_in_frame(frame):
+    """The same in a whole frame; of one that was cut, the headers. Raises ValueError."""
+    _, key, payload = split_frame(frame)
+    data = apply_mask(payload, key) if key else payload
+    if frame[0] & COMPRESSED:
+        data = zlib.decompressobj(-15).decompress(data)
+    for unsplice, _ in LAYOUTS.values():
+        with contextlib.suppress(ValueError, LookupError):
+            return unsplice(data.decode() if frame[0] & 0b1111 == TEXT else data)
+    if match := HEADERS.match(data):
+        return Entry("", [*match.groups(), b"{}", b"{}"])
+    raise ValueError("no message")
+
+
+def is_nudge(entry):
+    """The server asks a new kernel until it answers. That, and the answer, tells a reader
+    nothing."""
+    return any(isinstance(header, dict) and header.get("username") == "server"
+               and header.get("msg_type") == "kernel_info_request"
+               for header in (entry.header, json.loads(entry.json_parts[1])))
+
+
+def told_by(content):
+    """What a message says, in a few characters."""
+    data = content.get("data")
+    said = data.get("text/plain", ", ".join(data)) if isinstance(data, dict) else next(
+        (content[name] for name in TOLD if name in content), "")
+    line = " ".join(("".join(map(str, said)) if isinstance(said, list) else str(said)).split())
+    return line if len(line) <= MOST_TOLD else f"{line[:MOST_TOLD - 1]}…"
+
+
+def keep_trace(server, arguments):
+    """Begin the trace that the command line asks for."""
+    if arguments.trace is None:
+        return
+    try:
+        keeper = TraceLines() if arguments.trace == "-" else TraceFile(arguments.trace)
+    except (OSError, ValueError) as problem:
+        sys.exit(f"Cannot write the trace {arguments.trace}: "
+                 f"{getattr(problem, 'strerror', None) or problem}. Name another file.")
+    recorder = Recorder(server, keeper.keep)
+    recorder.begin()
+    recorder.thread.start()
+    atexit.register(recorder.stop)
+
+
+OPTIONS.append((["--trace"], {"metavar": "FILE", "help":
+    "write all that passes to FILE until the server ends, as Under the hood saves and loads it; "
+    "- prints a line for each message"}))
+AT_START.append(keep_trace)
+
+
+# ---- 59. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not

@@ -31,6 +31,8 @@
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
       python test_minijupyter.py core         Part I alone, and with all of Part II but one section
+      python test_minijupyter.py lab N        a student's work on a sheet of the README; --hint
+      python test_minijupyter.py clinic N     a copy with one spoiled line; --answer FILE:LINE
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -54,8 +56,9 @@ Sections:
     8 WebSocket frames and the bridge
     9 The page, in Chromium and Firefox
     10 Documentation under test
-    11 Bench
-    12 main
+    11 Labs and the clinic
+    12 Bench
+    13 main
 
 Left out on purpose: assertions about time (the benchmark measures, it does not judge), and
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
@@ -71,6 +74,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -85,6 +89,7 @@ import itertools
 import json
 import operator
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -14087,6 +14092,162 @@ class UnderTheHood(ServerCase):
         self.page.finish(self.page.start("1"))
 
 
+class TraceKept(ServerCase):
+    """`--trace FILE` and `--trace -`: what passes is kept from the server's start to its end."""
+
+    @classmethod
+    def setUpClass(cls):
+        """The same lesson twice: once into a file, once on the terminal."""
+        folder = Path(class_folder(cls))
+        cls.file, cls.shown = folder / "lesson.json", []
+        for trace in (str(cls.file), "-"):
+            server = Server(options=["--trace", trace])
+            cls.addClassCleanup(server.end)
+            cls.give_lesson(server)
+            server.process.end()
+            cls.shown.append(server.process.output)
+        cls.token, cls.events = server.token, json.loads(cls.file.read_text())["events"]
+
+    @staticmethod
+    def give_lesson(server):
+        page = server.frontend(server.post("/api/kernels", {}).json["id"])
+        page.typed = ["sesame"]
+        page.finish(page.start("import getpass; getpass.getpass(); print('hello'); 6 * 7"))
+        page.finish(page.start("print('x' * 200_000)"))
+        server.get(f"/api/contents/none?token={server.token}", Authorization=None)
+        page.wire.close()
+
+    def test_the_file_has_every_message_from_the_start_of_the_kernel_to_its_end(self):
+        self.assertEqual([event["kind"] for event in self.events[:1] + self.events[-1:]],
+                         ["process"] * 2)
+        texts = [b"".join(map(base64.b64decode, event["parts"])) for event in self.events]
+        for words in (b"start as process", b"execute_request", b"6 * 7", b'"hello\\n"',
+                      b"shutdown_request", b"ended with exit code 0"):
+            with self.subTest(words):
+                self.assertTrue(any(words in text for text in texts))
+
+    def test_secrets_are_hidden_in_the_file_and_on_the_terminal(self):
+        for event in self.events:
+            for data in map(base64.b64decode, event["parts"]):
+                text = unmasked(data) if event["kind"] == "websocket" else data
+                self.assertNotIn(b"sesame", text)
+                self.assertNotIn(self.token.encode(), text)
+        lines = self.shown[1].partition("Ctrl-C stops it")[2]
+        self.assertIn("GET /api/contents/none?token=****************", lines)
+        for secret in ("sesame", self.token):
+            self.assertNotIn(secret, lines)
+
+    def test_the_terminal_shows_a_line_for_each_step_of_a_cell(self):
+        lines = self.shown[1].split("\n")
+        number = re.search(r"#\d+", next(line for line in lines if "getpass" in line))[0]
+        cell = "\n".join(line for line in lines if re.search(rf"{number}\b", line))
+        self.assertEqual(re.findall(r"server ◀─ kernel +iopub +(\w+)", cell),
+                         ["status", "execute_input", "stream", "execute_result", "status"])
+        for line in (r"browser ─▶ server +shell +execute_request +#\d+ +\d+ B  import getpass",
+                     r"server ─▶ kernel +stdin +input_reply +of #\d+ +\d+ B$",
+                     r"server ◀─ kernel +shell +execute_reply +of #\d+ +\d+ B  ok$",
+                     r"browser ◀─ server +iopub +stream +of #\d+ +\d+ B  hello$",
+                     r"browser ◀─ server +iopub +execute_result +of #\d+ +\d+ B  42$"):
+            with self.subTest(line):
+                self.assertRegex(cell, f"(?m)^[\\d:.]+ +{line}")
+
+    def test_of_a_long_message_the_terminal_tells_type_and_size(self):
+        self.assertRegex(self.shown[1], r"(?m)browser ◀─ server .* stream +of #\d+ +200,\d+ B$")
+
+    def test_heartbeats_and_questions_of_the_server_are_not_shown(self):
+        self.assertNotIn("hb", self.shown[1].partition("Ctrl-C")[2])
+        asked, passed = (re.findall(f"{way} +shell +kernel_info_request", self.shown[1])
+                         for way in ("browser ─▶ server", "server ─▶ kernel"))
+        self.assertEqual(len(asked), len(passed))   # the frontend's alone; the server asks as well
+
+    def test_what_a_peer_may_send_ends_no_trace(self):
+        lines = minijupyter.TraceLines()
+        for header in (b"", b"7", b"[", b"null", b'{"msg_id": "1", "msg_type": "a\\u001b[1m\\n"}'):
+            for other in (b"{}", b"[]", b"null", b'{"username": "server"}', b'{"data": [7]}',
+                          b'{"text": [7]}', b'{"data": {"text/plain": [7, null]}}', b"\xff"):
+                parts = [b"<IDS|MSG>", b"", header, other, other, other]
+                payload = b'{"header": %s, "parent_header": %s, "content": %s}' % (
+                    header, other, other)
+                for kind, sent in (("zmq", parts), ("zmq", parts[:3]), ("process", [other]),
+                                   ("websocket", [frame(TEXT, payload)]),
+                                   ("websocket", [frame(BINARY, payload)]),
+                                   ("http", [other] * 4)):
+                    line = lines.line({"kind": kind, "way": "in", "at": 0, "channel": "shell",
+                                       "sizes": [1], "parts": sent})
+                    self.assertTrue(line is None or line.isprintable(), line)
+
+    def test_events_that_come_too_fast_are_counted_and_told(self):
+        kept = []
+        recorder = minijupyter.Recorder(self.here(), kept.extend)
+        for _ in range(minijupyter.MOST_EVENTS + 7):
+            recorder.note({"kind": "process", "way": "in", "sizes": [1], "parts": [b"x"]})
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            recorder.tell()
+        self.assertEqual(len(kept), minijupyter.MOST_EVENTS)
+        self.assertIn("misses 7 events", log.getvalue())
+
+    def test_the_file_can_be_loaded_while_the_server_runs_and_after_it_was_killed(self):
+        path = self.folder() / "trace.json"
+        server = self.own_server(options=["--trace", str(path)])
+        server.get("/api")
+        wait_until(lambda: len(json.loads(path.read_text())["events"]) == 1)
+        server.process.popen.kill()
+        server.process.exit_code()
+        self.assertEqual(len(json.loads(path.read_text())["events"]), 1)
+
+    def test_a_trace_takes_the_place_of_an_earlier_one_and_of_no_other_file(self):
+        path = self.folder() / "lesson.ipynb"
+        keep = minijupyter.TraceFile(path).keep
+        keep([{"n": 1, "parts": [b"x" * 1000]}])
+        minijupyter.TraceFile(path).keep([{"n": 2, "parts": [b"ab"]}])
+        self.assertEqual(json.loads(path.read_text())["events"], [{"n": 2, "parts": ["YWI="]}])
+        path.write_text('{"cells": []}')
+        for wish, reason in ((path, "no trace"), (path.parent, "directory"),
+                             (path / "x", "Not a directory"), ("", "No such file")):
+            with self.subTest(wish):
+                ended = subprocess.run(
+                    [sys.executable, HERE / "minijupyter.py", path.parent, "--no-browser",
+                     "--trace", wish], capture_output=True, text=True, timeout=SECONDS)
+                self.assertEqual((ended.returncode, ended.stdout), (1, ""))
+                self.assertRegex(ended.stderr, f"^Cannot write the trace .*{reason}.*\n$")
+        self.assertEqual(path.read_text(), '{"cells": []}')
+
+    def test_when_the_disk_is_full_the_trace_ends_whole_and_the_server_goes_on(self):
+        path = self.folder() / "trace.json"
+        code = (f"import minijupyter, sys; minijupyter.MOST_OF_TRACE = 5_000; "
+                f"sys.argv[1:] = [{str(path.parent)!r}, '--no-browser', '--trace', {str(path)!r}, "
+                f"'--token', 'secret']; minijupyter.main()")
+        process = Process([sys.executable, "-c", code], cwd=HERE)
+        self.addCleanup(process.end)
+        port = process.wait_for(r"127\.0\.0\.1:(\d+)")[1]
+        for _ in range(20):
+            client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=SECONDS)
+            client.request("GET", "/api/contents", headers={"Authorization": "token secret"})
+            self.assertEqual(Reply(client.getresponse()).status, 200)
+            client.close()
+        process.wait_for("The trace ends here: the file is as long as a page can load")
+        self.assertIsNone(process.popen.poll())
+        json.loads(path.read_text())
+
+    @needs("pexpect")
+    def test_on_a_terminal_the_lines_have_the_colour_of_their_channel(self):
+        import pexpect
+        words = [str(HERE / "minijupyter.py"), str(self.folder()), "--no-browser", "--trace", "-"]
+        for more, is_coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            server = pexpect.spawn(sys.executable, words, timeout=SECONDS, dimensions=(40, 160),
+                                   env=clean_environment(self.folder(), TERM="xterm", **more))
+            self.addCleanup(server.close, True)
+            server.expect(r"127\.0\.0\.1:(\d+)/\S*token=(\w+)")
+            port, token = server.match[1].decode(), server.match[2].decode()
+            client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=SECONDS)
+            client.request("GET", "/api", headers={"Authorization": f"token {token}"})
+            client.getresponse().read()
+            client.close()
+            server.expect(r"(\x1b\[2m)?[\d:.]+  browser [^\n]*GET /api ")
+            with self.subTest(more):
+                self.assertEqual(server.match[1] is not None, is_coloured)
+
+
 class PastFlaws(ServerCase):
     """What once went wrong in Jupyter's servers, each under its number; those that other tests
     tell are not repeated: foreign origins, paths to the root's neighbours, a kernel's folder."""
@@ -19346,6 +19507,27 @@ class PageUnderTheHood(PageCase):
                 tab.page.locator("#hood-detail").get_by_role("tab", name=depth).click()
             self.assertShows(tab.page.locator("#hood-detail"), "bytes")
 
+    def test_a_trace_that_the_server_has_written_shows_the_journey_of_a_cell(self):
+        path = self.folder() / "lesson.json"
+        server = self.own_server(options=["--trace", str(path)])
+        page = server.frontend(server.post("/api/kernels", {}).json["id"])
+        page.finish(page.start("6 * 7"))
+        page.wire.close()
+        server.end()
+        tab = self.look("")
+        tab.page.locator("[name=file]").set_input_files(path)
+        self.assertShows(tab.page.locator("#hood-news"), "This is lesson.json")
+        self.rows(tab, "ended with exit code 0").wait_for()
+        labels = self.labels(tab)
+        for row in (["Browser", "Server", "execute_request 6 * 7"],
+                    ["Server", "shell", "execute_request 6 * 7"],
+                    ["iopub", "Server", "execute_result 42"],
+                    ["Server", "Browser", "execute_result 42"],
+                    ["shell", "Server", "execute_reply ok"]):
+            self.assertIn(row, labels)
+        detail = self.choose(tab, "execute_result 42", "Source")
+        self.assertShows(detail, "execute_result")
+
     def test_the_ladder_is_filtered_and_hides_what_comes_all_the_time(self):
         tab = self.look("1")
         self.run_cell(tab, 0)
@@ -21761,24 +21943,6 @@ class Documentation(Case):
                 for name in names:
                     self.assertTrue(is_there(name, "\n".join(lines)), name)
 
-    def test_what_the_labs_of_the_readme_name_is_there(self):
-        text = text_of("README.md")
-        labs = " ".join(text[text.index("## Labs"):text.index("## Tests and")].split())
-        programs = [text_of(name) for name in FILES[:3]]
-        to_be_made = {"magic_hello", "%hello?", "text/csv"}
-        for code in {*re.findall(r"`([^`]+)`", labs)} - to_be_made - {*FILES}:
-            name = re.split(r"[ (]", code)[0]
-            with self.subTest(code):
-                if re.fullmatch(r"(?:[A-Z]\w+\.)?\w+", name) and "_" not in code:
-                    self.assertTrue(any(is_there(name, program) for program in programs))
-                else:      # an option, a message type, a call on its object
-                    self.assertTrue(any(name in program for program in programs))
-        buttons = re.findall(r"\*([^*]+)\*", re.sub(r"\d\. \*[^*]+\*", "", labs))
-        self.assertIn("Flip a letter", buttons)
-        for label in buttons:
-            with self.subTest(label):
-                self.assertTrue(re.search(f"[>']{label}['<]", text_of("index.html")))
-
     def test_the_key_and_the_menu_item_of_the_readme_are_those_of_the_page(self):
         key, menu, label = re.search(r"Press `(\w)` \(or (\w+), \*([^*]+)\*\)",
                                      " ".join(text_of("README.md").split())).groups()
@@ -21795,12 +21959,14 @@ class Documentation(Case):
     def test_every_command_of_the_readme_names_a_file_that_is_there(self):
         commands = re.findall(r"(?:python|uv run) (\w+\.py)", text_of("README.md"))
         self.assertLessEqual({"minijupyter.py", "test_minijupyter.py"}, set(commands))
-        self.assertLessEqual(set(commands), set(FILES))
+        made = {name for name in commands if re.fullmatch(r"lab\d+\.py", name)}   # by a student
+        self.assertLessEqual(set(commands) - made, set(FILES))
 
     def test_every_option_of_the_readme_exists(self):
         shown = subprocess.run([sys.executable, HERE / "minijupyter.py", "--help"],
                                capture_output=True, text=True, check=True).stdout
-        for option in re.findall(r"`[^`]*minijupyter\.py[^`]* (--[a-z-]+)", text_of("README.md")):
+        for option in re.findall(r"(?m)(?:^|[ `])minijupyter\.py[^`\n]* (--[a-z-]+)",
+                                 text_of("README.md")):
             with self.subTest(option):
                 self.assertIn(option, shown)
 
@@ -21826,7 +21992,8 @@ class Documentation(Case):
         self.assertEqual(re.findall(r"(?:url\(|@import |import\()[\"']?https?:.*", page), [])
 
     def test_the_top_level_holds_the_five_files_and_nothing_else(self):
-        top = {name for name in os.listdir(HERE) if not name.startswith(".")}
+        top = {name for name in os.listdir(HERE)      # and what a student has written for a lab
+               if not re.match(r"\.|lab\d+\.(?:py|txt)$", name)}
         self.assertEqual(top - {"__pycache__"}, set(FILES))
 
 
@@ -21836,7 +22003,1130 @@ def dependencies(text):
     return re.findall(r'"([^"]+)"', block)
 
 
-# ---- 11. Bench ----------------------------------------------------------------------
+# ---- 11. Labs and the clinic --------------------------------------------------------
+#
+# The README's sheets are done in a copy of the five files, and checked in that copy, because these
+# tests run beside the sources that they check: `lab N` does from outside what the sheet asks for
+# and says in words what is missing; `--hint` shows one hint more each time. `clinic N` writes a
+# copy in which one line is spoiled, with its case file; `clinic N --answer FILE:LINE` judges a
+# diagnosis.
+#
+# To add a lab, write a function `lab_N(lab)` below `@sheet(title, three hints)`, and a sheet of
+# that title. To add a case, add a row to CLINIC. What would tell an answer is no clear text:
+# spoiled lines, and the work of the student that the tests make up, are in ROT13, as on Usenet (in
+# vim, `g?` reads it); answers to questions are kept as `sealed` gives them.
+
+LABS = {}          # number -> (title, function of a Lab, hints)
+MEMORY = ".labs.json"   # {"hints": {number: how many were shown}, "solved": [cases]}
+ENOUGH_CASES = 3   # that lab 11 asks for
+LUCKY_TRIES = 5    # of a test that fails most often
+HEALTHY = ("Bridge.test_a_cell_runs_through_the_server",     # what a server must go on to do
+           "Contents.test_text_and_binary_files_are_read_and_saved")
+rot13 = functools.partial(codecs.encode, encoding="rot13")
+
+
+class Missing(Exception):
+    """What a student's work lacks, in words."""
+
+
+class Lab:
+    """A student's work on one sheet, checked from outside. Kernels and servers that it starts end
+    with it."""
+
+    def __init__(self, number, say=print):
+        self.number, self.say, self.stack = number, say, contextlib.ExitStack()
+
+    def expect(self, promise, is_kept, why=""):
+        """Say that a promise is kept. Raises Missing when it is not."""
+        if not is_kept:
+            raise Missing(f"{promise}\n         {why}".rstrip())
+        self.say(f"ok       {promise}")
+
+    def script(self, end=".py"):
+        """The student's own file: lab3.py. Raises Missing when it is not there."""
+        path = HERE / f"lab{self.number}{end}"
+        if not path.exists():
+            raise Missing(f"{path.name} lies beside the five files\n         There is no {path}.")
+        return path
+
+    def kernel(self, script="kernel.py"):
+        """A KernelProcess of that script, which ends with the lab."""
+        own = KernelProcess([sys.executable, str(HERE / script), *OURS[2:]])
+        self.stack.callback(own.end)
+        return own
+
+    def frontend(self, own):
+        """A Frontend on it. Raises Missing, with what the process said, when it does not answer."""
+        try:
+            frontend = own.connect()
+        except TimeoutError:
+            raise Missing("the kernel starts and answers kernel_info_request\n         It says: "
+                          f"{last_lines(own.process.output)}") from None
+        self.stack.callback(frontend.wire.close)
+        return frontend
+
+    def run(self, frontend, code):
+        """The Answer to a cell. Raises Missing when the kernel does not finish it."""
+        try:
+            return frontend.finish(frontend.start(code))
+        except TimeoutError:
+            raise Missing(f"`{code}` comes to its end\n         A reply on shell and `idle` on "
+                          f"iopub are needed; so far there is {frontend.log[-8:]}.") from None
+
+    def page(self, *sources):
+        """A Tab on a notebook in a server and a Chromium of its own. Raises Missing when the page
+        has an error."""
+        if not CHROMIUM or not importlib.util.find_spec("playwright"):
+            raise Missing("Chromium and playwright are there to look at the page\n         Install "
+                          "chromium and `pip install playwright`, or judge it by the sheet.")
+        server, errors = Server(), []
+        self.stack.callback(server.end)
+        context = browser().new_context()
+        self.stack.callback(context.close)
+        (server.root / "lab.ipynb").write_bytes(jupyter_bytes(notebook(*sources)))
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url[0])
+        page.goto(f"http://127.0.0.1:{server.port}/notebooks/lab.ipynb")
+        try:
+            Tab(page).wait_for(kernel="idle")
+        except Exception as problem:
+            raise Missing("the page opens a notebook\n         "
+                          f"{'; '.join(errors) or problem}") from None
+        if errors:   # then Part I alone may have started
+            raise Missing("the scripts of the page run\n         " + "; ".join(errors))
+        return Tab(page)
+
+    def answer(self, question):
+        """What the student answers on the terminal. Raises Missing at the end of the input."""
+        try:
+            return input(f"{question}\n> ").strip()
+        except EOFError:
+            raise Missing("each question gets an answer\n         The input has ended.") from None
+
+    def wait(self, tab):
+        """Wait until all cells of a page are done. Raises Missing when they do not end."""
+        from playwright.sync_api import TimeoutError as TookTooLong
+        try:
+            tab.wait_until_done()
+        except TookTooLong:
+            raise Missing("the cells come to their end\n         After "
+                          f"{SECONDS} s they are {', '.join(tab.states())}.") from None
+
+    def ask(self, question, *answers):
+        """Put a question whose answer is one of `answers`, which are `sealed`."""
+        answer = self.answer(question)
+        self.expect("that is right", sealed(self.number, answer) in answers,
+                    f"{answer!r} is not the answer. Look again, in the page and in the source.")
+
+
+def sealed(number, answer):
+    """A short hash of an answer to a question of lab `number`; case, quotes and ends do not
+    count. For a new question: python -c "import test_minijupyter as t; print(t.sealed(4, 'x'))"."""
+    words = re.sub(r"[^\w\[\]* ]", "", answer.lower().removesuffix("()")).split()
+    return hashlib.sha256(f"lab {number}: {' '.join(words)}".encode()).hexdigest()[:12]
+
+
+def last_lines(text, count=5):
+    return "\n         ".join(text.rstrip().split("\n")[-count:]) or "nothing"
+
+
+def sheet(title, *hints):
+    """Enter the function below, `lab_N`, as the check of lab N."""
+    def enter(function):
+        LABS[int(function.__name__.removeprefix("lab_"))] = title, function, hints
+        return function
+    return enter
+
+
+@sheet("A magic",
+       "The head of the section “Magics” in kernel.py says what a magic is. Read magic_pwd.",
+       "`line` is the rest of the line behind the name. What a method prints, the cell shows.",
+       "`%hello?` goes through Magics.pinfo; what it shows of a function is its docstring.")
+def lab_1(lab):
+    frontend = lab.frontend(lab.kernel())
+    cell = lab.run(frontend, "%hello Ada")
+    lab.expect("`%hello Ada` runs", cell.status == "ok", cell.error.get("evalue", ""))
+    lab.expect("it greets Ada", "Ada" in cell.text(), f"It printed {cell.text()!r}.")
+    cell = lab.run(frontend, "%hello")
+    lab.expect("`%hello` alone greets as well", cell.status == "ok" and cell.text().strip(),
+               f"It printed {cell.text()!r}.")
+    lab.expect("`%lsmagic` lists it", "%hello" in lab.run(frontend, "%lsmagic").text())
+    payload = lab.run(frontend, "%hello?").reply["content"]["payload"]
+    shown = plain_text("".join(each["data"]["text/plain"] for each in payload))
+    methods = [node for node in ast.walk(ast.parse(text_of("kernel.py")))
+               if getattr(node, "name", None) == "magic_hello"]
+    about = ast.get_docstring(methods[0]) if methods else None
+    lab.expect("`%hello?` shows what the method does", about and about.split("\n")[0] in shown,
+               f"magic_hello has the docstring {about!r}; the pager shows {shown[:200]!r}.")
+
+
+@sheet("A renderer",
+       "The section “More types of output” of index.html calls addRenderer for such rows.",
+       "`h('td', {}, text)` makes an element, and text stays text; a child may be a list.",
+       "addRenderer(rank, /^text\\/csv$/, text => …) must return one node. Rank 101 takes all of "
+       "text/: yours must be lower.")
+def lab_2(lab):
+    csv = "name,born\nAda,1815\n<img src=x>,1"
+    tab = lab.page(f"display({{'text/csv': {csv!r}, 'text/plain': 'plain'}}, raw=True)",
+                   "display({'text/csv': 'a,b', 'text/html': '<b>rich</b>'}, raw=True)")
+    tab.command("run-all")
+    lab.wait(tab)
+    output = tab.outputs(0)
+    mime = output.locator(".output").get_attribute("data-mime")
+    lab.expect("of text/csv and text/plain the page draws text/csv", mime == "text/csv",
+               f"It draws {mime}.")
+    rows = [row.locator("td, th").all_text_contents() for row in output.locator("tr").all()]
+    wanted = [line.split(",") for line in csv.split("\n")]
+    lab.expect("each line is a row of a table, each field a cell", rows == wanted,
+               f"Wanted {wanted}, got {rows}.")
+    lab.expect("a field that looks like HTML stays text", output.locator("img").count() == 0)
+    mime = tab.outputs(1).locator(".output").get_attribute("data-mime")
+    lab.expect("text/html, which is richer, is still drawn before it", mime == "text/html",
+               f"The page draws {mime}: the rank is lower than HTML's.")
+
+
+@sheet("Eavesdrop",
+       "The connection file is JSON; `endpoint(connection, 'iopub')` in minijupyter.py puts the "
+       "address together.",
+       "A SUB socket hears nothing until it subscribes: the empty topic b'' is everything.",
+       "Session(key).unpack(parts) gives a dict; its header has the msg_type. Print with "
+       "flush=True, or a pipe keeps your lines.")
+def lab_3(lab):
+    script, own = lab.script(), lab.kernel()
+    frontend = lab.frontend(own)
+    listener = Process([sys.executable, script, own.file], cwd=HERE)
+    lab.stack.callback(listener.end)
+    deadline = time.monotonic() + SECONDS
+    while "execute_input" not in listener.output and not listener.ended \
+            and time.monotonic() < deadline:   # it may not have subscribed yet
+        lab.run(frontend, "print('secret of the cell'); 6 * 7")
+    lab.expect("lab3.py CONNECTION_FILE runs on while there is something to hear",
+               not listener.ended, f"It says: {last_lines(listener.output)}")
+    for msg_type in ("status", "execute_input", "stream", "execute_result"):
+        lab.expect(f"it prints each {msg_type}", msg_type in listener.output,
+                   f"It says: {last_lines(listener.output)}")
+    source = script.read_text("utf-8")
+    lab.expect("it verifies what it hears with Session", "Session" in source)
+
+
+@sheet("Forge",
+       "The arrow is the second execute_request, from Server to shell: only that one is signed. "
+       "The arrow to choose afterwards comes from the process at the right.",
+       "The tab Source of that arrow leads to two lines of kernel.py: the one that wrote the log, "
+       "and, by its button, the one that says why.",
+       "Count the arrows from the kernel to the server behind the forged one: status, reply?")
+def lab_4(lab):
+    lab.ask("The forged message: which method of Session refuses it?", "621850eb15e7")
+    lab.ask("What does the kernel log about it? (the five words in quotation marks)",
+            "4b8bb29fc577")
+    lab.ask("How many messages does the kernel send back to the forger?",
+            "bbdf74300c19", "ecd2d8f152db")
+    lab.ask("And the true message, sent again: which word does the kernel log?", "0f3f6db38027")
+    lab.ask("Which method of Session refuses that one?", "2a077f527951")
+
+
+@sheet("Two signs of the end",
+       "Choose the arrows from Server to Browser, in their order, and compare their times.",
+       "While the button is pressed, look at the prompt left of the cell for two seconds.",
+       "The first line of Execution.settle names the two fields that it asks for.")
+def lab_5(lab):
+    lab.ask("iopub is late. Which message of the cell reaches the browser first?", "ae9b45c4845f")
+    lab.ask("What does the cell's prompt show meanwhile, brackets included?", "a94b1c0e9013")
+    lab.ask("Which field of Execution is still null then?", "5a9ccfbbe4a8")
+    lab.ask("Which message sets it? (msg_type and state)", "8a3497ff7b55", "a4fe6e2fcc8a")
+
+
+@sheet("Order",
+       "The test is one of those that run Part I alone: `python test_minijupyter.py core`.",
+       "What a child process prints comes through a pipe. Whoever reads the pipe before `idle` is "
+       "queued keeps promise I2.",
+       "Search kernel.py for catch_up: a section of Part II sets it, and publish calls it.")
+def lab_6(lab):
+    name = lab.answer("Which test fails with your kernel.py? (Class.test_…)")
+    case, _, method = name.partition(".")
+    lab.expect("there is a test of that name", method and hasattr(globals().get(case), method),
+               f"There is no {name!r}. `python test_minijupyter.py core` shows sentences; the "
+               "code has them as Class.test_….")
+    tries = (run_beside(HERE, name) for _ in range(LUCKY_TRIES))
+    done = next((done for done in tries if done.returncode), None)
+    lab.expect("it fails with your kernel.py", done, "It passes: is the call to drain in "
+               "Cells.leave gone, and is one behind kernel.finish in Cells.execute?")
+    lab.expect("it fails because something came after idle", re.search(
+        r"idle stream|!= 'c\\n'", done.stdout), last_lines(done.stdout))
+    lab.ask("With Part II nothing fails. Which of its sections does the work? (its title)",
+            "f792e204cbcc")
+
+
+@sheet("A button",
+       "The head of the section “Commands and keys” of index.html says what a row consists of.",
+       "The notebook's method `run` takes a list of cells, and `active` is the selected one.",
+       "A list may hold the same cell ten times.")
+def lab_7(lab):
+    tab = lab.page("n = globals().get('n', 0) + 1\nn", "'another'")
+    row = tab.page.evaluate("(({ menu, label } = {}) => menu && [menu, label])"
+                            "(commandNamed('run-ten-times'))")
+    lab.expect("a menu has a command run-ten-times", row, "There is no such row in COMMANDS.")
+    tab.select(0)
+    tab.page.evaluate("void runCommand('run-ten-times')")
+    lab.wait(tab)
+    lab.expect("it runs the selected cell ten times", tab.texts()[0] == "10",
+               f"The cell counts its runs, and shows {tab.texts()[0]!r}.")
+    lab.expect("and no other", tab.texts()[1] == "")
+
+
+@sheet("A language",
+       "AnotherLanguage in these tests is a calculator of another kind; Interpreter's docstring "
+       "says what a language needs.",
+       "`run` is async; it shows a value by self.displayhook(value), and what it raises becomes "
+       "the cell's error.",
+       "A stack: push numbers; at + - * / pop two and push what they give. The last line of the "
+       "calculator in the tests starts the kernel.")
+def lab_8(lab):
+    own = lab.kernel(lab.script())
+    frontend = lab.frontend(own)
+    for code, result in (("3 4 +", "7"), ("2 3 4 + *", "14"), ("10 2 - 4 /", "2"), ("5", "5")):
+        cell = lab.run(frontend, code)
+        is_right = cell.result is not None and float(cell.result) == float(result)
+        lab.expect(f"`{code}` gives {result}", is_right, f"Got {cell.result}; {cell.error}")
+    for code in ("1 +", "one two", "1 0 /"):
+        cell = lab.run(frontend, code)
+        lab.expect(f"`{code}` is an error, in the reply and on iopub",
+                   cell.status == "error" and cell.error.get("ename"), repr(cell))
+    own.interrupt()
+    lab.expect("it lives on after errors and an interrupt",
+               lab.run(frontend, "1 1 +").result is not None)
+    about = frontend.request("kernel_info_request").reply["content"]["language_info"]["name"]
+    lab.expect("kernel_info_reply names the language", about != "python", f"It says {about}.")
+
+
+def lead_on_late(door, port, seconds=0.5):
+    """Lead each connection at a door on to a port, as late as a slow network would; until the door
+    is closed."""
+    def carry(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    with contextlib.suppress(OSError):
+        while True:
+            near, _ = door.accept()
+            time.sleep(seconds)
+            far = socket.create_connection(("127.0.0.1", port))
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=carry, args=ends, daemon=True).start()
+
+
+@sheet("Be the frontend",
+       "Two sockets are enough: a DEALER to shell, a SUB to iopub that subscribes to b''.",
+       "iopub connects a little later than shell: wait for its first message (iopub_welcome, or "
+       "the status of a kernel_info_request) before you ask for the cell.",
+       "Only messages whose parent_header has your msg_id are yours. Stop when you have both: the "
+       "reply on shell, and status idle on iopub.")
+def lab_9(lab):
+    script, own = lab.script(), lab.kernel()
+    lab.frontend(own)   # a kernel that has another client waits for nobody's subscription
+    door = lab.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    threading.Thread(target=lead_on_late, args=[door, own.connection["iopub_port"]],
+                     daemon=True).start()
+    file = own.file.with_name("late.json")
+    file.write_text(json.dumps({**own.connection, "iopub_port": door.getsockname()[1]}))
+
+    def ask(code):
+        listener = Process([sys.executable, script, file, code], cwd=HERE)
+        lab.stack.callback(listener.end)
+        try:
+            return listener.exit_code(), listener.output
+        except subprocess.TimeoutExpired:
+            raise Missing(f"lab9.py CONNECTION_FILE {code!r} comes to its end\n         Here iopub "
+                          "connects half a second later than shell: what had been said by then?\n"
+                          f"         So far it says: {last_lines(listener.output)}") from None
+
+    code, shown = ask("print('hello'); 6 * 7")
+    lab.expect("it shows what the cell prints, and its value", "hello" in shown and "42" in shown,
+               f"It says: {last_lines(shown)}")
+    lab.expect("it ends with exit code 0", code == 0, f"The code is {code}.")
+    _, shown = ask("for i in range(30_000): print(i)")
+    lines = [line for line in shown.split("\n") if line.strip().isdigit()]
+    lab.expect("of a long output it loses nothing, and mixes nothing up",
+               [*map(int, lines)] == [*range(30_000)], f"{len(lines):,} of 30,000 lines came.")
+    code, shown = ask("1/0")
+    lab.expect("it shows the name of an error", "ZeroDivisionError" in shown, last_lines(shown))
+    lab.expect("and tells it by its exit code", code != 0, "The code is 0.")
+
+
+@sheet("Break in",
+       "Take one test of PastFlaws, read what it sends, and send it yourself with curl.",
+       "Under the hood, the tab Source of the exchange's arrow shows the endpoint; the refusal "
+       "stands on its way there: Handler.admit, Access, Contents.resolve.",
+       "Put `pass` in the line's place, in a copy: without the right line that flaw is back, and "
+       "all else works as before.")
+def lab_10(lab):
+    rows = [line.split() for line in lab.script(".txt").read_text("utf-8").split("\n") if line]
+    lab.expect("lab10.txt has three lines or more: test_NAME FILE:LINE",
+               len(rows) >= 3 and all(len(row) == 2 for row in rows), f"It has {rows}.")
+    lab.expect("they name three tests of PastFlaws, and three lines",
+               all(name in vars(PastFlaws) for name, _ in rows) and all(
+                   len({*column}) == len(rows) for column in zip(*rows, strict=True)),
+               "Each test and each line once; the tests: " + ", ".join(
+                   name for name in vars(PastFlaws) if name.startswith("test_")))
+    for name, place in rows:
+        file, line = read_place(place)
+        with tempfile.TemporaryDirectory(prefix="minijupyter-lab-") as folder:
+            copy_files(folder)
+            path = Path(folder, file)
+            path.write_text(without_statement(path.read_text("utf-8"), line), "utf-8")
+            works, flaw = (run_beside(folder, *names) for names in (HEALTHY, [f"PastFlaws.{name}"]))
+        lab.expect(f"without {place} the server still serves files and runs cells",
+                   works.returncode == 0, last_lines(works.stdout + works.stderr))
+        lab.expect(f"and {name} fails", flaw.returncode, "It passes: something else stops it.")
+
+
+@sheet("The bug clinic",
+       "First make it go wrong twice. Then run the same cell in your own copy beside it, and "
+       "compare the two ladders arrow by arrow: which is the first that differs?",
+       "`grep -n Journey kernel.py minijupyter.py index.html` gives the line of that station; the "
+       "tab Source of the arrow gives it as well.",
+       "Read the function that the station stands in as if you had never seen it, word by word.")
+def lab_11(lab):
+    solved = remembered().get("solved", [])
+    lab.expect(f"{ENOUGH_CASES} cases of the clinic are solved", len(solved) >= ENOUGH_CASES,
+               f"Solved here: {solved or 'none'}. `python test_minijupyter.py clinic` lists them.")
+
+
+@sheet("Grow Part I",
+       "lab12.py is kernel.py without what stands between the two marks of Part II, and the marks.",
+       "A handler is a function of (kernel, request) below `@handles(\"io\")`; what it returns is "
+       "the content of the reply. The specification's “Completion” says which four fields.",
+       "kernel.interpreter.namespace has the user's names, vars(builtins) and keyword.kwlist the "
+       "others. Look backwards from cursor_pos for the word's beginning.")
+def lab_12(lab):
+    script = lab.script()
+    source = script.read_text("utf-8")
+    lab.expect("it is Part I: the two marks are gone, and what stood between them",
+               PART_II not in source and len(source.split("\n")) < 2_300,
+               f"It has {len(source.split(chr(10))):,} lines.")
+    frontend = lab.frontend(lab.kernel(script))
+    cell = lab.run(frontend, "alphabet = 1")
+    lab.expect("it runs cells", cell.status == "ok", cell)
+    blocking = frontend.start("import time\nprint('ready')\ntime.sleep(60)")
+    frontend.until(blocking.text)
+    for code, at, match, start in (("alph", 4, "alphabet", 0), ("x = prin + 1", 8, "print", 4),
+                                   ("(lamb", 5, "lambda", 1)):
+        asked = frontend.ask("complete_request", code=code, cursor_pos=at)
+        with contextlib.suppress(TimeoutError):
+            frontend.finish(asked, seconds=5)
+        content = asked.reply["content"] if asked.reply else {}
+        lab.expect(f"while a cell runs, {code[:at]!r} is completed to {match}",
+                   match in content.get("matches", ()), f"The reply: {content or 'none came'}")
+        place = content.get("cursor_start"), content.get("cursor_end")
+        lab.expect(f"cursor_start and cursor_end are {start} and {at}", place == (start, at), place)
+
+
+# -- the clinic --
+
+class Patient:
+    """A copy of the program with one spoiled line. `was` and `now` are that line before and after,
+    `because` what follows from it, all in ROT13; `shown_by` is a test that fails."""
+
+    def __init__(self, title, complaint, cells, shown_by, file, was, now, because):
+        self.title, self.complaint, self.cells, self.shown_by = title, complaint, cells, shown_by
+        self.file, self.was, self.now, self.because = file, rot13(was), rot13(now), rot13(because)
+
+    def spoiled(self, source):
+        """The source with the spoiled line. It stands there once: a test sees to that."""
+        return source.replace(self.was, self.now)
+
+    def lines(self, source):
+        """The numbers of the lines of the spoiled statement, in a healthy or a spoiled source."""
+        at = max(source.find(self.was), source.find(self.now))
+        same = os.path.commonprefix([self.was, self.now])
+        line = source.count("\n", 0, at) + same.count("\n") + 1
+        if not self.file.endswith(".py"):
+            return range(line - 1, line + 2)
+        first, last = statement_at(source, line)
+        return range(first, last + 1)
+
+
+CLINIC = [
+    Patient("Silent prints",
+            "Values appear, but nothing that a cell prints does. No error is shown anywhere.",
+            ["print('hello')\n6 * 7"],
+            "KernelOutput.test_stdout_and_stderr_keep_their_order",
+            "kernel.py",
+            "grkg[fgneg:fgneg + ZBFG_GRKG]}, cnerag)",
+            "grkg[fgneg:fgneg + ZBFG_GRKG]}, {})",
+            "Fgngvba 8: fgernz yrnirf jvgu na rzcgl cnerag_urnqre. Gur cntr svaqf gur pryy bs "
+            "na bhgchg ol vgf cnerag'f zft_vq (fgngvba 12), naq qenjf jung unf abar abjurer. "
+            "Haqre gur ubbq gur neebj vf gurer, ohg vg unf ab pbybhe, naq vgf gvzr qbrf abg "
+            "pbhag sebz gur xrl cerff."),
+    Patient("Done too early",
+            "Over a slow network a cell looks finished, its number in the prompt, and its "
+            "output comes a while later. (Press *Delay iopub* to have such a network.)",
+            ["for i in range(3): print(i)"],
+            "PageUnderTheHood.test_messages_are_held_and_let_pass_one_by_one",
+            "index.html",
+            "vs (guvf.ercyl === ahyy || guvf.vqyrNg === ahyy || guvf.vfFrggyrq) erghea;",
+            "vs (guvf.ercyl === ahyy || guvf.vfFrggyrq) erghea;",
+            "Fgngvba 12: gur cntr nfxf sbe gur ercyl nybar. Ercyl naq bhgchg geniry ba gjb "
+            "fbpxrgf, fb gung rvgure znl pbzr svefg; vqyr fnlf gung nyy bhgchg vf va."),
+    Patient("It runs on",
+            "*Run all* does not stop at an error: the cells behind it run, on values that are "
+            "not there.",
+            ["x = 1", "x / 0", "print('this must not run')"],
+            "KernelErrors.test_cells_queued_behind_an_error_are_aborted",
+            "kernel.py",
+            'erghea {"fgnghf": "reebe", **pbagrag}',
+            'erghea {"fgnghf": "bx", **pbagrag}',
+            "Orgjrra fgngvbaf 7 naq 10: reebe vf choyvfurq, ohg gur ercyl fnlf bx, jvgu gur "
+            "ranzr bs na reebe orfvqr vg. Pryyf.rkrphgr ybbxf ng gur ercyl'f fgnghf jura vg "
+            "nobegf gur pryyf gung jnvg."),
+    Patient("It does not stop",
+            "Interrupt (I twice, or the button) has no effect: the cell sleeps on. The server "
+            "answers 204.",
+            ["import time\ntime.sleep(600)"],
+            "Kernels.test_interrupt_stops_a_running_cell",
+            "minijupyter.py",
+            "frys.fraq_fvtany(fvtany.FVTVAG)",
+            "frys.fraq_fvtany(fvtany.FVTPBAG)",
+            "Ab fgngvba: na vagreehcg gnxrf nabgure jnl, CBFG gb gur freire naq n fvtany gb gur "
+            "cebprff. Haqre gur ubbq gur neebj gb gur cebprff fnlf fvtany 18 (Pbagvahrq), jurer "
+            "2 (Vagreehcg) orybatf."),
+    Patient("Nobody hears my answer",
+            "`input()` asks, I answer, the answer is shown, and the cell runs for ever.",
+            ["name = input('Who? ')\nname"],
+            "PageRuns.test_input_is_asked_in_the_cell",
+            "index.html",
+            "    pbafg nafjre = pbagrag => {\n      xreary.fraq('fgqva', 'vachg_ercyl'",
+            "    pbafg nafjre = pbagrag => {\n      xreary.fraq('furyy', 'vachg_ercyl'",
+            "N dhrfgvba'f bja jnl: vachg_erdhrfg pbzrf ba fgqva, naq vachg_ercyl zhfg tb onpx "
+            "ba fgqva. Urer vg tbrf ba furyy, jurer gur xreary ybtf gung vg unf ab unaqyre bs "
+            "gung anzr."),
+    Patient("Tab does nothing",
+            "Cells run, but Tab completes nothing, and no help comes at Shift+Tab.",
+            ["import math\nmath.sq"],
+            "Bridge.test_every_frontend_sees_the_output_and_only_the_asker_the_reply",
+            "minijupyter.py",
+            "xreary.nfxrq_gb_eha.trg(ragel.cnerag_vq) be xreary.nfxrq.trg(ragel.cnerag_vq)",
+            "xreary.nfxrq_gb_eha.trg(ragel.cnerag_vq) be xreary.nfxrq.trg(ragel.pyvrag)",
+            "Fgngvba 11: n ercyl orybatf gb gur cntr jubfr erdhrfg vg anzrf nf vgf cnerag (C2). "
+            "Bs rkrphgr_ercyl gung fgvyy ubyqf; nyy bgure ercyvrf ernpu gur freire naq ab cntr."),
+    Patient("No other client gets in",
+            "In the page all is well. `jupyter console --existing` with the kernel's connection "
+            "file gets no answer to anything. (Kernel, *Connect another client…* shows the "
+            "command. Without it: choose any signed arrow.)",
+            ["6 * 7"],
+            "Wire.test_the_signature_is_the_hmac_of_the_four_parts",
+            "kernel.py",
+            "sbe cneg va wfba_cnegf:\n            qvtrfg.hcqngr(cneg)",
+            "sbe cneg va wfba_cnegf[:3]:\n            qvtrfg.hcqngr(cneg)",
+            "Fgngvbaf 3 naq 4: gur fvtangher yrnirf bhg gur pbagrag. Freire naq xreary hfr gur "
+            "fnzr Frffvba naq nterr va gur zvfgnxr; gur cntr, juvpu pbzchgrf vg narj, naq nyy "
+            "bgure pyvragf qb abg. Jbefr, jubrire punatrf n pbagrag vf abg abgvprq."),
+    Patient("It waits for ever",
+            "The page opens, the kernel is idle; whatever I run keeps its [*] and nothing else "
+            "happens.",
+            ["6 * 7"],
+            "WebSocketFrames.test_every_length_is_read_back",
+            "minijupyter.py",
+            '(2, "!U") vs yratgu == 126',
+            '(2, "<U") vs yratgu == 126',
+            "Orsber fgngvba 2: gur yratgu bs n senzr bs 126 olgrf be zber vf ernq jvgu gur "
+            "jebat olgr svefg, fb gung gur freire jnvgf sbe gubhfnaqf bs olgrf gung arire pbzr. "
+            "Gur gnc fgnaqf oruvaq vg: gur ynqqre fgnlf rzcgl."),
+    Patient("Who wrote last wins",
+            "Two people edit one notebook. Nobody is asked, and the changes of whoever saved "
+            "first are gone. (Change case.ipynb with another editor while the page has it open, "
+            "then change a cell and save.)",
+            ["'mine'"],
+            "ConflictsAndFullDisks.test_a_save_while_the_file_changed_on_disk_is_a_conflict",
+            "minijupyter.py",
+            '.fgevc(\'"\') be Abar)',
+            '.fgevc(\'"\') naq Abar)',
+            "Ab fgngvba: n fnir'f jnl. Gur CHG pneevrf Vs-Zngpu, gur unfu bs gur irefvba gung "
+            "gur cntr unf; gur freire ernqf vg naq gnxrf vg sbe abar, naq nafjref 200 jurer 412 "
+            "orybatf."),
+    Patient("Twice",
+            "Somebody on the network recorded a message to my kernel, and sent it once more. It "
+            "ran twice. (Under the hood, the execute_request from Server to shell: *Send it "
+            "again*.)",
+            ["print('paid')"],
+            "Wire.test_a_replayed_message_is_refused",
+            "kernel.py",
+            "vs fvtangher va frys.frra:",
+            "vs fvtangher va frys.cnerag:",
+            "Fgngvba 4: n fvtangher gung jnf gurer orsber zhfg or ershfrq, be n erpbeqrq "
+            "zrffntr ehaf ntnva. Gur zrzbel vf xrcg, ohg ybbxrq hc va gur jebat cynpr."),
+]
+CASE_FILE = """\
+# Case {number}: {title}
+
+{complaint}
+
+In this folder: the five files, one line spoiled, and `case.ipynb` with the cells of the complaint.
+Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
+
+    python {folder}/minijupyter.py {folder}
+
+Then answer, in this order and in writing:
+
+1. What do you see in the page, and what should be there?
+2. Under the hood, which is the first arrow that is missing, wrong, or at a wrong place? (Run the
+   same cell in your own copy, beside it.) Which arrows are as they should be?
+3. So between which two stations of the journey does it go wrong? (`grep -n Journey *.py *.html`) Or
+   is it on another way than a cell's, and on which?
+4. What did you believe first, and which observation has refuted it?
+5. Which line is it? From your own copy of the five files:
+
+    python test_minijupyter.py clinic {number} --answer FILE:LINE
+
+To compare this folder with a healthy copy by a program would find the line, and teach nothing.
+"""
+
+
+def admit_patient(number, folder):
+    """Write case `number` into a folder: the spoiled copy, a notebook, the case file."""
+    patient = CLINIC[number - 1]
+    copy_files(folder)
+    path = Path(folder, patient.file)
+    path.write_text(patient.spoiled(path.read_text("utf-8")), "utf-8")
+    Path(folder, "case.ipynb").write_bytes(jupyter_bytes(notebook(*patient.cells)))
+    text = CASE_FILE.format(number=number, folder=folder, title=patient.title,
+                            complaint=patient.complaint)
+    Path(folder, "CASE.md").write_text(text, "utf-8")
+    return text
+
+
+def judge(number, place):
+    """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
+    patient = CLINIC[number - 1]
+    file, line = read_place(place)
+    if file != patient.file:
+        print(f"No: {file} is healthy. Which end of the first wrong arrow is its sender?")
+        return 1
+    if line not in patient.lines(text_of(file)):
+        print(f"No: line {line} does its work. The file is the right one.")
+        return 1
+    print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
+          f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
+    memory = remembered()
+    remember(solved=sorted({*memory.get("solved", []), number}))
+    return 0
+
+
+# -- what both need --
+
+def remembered():
+    """What MEMORY holds; what is damaged is forgotten."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((HERE / MEMORY).read_text("utf-8")))
+    return {}
+
+
+def remember(**news):
+    try:
+        (HERE / MEMORY).write_text(json.dumps({**remembered(), **news}), "utf-8")
+    except OSError as problem:
+        print(f"(This cannot be kept for next time: {problem})")
+
+
+def copy_files(folder):
+    for name in FILES:
+        shutil.copy(HERE / name, folder)
+
+
+def run_beside(folder, *names):
+    """The finished process of some tests, beside the sources of a folder."""
+    return subprocess.run([sys.executable, "test_minijupyter.py", *names], cwd=folder,
+                          capture_output=True, text=True)
+
+
+def read_place(text):
+    """(file, line) of "kernel.py:123", whatever folder stands before it. Raises Missing."""
+    match = re.fullmatch(r"(?:.*[/\\])?([\w.]+):(\d+)", text.strip())
+    if not match or match[1] not in FILES[:3]:
+        raise Missing(f"a place is one of {', '.join(FILES[:3])} and a line: kernel.py:123\n"
+                      f"         This is {text!r}.")
+    return match[1], int(match[2])
+
+
+def statement_at(source, line):
+    """(first, last line) of the smallest statement of Python that holds a line; of one with a
+    block only its head."""
+    found = line, line
+    for node in ast.walk(ast.parse(source)):   # outer ones first
+        if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno:
+            body = getattr(node, "body", None)
+            found = node.lineno, body[0].lineno - 1 if body else node.end_lineno
+    first, last = found
+    return (first, max(first, last)) if line <= max(first, last) else (line, line)
+
+
+def without_statement(source, line):
+    """The source with `pass` in place of the statement at a line. Raises Missing."""
+    nodes = [node for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno]
+    if not nodes:
+        raise Missing(f"line {line} is a statement\n         It is empty, or a comment.")
+    node, lines = nodes[-1], source.split("\n")
+    lines[node.lineno - 1:node.end_lineno] = [" " * node.col_offset + "pass"] + [""] * (
+        node.end_lineno - node.lineno)
+    return "\n".join(lines)
+
+
+def number_among(words, table):
+    """The number that the command line names, if the table has it. Raises Missing."""
+    if not words or not words[0].isdigit() or int(words[0]) not in table:
+        raise Missing(f"a number from {min(table)} to {max(table)} says which one\n         " +
+                      "\n         ".join(f"{n:2} {title}" for n, title in table.items()))
+    return int(words[0])
+
+
+def run_lab(words):
+    """`lab N`: check a student's work. `lab N --hint`: show one hint more."""
+    try:
+        number = number_among(words, {n: title for n, (title, *_) in sorted(LABS.items())})
+        if words[1:] not in ([], ["--hint"]):
+            raise Missing(f"behind the number there may be --hint\n         This is {words[1:]}.")
+    except Missing as problem:
+        print(f"usage: python test_minijupyter.py lab N [--hint]\nmissing  {problem}",
+              file=sys.stderr)
+        return 2
+    try:
+        return show_hint(number) if words[1:] else check_lab(number)
+    finally:
+        unittest.doModuleCleanups()   # the browser's
+
+
+def show_hint(number):
+    _, _, hints = LABS[number]
+    shown = remembered().get("hints", {})
+    count = min(len(hints), shown.get(str(number), 0) + 1)
+    for n, hint in enumerate(hints[:count], 1):
+        print(f"Hint {n} of {len(hints)}: {hint}")
+    remember(hints={**shown, str(number): count})
+    return 0
+
+
+def check_lab(number):
+    """Check lab `number`; returns the exit code."""
+    title, check, _ = LABS[number]
+    lab = Lab(number)
+    print(f"Lab {number}: {title}")
+    try:
+        with lab.stack:
+            check(lab)
+    except Missing as problem:
+        print(f"missing  {problem}\n`python test_minijupyter.py lab {number} --hint` helps.")
+        return 1
+    print(f"Lab {number} is done. Now explain it, as the sheet asks.")
+    return 0
+
+
+def run_clinic(words):
+    """`clinic N`: write a case. `clinic N --answer FILE:LINE`: judge a diagnosis."""
+    try:
+        number = number_among(words, {n: each.title for n, each in enumerate(CLINIC, 1)})
+        if words[1:2] == ["--answer"] and len(words) == 3:
+            return judge(number, words[2])
+        if words[1:]:
+            raise Missing(f"behind the number there may be --answer FILE:LINE\n         "
+                          f"This is {words[1:]}.")
+    except Missing as problem:
+        print("usage: python test_minijupyter.py clinic N [--answer FILE:LINE]\n"
+              f"missing  {problem}", file=sys.stderr)
+        return 2
+    folder = tempfile.mkdtemp(prefix=f"minijupyter-clinic-{number}-")
+    print(admit_patient(number, folder))
+    print(f"This stands in {Path(folder) / 'CASE.md'}")
+    return 0
+
+
+class Sheets(Case):
+    """The README's sheets and the checks are about the same labs, and what a sheet says is so."""
+
+    FIELDS = ("You learn", "Read", "Predict", "Do", "Check", "Explain", "In real Jupyter")
+    MADE = re.compile(r"magic_hello|%name|%hello.*|.*\"%hello\"|text/csv|run-ten-times|"
+                      r"lab\d+\.\w+|<b>|2 3 4 \+ \*|[\w.]+:123")   # by the student
+
+    @classmethod
+    def setUpClass(cls):
+        text = text_of("README.md")
+        cls.text = text[text.index("## Labs"):text.index("## Tests and")]
+        cls.sheets = re.split(r"(?m)^### ", cls.text)[1:]
+
+    def words(self):
+        """All of it in one line, without blocks of code and what real Jupyter is said to have."""
+        text = re.sub(r"(?ms)^- \*\*In real Jupyter.*?\n(?=\n|- )|^```.*?^```", "", self.text)
+        return " ".join(re.sub(r"\*\*[^*]+\*\*", "", text).split())
+
+    def test_each_lab_has_a_sheet_of_its_title_with_every_field_once_and_in_order(self):
+        self.assertEqual(len(LABS), 12)
+        for sheet_, (number, (title, _, hints)) in zip(self.sheets, sorted(LABS.items()),
+                                                       strict=True):
+            with self.subTest(number):
+                self.assertRegex(sheet_, rf"^{number}\. {title} · \d+ minutes")
+                self.assertEqual(re.findall(r"(?m)^- \*\*([^*]+)\*\*", sheet_), [*self.FIELDS])
+                self.assertIn(f"`python test_minijupyter.py lab {number}`", sheet_)
+                self.assertEqual(len(hints), 3)
+
+    def test_what_the_sheets_name_is_there(self):
+        programs = [text_of(name) for name in FILES[:4]]
+        for code in {*re.findall(r"`([^`]+)`", self.words())} - {*FILES}:
+            name = re.split(r"[ (]", code)[0]
+            with self.subTest(code):
+                if self.MADE.fullmatch(code) or code.startswith(("python ", "jupyter ", "~")):
+                    continue   # the commands have a test of their own
+                if re.fullmatch(r"(?:[A-Z]\w+\.)\w+", code):
+                    self.assertTrue(any(is_there(code, program) for program in programs))
+                else:      # a function, a table; an option, a message type, a call on its object
+                    self.assertTrue(any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", program)
+                                        for program in programs))
+
+    def test_the_labels_and_sections_of_the_sheets_are_those_of_the_programs(self):
+        page = text_of("index.html")
+        labels = {*re.findall(r"(?<!\*)\*([^*`]+)\*(?!\*)", self.words())}
+        self.assertLessEqual({"Flip a letter", "Delay iopub", "Connect another client…"}, labels)
+        for label in labels:
+            with self.subTest(label):
+                words = re.escape(label).replace("'", ".")
+                self.assertTrue(re.search(rf"[>'\"]{words}[<'\"]|^  {words}\(", page, re.M))
+        sections = re.findall(r"section “([^”]+)”", self.words())
+        self.assertGreater(len(sections), 8)
+        for title in sections:
+            with self.subTest(title):
+                self.assertTrue(any(re.search(rf"(?m)^(?:#|//|<!--) ---- \d+\. {title}\b",
+                                              text_of(name)) for name in FILES[:3]))
+
+    def test_what_the_sheets_say_of_real_jupyter_is_there(self):
+        said = " ".join(re.findall(r"(?ms)^- \*\*In real Jupyter.*?(?=\n\n|\n- |\Z)", self.text))
+        names = [name for name in re.findall(r"`((?:jupyter_client|ipykernel|IPython)\.[\w.]+)`",
+                                             said) if importlib.util.find_spec(name.split(".")[0])]
+        for name in names:
+            with self.subTest(name):
+                pkgutil.resolve_name(name)
+
+    def test_each_python_block_runs_as_a_cell(self):
+        blocks = re.findall(r"(?ms)^```python\n(.*?)^```", self.text)
+        self.assertGreater(len(blocks), 0)
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        for block in blocks:
+            with self.subTest(block):
+                self.assertEqual(frontend.finish(frontend.start(block)).status, "ok")
+
+    @needs_programs("sh")
+    def test_each_command_of_the_sheets_is_understood(self):
+        folder = self.folder()
+        copy_files(folder)
+        blocks = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```", self.text))
+        inline = [code for code in re.findall(r"`(python [^`]+)`", self.words())
+                  if not re.search(r"lab\d+\.py|test_minijupyter\.py (?:lab|Kernel|core)", code)]
+        for line in dict.fromkeys([*blocks.strip().split("\n"), *inline]):
+            line = re.sub(r"^python (minijupyter\.py.*)", r"python \1 --help", line)
+            line = re.sub(r"^python", sys.executable, line)
+            if " lab 1" in line and "--hint" not in line:
+                continue   # a check: tested below
+            with self.subTest(line):
+                done = subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True,
+                                      text=True, env={**os.environ, "TMPDIR": str(folder)})
+                self.assertEqual((done.returncode if "--answer" not in line else 0, done.stderr),
+                                 (0, ""))
+
+
+class Labs(Case):
+    """Each check finds untouched files wanting, and is content with a right solution."""
+
+    WORK = {   # lab -> [(file, what it is put before; None: a new file, the student's lines)]
+        1: [("kernel.py", "    def magic_pwd(", rot13(r'''    qrs zntvp_uryyb(frys, yvar, pryy):
+        """Terrg fbzrobql."""
+        cevag(s"Uryyb, {yvar be 'jbeyq'}!")
+
+'''))],
+        2: [("index.html", "addRenderer(80,", rot13(r"""
+nqqEraqrere(70, /^grkg\/pfi$/, pfi => u('gnoyr', {}, wbvarq(pfi).fcyvg('\a').znc(yvar =>
+  u('ge', {}, yvar.fcyvg(',').znc(svryq => u('gq', {}, svryq))))));
+"""))],
+        3: [("lab3.py", None, "import json, sys\nfrom test_minijupyter import ZeroMQWire\n"
+             "wire = ZeroMQWire(json.load(open(sys.argv[1])), ['iopub'])   # it has a Session\n"
+             "while True: print(wire.receive(60), flush=True)\n")],
+        7: [("index.html", "  ['type-code',", rot13(r"""
+  ['eha-gra-gvzrf', 'Eha gra gvzrf', '', ao => ao.eha(Neenl(10).svyy(ao.npgvir))],
+"""))],
+        8: [("lab8.py", None, rot13(r"""vzcbeg bcrengbe, flf, xreary
+pynff Cbyvfu(xreary.Vagrecergre):
+    ynathntr_vasb = {"anzr": "cbyvfu", "irefvba": "1", "zvzrglcr": "grkg/cynva"}
+    nflap qrs eha(frys, pbqr):
+        fgnpx = []
+        sbe jbeq va pbqr.fcyvg():
+            vs jbeq va "+-*/":
+                evtug, yrsg = fgnpx.cbc(), fgnpx.cbc()
+                qbrf = {"+": "nqq", "-": "fho", "*": "zhy", "/": "gehrqvi"}[jbeq]
+                fgnpx.nccraq(trgngge(bcrengbe, qbrf)(yrsg, evtug))
+            ryfr:
+                fgnpx.nccraq(sybng(jbeq))
+        frys.qvfcynlubbx(fgnpx.cbc())
+xreary.Xreary(xreary.ernq_pbaarpgvba_svyr(flf.neti[-1]), Cbyvfu).eha()
+"""))],
+        9: [("lab9.py", None,
+             "import json, sys\nfrom test_minijupyter import Frontend, ZeroMQWire\n"
+             "frontend = Frontend(ZeroMQWire(json.load(open(sys.argv[1]))))\nfrontend.greet()\n"
+             "cell = frontend.finish(frontend.start(sys.argv[2]))\n"
+             "print(cell.text(), cell.result, cell.error.get('ename'))\n"
+             "sys.exit(cell.status != 'ok')\n")],
+        12: [("lab12.py", 'if __name__ == "__main__":\n    main()', rot13(r"""@unaqyrf("vb")
+qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
+    pbagrag = erdhrfg["pbagrag"]
+    orsber = pbagrag["pbqr"][:pbagrag["phefbe_cbf"]]
+    jbeq = er.frnepu(e"\j*$", orsber)[0]
+    anzrf = {*xreary.vagrecergre.anzrfcnpr, *inef(ohvygvaf), *xrljbeq.xjyvfg}
+    erghea {"zngpurf": [anzr sbe anzr va anzrf vs anzr.fgnegfjvgu(jbeq)], "zrgnqngn": {},
+            "phefbe_fgneg": yra(orsber) - yra(jbeq), "phefbe_raq": yra(orsber)}
+
+
+"""))]}
+    TOO_EARLY = """if True:
+        import json, sys
+        from test_minijupyter import Frontend, ZeroMQWire
+        frontend = Frontend(ZeroMQWire(json.load(open(sys.argv[1]))))
+        frontend.finish(frontend.start(sys.argv[2]))"""
+    ANSWERS = {
+        4: "Irevsl()\n'gur fvtangher qbrf abg svg'\nAbar\nercynlrq\nershfr_ercynl\n",
+        5: "rkrphgr_ercyl\n[*]\nvqyrNg\nfgnghf: vqyr\n",
+        6: "PberBsGurXreary.grfg_vgf_bhgchg_vf_jubyr_naq_va_beqre\npuvyqera\n"}
+
+    def student(self):
+        """A student's copy of the five files."""
+        folder = self.folder()
+        copy_files(folder)
+        return folder
+
+    def lab(self, folder, number, answers=""):
+        """(exit code, what is said) of `lab N` there."""
+        with unittest.mock.patch.dict(globals(), HERE=folder), \
+                unittest.mock.patch.object(sys, "stdin", io.StringIO(answers)), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            return check_lab(number), said.getvalue()
+
+    def work(self, folder, number):
+        for file, place, lines in self.WORK[number]:
+            path = folder / file
+            if number == 12:
+                path.write_text(without_part_two(KERNEL_SOURCE), "utf-8")
+            source = path.read_text("utf-8") if place else ""
+            self.assertEqual(source.count(place or ""), 1, (file, place))
+            path.write_text(source.replace(place or "", lines + (place or "")), "utf-8")
+
+    def assertDone(self, done):
+        code, said = done
+        self.assertEqual(code, 0, said)
+        self.assertRegex(said, r"(?m)^Lab \d+ is done\.")
+
+    def assertMissing(self, done, words):
+        code, said = done
+        self.assertEqual(code, 1, said)
+        self.assertRegex(said, rf"(?s)missing  [^\n]*{words}.*lab \d+ --hint")
+
+    def test_of_untouched_files_it_says_what_is_missing(self):
+        folder = self.student()
+        for number, words in ((1, "%hello Ada` runs"), (3, "lab3.py lies beside"),
+                              (8, "lab8.py lies beside"), (9, "lab9.py lies beside"),
+                              (10, "lab10.txt lies beside"), (11, "3 cases of the clinic"),
+                              (12, "lab12.py lies beside")):
+            with self.subTest(number):
+                self.assertMissing(self.lab(folder, number), words)
+
+    def test_a_right_solution_is_taken(self):
+        folder = self.student()
+        for number in (1, 3, 8, 9, 12):
+            with self.subTest(number):
+                self.work(folder, number)
+                self.assertDone(self.lab(folder, number))
+
+    @needs("playwright")
+    @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+    def test_a_right_solution_in_the_page_is_taken_and_a_page_with_an_error_is_not(self):
+        folder = self.student()
+        self.assertMissing(self.lab(folder, 2), "draws text/csv")
+        for number in (2, 7):
+            with self.subTest(number):
+                self.work(folder, number)
+                self.assertDone(self.lab(folder, number))
+        page = folder / "index.html"
+        page.write_text(page.read_text("utf-8").replace("addRenderer(80,", "addRenderer(80,,"))
+        self.assertMissing(self.lab(folder, 2), r"scripts of the page run\n +Unexpected token")
+
+    def test_right_answers_are_taken_and_wrong_ones_are_not(self):
+        folder = self.student()
+        for number in (4, 5):
+            answers = rot13(self.ANSWERS[number])
+            with self.subTest(number):
+                self.assertDone(self.lab(folder, number, answers=answers))
+                self.assertMissing(self.lab(folder, number, answers="x\n" + answers), "is right")
+                self.assertMissing(self.lab(folder, number), "each question gets an answer")
+
+    def test_the_lab_on_order_wants_the_test_that_fails(self):
+        folder = self.student()
+        answers = rot13(self.ANSWERS[6])
+        self.assertMissing(self.lab(folder, 6, answers="nonsense\n"), "a test of that name")
+        with unittest.mock.patch.dict(globals(), LUCKY_TRIES=1):
+            self.assertMissing(self.lab(folder, 6, answers=answers), "it fails with your kernel.py")
+        path = folder / "kernel.py"
+        line = "            kernel.finish(request, reply, started)\n"
+        source = path.read_text("utf-8").replace("        self.kernel.drain()\n\n", "\n", 1)
+        path.write_text(source.replace(line, line + "            kernel.drain()\n"), "utf-8")
+        self.assertDone(self.lab(folder, 6, answers=answers))
+
+    def test_the_lines_that_stop_past_flaws_are_taken_and_others_are_not(self):
+        folder = self.student()
+        lines = SERVER_SOURCE.split("\n")
+        places = [next(at for at, line in enumerate(lines, 2) if rot13(words) in line)
+                  for words in ('vs urnqref.trg("Frp-Srgpu-Fvgr") va',
+                                "vs abg nyy(znc(frys.vf_ivfvoyr, anzrf))",
+                                "frys.pbzznaq, frys.urnqref, frys.dhrel):")]
+        names = ("no_other_site_may_include_what_is_ours",
+                 "a_hidden_file_is_hidden_by_its_exact_name_too",
+                 "a_form_of_another_site_changes_nothing")
+        rows = [f"test_{name} {HERE}/minijupyter.py:{at}"
+                for name, at in zip(names, places, strict=True)]
+        others = [rows[0].replace(str(places[0]), str(places[0] - 2)), *rows[1:]]
+        for text, words in (("\n".join(rows), None), ("\n".join(rows[:2]), "three lines or more"),
+                            ("\n".join(others), f"{names[0]} fails")):
+            (folder / "lab10.txt").write_text(text)
+            with self.subTest(words):
+                done = self.lab(folder, 10)
+                self.assertMissing(done, words) if words else self.assertDone(done)
+
+    def test_wrong_solutions_are_told_what_is_wrong(self):
+        folder = self.student()
+        for number, script, words in (
+                (3, "", "runs on"), (3, "raise SystemExit('no key')", r"runs on.*no key"),
+                (8, "import sys; sys.exit('I die')", "starts and answers.*I die"),
+                (9, "print('hello 42')", "nothing up"),
+                (9, self.TOO_EARLY, "comes to its end.*half a second"),
+                (9, "import time; time.sleep(600)", "comes to its end")):
+            (folder / f"lab{number}.py").write_text(script)
+            with self.subTest(script), unittest.mock.patch.object(
+                    Frontend, "greet", functools.partialmethod(Frontend.greet, seconds=2)), \
+                    unittest.mock.patch.object(Process, "exit_code", functools.partialmethod(
+                        Process.exit_code, seconds=2)):
+                self.assertMissing(self.lab(folder, number), words)
+
+    def test_each_hint_is_shown_one_at_a_time_and_a_damaged_memory_harms_nothing(self):
+        folder = self.student()
+        (folder / ".labs.json").write_text("{")
+        for number, count in ((9, 1), (9, 2), (9, 3), (9, 3), (1, 1)):
+            with unittest.mock.patch.dict(globals(), HERE=folder), \
+                    contextlib.redirect_stdout(io.StringIO()) as shown:
+                self.assertEqual(main(["lab", str(number), "--hint"]), 0)
+            _, _, hints = LABS[number]
+            self.assertEqual([hint for hint in hints if hint in shown.getvalue()],
+                             [*hints[:count]])
+
+    def test_what_is_no_lab_is_answered_with_those_that_there_are(self):
+        for words in ([], ["13"], ["x"], ["1", "--hin"]):
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(run_lab(words), 2)
+                self.assertRegex(said.getvalue(), r"^usage: .*lab N \[--hint\]\nmissing  ")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            run_lab([])
+        self.assertIn("12 Grow Part I", said.getvalue())
+
+
+class Clinic(Case):
+    """Each case is really broken, is found by its line, and tells it nowhere."""
+
+    def clinic(self, folder, *words):
+        """(exit code, what is said) of `clinic …` there."""
+        with unittest.mock.patch.dict(globals(), HERE=folder), \
+                contextlib.redirect_stdout(io.StringIO()) as said, \
+                contextlib.redirect_stderr(said):
+            return run_clinic([*map(str, words)]), said.getvalue()
+
+    def admit(self, number):
+        folder = self.folder()
+        text = admit_patient(number, folder)
+        return folder, CLINIC[number - 1], text
+
+    def test_in_each_case_one_line_of_one_file_is_another(self):
+        self.assertGreaterEqual(len(CLINIC), 8)
+        self.assertEqual({patient.file for patient in CLINIC}, {*FILES[:3]})
+        for number in range(1, len(CLINIC) + 1):
+            folder, patient, _ = self.admit(number)
+            with self.subTest(patient.title):
+                for name in FILES:
+                    before, after = text_of(name), (folder / name).read_text("utf-8")
+                    pairs = zip(before.split("\n"), after.split("\n"), strict=True)
+                    changed = [at for at, (was, is_) in enumerate(pairs, 1) if was != is_]
+                    self.assertEqual(len(changed), name == patient.file)
+                    if changed:
+                        lines = patient.lines(before)
+                        self.assertIn(changed[0], lines)
+                        self.assertEqual(patient.lines(after), lines)
+
+    def test_in_each_case_a_test_of_the_suite_fails(self):
+        """The same test passes on healthy files: it is one of this suite."""
+        def fails(number):
+            folder, patient, _ = self.admit(number)
+            source = text_of("test_minijupyter.py")
+            (folder / "test_minijupyter.py").write_text(     # a broken page is waited for
+                source.replace("\nSECONDS = 20 ", "\nSECONDS = 4 "), "utf-8")
+            done = run_beside(folder, patient.shown_by)
+            return patient.title, re.findall(r"\d+ passed, \d+ failed.*", done.stdout)
+
+        with ThreadPoolExecutor(2) as pool:
+            for title, said in pool.map(fails, range(1, len(CLINIC) + 1)):
+                with self.subTest(title):
+                    self.assertEqual(said, ["0 passed, 1 failed"])
+
+    def test_the_folder_does_not_tell_the_answer(self):
+        for number in range(1, len(CLINIC) + 1):
+            folder, patient, text = self.admit(number)
+            with self.subTest(patient.title):
+                self.assertEqual((folder / "CASE.md").read_text("utf-8"), text)
+                self.assertFalse(any(patient.was in path.read_text("utf-8")
+                                     for path in folder.iterdir() if path.is_file()))
+                self.assertNotIn(patient.file + ":", text)
+                json.loads((folder / "case.ipynb").read_text("utf-8"))
+
+    def test_a_right_diagnosis_is_taken_a_wrong_one_is_not_and_three_make_the_lab(self):
+        folder = self.folder()
+        copy_files(folder)
+        for number, patient in enumerate(CLINIC[:ENOUGH_CASES], 1):
+            lines = patient.lines(text_of(patient.file))
+            other = next(name for name in FILES[:3] if name != patient.file)
+            for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
+                                 (f"{other}:{lines[0]}", f"^No: {other} is healthy"),
+                                 (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
+                code, said = self.clinic(folder, number, "--answer", place)
+                with self.subTest(place):
+                    self.assertRegex(said, words)
+                    self.assertEqual(code, words != "^Yes.")
+        self.assertIn(patient.because, said)
+        self.assertEqual(Labs.lab(self, folder, 11)[0], 0)
+
+    def test_the_case_is_printed_with_its_folder_and_questions(self):
+        with unittest.mock.patch.object(tempfile, "tempdir", str(self.folder())):
+            code, said = self.clinic(HERE, 2)
+        folder = re.search(r"python (\S+)/minijupyter\.py", said)[1]
+        self.assertEqual({path.name for path in Path(folder).iterdir()},
+                         {*FILES, "CASE.md", "case.ipynb"})
+        self.assertIn("5. Which line is it?", said)
+        self.assertEqual(code, 0)
+
+    def test_what_is_no_case_or_no_place_is_answered_in_words(self):
+        for words in ([], ["0"], ["99"], ["1", "--answer"], ["1", "--answer", "kernel.py"],
+                      ["1", "--answer", "README.md:3"], ["1", "--anser", "kernel.py:3"]):
+            with self.subTest(words):
+                code, said = self.clinic(HERE, *words)
+                self.assertEqual(code, 2)
+                self.assertRegex(said, "^usage: .*clinic N")
+
+
+# ---- 12. Bench ----------------------------------------------------------------------
 #
 # What a user waits for, beside what is physically possible on this machine (the same frames
 # through a bare ZeroMQ socket, the bare interpreter) and beside ipykernel and jupyter_server.
@@ -22767,7 +24057,7 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-# ---- 12. main ----------------------------------------------------------------
+# ---- 13. main ----------------------------------------------------------------
 
 
 def give_up(signum, frame):
@@ -22896,11 +24186,14 @@ def run_tests(suites):
     return result
 
 
+COMMANDS = {"bench": bench, "lab": run_lab, "clinic": run_clinic}   # function of further words
+
+
 def main(names):
-    """Run the benchmark, the parts alone, the tests whose name contains one of `names`, or all."""
+    """Obey a command, or run the parts alone, the tests whose name contains a name, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if names[:1] == ["bench"]:
-        return bench(names[1:])
+    if names and names[0] in COMMANDS:
+        return COMMANDS[names[0]](names[1:])
     if names == ["core"]:
         names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
