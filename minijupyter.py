@@ -9480,7 +9480,7 @@ ATTACH_SECONDS = 10           # for its first answer,
 FIRST_SECONDS = 60            # and if we have just started it (jupyter_console's)
 OBEY_SECONDS = 2              # that a cell gets to stop, before we say what else can be done
 MOST_DRAWN = 20_000           # characters that clear_output can clear; no terminal shows more
-COLOURS = {"In ": 32, "Out": 31, "Remote ": 33}   # of prompts: green, red, yellow, as there
+PROMPT_COLOURS = {"In ": 32, "Out": 31, "Remote ": 33}   # of prompts: green, red, yellow, as there
 AT_CONSOLE = []               # functions of a Console, before its first prompt on a terminal
 LEAVING = re.compile(r"\s*(exit|quit)\s*(\(\s*\))?\s*")   # in the kernel, this would end it
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\].*?(\x07|\x1b\\))")   # colours, links, titles
@@ -9489,7 +9489,7 @@ PICTURE_SIZES = {   # MIME type -> how it begins, with width and height; struct'
     "image/jpeg": (rb".*?\xff[\xc0-\xc2]..\x08(?=..(..))(..)", ">H")}
 # To each of these message types a console has a method of that name, which gets content and parent
 # header. The first ones show something.
-TOLD = ("stream", "display_data", "update_display_data", "execute_result", "error",
+DISPLAYED = ("stream", "display_data", "update_display_data", "execute_result", "error",
          "execute_input", "link")
 NOTED = ("status", "clear_output", "shutdown_reply", "kernel_info_reply", "execute_reply",
          "input_request")
@@ -9577,7 +9577,7 @@ class Console:
         send anything: what cannot be shown is named."""
         msg_type, parent = message["header"]["msg_type"], message["parent_header"]
         self.is_heard = self.is_heard or channel == "iopub"
-        is_shown = msg_type in TOLD and (self.is_terminal or parent.get("session") in self.ours)
+        is_shown = msg_type in DISPLAYED and (self.is_terminal or parent.get("session") in self.ours)
         try:
             if is_shown or msg_type in NOTED:
                 getattr(self, msg_type)(message["content"], parent)
@@ -9606,7 +9606,7 @@ class Console:
         """`In [7]: ` or `Out[7]: ` in colour, of other clients as `Remote In [7]: `; nothing in a
         pipe."""
         mark = "" if parent.get("session") in self.ours else "Remote "
-        text = f"\x1b[{COLOURS[mark or word]}m{mark}{word}[{number}]: \x1b[0m"
+        text = f"\x1b[{PROMPT_COLOURS[mark or word]}m{mark}{word}[{number}]: \x1b[0m"
         return text if self.is_terminal else ""
 
     def stream(self, content, parent):
@@ -10117,7 +10117,7 @@ class LineEditor:
     def hear(self):
         """Take what has come. Raises News when there is something to show."""
         while came := self.client.receive(0, ["iopub", "link"]):
-            if self.news or came[1]["header"]["msg_type"] in TOLD:
+            if self.news or came[1]["header"]["msg_type"] in DISPLAYED:
                 self.news.append(came)
             else:
                 self.console.handle(*came)
