@@ -9577,7 +9577,8 @@ class Console:
         send anything: what cannot be shown is named."""
         msg_type, parent = message["header"]["msg_type"], message["parent_header"]
         self.is_heard = self.is_heard or channel == "iopub"
-        is_shown = msg_type in DISPLAYED and (self.is_terminal or parent.get("session") in self.ours)
+        is_ours = parent.get("session") in self.ours
+        is_shown = msg_type in DISPLAYED and (self.is_terminal or is_ours)
         try:
             if is_shown or msg_type in NOTED:
                 getattr(self, msg_type)(message["content"], parent)
