@@ -561,13 +561,21 @@ class Server:
                 "--no-browser", *(["--port", port] if options is None else options)]
         self.process = Process(
             program(self.root, port, self.token) if program else ours,
-            env=clean_environment(self.folder.name, **(env or {})), **process)
+            env=clean_environment(self.folder.name, **self.prepare(port), **(env or {})), **process)
         try:
-            self.url = self.process.wait_for(r"https?://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
+            self.port = self.wait_for_port(port)
         except AssertionError:
             self.end()
             raise
-        self.port = int(self.url[1])
+
+    def prepare(self, port):
+        """What must be there before the start; returns variables of the process."""
+        return {}
+
+    def wait_for_port(self, port):
+        """Wait until it serves; returns its port."""
+        self.url = self.process.wait_for(r"https?://(?:localhost|127\.0\.0\.1):(\d+)/\S*")
+        return int(self.url[1])
 
     def connect(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
@@ -694,14 +702,15 @@ class WebSocketClient:
                                   message if binary else message.encode()))
 
     def receive_frame(self, seconds=SECONDS):
+        deadline = time.monotonic() + seconds
         while not (found := take_frame(self.buffer)):
-            self.more(seconds)
+            self.more(deadline - time.monotonic())
         return found
 
     def receive(self, seconds=SECONDS):
         """The next message, whole; None for a close, whose code is kept."""
         payload, kind, deadline = b"", None, time.monotonic() + seconds
-        while True:   # pings do not prolong it
+        while True:   # pings, fragments and floods do not prolong it
             fin, opcode, data = self.receive_frame(deadline - time.monotonic())
             if opcode == CLOSE:
                 self.close_code = int.from_bytes(data[:2], "big")
@@ -713,10 +722,10 @@ class WebSocketClient:
                 if fin:
                     return payload.decode() if kind == TEXT else payload
 
-    def is_at_end(self):
+    def is_at_end(self, seconds=SECONDS):
         """True when the server has closed the TCP connection and said nothing more."""
         try:
-            self.receive_frame()
+            self.receive_frame(seconds)
         except (EOFError, ConnectionError):
             return True
         return False
@@ -12598,6 +12607,902 @@ class PastFlaws(ServerCase):
         self.assertEqual(contents.resolve("etc"), os.path.join(os.sep, "etc"))
         self.assertTrue(minijupyter.is_within("/etc", "/"))
         self.assertFalse(minijupyter.is_within("/root-sibling", "/root"))
+
+
+# -- A server by anyone, seen from outside: what the stages of the track "server" check --
+#
+# It gets a port, a token and a folder, and is asked by HTTP, by WebSocket and through the disk, as
+# a user would. Its kernels are the kernel spec `stage`: ours, which also notes what no client sees.
+# Each failure is a verdict for who wrote the server: what was wanted, beside what was got.
+
+WITNESS = """\
+# A kernel that notes beside this file which process it is, and which messages it refuses.
+import json, os, pathlib, sys
+here = pathlib.Path(__file__).parent
+sys.path.insert(0, {folder!r})
+import kernel
+
+def note(self, text):
+    with open(here / "refused", "a") as file:
+        file.write(text + "\\n")
+
+kernel.Kernel.log = note
+file = pathlib.Path(sys.argv[-1])
+try:
+    connection = json.loads(file.read_text())
+except (OSError, ValueError) as problem:
+    note(None, f"the connection file {{file}} that argv names cannot be read: {{problem}}")
+    raise
+noted = here / f"{{os.getpid()}}.new"
+noted.write_text(json.dumps(
+    {{"pid": os.getpid(), "mode": file.stat().st_mode & 0o777, "connection": connection}}))
+noted.rename(here / f"{{os.getpid()}}.kernel")
+kernel.main()
+"""
+
+
+class AnyServer(Server):
+    """A server of whoever: ready when its port answers anything at all."""
+
+    def __init__(self, patience=SECONDS, **options):
+        self.patience = patience
+        super().__init__(**options)
+
+    def prepare(self, port):
+        home = Path(self.folder.name)
+        self.notes = home / "witness"
+        self.notes.mkdir()
+        (self.notes / "witness.py").write_text(WITNESS.format(folder=str(HERE)))
+        specs = home / "jupyter_data_dir"
+        install_kernelspec(specs, "stage", [
+            sys.executable, str(self.notes / "witness.py"), "-f", "{connection_file}"])
+        (specs / "kernels" / "broken").mkdir()
+        (specs / "kernels" / "broken" / "kernel.json").write_text("{")
+        return {"PORT": str(port), "TOKEN": self.token, "FOLDER": str(self.root),
+                "JUPYTER_TOKEN": self.token}
+
+    def wait_for_port(self, port):
+        self.port, deadline = port, time.monotonic() + SECONDS
+        while time.monotonic() < deadline and self.process.popen.poll() is None:
+            try:
+                self.get("/api")
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+            except (OSError, http.client.HTTPException):
+                break   # it listens: what it says is for the tests to judge
+            else:
+                break
+        else:
+            raise AssertionError(
+                f"Wanted: a server that listens on 127.0.0.1, port {port}. Got: "
+                + ("nobody does" if self.process.popen.poll() is None else "it has ended")
+                + self.last_words())
+        return port
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
+
+    def last_words(self):
+        """The end of what the program has printed, for a verdict."""
+        code = self.process.popen.poll()
+        end = "" if code is None else f" The server has ended with exit code {code}."
+        printed = self.process.output.strip()[-1500:]
+        return end + (f" Its output ends:\n{printed}" if printed else " It has printed nothing.")
+
+    def started(self):
+        """{process id: what a kernel has noted of itself}, of all that were ever started."""
+        return {int(file.stem): json.loads(file.read_text())
+                for file in self.notes.glob("*.kernel")}
+
+    def refused(self):
+        """What kernels have said of messages that they did not take."""
+        file = self.notes / "refused"
+        return file.read_text() if file.exists() else ""
+
+    def end(self):
+        """Also the kernels that a server has left behind."""
+        self.process.end()
+        for pid in filter(is_alive, self.started()):
+            os.kill(pid, signal.SIGKILL)
+        self.folder.cleanup()
+
+
+FILE_FIELDS = {"name": str, "path": str, "type": str, "writable": bool, "last_modified": str,
+               "created": str}   # that a client reads in the model of each file
+
+
+class ServerFromOutside(ServerCase):
+    """A Jupyter server as its users see it; `options` may name another program than ours."""
+
+    patience = SECONDS   # that an answer may take
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = AnyServer(cls.patience, **cls.options)
+        cls.addClassCleanup(cls.server.end)
+        cls.root = cls.server.root
+        cls.framed = None   # id of the kernel of the tests of frames
+
+    def setUp(self):
+        """A server that has crashed in another test is started again."""
+        if self.server.process.popen.poll() is not None:
+            self.server.end()
+            self.setUpClass()
+
+    # -- verdicts --
+
+    def verdict(self, about, wanted, got):
+        """Fail: what was wanted, beside what was got."""
+        refused = self.server.refused()
+        ended = self.server.process.popen.poll() is not None
+        self.fail(f"{about}. Wanted: {wanted}. Got: {got}."
+                  + (f" The kernel says: {refused.strip()[-500:]}" if refused else "")
+                  + (self.server.last_words() if ended else ""))
+
+    def want(self, about, wanted, got):
+        if wanted != got:
+            self.verdict(about, *(each if isinstance(each, str) else repr(each)
+                                  for each in (wanted, got)))
+
+    def want_fields(self, about, wanted, model):
+        """A JSON object has these fields; a type stands for any value of it."""
+        if not isinstance(model, dict):
+            self.verdict(about, f"an object with {', '.join(wanted)}", repr(model))
+        for name, value in wanted.items():
+            got = model.get(name, "no such field")
+            fits = isinstance(got, value) if isinstance(value, type) else got == value
+            if not fits or name not in model:
+                word = f"a {value.__name__}" if isinstance(value, type) else repr(value)
+                self.verdict(f"{about}, field {name}", word, repr(got)[:300])
+
+    def expect(self, status, method, path, body=None, **headers):
+        """The reply to a request; its status is one of these."""
+        wanted = [status] if isinstance(status, int) else status
+        about = f"{method} {path}" + "".join(f", {name}: {value}" for name, value in headers.items()
+                                             if value and name != "Cookie")
+        words = f"status {wanted[0]} to {wanted[-1]}" if isinstance(wanted, range) else (
+            f"status {' or '.join(map(str, wanted))}")
+        try:
+            reply = self.server.request(method, path, body, headers)
+        except TimeoutError:
+            self.verdict(about, words, f"no answer within {self.patience} s (does it say its length"
+                                       " in Content-Length, or close the connection?)")
+        except (OSError, http.client.HTTPException) as problem:
+            self.verdict(about, words, f"no HTTP answer, but {problem!r}")
+        if reply.status not in wanted:
+            self.verdict(about, words, f"status {reply.status}, {reply.body[:300]!r}")
+        return reply
+
+    def expect_json(self, status, method, path, body=None, **headers):
+        """The JSON in the reply."""
+        reply = self.expect(status, method, path, body, **headers)
+        try:
+            return reply.json
+        except ValueError:
+            self.verdict(f"{method} {path}", "JSON", repr(reply.body[:300]))
+
+    def wait_for(self, about, wanted, condition):
+        """The first true value of condition()."""
+        try:
+            return wait_until(condition, self.patience)
+        except TimeoutError:
+            self.verdict(about, wanted, f"nothing of the kind within {self.patience} s")
+
+    # -- files --
+
+    def make(self, **files):
+        """The API's address of a new folder with these files: name -> str or bytes."""
+        self.place = self.root / self._testMethodName[-40:]
+        self.place.mkdir()
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            (self.place / name.replace("__", ".")).write_bytes(data)
+        return f"/api/contents/{self.place.name}"
+
+    def on_disk(self, name):
+        """The bytes of a file of this test, None when it is not there."""
+        return (self.place / name).read_bytes() if (self.place / name).exists() else None
+
+    def test_the_first_request_is_answered_with_a_version(self):
+        for _ in range(2):   # a server does not end after its first answer
+            reply = self.expect(200, "GET", "/api")
+            self.want("GET /api, Content-Type", "application/json",
+                      (reply.headers.get("Content-Type") or "none").split(";")[0])
+            self.want_fields("GET /api", {"version": str},
+                             self.expect_json(200, "GET", "/api"))
+
+    def test_only_who_shows_the_token_comes_in(self):
+        token = self.server.token
+        folder = self.make()
+        for given in (None, "token wrong", f"token {token[:-1]}", f"token {token}x", "token ",
+                      "token", f"Basic {token}"):
+            self.expect((401, 403), "GET", folder, Authorization=given)
+        self.expect((401, 403), "GET", f"{folder}?token={token[1:]}", Authorization=None)
+        self.expect((401, 403), "PUT", f"{folder}/new.txt", Authorization=None,
+                    body={"type": "file", "format": "text", "content": "x"})
+        self.want("What was refused on disk", None, self.on_disk("new.txt"))
+        self.expect(200, "GET", folder)
+        self.expect(200, "GET", f"{folder}?token={token}", Authorization=None)
+
+    def test_a_folder_is_a_list_of_models(self):
+        folder = self.make(a__txt="a", b__ipynb=jupyter_bytes(notebook()))
+        (self.place / "sub").mkdir()
+        (self.place / "sub" / "in.txt").write_text("in")
+        model = self.expect_json(200, "GET", folder)
+        self.want_fields(folder, {**FILE_FIELDS, "type": "directory", "content": list}, model)
+        found = {each["name"]: each for each in model["content"] if "name" in each}
+        self.want(f"The names in {folder}", ["a.txt", "b.ipynb", "sub"], sorted(found))
+        for name, kind in (("a.txt", "file"), ("b.ipynb", "notebook"), ("sub", "directory")):
+            self.want_fields(f"The model of {name} in its folder", {
+                **FILE_FIELDS, "type": kind, "path": f"{self.place.name}/{name}", "content": None},
+                found[name])
+        (inner,) = self.expect_json(200, "GET", f"{folder}/sub")["content"]
+        self.want_fields("A file in a folder in a folder",
+                         {"name": "in.txt", "path": f"{self.place.name}/sub/in.txt"}, inner)
+
+    def test_a_file_is_text_or_base64_whatever_its_name(self):
+        folder, name = self.make(), "ein Täßchen 100% #1 ☃.txt"
+        (self.place / name).write_text("Grüße\n", "utf-8")
+        (self.place / "b.bin").write_bytes(b"\xff\x00\xfe")
+        path = f"{folder}/{quote(name)}"
+        self.want_fields(path, {
+            **FILE_FIELDS, "name": name, "path": f"{self.place.name}/{name}", "type": "file",
+            "format": "text", "content": "Grüße\n"}, self.expect_json(200, "GET", path))
+        self.want_fields("A file that is no UTF-8", {"format": "base64", "content": str},
+                         model := self.expect_json(200, "GET", f"{folder}/b.bin"))
+        self.want("The bytes in base64", b"\xff\x00\xfe", base64.b64decode(model["content"]))
+        self.want_fields("With ?content=0 a file", {"content": None, "format": None},
+                         self.expect_json(200, "GET", f"{path}?content=0"))
+
+    def test_a_notebook_is_read_with_whole_strings(self):
+        nb = notebook("x = 1\nx")
+        nb["cells"][0]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "a\nb\n"}]
+        split = json.loads(json.dumps(nb))
+        split["cells"][0]["source"] = ["x = 1\n", "x"]
+        split["cells"][0]["outputs"][0]["text"] = ["a\n", "b\n"]
+        folder = self.make(n__ipynb=jupyter_bytes(split))
+        model = self.expect_json(200, "GET", f"{folder}/n.ipynb")
+        self.want_fields("A notebook", {"type": "notebook", "format": "json", "content": dict},
+                         model)
+        got = model["content"]
+        cell = (got.get("cells") or [{}])[0]
+        self.want("The source of a cell, which the file has as a list of lines", "x = 1\nx",
+                  cell.get("source"))
+        text = (cell.get("outputs") or [{}])[0].get("text")
+        self.want("The text of an output", "a\nb\n", text)
+        self.want("The rest of the notebook", (4, 5, "cell-0"),
+                  (got.get("nbformat"), got.get("nbformat_minor"), cell.get("id")))
+
+    def test_what_cannot_be_is_refused_in_json(self):
+        folder = self.make(a__txt="a")
+        nobody = "00000000-0000-0000-0000-000000000000"
+        for name in ("none.txt", "no/such"):   # which Jupyter Server tells in plain text
+            self.expect(404, "GET", f"{folder}/{name}")
+        for method, path, body, status in [
+                ("DELETE", f"{folder}/none.txt", None, 404),
+                ("PATCH", f"{folder}/none.txt", {"path": f"{self.place.name}/b.txt"}, 404),
+                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
+                ("GET", f"/api/kernels/{nobody}", None, 404),
+                ("DELETE", f"/api/kernels/{nobody}", None, 404),
+                ("GET", f"/api/sessions/{nobody}", None, 404)]:
+            error = self.expect_json(status, method, path, body)
+            self.want_fields(f"The error of {method} {path}", {"message": str}, error)
+        self.want("A file after a request that was refused", b"a", self.on_disk("a.txt"))
+
+    # -- saving --
+
+    def save(self, path, content, status, form="text", kind="file"):
+        return self.expect_json(status, "PUT", path,
+                                {"type": kind, "format": form, "content": content})
+
+    def test_a_save_puts_on_disk_what_was_sent(self):
+        folder = self.make(old__txt="old, and longer")
+        for name, form, content, data, status in [
+                ("old.txt", "text", "new", b"new", 200),
+                ("Täßchen ☃.txt", "text", "Grüße\r\n", "Grüße\r\n".encode(), 201),
+                ("b.bin", "base64", "/wD+", b"\xff\x00\xfe", 201), ("empty", "text", "", b"", 201)]:
+            model = self.save(f"{folder}/{quote(name)}", content, status, form)
+            self.want(f"The bytes of {name}", data, self.on_disk(name))
+            self.want_fields(f"The answer to a save of {name}", {
+                "name": name, "path": f"{self.place.name}/{name}", "type": "file",
+                "content": None}, model)
+
+    def test_a_notebook_is_saved_as_nbformat_4(self):
+        folder, nb = self.make(), notebook("x = 1\n'☃'", kernelspec={
+            "name": "python3", "display_name": "Python 3"})
+        nb["cells"][0]["metadata"] = {"unknown": [1, {"two": None}]}
+        self.save(f"{folder}/n.ipynb", nb, 201, "json", "notebook")
+        try:
+            saved = json.loads(self.on_disk("n.ipynb") or b"")
+        except ValueError:
+            self.verdict("A saved notebook on disk", "JSON", repr(self.on_disk("n.ipynb"))[:300])
+        for cell in saved.get("cells", []):
+            cell["source"] = "".join(cell["source"])   # one string, or a list of lines
+        self.want("A saved notebook on disk", nb, saved)
+        again = self.expect_json(200, "GET", f"{folder}/n.ipynb")["content"]
+        for cell in again["cells"]:
+            cell["metadata"].pop("trusted", None)   # Jupyter Server's own
+        self.want("The same, read again", nb, again)
+
+    def test_a_save_that_breaks_off_or_is_no_good_changes_nothing(self):
+        folder = self.make(a__txt="the old text")
+        body = json.dumps({"type": "file", "format": "text", "content": "x" * 300_000}).encode()
+        head = (f"PUT {folder}/a.txt HTTP/1.1\r\nHost: 127.0.0.1:{self.server.port}\r\n"
+                f"Authorization: token {self.server.token}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n").encode()
+        self.ask(head + body[:200_000])
+        self.expect(200, "GET", folder)
+        self.want("A file whose save broke off in the middle", b"the old text",
+                  self.on_disk("a.txt"))
+        self.expect(400, "PUT", f"{folder}/a.txt",
+                    {"type": "file", "format": "base64", "content": "abcde"})
+        self.want("A file, after a save of what is no base64", b"the old text",
+                  self.on_disk("a.txt"))
+
+    def test_who_reads_has_the_old_file_or_the_new_one_whole(self):
+        folder, old = self.make(a__txt="old " * 50_000), b"old " * 50_000
+        with open(self.place / "a.txt", "rb") as reader:
+            beginning = reader.read(1000)
+            self.save(f"{folder}/a.txt", "new " * 60_000, 200)
+            self.want("A program that began to read before the save, and goes on after it, has the "
+                      "old file whole", (len(old), True),
+                      (1000 + len(rest := reader.read()), beginning + rest == old))
+        self.want("The new file", b"new " * 60_000, self.on_disk("a.txt"))
+        self.want("The folder after a save", ["a.txt"], os.listdir(self.place))
+
+    # -- paths --
+
+    def test_no_path_leads_out_of_the_folder(self):
+        self.make(a__txt="a")
+        outside = self.root.parent / "outside.txt"
+        outside.write_text("a secret")
+        before = {*os.listdir(outside.parent)}
+        body = {"type": "file", "format": "text", "content": "broken in"}
+        for path in ("../outside.txt", "%2e%2e/outside.txt", "..%2foutside.txt", "%2e%2e%2foutside"
+                     ".txt", f"{self.place.name}/../../outside.txt", f"/{outside}",
+                     quote(str(outside), safe="")):
+            for method, content in (("GET", None), ("PUT", body), ("DELETE", None)):
+                reply = self.expect(range(200, 600), method, f"/api/contents/{path}", content)
+                self.want(f"{method} {path}: is the secret in the answer", False,
+                          b"a secret" in reply.body)
+                self.want(f"The file outside, after {method} {path}", "a secret",
+                          outside.read_text() if outside.exists() else "it is gone")
+        self.expect(range(400, 600), "PATCH", f"/api/contents/{self.place.name}/a.txt",
+                    {"path": "../stolen.txt"})
+        self.want("What a PATCH to ../stolen.txt made outside", set(),
+                  {*os.listdir(outside.parent)} - before)
+
+    def test_no_link_leads_out_of_the_folder(self):
+        folder = self.make()
+        home = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (home / "secret.txt").write_text("a secret")
+        (self.place / "file.txt").symlink_to(home / "secret.txt")
+        (self.place / "folder").symlink_to(home)
+        body = {"type": "file", "format": "text", "content": "broken in"}
+        for path in ("file.txt", "folder/secret.txt"):
+            for method, content in (("GET", None), ("PUT", body)):
+                reply = self.expect(range(400, 500), method, f"{folder}/{path}", content)
+                self.want(f"{method} {path}, a link that leads out: is the secret in the answer",
+                          False, b"a secret" in reply.body)
+        self.want("The file outside", "a secret", (home / "secret.txt").read_text())
+
+    def test_files_are_made_renamed_and_deleted(self):
+        folder = self.make(a__txt="a", b__txt="b")
+        made = [self.expect_json(201, "POST", folder, {"type": "notebook"}) for _ in range(2)]
+        self.want("Two new notebooks: how many files", 2, len(
+            {model.get("path") for model in made} & {
+                f"{self.place.name}/{file.name}" for file in self.place.glob("*.ipynb")}))
+        new = self.expect_json(200, "GET", "/api/contents/" + quote(made[0]["path"]))
+        self.want_fields("A new notebook", {"nbformat": 4, "cells": list}, new["content"])
+        made = self.expect_json(201, "POST", folder, {"type": "directory"})
+        self.want("Is a new folder there", True, (self.root / made["path"]).is_dir())
+        moved = self.expect_json(200, "PATCH", f"{folder}/a.txt",
+                                 {"path": f"{self.place.name}/c.txt"})
+        self.want_fields("The answer to a rename", {
+            "name": "c.txt", "path": f"{self.place.name}/c.txt"}, moved)
+        self.want("Old and new name after a rename", (None, b"a"),
+                  (self.on_disk("a.txt"), self.on_disk("c.txt")))
+        self.expect(409, "PATCH", f"{folder}/c.txt", {"path": f"{self.place.name}/b.txt"})
+        self.want("Both files, when the new name was taken", (b"b", b"a"),
+                  (self.on_disk("b.txt"), self.on_disk("c.txt")))
+        self.expect(204, "DELETE", f"{folder}/c.txt")
+        self.want("A deleted file", None, self.on_disk("c.txt"))
+
+    # -- kernels --
+
+    def start(self, **wish):
+        """(id, what the kernel notes of itself) of a new kernel."""
+        before = self.server.started()
+        model = self.expect_json(201, "POST", "/api/kernels", {"name": "stage", **wish})
+        self.want_fields("A new kernel", {"id": str, "name": "stage", "connections": int,
+                                          "execution_state": str, "last_activity": str}, model)
+        self.addCleanup(self.server.delete, f"/api/kernels/{model['id']}")
+        return model["id"], self.new_process(before)
+
+    def new_process(self, before):
+        """What the one kernel process notes that was not there before."""
+        (pid,) = self.wait_for("The kernel of POST /api/kernels", "a process, started as the argv "
+                               "of its kernel spec says", lambda: (
+                                   self.server.started().keys() - before.keys()))
+        return self.server.started()[pid]
+
+    def attach(self, noted):
+        """A Frontend on the kernel's own sockets, past the server."""
+        frontend = Frontend(ZeroMQWire(noted["connection"]))
+        self.addCleanup(frontend.wire.close)
+        frontend.greet()
+        return frontend
+
+    def test_kernel_specs_are_found_and_a_broken_one_hides_no_other(self):
+        found = self.expect_json(200, "GET", "/api/kernelspecs")
+        self.want_fields("/api/kernelspecs", {"default": str, "kernelspecs": dict}, found)
+        if "stage" not in found["kernelspecs"]:
+            self.verdict("The kernel spec in $JUPYTER_DATA_DIR/kernels/stage", "stage among the "
+                         "names", ", ".join(found["kernelspecs"]) or "no kernel spec at all")
+        self.want("Is a kernel.json that is no JSON in the list", False,
+                  "broken" in found["kernelspecs"])
+        model = found["kernelspecs"]["stage"]
+        self.want_fields("The model of a kernel spec", {
+            "name": "stage", "spec": dict, "resources": dict}, model)
+        self.want_fields("The spec", {"display_name": "stage", "language": "python",
+                                      "argv": list}, model["spec"])
+
+    def test_a_kernel_is_a_process_that_is_started_listed_and_ended(self):
+        id, noted = self.start()
+        self.want("Who may read the connection file, which holds the key", "0o600",
+                  oct(noted["mode"]))
+        self.want("Is the new kernel in the list", True, id in [
+            model.get("id") for model in self.expect_json(200, "GET", "/api/kernels")])
+        self.want_fields("GET /api/kernels/ID", {"id": id, "name": "stage"},
+                         self.expect_json(200, "GET", f"/api/kernels/{id}"))
+        self.expect(204, "DELETE", f"/api/kernels/{id}")
+        self.wait_for("The process of a kernel that was deleted", "its end",
+                      lambda: not is_alive(noted["pid"]))
+        self.expect(404, "GET", f"/api/kernels/{id}")
+        self.want("Is it still in the list", False, id in [
+            model.get("id") for model in self.expect_json(200, "GET", "/api/kernels")])
+        self.expect((400, 404, 500, 501), "POST", "/api/kernels", {"name": "no-such-kernel"})
+
+    def test_an_interrupt_ends_the_cell_and_not_the_kernel(self):
+        id, noted = self.start()
+        frontend = self.attach(noted)
+        cell = frontend.start("print('ready')\nwhile True: pass")
+        frontend.until(cell.text)
+        self.expect(204, "POST", f"/api/kernels/{id}/interrupt")
+        self.follow(frontend, cell, "busy execute_input stream error idle")
+        self.want("The error of the interrupted cell", "KeyboardInterrupt",
+                  cell.error.get("ename"))
+        self.want("Does the kernel's process live", True, is_alive(noted["pid"]))
+        self.want("The next cell", "42", self.run_in(frontend, "6 * 7").result)
+
+    def test_a_restart_gives_a_new_process_under_the_same_id_and_address(self):
+        id, noted = self.start()
+        before = self.server.started()
+        self.want_fields("The answer to a restart", {"id": id},
+                         self.expect_json(200, "POST", f"/api/kernels/{id}/restart"))
+        new = self.new_process(before)
+        self.wait_for("The old process after a restart", "its end",
+                      lambda: not is_alive(noted["pid"]))
+        ports = [name for name in noted["connection"] if name.endswith("_port")]
+        self.want("Ports and key, by which clients stay connected",
+                  *({name: each["connection"].get(name) for name in [*ports, "key"]}
+                    for each in (noted, new)))
+        self.want("Is the kernel there under its id", 200,
+                  self.expect(200, "GET", f"/api/kernels/{id}").status)
+
+    def test_the_servers_end_is_the_end_of_its_kernels(self):
+        server = AnyServer(self.patience, **self.options)
+        self.addCleanup(server.end)
+        reply = server.post("/api/kernels", {"name": "stage"})
+        self.want("POST /api/kernels, status", 201, reply.status)
+        (pid,) = wait_until(server.started)
+        server.process.popen.send_signal(signal.SIGTERM)
+        try:
+            server.process.exit_code(self.patience)
+        except subprocess.TimeoutExpired:
+            self.verdict("The server, after SIGTERM", "its end", "it goes on")
+        self.wait_for("The kernel's process, after the server's end by SIGTERM", "its end",
+                      lambda: not is_alive(pid))
+
+    def test_a_session_ties_a_notebook_to_its_kernel(self):
+        wish = {"path": "tied.ipynb", "name": "tied.ipynb", "type": "notebook",
+                "kernel": {"name": "stage"}}
+        before = self.server.started()
+        one, two = (self.expect_json((200, 201), "POST", "/api/sessions", wish) for _ in range(2))
+        self.addCleanup(self.server.delete, f"/api/sessions/{one.get('id')}")
+        self.want_fields("A session", {"id": str, "path": "tied.ipynb", "type": "notebook",
+                                       "kernel": dict}, one)
+        pid = self.new_process(before)["pid"]
+        self.want("The second POST for one path: its session and kernel",
+                  *((each["id"], each["kernel"].get("id")) for each in (one, two)))
+        path = f"/api/sessions/{one['id']}"
+        self.want_fields("A renamed session", {"path": "moved.ipynb"}, self.expect_json(
+            200, "PATCH", path, {"path": "moved.ipynb"}))
+        self.want("The sessions in the list", [(one["id"], "moved.ipynb")], [
+            (each["id"], each["path"]) for each in self.expect_json(200, "GET", "/api/sessions")])
+        self.want("Its kernel in the list of kernels", True, one["kernel"]["id"] in [
+            each["id"] for each in self.expect_json(200, "GET", "/api/kernels")])
+        self.expect(204, "DELETE", path)
+        self.wait_for("The kernel of a session that was deleted", "its end",
+                      lambda: not is_alive(pid))
+        self.expect(404, "GET", path)
+
+    # -- the WebSocket --
+
+    def handshake(self, path, first=b"", **headers):
+        """A WebSocketClient; its status says whether there is a WebSocket."""
+        headers = {"Authorization": f"token {self.server.token}", **headers}
+        try:
+            client = WebSocketClient(self.server.port, path, headers, first)
+        except (EOFError, OSError) as problem:
+            self.verdict(f"A WebSocket handshake at {path}", "an answer", repr(problem))
+        self.addCleanup(client.close)
+        return client
+
+    def open(self, first=b""):
+        """A WebSocketClient on the one kernel of the tests of frames."""
+        cls = type(self)
+        if not cls.framed:
+            cls.framed = self.expect_json(201, "POST", "/api/kernels", {"name": "stage"})["id"]
+            self.page(cls.framed)   # from now on the kernel answers at once
+        client = self.handshake(f"/api/kernels/{cls.framed}/channels", first)
+        self.want("The status of the handshake", 101, client.status)
+        return client
+
+    def hear(self, client, about, wanted, is_it):
+        """The first message for which is_it(message) is true."""
+        deadline = time.monotonic() + self.patience
+        try:
+            while (text := client.receive(deadline - time.monotonic())) is not None:
+                message = json.loads(text)
+                if is_it(message):
+                    return message
+            got = f"a close with code {client.close_code}"
+        except TimeoutError:
+            got = f"nothing more for {self.patience} s"
+        except (EOFError, OSError, ValueError, KeyError, TypeError) as problem:
+            got = repr(problem)[:300]
+        self.verdict(about, wanted, got)
+
+    def request_text(self, size=0, **header):
+        """(msg_id, JSON text of so many bytes) of a kernel_info_request."""
+        message = kernel.Session("").message("kernel_info_request", {})
+        text = json.dumps({**message, "channel": "shell", "buffers": [], "metadata": {"pad": ""}})
+        return message["header"]["msg_id"], text.replace(
+            '"pad": ""', f'"pad": "{"x" * max(0, size - len(text))}"')
+
+    def hear_reply(self, client, msg_id, about):
+        return self.hear(client, about, "the kernel_info_reply to the request that it carried",
+                         lambda message: message["parent_header"].get("msg_id") == msg_id
+                         and message["header"]["msg_type"] == "kernel_info_reply")
+
+    def test_the_handshake_turns_a_request_into_a_websocket_or_refuses_it(self):
+        id, _ = self.start()
+        path = f"/api/kernels/{id}/channels"
+        client = self.handshake(path)
+        about = "The answer to a handshake"
+        self.want(f"{about}, version and status", ("HTTP/1.1", 101),
+                  (client.version, client.status))
+        self.want(f"{about}, Upgrade", "websocket", client.headers.get("upgrade", "none").lower())
+        self.want(f"{about}, Connection", "upgrade", client.headers.get("connection", "").lower())
+        self.want(f"{about}, Sec-WebSocket-Accept (RFC 6455 1.3 has this key as its example)",
+                  "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=", client.headers.get("sec-websocket-accept"))
+        for wanted, headers in [((401, 403), {"Authorization": None}),
+                                ((401, 403), {"Authorization": "token wrong"}),
+                                ((400,), {"Sec-WebSocket-Key": None}), ((400,), {"Upgrade": None}),
+                                ((400, 426), {"Sec-WebSocket-Version": "8"})]:
+            status = self.handshake(path, **headers).status
+            if status not in wanted:
+                self.verdict(f"A handshake with {headers}", f"status {wanted}", f"status {status}")
+        nobody = "/api/kernels/00000000-0000-0000-0000-000000000000/channels"
+        self.want("A handshake for no kernel", 404, self.handshake(nobody).status)
+
+    def test_frames_of_every_length_are_unmasked_and_whole(self):
+        client = self.open()
+        for payload in (b"", b"Hello", b"\x00\xff" * 62 + b"!"):
+            client.socket.sendall(frame(PING, payload))
+            self.pong(client, payload)
+        for size in (500, 65_535, 65_536, 300_000):
+            msg_id, text = self.request_text(size)
+            client.send(text)
+            self.hear_reply(client, msg_id, f"A text frame with {len(text)} bytes")
+        msg_id, text = self.request_text()
+        for byte in frame(TEXT, text.encode()):
+            client.socket.sendall(bytes([byte]))
+        self.hear_reply(client, msg_id, "A frame that arrives byte by byte")
+        (id_1, text_1), (id_2, text_2) = self.request_text(), self.request_text()
+        client.socket.sendall(frame(TEXT, text_1.encode()) + frame(TEXT, text_2.encode()))
+        self.hear_reply(client, id_1, "The first of two frames that arrive together")
+        self.hear_reply(client, id_2, "The second of two frames that arrive together")
+
+    def test_a_frame_glued_to_the_handshake_is_heard(self):
+        msg_id, text = self.request_text()
+        client = self.open(first=frame(TEXT, text.encode()))
+        self.hear_reply(client, msg_id, "A frame that came in one packet with the handshake")
+
+    def pong(self, client, payload):
+        """The next pong echoes this payload; other frames may come first."""
+        about, wanted = f"A ping with {len(payload)} bytes", f"a pong with the same: {payload!r}"
+        deadline = time.monotonic() + self.patience
+        try:
+            while True:
+                fin, opcode, data = client.receive_frame(deadline - time.monotonic())
+                if opcode in (PONG, CLOSE):
+                    break
+        except TimeoutError:
+            self.verdict(about, wanted, f"no pong within {self.patience} s")
+        except (EOFError, OSError) as problem:
+            self.verdict(about, wanted, repr(problem))
+        self.want(about, wanted, f"a pong with the same: {payload!r}" if (
+            fin, opcode, data) == (True, PONG, payload) else
+            f"opcode {opcode}, FIN {int(fin)}, {data!r}")
+
+    def test_fragments_are_put_together_and_a_ping_may_come_between(self):
+        client = self.open()
+        msg_id, text = self.request_text()
+        data = text.replace('"pad": ""', '"pad": "☃"').encode()
+        cut = data.index("☃".encode()) + 1   # in the middle of a character
+        client.socket.sendall(frame(TEXT, data[:cut], fin=False) + frame(PING, b"between"))
+        self.pong(client, b"between")
+        client.socket.sendall(frame(0, data[cut:cut + 40], fin=False) + frame(0, b"", fin=False)
+                              + frame(0, data[cut + 40:]))
+        self.hear_reply(client, msg_id, "A text in four fragments with a ping between them")
+
+    def closed(self, client, about, wanted_code):
+        """The server closes with this code, and ends the connection."""
+        deadline = time.monotonic() + self.patience
+        try:
+            while client.receive(deadline - time.monotonic()) is not None:
+                pass
+            got = f"a close frame with code {client.close_code}"
+        except TimeoutError:
+            got = f"no close frame within {self.patience} s"
+        except (EOFError, OSError, UnicodeDecodeError) as problem:
+            got = f"the end of the connection without a close frame ({problem!r})"
+        self.want(about, f"a close frame with code {wanted_code}", got)
+        with contextlib.suppress(TimeoutError):
+            if client.is_at_end(self.patience):
+                return
+        self.verdict(about, "the end of the TCP connection after the close", "it stays open, or "
+                     "more frames come")
+
+    def test_a_close_is_answered_and_ends_the_connection(self):
+        for code in (1000, 1001, 3999):
+            client = self.open()
+            client.socket.sendall(frame(CLOSE, struct.pack("!H", code) + b"bye"))
+            self.closed(client, f"A close with code {code}", code)
+        client = self.open()
+        client.socket.sendall(frame(CLOSE))
+        with contextlib.suppress(EOFError, OSError):
+            self.want("A close without a code, answered by", CLOSE,
+                      client.receive_frame(self.patience)[1])
+
+    def test_frames_against_the_rules_close_with_their_code(self):
+        for about, data, code in [
+                ("A frame of a client without a mask", frame(TEXT, b"{}", mask=None), 1002),
+                ("A text that is not UTF-8", frame(TEXT, b"\xff"), 1007),
+                ("A ping in fragments", frame(PING, b"", fin=False), 1002),
+                ("A ping with 126 bytes", frame(PING, b"x" * 126), 1002),
+                ("The unknown opcode 3", frame(3), 1002),
+                ("A continuation of nothing", frame(0, b"{}"), 1002)]:
+            client = self.open()
+            client.socket.sendall(data)
+            self.closed(client, about, code)
+
+    # -- the bridge --
+
+    def page(self, id, session_id=None, greet=True):
+        """A Frontend on the kernel's WebSocket; the kernel has answered it."""
+        try:
+            frontend = Frontend(WebSocketWire(self.server, id, session_id))
+            self.addCleanup(lambda: frontend.wire.close())   # which may be another one by then
+            if greet:
+                self.follow(frontend, frontend.ask("kernel_info_request"), "busy idle")
+            return frontend
+        except (EOFError, OSError) as problem:
+            self.verdict(f"The WebSocket of kernel {id}", "101, then messages", repr(problem))
+
+    def follow(self, frontend, answer, story):
+        """Wait until a request is done; what iopub said about it is this story."""
+        msg_type = answer.request["header"]["msg_type"]
+        wanted = f"on iopub, with this request as the parent, {story}; and a reply"
+        try:
+            frontend.finish(answer, seconds=self.patience)
+            why = ""
+        except (TimeoutError, EOFError, OSError) as problem:
+            why = f", then {problem}"
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            why = f", then what is no message ({problem!r})"
+        got = (f"on iopub, with this request as the parent, {answer.story or 'nothing'}; and "
+               f"{'a' if answer.reply else 'no'} reply")
+        if why or wanted != got:
+            self.verdict(f"An {msg_type}", wanted, got + why)
+
+    def run_in(self, frontend, code, story="busy execute_input execute_result idle"):
+        cell = frontend.start(code)
+        self.follow(frontend, cell, story)
+        return cell
+
+    def test_a_cell_runs_through_the_server(self):
+        id, _ = self.start()
+        page = self.page(id)
+        cell = self.run_in(page, "print('☃')\n6 * 7",
+                           "busy execute_input stream execute_result idle")
+        self.want("Output and result", ("☃\n", "42"), (cell.text(), cell.result))
+        for channel, message in [("shell", cell.reply), *[("iopub", m) for m in cell.messages]]:
+            msg_type = message["header"]["msg_type"]
+            self.want(f"The channel that the {msg_type} names", channel, message.get("channel"))
+            self.want(f"The parent_header of the {msg_type}", cell.request["header"],
+                      message["parent_header"])
+        metadata = cell.reply["metadata"]
+        self.want("Has the reply its metadata and content", (True, "ok"),
+                  ("started" in metadata, cell.reply["content"].get("status")))
+
+    def test_each_channel_leads_to_its_own_socket(self):
+        id, _ = self.start()
+        page = self.page(id)
+        cell = page.start("print('ready')\nwhile True: pass")
+        self.wait_to(page, "A cell that prints and runs on", "its stream, while it runs", cell.text)
+        answer = page.ask("interrupt_request", "control")
+        self.wait_to(page, "An interrupt_request on control, while a cell runs",
+                     "its reply on control", lambda: answer.reply)
+        self.want("The channel that the reply names", "control", answer.reply.get("channel"))
+        self.follow(page, cell, "busy execute_input stream error idle")
+
+    def wait_to(self, frontend, about, wanted, condition):
+        """Take messages until condition() holds."""
+        try:
+            frontend.until(condition, self.patience)
+        except TimeoutError:
+            self.verdict(about, wanted, f"nothing of the kind within {self.patience} s; all that "
+                                        f"came: {' '.join(frontend.log[-20:])}")
+        except (EOFError, OSError, ValueError) as problem:
+            self.verdict(about, wanted, repr(problem))
+
+    def test_a_question_of_the_kernel_reaches_the_page_and_its_answer_the_kernel(self):
+        id, _ = self.start()
+        page = self.page(id)
+        cell = page.start("input('Name? ')")
+        self.wait_to(page, "A cell that calls input()", "an input_request on stdin",
+                     lambda: cell.questions)
+        self.want_fields("The question", {"prompt": "Name? "}, cell.questions[0])
+        page.type("Ada ☃", cell.question)
+        self.follow(page, cell, "busy execute_input execute_result idle")
+        self.want("The cell's result", "'Ada ☃'", cell.result)
+
+    def test_much_output_comes_whole_and_in_order(self):
+        id, _ = self.start()
+        page = self.page(id)
+        cell = self.run_in(page, "for i in range(20_000): print(i)",
+                           "busy execute_input stream idle")
+        self.want("Twenty thousand lines, their number and order", (20_000, True), (
+            cell.text().count("\n"), cell.text() == "".join(f"{i}\n" for i in range(20_000))))
+        cell = self.run_in(page, f"len('{'x' * 3_000_000}')")
+        self.want("A cell of three million characters", "3000000", cell.result)
+        cell = self.run_in(page, "'y' * 5_000_000")
+        self.want("The length of a result of five million characters", 5_000_002,
+                  len(cell.result or ""))
+
+    ECHO = ("def opened(comm, message):\n"
+            "    comm.send({'size': len(message['buffers'])}, buffers=message['buffers'])\n"
+            "get_ipython().kernel.comm_manager.register_target('echo', opened)")
+
+    def test_binary_messages_carry_their_buffers(self):
+        id, _ = self.start()
+        page = self.page(id)
+        self.run_in(page, self.ECHO, "busy execute_input idle")
+        message = page.session.message("comm_open", {
+            "comm_id": "c", "target_name": "echo", "data": {}})
+        text = json.dumps({**message, "channel": "shell"}).encode()
+        page.wire.client.send(minijupyter.join_parts([text, b"\x00\xff\x01", b""]))
+        try:
+            while not isinstance(got := page.wire.client.receive(self.patience), bytes):
+                if got is None or json.loads(got)["header"]["msg_type"] == "comm_msg":
+                    break
+        except (TimeoutError, EOFError, OSError, ValueError) as problem:
+            got = problem
+        if not isinstance(got, bytes):
+            self.verdict("A comm_msg with two buffers", "a binary message", repr(got)[:400])
+        try:
+            head, *buffers = minijupyter.split_parts(got)
+            msg_type = json.loads(head)["header"]["msg_type"]
+        except ValueError as problem:
+            self.verdict("A comm_msg with two buffers", "its JSON and its buffers, each behind its "
+                         "offset", f"{got[:100]!r} ({problem})")
+        self.want("The buffers that the kernel sent back", ("comm_msg", [b"\x00\xff\x01", b""]),
+                  (msg_type, [bytes(each) for each in buffers]))
+
+    def test_two_pages_see_all_output_and_each_its_own_replies(self):
+        id, _ = self.start()
+        one, two = self.page(id), self.page(id)
+        cell = self.run_in(one, "print('for all')", "busy execute_input stream idle")
+        self.wait_to(two, "What one page runs", "its output on the other page, too",
+                     lambda: "idle" in two.log[-1:] and "stream" in two.log)
+        self.run_in(two, "2 + 2")
+        strangers = [word(m) for m in two.unasked if m["channel"] != "iopub"]
+        self.want("Replies to the one page that the other page got", [], strangers)
+        question = one.start("input()")
+        self.wait_to(one, "input() of the one page", "its question there",
+                     lambda: question.questions)
+        two.request("kernel_info_request", "control")
+        self.want("Questions to the one page that the other page got", [], [
+            word(m) for m in two.unasked if m["channel"] == "stdin"])
+        one.type("done", question.question)
+        self.follow(one, question, "busy execute_input execute_result idle")
+        self.want("How many pages the kernel has", 2, self.model(id).get("connections"))
+        self.want("The one page's own output", "for all\n", cell.text())
+
+    def test_a_page_that_leaves_ends_nothing_and_gets_the_rest_when_it_comes_back(self):
+        id, _ = self.start()
+        page, go = self.page(id, "the-same-session"), self.folder() / "go"
+        cell = page.start("import os, time\nprint('one')\n"
+                          f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+                          "print('two')\n3")
+        self.wait_to(page, "A cell that prints", "its output, while it runs", cell.text)
+        page.wire.close()
+        self.wait_for("The kernel's connections, when its page has gone", "0",
+                      lambda: self.model(id)["connections"] == 0)
+        go.touch()
+        self.wait_for("The execution_state, when the cell has ended with no page there", "idle",
+                      lambda: self.model(id)["execution_state"] == "idle")
+        page.wire = WebSocketWire(self.server, id, "the-same-session")
+        self.follow(page, cell, "busy execute_input stream execute_result idle")
+        self.want("What the page that came back has of its cell", ("one\ntwo\n", "3"),
+                  (cell.text(), cell.result))
+
+    def model(self, id):
+        return self.expect_json(200, "GET", f"/api/kernels/{id}")
+
+    def test_of_a_kernel_that_dies_every_page_is_told_and_the_next_one_runs(self):
+        id, noted = self.start()
+        pages, before = [self.page(id), self.page(id)], self.server.started()
+        os.kill(noted["pid"], signal.SIGKILL)
+        for page in pages:
+            self.wait_to(page, "The death of a kernel's process, by signal 9",
+                         "a status restarting or dead on each page",
+                         lambda page=page: {"restarting", "dead"} & {*page.log})
+        self.new_process(before)
+        self.page(id)
+        cell = self.run_in(pages[0], "6 * 7")
+        self.want("A cell in the new process, from a page of before", "42", cell.result)
+
+    # -- who may come in, from a browser --
+
+    def cookies(self):
+        """The Cookie header of a browser that has opened an address with the token."""
+        reply = self.expect((200, 302), "GET", f"/tree?token={self.server.token}",
+                            Authorization=None)
+        given = reply.headers.get_all("Set-Cookie") or []
+        if not given:
+            self.verdict("GET /tree?token=…", "a Set-Cookie for the browser", "none")
+        return given
+
+    def test_the_token_in_an_address_becomes_a_cookie(self):
+        given = self.cookies()
+        cookie = "; ".join(each.partition(";")[0] for each in given)
+        self.want("Is a cookie HttpOnly, so that no script can read it", True,
+                  any("httponly" in each.lower() for each in given))
+        self.want("Is the token itself in a cookie", False, self.server.token in cookie)
+        folder = self.make()
+        self.expect(200, "GET", folder, Authorization=None, Cookie=cookie)
+        name = cookie.partition("=")[0]
+        self.expect((401, 403), "GET", folder, Authorization=None, Cookie=f"{name}=wrong")
+        self.expect((401, 403), "GET", folder, Authorization=None, Cookie=f"{name}=")
+
+    def test_other_sites_and_foreign_names_get_nothing(self):
+        id, _ = self.start()
+        cookie = "; ".join(each.partition(";")[0] for each in self.cookies())
+        channels, ours = f"/api/kernels/{id}/channels", f"http://127.0.0.1:{self.server.port}"
+        self.expect(403, "GET", "/api/contents", Host="evil.example")
+        self.expect(403, "GET", "/api/contents", Host=f"evil.example:{self.server.port}")
+        self.expect(200, "GET", "/api/contents", Host=f"localhost:{self.server.port}")
+        for origin in ("http://evil.example", f"{ours}.evil.example", "null"):
+            self.expect(range(400, 500), "POST", "/api/contents", {"type": "file"},
+                        Authorization=None, Cookie=cookie, Origin=origin)
+            client = self.handshake(channels, Authorization=None, Cookie=cookie, Origin=origin)
+            self.want(f"The handshake of a page at {origin}, with our cookie", 403, client.status)
+        client = self.handshake(channels, Authorization=None, Cookie=cookie, Origin=ours)
+        self.want("The handshake of our own page, with our cookie", 101, client.status)
 
 
 # ---- 9. The page, in Chromium and Firefox ------------------------------------------
