@@ -31,6 +31,7 @@
 Run:  python test_minijupyter.py              all tests; the last line counts them
       python test_minijupyter.py NAME...      the tests whose name contains NAME
       python test_minijupyter.py core         Part I alone, and with all of Part II but one section
+      python test_minijupyter.py stage        build your own kernel, server, page: what, and checks
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
       python test_minijupyter.py bench NAME   the measures whose label contains NAME
@@ -54,8 +55,9 @@ Sections:
     8 WebSocket frames and the bridge
     9 The page, in Chromium and Firefox
     10 Documentation under test
-    11 Bench
-    12 main
+    11 Stages: build your own Jupyter
+    12 Bench
+    13 main
 
 Left out on purpose: assertions about time (the benchmark measures, it does not judge), and
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
@@ -67,6 +69,7 @@ message, a line or a file, with a deadline.
 Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
 """
 
+import argparse
 import ast
 import asyncio
 import atexit
@@ -100,11 +103,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import types
+import typing
 import unittest
 import unittest.mock
+import xml.etree.ElementTree
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -20736,7 +20742,283 @@ def dependencies(text):
     return re.findall(r'"([^"]+)"', block)
 
 
-# ---- 11. Bench ----------------------------------------------------------------------
+# ---- 11. Stages: build your own Jupyter ----------------------------------------------------
+#
+# `python test_minijupyter.py stage 3 -- COMMAND` checks a program of your own, in any language,
+# from outside, as a user of it would. The stages are this file's own tests in a learner's order,
+# pointed at another program. They come in tracks, one for each kind of program:
+#
+#     track     COMMAND has                            the test classes are told it by
+#     kernel    {connection_file}                      point_at_kernel
+#
+# To add a stage, write a test that uses only what a user of the program could, add a row with its
+# name below, and at least three rows to WRONG: typical wrong solutions, which it must reject.
+
+
+class Stage(typing.NamedTuple):
+    """One step of a track, for a learner."""
+
+    title: str
+    build: str        # what to build, in two to four sentences
+    read: str         # where ours does it: 'kernel.py 4, `Kernel.dispatch`' (file, section, name)
+    spec: str         # the section of the specification that explains it
+    goes_wrong: str   # what usually goes wrong
+    tests: tuple      # the check: names of tests, "Class.test_name"
+
+
+class Wrong(typing.NamedTuple):
+    """A typical wrong solution of a stage: a small change of our own program."""
+
+    old: str    # text that stands once in Part I; or once in the whole file, if not in Part I
+    new: str    # what takes its place
+    says: str   # a regular expression that the stage's verdict must contain
+
+
+KERNEL_STAGES = []
+SERVER_STAGES = []
+PAGE_STAGES = []
+TRACKS = {"kernel": KERNEL_STAGES, "server": SERVER_STAGES, "page": PAGE_STAGES}
+WRONG = {}   # (track, number) -> [Wrong]
+
+PATIENCE = 5   # seconds that a check waits for what must come, once the program listens
+PASSED, FAILED, EXCUSED = "passed", "failed", "does not apply"
+
+
+class Verdict(typing.NamedTuple):
+    """What the check of one stage has found."""
+
+    track: str
+    number: int
+    status: str      # PASSED, FAILED or EXCUSED
+    words: str       # what was wanted and what came instead, or why the stage does not apply
+    seconds: float
+
+    @property
+    def stage(self):
+        return TRACKS[self.track][self.number - 1]
+
+    def __str__(self):
+        head = f"Stage {self.number} of {self.track}, {self.stage.title}: "
+        if self.status == PASSED:
+            return f"{head}passed ({self.seconds:.1f} s)"
+        status = "FAILED" if self.status == FAILED else self.status
+        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (self.status == FAILED)
+        return f"{head}{status}\n{self.words}{hint}".replace("\n", "\n  ")
+
+
+class Findings(unittest.TestResult):
+    """What the tests of one stage find, in words. Here an error is a fault of the program, too: a
+    field that is missing, a text that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.faults, self.excuses = [], []
+
+    def addFailure(self, test, error):
+        problem = error[1]
+        known = isinstance(problem, (AssertionError, TimeoutError))
+        self.faults.append(str(problem) if known else
+                           f"What the program has sent cannot be used: {problem!r}")
+
+    addError = addFailure
+
+    def addSubTest(self, test, subtest, error):
+        if error:
+            self.addFailure(test, error)
+
+    def addSkip(self, test, reason):
+        self.excuses.append(reason)
+
+
+class Checker:
+    """Checks stages of one track on one program. What stages share, such as a process, is ended
+    when the `with` block ends.
+
+    `attributes` are those of the test classes by which they are pointed at the program.
+    """
+
+    def __init__(self, track, **attributes):
+        self.track, self.attributes = track, attributes
+        self.cases = {}   # name -> class of tests
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for case in self.cases.values():
+            case.tearDownClass()
+            case.doClassCleanups()
+
+    def case(self, name):
+        """The class of tests called `name`, pointed at the program."""
+        if name not in self.cases:
+            case = type(name, (globals()[name],), self.attributes)
+            try:
+                case.setUpClass()
+            except BaseException:
+                case.doClassCleanups()
+                raise
+            self.cases[name] = case
+        return self.cases[name]
+
+    def check(self, number):
+        """The Verdict on stage `number`."""
+        began, findings = time.monotonic(), Findings()
+        for test in TRACKS[self.track][number - 1].tests:
+            name, method = test.split(".")
+            try:
+                self.case(name)(method).run(findings)
+            except Exception as problem:   # of its setUpClass: the program does not start
+                findings.addError(None, (type(problem), problem, None))
+        status = FAILED if findings.faults else EXCUSED if findings.excuses else PASSED
+        return Verdict(self.track, number, status, "\n".join(findings.faults or findings.excuses),
+                       time.monotonic() - began)
+
+
+def point_at_kernel(command, options):
+    """The attributes of test classes that check the kernel which `command` starts."""
+    if not any("{connection_file}" in word for word in command):
+        command = [*command, "-f", "{connection_file}"]
+    return {"argv": command, "cwd": os.getcwd(), "patience": options.patience}
+
+
+POINTERS = {"kernel": point_at_kernel}   # track -> function of (command, options): attributes
+
+
+def run_stage(track, number, command, patience=PATIENCE):
+    """The Verdict of one stage on the program that `command`, a list of words, starts."""
+    options = argparse.Namespace(patience=patience)
+    with Checker(track, **POINTERS[track](command, options)) as checker:
+        return checker.check(number)
+
+
+# -- the command line --
+
+STAGE_HELP = """\
+stage                        list the tracks and their stages
+stage 3                      show what to build in stage 3 of the kernel, and where to read
+stage 3 -- COMMAND           check it
+stage kernel -- COMMAND      check all stages of a track, in order, up to the first that fails
+stage server 4 -- COMMAND    the same for another track
+
+COMMAND starts your program, as in `python my_kernel.py -f {connection_file}`: the words in braces
+are filled in. Exit code: 0 passed, 1 failed, 2 not understood."""
+
+
+def stage_options(words):
+    """The options of `stage`: what to check, and `command`, the words behind `--`."""
+    at = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(
+        prog="test_minijupyter.py stage", usage=argparse.SUPPRESS, description=STAGE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
+                        help="how long a check waits for what must come (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON (-: to stdout)")
+    parser.add_argument("--junit", metavar="FILE", help="the same as JUnit's XML")
+    options = parser.parse_args(words[:at])
+    options.command = words[at + 1:]
+    options.track, options.numbers = chosen_stages(parser, options.what)
+    if at < len(words) and not options.command:
+        parser.error("after -- comes the command that starts your program")
+    if options.command and not options.what:
+        parser.error("say which stage, or which track, before --")
+    if options.command and options.track not in POINTERS:
+        parser.error(f"stages of the {options.track} cannot be checked")
+    return options
+
+
+def chosen_stages(parser, what):
+    """(track, numbers) of the words `what`: a track, a number, both or none."""
+    track = what[0] if what and what[0] in TRACKS else "kernel"
+    numbers = what[1:] if what and what[0] in TRACKS else what
+    count = len(TRACKS[track])
+    for number in numbers:
+        if not number.isdecimal():
+            parser.error(f"{number!r} is neither a track ({', '.join(TRACKS)}) nor a number")
+        if not 1 <= int(number) <= count:
+            parser.error(f"the {track} has the stages 1 to {count}, no stage {number}")
+    return track, [int(number) for number in numbers] or [*range(1, count + 1)]
+
+
+def show_tracks(tracks):
+    for track in tracks:
+        print(f"\n{track}")
+        for number, each in enumerate(TRACKS[track], 1):
+            print(f"{number:5} {each.title}")
+    print("\n`stage 3` shows what to build, `stage 3 -- COMMAND` checks it; --help says more.")
+
+
+def show_stage(track, number):
+    each = TRACKS[track][number - 1]
+    print(f"Stage {number} of {track}: {each.title}\n")
+    for name, text in (("Build", each.build), ("Read", f"{each.read}; {each.spec}"),
+                       ("What usually goes wrong", each.goes_wrong)):
+        print(textwrap.fill(f"{name}: {text}", 90), end="\n\n")
+    print(f"Check: python test_minijupyter.py stage {track} {number} -- COMMAND")
+
+
+def check_stages(options, out):
+    """The verdicts on the chosen stages, each printed on `out` as soon as it is there."""
+    verdicts = []
+    with Checker(options.track, **POINTERS[options.track](options.command, options)) as checker:
+        for number in options.numbers:
+            verdicts.append(checker.check(number))
+            print(verdicts[-1], file=out, flush=True)
+            if verdicts[-1].status == FAILED and not options.all:
+                break
+    counts = collections.Counter(verdict.status for verdict in verdicts)
+    print(", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, EXCUSED)
+                    if counts[status]), file=out)
+    return verdicts
+
+
+def as_json(verdicts, command):
+    rows = [{**verdict._asdict(), "title": verdict.stage.title,
+             "goes_wrong": verdict.stage.goes_wrong} for verdict in verdicts]
+    return json.dumps({"command": command, "stages": rows}, indent=1, ensure_ascii=False)
+
+
+def as_junit(verdicts, command):
+    """The verdicts as JUnit's XML: a stage that failed is a `failure`, an excused one `skipped`."""
+    suite = xml.etree.ElementTree.Element(
+        "testsuite", name=" ".join(command), tests=str(len(verdicts)),
+        failures=str(sum(verdict.status == FAILED for verdict in verdicts)),
+        skipped=str(sum(verdict.status == EXCUSED for verdict in verdicts)))
+    for verdict in verdicts:
+        case = xml.etree.ElementTree.SubElement(
+            suite, "testcase", classname=verdict.track, time=f"{verdict.seconds:.3f}",
+            name=f"{verdict.number} {verdict.stage.title}")
+        kind = {FAILED: "failure", EXCUSED: "skipped"}.get(verdict.status)
+        if kind:   # what a program prints may hold characters that XML has not
+            words = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "�", verdict.words)
+            xml.etree.ElementTree.SubElement(
+                case, kind, message=words.partition("\n")[0]).text = words
+    return xml.etree.ElementTree.tostring(suite, "unicode", xml_declaration=True)
+
+
+def stage(words):
+    """`stage …`: list stages, show one, or check a program. Returns the exit code."""
+    options = stage_options(words)
+    if not options.command:
+        if options.what and len(options.numbers) == 1:
+            show_stage(options.track, *options.numbers)
+        else:
+            show_tracks([options.track] if options.what else TRACKS)
+        return 0
+    reports = {options.json: as_json, options.junit: as_junit}
+    verdicts = check_stages(options, sys.stderr if "-" in reports else sys.stdout)
+    for file, form in reports.items():
+        text = form(verdicts, options.command)
+        if file == "-":
+            print(text)
+        elif file:
+            Path(file).write_text(text + "\n", "utf-8")
+    return 1 if any(verdict.status == FAILED for verdict in verdicts) else 0
+
+
+# ---- 12. Bench ----------------------------------------------------------------------
 #
 # What a user waits for, beside what is physically possible on this machine (the same frames
 # through a bare ZeroMQ socket, the bare interpreter) and beside ipykernel and jupyter_server.
@@ -21558,7 +21840,7 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-# ---- 12. main ----------------------------------------------------------------
+# ---- 13. main ----------------------------------------------------------------
 
 
 def give_up(signum, frame):
@@ -21688,10 +21970,13 @@ def run_tests(suites):
 
 
 def main(names):
-    """Run the benchmark, the parts alone, the tests whose name contains one of `names`, or all."""
+    """Run the benchmark, a stage, the parts alone, the tests whose name contains one of `names`, or
+    all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names[:1] == ["bench"]:
         return bench(names[1:])
+    if names[:1] == ["stage"]:
+        return stage(names[1:])
     if names == ["core"]:
         names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
