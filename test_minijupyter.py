@@ -477,7 +477,9 @@ class Frontend:
         """Take messages until condition() holds."""
         deadline = time.monotonic() + seconds
         while not condition():
-            self.pump(deadline - time.monotonic())
+            if (left := deadline - time.monotonic()) < 0:   # in a flood something always comes
+                raise TimeoutError(f"not within {seconds:.1f} s")
+            self.pump(left)
 
     def finish(self, *answers, seconds=SECONDS):
         self.until(lambda: all(answer.is_done for answer in answers), seconds)
@@ -716,8 +718,8 @@ class WebSocketClient:
     def receive(self, seconds=SECONDS):
         """The next message, whole; None for a close, whose code is kept."""
         payload, kind, deadline = b"", None, time.monotonic() + seconds
-        while True:   # pings, fragments and floods do not prolong it
-            fin, opcode, data = self.receive_frame(deadline - time.monotonic())
+        while (left := deadline - time.monotonic()) > 0:   # pings, fragments do not prolong it
+            fin, opcode, data = self.receive_frame(left)
             if opcode == CLOSE:
                 self.close_code = int.from_bytes(data[:2], "big")
                 return None
@@ -727,6 +729,7 @@ class WebSocketClient:
                 payload, kind = payload + data, kind or opcode
                 if fin:
                     return payload.decode() if kind == TEXT else payload
+        raise TimeoutError(f"no message within {seconds:.1f} s")
 
     def is_at_end(self, seconds=SECONDS):
         """True when the server has closed the TCP connection and said nothing more."""
@@ -12713,14 +12716,31 @@ class AnyServer(Server):
         self.folder.cleanup()
 
 
+class FromOutside:
+    """Verdicts on a program by anyone, for who has written it. A Case beside it runs the tests."""
+
+    patience = SECONDS   # that an answer may take
+
+    def aside(self):
+        """What else may help: sentences, with a space before them."""
+        return ""
+
+    def verdict(self, about, wanted, got):
+        """Fail: what was wanted, beside what was got."""
+        self.fail(f"{about}. Wanted: {wanted}. Got: {got}.{self.aside()}")
+
+    def want(self, about, wanted, got):
+        if wanted != got:
+            self.verdict(about, *(each if isinstance(each, str) and each else repr(each)
+                                  for each in (wanted, got)))
+
+
 FILE_FIELDS = {"name": str, "path": str, "type": str, "writable": bool, "last_modified": str,
                "created": str}   # that a client reads in the model of each file
 
 
-class ServerFromOutside(ServerCase):
+class ServerFromOutside(FromOutside, ServerCase):
     """A Jupyter server as its users see it; `options` may name another program than ours."""
-
-    patience = SECONDS   # that an answer may take
 
     @classmethod
     def setUpClass(cls):
@@ -12737,18 +12757,12 @@ class ServerFromOutside(ServerCase):
 
     # -- verdicts --
 
-    def verdict(self, about, wanted, got):
-        """Fail: what was wanted, beside what was got."""
+    def aside(self):
+        """What the program, and a kernel of its, have said."""
         refused = self.server.refused()
         ended = self.server.process.popen.poll() is not None
-        self.fail(f"{about}. Wanted: {wanted}. Got: {got}."
-                  + (f" The kernel says: {refused.strip()[-500:]}" if refused else "")
-                  + (self.server.last_words() if ended else ""))
-
-    def want(self, about, wanted, got):
-        if wanted != got:
-            self.verdict(about, *(each if isinstance(each, str) else repr(each)
-                                  for each in (wanted, got)))
+        return (f" The kernel says: {refused.strip()[-500:]}" if refused else "") + (
+            self.server.last_words() if ended else "")
 
     def want_fields(self, about, wanted, model):
         """A JSON object has these fields; a type stands for any value of it."""
@@ -19719,6 +19733,305 @@ class PageInFirefox(ServerCase):
             });
         """)
 
+
+
+# -- A page by anyone, in Chromium: what the stages of the track "page" check --
+#
+# Our server serves it in place of index.html. What the checks know of a page is what DESIGN lists:
+#
+#     body[data-kernel=starting|idle|busy|…][data-saved=true|false]
+#     .cell[data-id][data-type=code|markdown|raw][data-state=idle|queued|running|error], which holds
+#         .prompt, textarea.editor and .outputs > .output[data-mime]
+#     [data-command=save|interrupt|restart], to be clicked; Shift+Enter runs a cell, Ctrl+S saves
+
+CELLS = """() => [...document.querySelectorAll('.cell')].map(cell => ({
+    id: cell.dataset.id, type: cell.dataset.type, state: cell.dataset.state,
+    source: cell.querySelector('textarea.editor')?.value,
+    prompt: cell.querySelector('.prompt')?.textContent,
+    shown: [...cell.querySelectorAll('.outputs > .output')].map(
+        output => output.textContent.trim()).join('\\n')}))"""
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5E"
+         "rkJggg==")
+SHOWS_DATA = ("class Shows:\n    def __init__(self, **data): self.data = data\n"
+              "    def _repr_mimebundle_(self, **_): return self.data\n")
+
+
+class PageFromOutside(FromOutside, PageCase):
+    """A notebook page as its users see it; `options` may name a server with another page."""
+
+    def use(self, context):
+        super().use(context)
+        context.set_default_timeout(self.patience * 1000)
+
+    def tearDown(self):
+        self.problems.clear()   # they are told in verdicts, and a page that works may have some
+        super().tearDown()
+
+    def aside(self):
+        return f" The browser's console says: {'; '.join(self.problems)[:600]}" * bool(
+            self.problems)
+
+    def becomes(self, about, wanted, look):
+        """look() is `wanted`, sooner or later."""
+        from playwright.sync_api import Error
+        deadline, got = time.monotonic() + self.patience, None
+        while got != wanted and time.monotonic() < deadline:
+            try:
+                got = look()
+            except Error as problem:   # while the page is loaded
+                got = problem.message.partition("\n")[0]
+            time.sleep(0.01)
+        self.want(about, wanted, got)
+
+    def cells(self, tab, *names):
+        """These properties of each cell of the file: [value], or [(value, …)] of several. Behind
+        the last one, Shift+Enter may have made another."""
+        found = tab.page.evaluate(CELLS)[:len(self.opened["cells"])]
+        return [each.get(names[0]) if len(names) == 1 else tuple(each.get(n) for n in names)
+                for each in found]
+
+    def show(self, *sources, outputs=()):
+        """A tab on a new notebook; its kernel is not waited for."""
+        nb = notebook(*sources, unknown=[{"to": "us"}])
+        for cell, each in zip(nb["cells"], outputs, strict=False):
+            cell["outputs"] = each
+        tab = self.visit_notebook(self.name, nb)
+        self.becomes("The sources in .cell textarea.editor", [*sources],
+                     lambda: self.cells(tab, "source"))
+        return tab
+
+    def visit_notebook(self, path, nb):
+        self.opened = nb
+        (self.root / path).write_bytes(jupyter_bytes(nb))
+        return self.visit("/notebooks/" + quote(path))
+
+    def ready(self, *sources):
+        """The same, when its kernel is idle."""
+        tab = self.show(*sources)
+        self.kernel_is(tab, "idle")
+        return tab
+
+    def kernel_is(self, tab, state, about="body[data-kernel]"):
+        self.becomes(about, state, lambda: tab.page.evaluate("document.body.dataset.kernel"))
+
+    def saved_is(self, tab, state, about):
+        self.becomes(f"body[data-saved], {about}", state,
+                     lambda: tab.page.evaluate("document.body.dataset.saved"))
+
+    def start(self, tab, i, code=None):
+        """Press Shift+Enter in a cell."""
+        editor = tab.cell(i).locator("textarea.editor")
+        if code is not None:
+            editor.fill(code)
+        editor.focus()
+        tab.press("Shift+Enter")
+
+    def run_cell(self, tab, i, shown, state="idle", code=None):
+        """Run a cell; in the end it shows this text."""
+        self.start(tab, i, code)
+        source = code or self.cells(tab, "source")[i]
+        self.becomes(f"The text in .outputs, and data-state, of a cell that ran {source!r}",
+                     (shown, state), lambda: (self.cells(tab, "shown")[i],
+                                              self.cells(tab, "state")[i]))
+
+    def click(self, tab, command):
+        """A command's element; the question that it may ask is answered by the button that has the
+        command's name."""
+        element = tab.page.locator(f"[data-command={command}]")
+        self.becomes(f"Is there an element with data-command={command}", True,
+                     lambda: element.count() > 0)
+        element.first.dispatch_event("click")
+        sure = tab.page.locator("dialog[open]").get_by_role(
+            "button", name=command.capitalize(), exact=True)
+        if sure.count():
+            sure.click()
+
+    def go_file(self):
+        """(a file, code that waits until it is there)."""
+        go = self.folder() / "go"
+        return go, f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+
+    def test_a_notebook_is_shown_as_the_file_has_it(self):
+        nb = notebook("x = 1\n<b>y</b> & ☃", "z")
+        nb["cells"].insert(1, {"cell_type": "markdown", "id": "m", "metadata": {},
+                               "source": "# A *title*"})
+        (self.root / "sub").mkdir()
+        tab = self.visit_notebook("sub/ä 1.ipynb", nb)
+        self.becomes("data-id, data-type and text of each .cell", [
+            (cell["id"], cell["cell_type"], cell["source"]) for cell in nb["cells"]],
+            lambda: self.cells(tab, "id", "type", "source"))
+        self.saved_is(tab, "true", "when nothing was changed")
+
+    def test_outputs_of_the_file_are_shown_and_what_is_text_stays_text(self):
+        evil = "<img src=x onerror='document.title = `broken`'>"
+        tab = self.show("1", "2", "3", outputs=[
+            [{"output_type": "stream", "name": "stdout", "text": ["out\n", evil]}],
+            [{"output_type": "execute_result", "execution_count": 7, "metadata": {},
+              "data": {"text/plain": ["a\n", evil]}}],
+            [{"output_type": "error", "ename": "E", "evalue": "v",
+              "traceback": ["\x1b[31mTraceback\x1b[0m", "E: v"]}]])
+        self.becomes("The text in the .outputs of a stream and of a result",
+                     [f"out\n{evil}", f"a\n{evil}"], lambda: self.cells(tab, "shown")[:2])
+        self.becomes("Does an error show its traceback, without escape sequences", True,
+                     lambda: "Traceback\nE: v" in self.cells(tab, "shown")[2])
+        self.want("Has a script in an output changed the page's title", False,
+                  tab.page.title() == "broken")
+
+    def test_a_page_gets_a_kernel_and_finds_it_again(self):
+        tab = self.ready("1")
+        before = [(s["path"], s["kernel"]["id"]) for s in self.server.get("/api/sessions").json]
+        self.want("The paths of the server's sessions", [self.name], [path for path, _ in before])
+        tab.page.reload()
+        self.kernel_is(tab, "idle", "body[data-kernel] after a reload")
+        self.want("Path and kernel of the sessions, when the page was loaded again", before, [
+            (s["path"], s["kernel"]["id"]) for s in self.server.get("/api/sessions").json])
+        self.want("How many kernels run", 1, len(self.server.get("/api/kernels").json))
+
+    def test_a_cell_runs_and_shows_its_result_and_number(self):
+        tab = self.ready("x = 6", "x * 7")
+        self.run_cell(tab, 0, "")
+        self.run_cell(tab, 1, "42")
+        prompts = [re.findall(r"\d+|\*", prompt or "") for prompt in self.cells(tab, "prompt")]
+        self.want("The numbers in .prompt", [["1"], ["2"]], prompts)
+        self.run_cell(tab, 1, "'again'", code="'again'")
+
+    def test_each_output_finds_the_cell_that_caused_it(self):
+        go, waits = self.go_file()
+        tab = self.ready(waits + "print('from the first')", "print('from the second')", "3")
+        for i in (0, 1):
+            self.start(tab, i)
+        tab.cell(2).locator("textarea.editor").focus()
+        self.becomes("data-state of three cells, of which two were run, and the first waits",
+                     ["running", "queued", "idle"], lambda: self.cells(tab, "state"))
+        go.touch()
+        self.becomes("The text in each .outputs", ["from the first", "from the second", ""],
+                     lambda: self.cells(tab, "shown"))
+        (model,) = self.server.get("/api/kernels").json
+        other = self.server.frontend(model["id"])
+        self.addCleanup(other.wire.close)
+        other.finish(other.start("print('from another client')"))
+        self.run_cell(tab, 2, "3")
+        self.want("What the first two cells show, when another client has printed",
+                  ["from the first", "from the second"], self.cells(tab, "shown")[:2])
+
+    def test_what_is_printed_is_shown_at_once_in_order_and_replaced_by_the_next_run(self):
+        go, waits = self.go_file()
+        tab = self.ready("import sys\nprint('one')\nprint('two', file=sys.stderr)\n" + waits
+                         + "for i in range(300): print(i)")
+        self.start(tab, 0)
+        self.becomes("What a cell shows while it runs on", ("one\ntwo", "running"),
+                     lambda: (self.cells(tab, "shown")[0], self.cells(tab, "state")[0]))
+        go.touch()
+        text = "one\ntwo\n" + "\n".join(map(str, range(300)))
+        self.becomes("Three hundred printed lines: how many characters, are they right, data-state",
+                     (len(text), True, "idle"), lambda: (
+                         len(shown := self.cells(tab, "shown")[0]), shown == text,
+                         self.cells(tab, "state")[0]))
+        self.run_cell(tab, 0, "new", code="print('new')")
+
+    def test_an_error_is_shown_and_the_cells_behind_it_are_free_again(self):
+        go, waits = self.go_file()
+        tab = self.ready(waits + "1 / 0", "print('never')")
+        for i in (0, 1):
+            self.start(tab, i)
+        go.touch()
+        self.becomes("data-state of a cell that failed, and of the one that waited behind it",
+                     ["error", "idle"], lambda: self.cells(tab, "state"))
+        failed, behind = self.cells(tab, "shown")
+        self.want("Does the cell name its error, without escape sequences", (True, False),
+                  ("ZeroDivisionError" in failed, "\x1b" in failed))
+        self.want("What the cell behind it shows", "", behind)
+
+    def test_a_picture_is_drawn_and_html_reaches_nothing(self):
+        tab = self.ready(
+            SHOWS_DATA + f"Shows(**{{'text/plain': 'no', 'image/png': {PIXEL!r}}})",
+            "Shows(**{'text/plain': 'plain', 'text/html': '<b>bold</b><script>top.document.title ="
+            " `broken`; top.wasHere = true</script><img src=x onerror=\"top.wasHere = true\">'})")
+        self.start(tab, 0)
+        picture = tab.page.locator(".cell").nth(0).locator('.output[data-mime="image/png"] img')
+        self.becomes("The width of the <img> in .output[data-mime='image/png']", 1, lambda: (
+            picture.evaluate("image => image.naturalWidth") if picture.count() else None))
+        self.start(tab, 1)
+        self.becomes("The data-mime of an output that has text/html and text/plain", ["text/html"],
+                     lambda: tab.cell(1).locator(".output").evaluate_all(
+                         "all => all.map(output => output.dataset.mime)"))
+        tab.page.evaluate("new Promise(requestAnimationFrame).then(() => new Promise("
+                          "requestAnimationFrame))")
+        self.want("Has the HTML of an output reached the page", (False, False), (
+            tab.page.title() == "broken", tab.page.evaluate("window.wasHere === true")))
+
+    def test_a_question_is_answered_where_it_is_asked(self):
+        tab = self.ready("input('Name? ') + '!'", "from getpass import getpass\n"
+                         "len(getpass('Secret? '))")
+        for i, answer, shown in ((0, "Ada", "'Ada!'"), (1, "1234", "4")):
+            self.start(tab, i)
+            field = tab.cell(i).locator("input")
+            self.becomes("How many <input> a cell has that asks", 1, field.count)
+            self.want("The type of the <input>", "password" if i else "text",
+                      field.get_attribute("type") or "text")
+            self.becomes("Does the cell show the question", True, lambda i=i: (
+                ("Secret? " if i else "Name? ").strip() in tab.cell(i).inner_text()))
+            field.fill(answer)
+            field.press("Enter")
+            self.becomes("Does a cell show its result, when its question was answered", True,
+                         lambda i=i, shown=shown: shown in self.cells(tab, "shown")[i])
+            self.becomes("How many <input> are left", 0, field.count)
+        self.want("Is a password shown", False, "1234" in self.cells(tab, "shown")[1])
+
+    def test_interrupt_ends_the_cell_and_restart_all_variables(self):
+        tab = self.ready("x = 1\nwhile True: pass", "x")
+        self.start(tab, 0)
+        self.kernel_is(tab, "busy", "body[data-kernel] while a cell runs")
+        self.click(tab, "interrupt")
+        self.becomes("data-state of the interrupted cell", "error",
+                     lambda: self.cells(tab, "state")[0])
+        self.run_cell(tab, 1, "1")
+        self.click(tab, "restart")
+        self.becomes("Are the variables of before gone, after a restart", True, lambda: (
+            self.start(tab, 1, "'x' in globals()") or self.becomes(
+                "data-state after a restart", "idle", lambda: self.cells(tab, "state")[1])
+            or self.cells(tab, "shown")[1] == "False"))
+
+    def test_what_is_edited_is_saved_with_all_that_the_page_does_not_know(self):
+        tab = self.ready("x = 1", "print('kept')")
+        self.run_cell(tab, 1, "kept")
+        tab.write(0, "x = 2")
+        self.saved_is(tab, "false", "when a cell was edited")
+        tab.press("Control+s")
+        self.saved_is(tab, "true", "after Ctrl+S")
+        nb = self.saved()
+        self.want("The sources on disk", ["x = 2", "print('kept')"], self.saved_sources()[:2])
+        self.want("The outputs on disk", [[], [("stream", "kept\n")]], [
+            [(output["output_type"], "".join(output.get("text", ""))) for output in cell["outputs"]]
+            for cell in nb["cells"][:2]])
+        self.want("Metadata that the page does not know", [{"to": "us"}],
+                  nb["metadata"].get("unknown"))
+        self.want("The cells' ids", ["cell-0", "cell-1"], [c.get("id") for c in nb["cells"][:2]])
+
+    def test_a_file_that_changed_on_disk_is_not_overwritten(self):
+        tab = self.ready("x = 1")
+        (self.root / self.name).write_bytes(jupyter_bytes(notebook("theirs = 3")))
+        tab.write(0, "mine = 2")
+        self.saved_is(tab, "false", "when a cell was edited")
+        with tab.page.expect_response(lambda response: response.request.method == "PUT") as put:
+            tab.press("Control+s")
+        self.want("The sources on disk, after Ctrl+S in a page that had opened the file before "
+                  "another program changed it", ["theirs = 3"], self.saved_sources())
+        self.want("The status of the PUT", 412, put.value.status)
+        self.becomes("Does the page say that the file has changed", True, lambda: (
+            "changed" in tab.page.inner_text("body")))
+        self.saved_is(tab, "false", "after a conflict")
+        self.want("The text in the page", ["mine = 2"], self.cells(tab, "source"))
+
+    def test_of_a_kernel_that_died_the_page_tells_and_its_cell_is_free(self):
+        tab = self.ready("import os; os._exit(1)", "6 * 7")
+        self.start(tab, 0)
+        self.becomes("Is data-state of the cell that ended its kernel neither queued nor running",
+                     True, lambda: self.cells(tab, "state")[0] in ("idle", "error"))
+        self.becomes("Does the page say that the kernel died", True, lambda: (
+            "died" in tab.page.inner_text("body")))
+        self.kernel_is(tab, "idle", "body[data-kernel], when the next process is there")
+        self.run_cell(tab, 1, "42")
 
 
 # -- Part I of the server alone, and Part II without any one section --
