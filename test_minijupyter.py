@@ -15491,7 +15491,7 @@ class PageKeys(PageCase):
         }""")
 
     def test_the_button_that_folds_a_long_output_stays_under_the_pointer(self):
-        tab = self.open("for i in range(300): print(i)", *["1"] * 40)
+        tab = self.open("for i in range(90): print(i)", *["1"] * 40)
         tab.run(0)
         tab.page.get_by_role("button", name="Show all 300 lines").click()
         button = tab.page.get_by_role("button", name="Fold this output")
@@ -19917,13 +19917,13 @@ class PageFromOutside(FromOutside, PageCase):
     def test_what_is_printed_is_shown_at_once_in_order_and_replaced_by_the_next_run(self):
         go, waits = self.go_file()
         tab = self.ready("import sys\nprint('one')\nprint('two', file=sys.stderr)\n" + waits
-                         + "for i in range(300): print(i)")
+                         + "for i in range(90): print(i)")
         self.start(tab, 0)
         self.becomes("What a cell shows while it runs on", ("one\ntwo", "running"),
                      lambda: (self.cells(tab, "shown")[0], self.cells(tab, "state")[0]))
         go.touch()
-        text = "one\ntwo\n" + "\n".join(map(str, range(300)))
-        self.becomes("Three hundred printed lines: how many characters, are they right, data-state",
+        text = "one\ntwo\n" + "\n".join(map(str, range(90)))
+        self.becomes("Ninety printed lines: how many characters, are they right, data-state",
                      (len(text), True, "idle"), lambda: (
                          len(shown := self.cells(tab, "shown")[0]), shown == text,
                          self.cells(tab, "state")[0]))
