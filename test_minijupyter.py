@@ -296,7 +296,7 @@ class KernelProcess:
         self.file = Path(self.folder.name, "connection.json")
         self.file.write_text(json.dumps(self.connection))
         self.process = Process(
-            [word.format(connection_file=self.file) for word in argv],
+            [word.replace("{connection_file}", str(self.file)) for word in argv],
             cwd=cwd or self.folder.name, env=env or clean_environment(self.folder.name))
 
     def connect(self):
@@ -314,6 +314,12 @@ class KernelProcess:
             self.process.popen.kill()
         self.process.end()
         self.folder.cleanup()
+
+    def end_all(self):
+        """End it with all that it has started, also when it has ended itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
 
 
 class ZeroMQWire:
@@ -1872,6 +1878,809 @@ class KernelLife(Case):
         frontend.finish(frontend.start("import atexit; atexit.register(print, 'bye')"))
         frontend.ask("shutdown_request", "control", restart=False)
         self.assertEqual(own.process.exit_code(), 0)
+
+
+# -- a kernel of any language --
+#
+# The tests of KernelInAnyLanguage know of a kernel what its clients know: the connection file and
+# what comes out of its sockets. So the stages of section 11 can point them at other programs. What
+# they ask a kernel to run they take from SNIPPETS, in the language of its kernel_info_reply.
+
+WORDS = {   # what a test asks for -> what the code must do
+    "quiet": "do nothing and say nothing",
+    "print": "print {text} and a line end",
+    "value": "have 42 as its value, such as 6 * 7",
+    "error": "raise an error",
+    "set": "remember {text} in a variable",
+    "get": "print that variable and a line end",
+    "stderr": "print {text} and a line end on stderr",
+    "pause": "do nothing for one second",
+    "endless": "run for ever, until it is interrupted",
+    "ask": "ask the question {text} with input(), and print the answer",
+    "password": "ask {text} with getpass(), and print the answer",
+    "large": "print 500,000 times the letter x, and a line end",
+    "rich": "have a value that is <b>rich</b> in text/html and has a text/plain as well",
+    "display": "display the MIME bundle {'text/plain': '{text}'}",
+    "update": "display anything as `spot` (its display_id), then change it to {text}",
+    "clear": "clear the output, with wait=True",
+    "expression": "be an expression whose value is 42",
+    "latest": "have the latest value, Python's _, as its value",
+    "complete": "be a whole cell",
+    "incomplete": "be the beginning of a cell",
+    "invalid": "be a cell that cannot become right",
+    "before": "be a string of ☃𝄞 and a separator, before what is to be completed",
+    "begun": "be the first letters of `completed`",
+    "completed": "be a name that everybody has",
+    "comm": "register the comm target {text}, whose comms send each data back as {'echo': data}",
+}
+SNIPPETS = {   # language, as language_info names it in small letters -> word -> code
+    "python": {
+        "quiet": "pass", "print": "print('{text}')", "value": "6 * 7", "error": "1/0",
+        "set": "kept = '{text}'", "get": "print(kept)",
+        "stderr": "import sys; print('{text}', file=sys.stderr)",
+        "pause": "import time; time.sleep(1)", "endless": "while True: pass",
+        "ask": "print(input('{text}'))",
+        "password": "import getpass; print(getpass.getpass('{text}'))",
+        "large": "print('x' * 500_000)",
+        "rich": "class Rich:\n    def _repr_html_(self): return '<b>rich</b>'\nRich()",
+        "display": "display({'text/plain': '{text}'}, raw=True)",
+        "update": "handle = display({'text/plain': 'old'}, raw=True, display_id='spot')\n"
+                  "handle.update({'text/plain': '{text}'}, raw=True)",
+        "clear": "display('new', clear=True)", "expression": "6 * 7", "latest": "_",
+        "complete": "x = 1", "incomplete": "for i in [1]:", "invalid": "x = = 1",
+        "before": "'☃𝄞'; ", "begun": "prin", "completed": "print",
+        "comm": "import comm\ndef opened(new, message):\n"
+                "    new.on_msg(lambda m: new.send({'echo': m['content']['data']}))\n"
+                "comm.get_comm_manager().register_target('{text}', opened)",
+    },
+    "bash": {
+        "quiet": ":", "print": "echo '{text}'", "error": "false", "set": "kept='{text}'",
+        "get": "echo \"$kept\"", "stderr": "echo '{text}' >&2", "pause": "sleep 1",
+        "endless": "while true; do sleep 0.1; done",
+        "large": "printf 'x%.0s' {1..500000}; echo", "before": "echo '☃𝄞'; ",
+        "begun": "ech", "completed": "echo",
+    },
+    "javascript": {
+        "quiet": "undefined", "print": "console.log('{text}')", "value": "6 * 7",
+        "error": "throw new TypeError('wrong')", "set": "globalThis.kept = '{text}'; undefined",
+        "get": "console.log(globalThis.kept)", "stderr": "console.error('{text}')",
+        "pause": "await new Promise(done => setTimeout(done, 1000))", "endless": "for (;;) {}",
+        "ask": "console.log(prompt('{text}'))", "large": "console.log('x'.repeat(500000))",
+        "expression": "6 * 7", "complete": "x = 1", "incomplete": "for (;;) {",
+        "invalid": "x = = 1", "before": "'☃𝄞'; ", "begun": "consol", "completed": "console",
+    },
+    "r": {
+        "quiet": "invisible(1)", "print": "cat('{text}\\n')", "value": "6 * 7",
+        "error": "stop('wrong')", "set": "kept <- '{text}'", "get": "cat(kept, '\\n')",
+        "stderr": "message('{text}')", "pause": "Sys.sleep(1)", "endless": "repeat {}",
+        "ask": "cat(readline('{text}'), '\\n')", "large": "cat(strrep('x', 500000), '\\n')",
+        "expression": "6 * 7", "complete": "x <- 1", "incomplete": "for (i in 1) {",
+        "invalid": "x = = 1", "before": "'☃𝄞'; ", "begun": "prin", "completed": "print",
+    },
+}
+SNIPPETS["typescript"] = SNIPPETS["javascript"]
+HEADER = ("msg_id", "msg_type", "session", "username", "date", "version")
+
+
+class Listener(Frontend):
+    """A Frontend that mistrusts the kernel: whatever that does, each wait ends in time, and a fault
+    is an AssertionError that says what was wanted and what came instead."""
+
+    def __init__(self, own, patience):
+        super().__init__(ZeroMQWire(own.connection))
+        self.process, self.patience = own.process, patience
+        self.heard = []   # (channel, message), all of them
+
+    def ask(self, msg_type, channel="shell", metadata=None, **content):
+        answer = super().ask(msg_type, channel, metadata, **content)
+        answer.channel, answer.since = channel, len(self.heard)
+        return answer
+
+    def ask_with(self, msg_type, channel="shell", content=(), **header):
+        """The same with more fields in the header."""
+        message = self.session.message(msg_type, dict(content))
+        message["header"].update(header)
+        answer = self.answers[message["header"]["msg_id"]] = Answer(message)
+        answer.channel, answer.since = channel, len(self.heard)
+        self.wire.send(channel, message)
+        return answer
+
+    def pump(self, seconds=None):
+        """Take one message and file it. TimeoutError when the time is over, also in a flood."""
+        deadline = time.monotonic() + (self.patience if seconds is None else seconds)
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                return self.file(*self.wire.receive(min(left, 0.1)))
+            except kernel.BadMessage as problem:
+                raise AssertionError(
+                    f"A message came that is none: {problem}. Wanted: [identities, <IDS|MSG>, "
+                    "signature, header, parent_header, metadata, content], the signature being the "
+                    "hex HMAC-SHA256 of the last four as they are sent, with the key of the "
+                    "connection file, and each message with a msg_id of its own.") from None
+            except TimeoutError:
+                self.assert_alive()
+        raise TimeoutError("nothing more came in time")
+
+    def assert_alive(self):
+        if self.process.popen.poll() is not None:
+            raise AssertionError(f"The program has ended, with exit code "
+                                 f"{self.process.popen.returncode}. {last_words(self.process)}")
+
+    def file(self, channel, message):
+        self.heard.append((channel, message))
+        super().file(channel, message)
+
+    def replies(self, answer):
+        """[(channel, message)] on shell and control with this request as the parent."""
+        msg_id = answer.request["header"]["msg_id"]
+        return [(channel, message) for channel, message in self.heard
+                if channel in ("shell", "control")
+                and message["parent_header"].get("msg_id") == msg_id]
+
+    def account(self, answer):
+        """What has come since the request was sent, in words."""
+        msg_id = answer.request["header"]["msg_id"]
+        lost = [f"{word(message)} on {channel}, parent_header {message['parent_header']}"
+                for channel, message in self.heard[answer.since:]
+                if message["parent_header"].get("msg_id") not in self.answers]
+        lines = [f"on iopub, with this request as the parent: {answer.story or 'nothing'}",
+                 *(f"on {channel}: {message['header']['msg_type']}"
+                   for channel, message in self.replies(answer)),
+                 *(f"not for any request of ours: {each}" for each in lost[:5])]
+        if not self.replies(answer):
+            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}")
+        return "\n     ".join(lines)
+
+    def expect(self, condition, wanted, answer, patience=None):
+        """Take messages until condition() holds, or say what was wanted and what came."""
+        patience = patience or self.patience
+        try:
+            self.until(condition, patience)
+        except TimeoutError:
+            raise AssertionError(f"Wanted within {patience:g} s: {wanted}.\n"
+                                 f"Got: {self.account(answer)}") from None
+
+    def done(self, answer):
+        """The answer, when its one reply and idle have come."""
+        msg_type = answer.request["header"]["msg_type"].replace("_request", "_reply")
+        wanted = (f"{msg_type} on {answer.channel} and, on iopub, status idle, both with the "
+                  "request's header as their parent_header")
+        self.expect(lambda: answer.is_idle and self.replies(answer), wanted, answer)
+        found = [(channel, message["header"]["msg_type"])
+                 for channel, message in self.replies(answer)]
+        if found != [(answer.channel, msg_type)]:
+            raise AssertionError(f"Wanted: one {msg_type}, on {answer.channel}.\nGot: "
+                                 + ", ".join(f"{name} on {channel}" for channel, name in found))
+        return answer
+
+    def greet(self):
+        """Ask kernel_info again and again, until an answer is heard on both sockets: from then on
+        nothing on iopub is missed. Returns the content of the reply."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            answer = self.ask("kernel_info_request")
+            with contextlib.suppress(TimeoutError):
+                self.until(lambda answer=answer: answer.is_idle and answer.reply,
+                           min(0.5, self.patience))
+                return answer.reply["content"]
+            if time.monotonic() > deadline:
+                self.done(answer)   # says what is missing
+
+    @property
+    def is_at_rest(self):
+        return all(answer.is_idle for answer in self.answers.values())
+
+
+def last_words(process):
+    """What a program has printed, at most its last lines, as a sentence."""
+    process.reader.join(1)
+    lines = "".join(process.lines[-15:]).strip()
+    return f"It printed:\n{lines}" if lines else "It printed nothing."
+
+
+def is_listening(connection, channel):
+    """Does anybody listen at the address that a connection file has for a channel?"""
+    address = minijupyter.endpoint(connection, channel).partition("://")[2]
+    with socket.socket(socket.AF_INET if connection["transport"] == "tcp"
+                       else socket.AF_UNIX) as probe:
+        host, _, port = address.rpartition(":")
+        return probe.connect_ex((host, int(port)) if host else address) == 0
+
+
+class KernelInAnyLanguage(Case):
+    """What a kernel does, whatever its language."""
+
+    argv, cwd, env = OURS, None, None
+    patience = SECONDS   # seconds that a check waits
+    snippets = None      # word -> code, instead of a row of SNIPPETS
+    shared = shared_frontend = None   # process and Listener, once a test wants them
+
+    @classmethod
+    def setUpClass(cls):
+        cls.addClassCleanup(cls.end_shared)
+
+    @classmethod
+    def end_shared(cls):
+        if cls.shared_frontend:
+            cls.shared_frontend.wire.close()
+        if cls.shared:
+            cls.shared.end_all()
+        cls.shared = cls.shared_frontend = None
+
+    def setUp(self):
+        """A kernel that has ended, or still works on something, is not for the next test."""
+        if self.shared and (self.shared.process.popen.poll() is not None
+                            or self.shared_frontend and not self.shared_frontend.is_at_rest):
+            self.end_shared()
+
+    # -- the program --
+
+    def start(self, **connection):
+        """A process of the program."""
+        try:
+            return KernelProcess(self.argv, self.cwd, self.env, **connection)
+        except OSError as problem:
+            self.fail(f"The program cannot be started: {problem}")
+
+    def start_own(self, **connection):
+        """One that is ended after the test, with all that it has started."""
+        own = self.start(**connection)
+        self.addCleanup(own.end_all)
+        return own
+
+    @property
+    def program(self):
+        """The process that tests share."""
+        if not self.shared:
+            type(self).shared = self.start()
+        return self.shared
+
+    def await_listener(self, own, channel):
+        """Wait until the program listens at the address for a channel."""
+        address, patience = minijupyter.endpoint(own.connection, channel), 4 * self.patience
+        deadline = time.monotonic() + patience
+        while not is_listening(own.connection, channel):
+            if own.process.popen.poll() is not None:
+                self.fail("The program has ended, with exit code "
+                          f"{own.process.popen.returncode}. {last_words(own.process)}")
+            if time.monotonic() > deadline:
+                name = kernel.port_name(channel)
+                self.fail(f"Wanted within {patience:g} s: somebody who listens at {address}, the "
+                          f"{name} of the connection file.\nGot: nobody. {last_words(own.process)}")
+            time.sleep(0.02)
+
+    def connect(self, own):
+        """A Listener at the kernel `own`."""
+        self.await_listener(own, "shell")
+        self.await_listener(own, "iopub")
+        return Listener(own, self.patience)
+
+    def connect_own(self, own=None):
+        """One that is closed after the test; at the shared process by default."""
+        frontend = self.connect(own or self.program)
+        self.addCleanup(frontend.wire.close)
+        return frontend
+
+    @property
+    def frontend(self):
+        """The Listener that tests share; its subscription is known to be in force."""
+        if not self.shared_frontend:
+            type(self).shared_frontend = self.connect(self.program)
+            self.shared_frontend.info = self.shared_frontend.greet()
+        return self.shared_frontend
+
+    def ping(self, text):
+        """What the heartbeat answers to `text`, as a list of parts; None when nothing came."""
+        with zmq.Context() as context, context.socket(zmq.REQ) as heartbeat:
+            heartbeat.linger = 0
+            heartbeat.connect(minijupyter.endpoint(self.program.connection, "hb"))
+            heartbeat.send(text)
+            ready = heartbeat.poll(self.patience * 1000)
+            return heartbeat.recv_multipart() if ready else None
+
+    # -- cells --
+
+    def code(self, word_, text=""):
+        """The code in the kernel's language that does what WORDS says of the word."""
+        language = str(self.frontend.info.get("language_info", {}).get("name", "")).lower()
+        snippets = SNIPPETS.get(language) if self.snippets is None else self.snippets
+        if snippets is None:
+            needed = json.dumps({word_: f"code that must {WORDS[word_]}"}, ensure_ascii=False)
+            self.fail(f"This stage speaks to the kernel in its language. By language_info.name it "
+                      f"is {language!r}, of which no snippets are known. Write yours to a file, "
+                      f"and say --snippets FILE. This stage needs: {needed}")
+        if word_ not in snippets:
+            self.skipTest(f"{language} has no {word_!r}: code that must {WORDS[word_]}")
+        return snippets[word_].replace("{text}", text)
+
+    def cell(self, word_, text="", **options):
+        """The Answer to a cell that does what the word says."""
+        return self.frontend.done(self.frontend.start(self.code(word_, text), **options))
+
+    def lines(self, *words):
+        """Code that does one thing after the other: 'pause', 'print early' …"""
+        return "\n".join(self.code(*each.split(maxsplit=1)) for each in words)
+
+    # -- verdicts in words --
+
+    def same(self, what, wanted, got):
+        if wanted != got:
+            self.fail(f"Wanted {what}: {wanted}\nGot: {got}")
+
+    def story(self, answer, wanted):
+        self.same("on iopub, with this request as the parent", wanted, answer.story)
+
+    def fields(self, where, content, **kinds):
+        """Each field is there and of its kind."""
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name), kind):
+                self.fail(f"Wanted in {where}: {name}, of type {kind.__name__}.\nGot: "
+                          f"{content.get(name, 'no such field')!r} in {content}")
+
+    def printed(self, answer, wanted, name="stdout"):
+        self.same(f"as the text of {name}", wanted, answer.text(name).strip())
+
+    def answered(self, answer, wanted="ok"):
+        self.same("as the status of the reply", wanted, answer.reply["content"].get("status"))
+
+    def lives(self):
+        """The kernel still runs cells."""
+        self.answered(self.cell("quiet"))
+
+    # -- the tests, in a learner's order --
+
+    def test_the_heartbeat_echoes_what_it_gets(self):
+        self.await_listener(self.program, "hb")
+        for text in (b"ping", b"\0any bytes\xff"):
+            self.same("on hb_port, the bytes that were sent", [text], self.ping(text))
+
+    def test_kernel_info_is_answered_with_a_signature(self):
+        frontend = self.connect_own()
+        answer = frontend.ask("kernel_info_request")
+        frontend.expect(lambda: answer.reply, "a signed kernel_info_reply on shell, sent to the "
+                        "identities that the request came with, and with its header as "
+                        "parent_header", answer)
+        self.same("as msg_type", "kernel_info_reply", answer.reply["header"]["msg_type"])
+        self.fields("the header", answer.reply["header"], **dict.fromkeys(HEADER, str))
+        content = answer.reply["content"]
+        self.fields("the content", content, protocol_version=str, implementation=str,
+                    implementation_version=str, banner=str, language_info=dict)
+        self.fields("language_info", content["language_info"], name=str, mimetype=str,
+                    file_extension=str)
+
+    def test_busy_and_idle_bracket_a_request_and_have_it_as_their_parent(self):
+        for _ in range(2):
+            answer = self.frontend.done(self.frontend.ask("kernel_info_request"))
+            self.story(answer, "busy idle")
+        for message in answer.messages:
+            parent, header = message["parent_header"], answer.request["header"]
+            for name in ("msg_id", "session", "msg_type"):
+                self.same(f"as {name} of the parent_header of status", header[name],
+                          parent.get(name))
+            self.fields("the header of status", message["header"], **dict.fromkeys(HEADER, str))
+
+    def test_a_cell_is_announced_and_answered(self):
+        code = self.code("quiet")
+        cell = self.cell("quiet")
+        self.story(cell, "busy execute_input idle")
+        self.answered(cell)
+        (announced,), content = cell.of("execute_input"), cell.reply["content"]
+        self.same("as the code of execute_input", code, announced.get("code"))
+        self.fields("the content of execute_reply", content, execution_count=int)
+        self.same("as the execution_count of execute_input, the one of the reply",
+                  content["execution_count"], announced.get("execution_count"))
+
+    def test_what_is_printed_comes_as_stream_before_idle(self):
+        cells = [self.cell("print", text) for text in ("hello", "world")]
+        self.lives()   # what came too late has come by now
+        for cell, text in zip(cells, ("hello", "world"), strict=True):
+            self.story(cell, "busy execute_input stream idle")
+            self.printed(cell, text)
+
+    def test_the_value_of_a_cell_is_its_result(self):
+        cell = self.cell("value")
+        self.story(cell, "busy execute_input execute_result idle")
+        (content,) = cell.of("execute_result")
+        self.fields("the content of execute_result", content, data=dict, metadata=dict,
+                    execution_count=int)
+        self.fields("its data", content["data"], **{"text/plain": str})
+        if "42" not in content["data"]["text/plain"]:
+            self.fail(f"Wanted in text/plain: 42\nGot: {content['data']['text/plain']!r}")
+        self.same("as the execution_count of execute_result, the one of execute_input",
+                  cell.count, content["execution_count"])
+        self.story(self.cell("quiet"), "busy execute_input idle")
+
+    def test_an_error_is_told_on_iopub_and_in_the_reply(self):
+        cell = self.cell("error")
+        if "error" not in cell.story.split():
+            self.story(cell, "busy execute_input error idle")
+        self.answered(cell, "error")
+        for where, content in (("the message `error`", cell.error),
+                               ("execute_reply", cell.reply["content"])):
+            self.fields(where, content, ename=str, evalue=str, traceback=list)
+            self.same(f"in the traceback of {where}, of each line the type", ["str"] * len(
+                content["traceback"]), [type(line).__name__ for line in content["traceback"]])
+        self.same("as ename in both", cell.error["ename"], cell.reply["content"]["ename"])
+        self.lives()
+
+    def test_a_shutdown_request_is_answered_and_ends_the_process(self):
+        for restart in (False, True):
+            own = self.start_own()
+            frontend = self.connect_own(own)
+            frontend.greet()
+            answer = frontend.ask("shutdown_request", "control", restart=restart)
+            frontend.expect(lambda answer=answer: answer.reply,
+                            "shutdown_reply on control", answer)
+            self.same("as content of shutdown_reply", {"status": "ok", "restart": restart},
+                      answer.reply["content"])
+            try:
+                own.process.popen.wait(self.patience)
+            except subprocess.TimeoutExpired:
+                self.fail(f"Wanted within {self.patience:g} s after shutdown_reply: the end of the "
+                          "process.\nGot: it still runs.")
+
+    def test_names_live_from_cell_to_cell(self):
+        self.cell("set", "kept")
+        self.cell("quiet")
+        self.printed(self.cell("get"), "kept")
+
+    def test_the_count_goes_up_by_one_with_each_cell(self):
+        first, *others = (self.cell(word_) for word_ in ("quiet", "print", "error", "quiet"))
+        wanted = [first.count + number for number in (1, 2, 3)]
+        self.same("as execution_count of three more cells, in execute_input", wanted,
+                  [cell.count for cell in others])
+        self.same("as execution_count of the same, in execute_reply", wanted,
+                  [cell.reply["content"].get("execution_count") for cell in others])
+
+    def test_a_silent_cell_is_not_announced_nor_counted(self):
+        before = self.cell("quiet").count
+        silent = self.cell("set", "silent", silent=True, store_history=False)
+        self.story(silent, "busy idle")
+        self.printed(self.cell("get"), "silent")
+        self.same("as execution_count two cells after a silent one", before + 2,
+                  self.cell("quiet").count)
+
+    def test_a_cell_that_is_not_stored_is_not_counted(self):
+        before = self.cell("quiet").count
+        self.story(self.cell("quiet", store_history=False), "busy execute_input idle")
+        self.same("as execution_count after a cell with store_history false", before + 1,
+                  self.cell("quiet").count)
+
+    def test_stdout_and_stderr_are_told_apart_and_keep_their_order(self):
+        code = self.lines("print one", "stderr two", "print three")
+        cell = self.frontend.done(self.frontend.start(code))
+        self.printed(cell, "two", "stderr")
+        self.same("on iopub, in this order", ["one", "two", "three"],
+                  "".join(content["text"] for content in cell.of("stream")).split())
+
+    def test_what_is_printed_comes_while_the_cell_runs(self):
+        code = self.lines("print early", "pause", "print late")
+        cell = self.frontend.start(code)
+        self.frontend.expect(lambda: "early" in cell.text(), "stream with `early`", cell)
+        if "late" in cell.text() or cell.reply:
+            self.fail("Wanted: the first line while the cell pauses for a second.\n"
+                      f"Got: it came with the rest, at the end: {cell.text()!r}")
+        self.printed(self.frontend.done(cell), "early\nlate")
+
+    def test_long_texts_and_all_characters_arrive_whole(self):
+        self.printed(self.cell("print", "naïve ☃ 𝄞"), "naïve ☃ 𝄞")
+        size = len(self.cell("large").text().strip())
+        self.same("as the number of characters printed", 500_000, size)
+
+    def test_control_and_heartbeat_answer_while_a_cell_runs(self):
+        cell = self.frontend.start(self.lines("print running", "pause"))
+        self.frontend.expect(lambda: cell.text(), "stream with `running`", cell)
+        self.same("from the heartbeat while a cell runs", [b"ping"], self.ping(b"ping"))
+        answer = self.frontend.ask("kernel_info_request", "control")
+        self.frontend.expect(lambda: answer.reply, "kernel_info_reply on control", answer)
+        if cell.reply:
+            self.fail("Wanted: heartbeat and control answer while a cell pauses for a second.\n"
+                      "Got: an answer only when the cell had ended.")
+        self.frontend.done(answer)
+        self.frontend.done(cell)
+
+    def test_two_clients_get_their_own_replies_and_hear_everything(self):
+        one, two = self.frontend, self.connect_own()
+        two.greet()
+        code = self.code("print", "for all")
+        cells = [(client, client.start(code)) for client in (one, two, one, two)]
+        for client, cell in cells:
+            client.done(cell)
+        for client in (one, two):   # when this has come, all that was published before has, too
+            client.done(client.ask("kernel_info_request"))
+        for client, other in ((one, cells[1][1]), (two, cells[0][1])):
+            msg_id = other.request["header"]["msg_id"]
+            heard = [(channel, word(message)) for channel, message in client.heard
+                     if message["parent_header"].get("msg_id") == msg_id]
+            self.same("for a client, of the cell of another",
+                      [("iopub", name) for name in ("busy", "execute_input", "stream", "idle")],
+                      heard)
+
+    def test_cells_that_wait_are_aborted_after_an_error(self):
+        cells = [self.frontend.start(code) for code in (
+            self.lines("pause", "error"), self.code("set", "never"), self.code("quiet"))]
+        for cell in cells:
+            self.frontend.done(cell)
+        self.same("as the status of the replies", ["error", "aborted", "aborted"],
+                  [cell.status for cell in cells])
+        for cell in cells[1:]:
+            self.story(cell, "busy idle")
+        self.lives()
+
+    def test_with_stop_on_error_false_the_queue_goes_on(self):
+        failing = self.frontend.start(self.lines("pause", "error"), stop_on_error=False)
+        waiting = self.frontend.start(self.code("print", "went on"))
+        self.frontend.done(failing)
+        self.answered(self.frontend.done(waiting))
+        self.printed(waiting, "went on")
+
+    def test_a_cell_asks_the_client_that_sent_it(self):
+        other = self.connect_own()
+        other.greet()
+        cell = self.frontend.start(self.code("ask", "Name? "))
+        self.frontend.expect(lambda: cell.questions or cell.reply, "input_request on stdin", cell)
+        if cell.reply:
+            self.fail("Wanted: input_request on stdin, and no reply before it is answered.\n"
+                      f"Got: {self.frontend.account(cell)}")
+        self.same("as content of input_request", {"prompt": "Name? ", "password": False},
+                  cell.questions[0])
+        self.frontend.type("Ada ☃", cell.question)
+        self.frontend.done(cell)
+        if "Ada ☃" not in cell.text():
+            self.printed(cell, "Ada ☃")
+        other.done(other.ask("kernel_info_request"))
+        self.same("on stdin, for another client", [],
+                  [word(message) for channel, message in other.heard if channel == "stdin"])
+
+    def test_a_client_that_cannot_answer_is_not_asked(self):
+        cell = self.cell("ask", "Name? ", allow_stdin=False)
+        self.same("on stdin, with allow_stdin false", [], cell.questions)
+        self.answered(cell, "error")
+
+    def test_a_password_is_asked_for_as_such(self):
+        cell = self.frontend.start(self.code("password", "Word? "))
+        self.frontend.expect(lambda: cell.questions, "input_request on stdin", cell)
+        self.same("as content of input_request", {"prompt": "Word? ", "password": True},
+                  cell.questions[0])
+        self.frontend.type("secret", cell.question)
+        self.printed(self.frontend.done(cell), "secret")
+
+    def interrupted(self, interrupt):
+        """A cell that ran for ever, and a cell after it."""
+        self.cell("set", "kept")
+        cell = self.frontend.start(self.lines("print running", "endless"))
+        self.frontend.expect(lambda: cell.text(), "stream with `running`", cell)
+        interrupt()
+        self.frontend.done(cell)
+        if cell.status not in ("error", "aborted"):
+            self.answered(cell, "error")
+        self.printed(self.cell("get"), "kept")
+
+    @unittest.skipUnless(kernel.POSIX, "the platform has no signals between processes")
+    def test_a_sigint_ends_the_cell_and_not_the_kernel(self):
+        self.interrupted(lambda: self.program.interrupt())
+
+    @unittest.skipUnless(kernel.POSIX, "the platform has no signals between processes")
+    def test_a_sigint_does_nothing_to_an_idle_kernel(self):
+        self.cell("set", "kept")
+        for _ in range(2):
+            self.program.interrupt()
+            self.frontend.done(self.frontend.ask("kernel_info_request"))
+        self.printed(self.cell("get"), "kept")
+
+    def test_an_interrupt_request_ends_the_cell_and_is_answered(self):
+        answers = []
+        self.interrupted(lambda: answers.append(
+            self.frontend.ask("interrupt_request", "control")))
+        self.answered(self.frontend.done(answers[0]))
+        self.story(answers[0], "busy idle")
+
+    def test_a_value_comes_in_every_form_it_has(self):
+        cell = self.cell("rich")
+        self.story(cell, "busy execute_input execute_result idle")
+        (content,) = cell.of("execute_result")
+        self.same("as text/html of the result", "<b>rich</b>", content["data"].get("text/html"))
+        self.fields("the data of the result", content["data"], **{"text/plain": str})
+
+    def test_what_is_displayed_comes_in_its_turn(self):
+        code = self.lines("print one", "display two", "print three")
+        cell = self.frontend.done(self.frontend.start(code))
+        self.story(cell, "busy execute_input stream display_data stream idle")
+        (content,) = cell.of("display_data")
+        self.same("as data of display_data", {"text/plain": "two"}, content.get("data"))
+        self.fields("the content of display_data", content, metadata=dict)
+
+    def test_a_display_can_be_changed_later(self):
+        cell = self.cell("update", "new")
+        self.story(cell, "busy execute_input display_data update_display_data idle")
+        for msg_type in ("display_data", "update_display_data"):
+            (content,) = cell.of(msg_type)
+            self.same(f"as transient of {msg_type}", {"display_id": "spot"},
+                      content.get("transient"))
+        self.same("as data of update_display_data", {"text/plain": "new"}, content.get("data"))
+
+    def test_output_can_be_cleared(self):
+        cell = self.cell("clear")
+        self.same("as content of clear_output", [{"wait": True}], cell.of("clear_output"))
+
+    def test_user_expressions_are_evaluated_after_the_cell(self):
+        wish = {"good": self.code("expression"), "bad": self.code("invalid")}
+        reply = self.cell("quiet", user_expressions=wish).reply["content"]
+        self.fields("execute_reply", reply, user_expressions=dict)
+        self.same("as the status of each user expression", {"good": "ok", "bad": "error"},
+                  {name: each["status"] for name, each in reply["user_expressions"].items()})
+        data = reply["user_expressions"]["good"].get("data", {})
+        self.same("as text/plain of a user expression", "42", data.get("text/plain"))
+
+    def test_the_latest_value_has_a_name(self):
+        self.cell("value")
+        self.cell("quiet")
+        self.same("as the value that was the latest", "42", self.cell("latest").result)
+
+    def test_is_complete_tells_a_whole_cell_from_a_begun_one(self):
+        words = ("complete", "incomplete", "invalid")
+        found = [self.frontend.done(self.frontend.ask(
+            "is_complete_request", code=self.code(each))).status for each in words]
+        self.same("as the status of is_complete_reply", [*words], found)
+
+    def test_completion_says_what_it_replaces_in_code_points(self):
+        code = self.code("before") + self.code("begun")
+        answer = self.frontend.done(self.frontend.ask(
+            "complete_request", code=code, cursor_pos=len(code)))
+        content = answer.reply["content"]
+        self.fields("complete_reply", content, matches=list, cursor_start=int, cursor_end=int,
+                    metadata=dict)
+        cell = [code[:content["cursor_start"]] + match for match in content["matches"]]
+        wanted = self.code("before") + self.code("completed")
+        if wanted not in [text.rstrip("(= ") for text in cell]:
+            self.fail(f"Wanted among the completed cells: {wanted}\nGot: {cell[:9]}, from "
+                      f"cursor_start {content['cursor_start']}")
+        self.same("as cursor_end (☃ and 𝄞 are one each)", len(code), content["cursor_end"])
+
+    def test_inspection_finds_what_is_there(self):
+        name = self.code("completed")
+        for code, found in ((name, True), ("no_such_name", False)):
+            content = self.frontend.done(self.frontend.ask(
+                "inspect_request", code=code, cursor_pos=len(code),
+                detail_level=0)).reply["content"]
+            self.same(f"as status and found of the inspect_reply for {code}", ("ok", found),
+                      (content.get("status"), content.get("found")))
+            self.fields("inspect_reply", content, data=dict, metadata=dict)
+            if found:
+                self.fields("the data of inspect_reply", content["data"], **{"text/plain": str})
+
+    def test_history_tells_the_latest_cells(self):
+        code = self.code("set", "in history")
+        count = self.cell("set", "in history").count
+        content = self.frontend.done(self.frontend.ask(
+            "history_request", hist_access_type="tail", n=1, raw=True,
+            output=False)).reply["content"]
+        self.fields("history_reply", content, history=list)
+        found = [list(entry[1:]) for entry in content["history"]]
+        self.same("as line number and source of the last entry", [[count, code]], found)
+
+    # -- messages that are none, and those that nobody knows --
+
+    def send_bad(self, *messages):
+        """The `get` cell's text after messages which must not be run."""
+        for parts in messages:
+            self.frontend.wire.send_parts("shell", parts)
+        self.lives()   # what came before it has been dealt with
+
+    def set_request(self, session, text):
+        """The parts of a request that sets the variable to `text`."""
+        return session.pack(session.message("execute_request", {
+            "code": self.code("set", text), "silent": True, "store_history": False,
+            "user_expressions": {}, "allow_stdin": False, "stop_on_error": True}))
+
+    def test_a_forged_message_is_ignored(self):
+        self.cell("set", "genuine")
+        stranger = kernel.Session("another key")
+        unsigned = self.set_request(kernel.Session(""), "unsigned")
+        self.send_bad(self.set_request(stranger, "forged"), unsigned)
+        self.printed(self.cell("get"), "genuine")
+
+    def test_a_message_with_other_spellings_is_verified_as_it_came(self):
+        """JSON has many spellings: the signature is over the bytes."""
+        self.cell("set", "old")
+        session = kernel.Session(self.program.connection["key"])
+        message = session.message("execute_request", {
+            "silent": True, "code": self.code("set", "new"), "allow_stdin": False})
+        parts = [json.dumps(message[name], indent=1).encode() for name in (
+            "header", "parent_header", "metadata", "content")]
+        self.send_bad(signed(self.program.connection["key"], *parts))
+        self.printed(self.cell("get"), "new")
+
+    def test_a_replayed_message_is_ignored(self):
+        first = self.set_request(kernel.Session(self.program.connection["key"]), "first")
+        self.send_bad(first)
+        self.cell("set", "second")
+        self.send_bad(first)
+        self.printed(self.cell("get"), "second")
+
+    def test_what_is_no_message_is_ignored(self):
+        key = self.program.connection["key"]
+        good = self.set_request(kernel.Session(key), "bad")
+        self.send_bad([b""], [b"junk"], good[1:], *(good[:at] for at in range(1, len(good))),
+                      signed(key, b"{", b"{}", b"{}", b"{}"),
+                      signed(key, b"\xff", b"{}", b"{}", b"{}"),
+                      signed(key, b"{}", b"{}", b"{}", b"{}"),
+                      signed(key, b"[]", b"[]", b"[]", b"[]"))
+
+    def test_an_unknown_message_type_gets_busy_and_idle_and_no_reply(self):
+        answer = self.frontend.ask("no_such_request")
+        self.frontend.expect(lambda: answer.is_idle, "busy and idle on iopub", answer)
+        self.story(answer, "busy idle")
+        self.lives()
+        self.same("on shell for an unknown message type", [], self.frontend.replies(answer))
+
+    def test_a_subscriber_is_welcomed(self):
+        with zmq.Context() as context, context.socket(zmq.SUB) as iopub:
+            iopub.linger = 0
+            iopub.connect(minijupyter.endpoint(self.frontend.wire.connection, "iopub"))
+            iopub.subscribe(b"some.topic")
+            if not iopub.poll(self.patience * 1000):
+                self.fail("Wanted on iopub after the subscription to some.topic: iopub_welcome."
+                          "\nGot: nothing")
+            parts = iopub.recv_multipart()
+        message = kernel.Session(self.program.connection["key"]).unpack(parts)
+        self.same("after a subscription", ("iopub_welcome", {"subscription": "some.topic"}),
+                  (message["header"]["msg_type"], message["content"]))
+
+    def test_without_a_key_nothing_is_signed(self):
+        frontend = self.connect_own(self.start_own(key=""))
+        frontend.greet()
+
+    @unittest.skipUnless(kernel.POSIX, "the platform has no sockets that are files")
+    def test_sockets_can_be_files(self):
+        folder = self.folder()
+        frontend = self.connect_own(self.start_own(transport="ipc", ip=str(folder / "socket")))
+        frontend.greet()
+        self.same("as files for the five sockets", 5, len([*folder.iterdir()]))
+
+    def test_a_comm_carries_data_both_ways(self):
+        self.cell("comm", "echo")
+        ask = self.frontend.ask
+        ask("comm_open", comm_id="c1", target_name="echo", data={})
+        told = ask("comm_msg", comm_id="c1", data={"a": 1})
+        self.frontend.expect(lambda: told.of("comm_msg"), "comm_msg on iopub", told)
+        self.same("as content of comm_msg", ("c1", {"echo": {"a": 1}}),
+                  tuple(told.of("comm_msg")[0].get(name) for name in ("comm_id", "data")))
+        wanted = ({"c1": {"target_name": "echo"}}, {})
+        open_ = self.frontend.done(ask("comm_info_request", target_name="echo"))
+        gone = ask("comm_close", comm_id="c1", data={})
+        self.frontend.expect(lambda: gone.is_idle, "busy and idle for comm_close", gone)
+        closed = self.frontend.done(ask("comm_info_request", target_name="echo"))
+        self.same("as comms of comm_info_reply, before and after comm_close", wanted,
+                  tuple(each.reply["content"].get("comms") for each in (open_, closed)))
+
+    def test_a_comm_that_nobody_takes_is_closed(self):
+        lost = self.frontend.ask("comm_open", comm_id="lost", target_name="nobody", data={})
+        self.frontend.expect(lambda: lost.is_idle, "busy comm_close idle", lost)
+        self.same("as comm_id of comm_close", ["lost"],
+                  [content.get("comm_id") for content in lost.of("comm_close")])
+
+    def subshells(self, msg_type, **content):
+        answer = self.frontend.done(self.frontend.ask(
+            f"{msg_type}_subshell_request", "control", **content))
+        return answer.reply["content"]
+
+    def test_a_subshell_runs_beside_a_cell(self):
+        new = self.subshells("create")["subshell_id"]
+        self.same("as subshell_id of list_subshell_reply", [new],
+                  self.subshells("list").get("subshell_id"))
+        cell = self.frontend.start(self.lines("pause", "print main"))
+        beside = self.frontend.ask_with("execute_request", content={
+            "code": self.code("print", "beside"), "silent": False}, subshell_id=new)
+        self.frontend.done(beside)
+        self.printed(beside, "beside")
+        if cell.reply:
+            self.fail("Wanted: a subshell's cell runs while the main shell pauses for a second.\n"
+                      "Got: it ran when the other had ended.")
+        self.frontend.done(cell)
+        self.subshells("delete", subshell_id=new)
+        self.same("as subshell_id of list_subshell_reply, after it was deleted", [],
+                  self.subshells("list").get("subshell_id"))
 
 
 # ---- 4. The kernel, driven by jupyter_client and nbclient ------------------------
