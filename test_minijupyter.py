@@ -13436,6 +13436,7 @@ class PastFlaws(ServerCase):
 WITNESS = """\
 # A kernel that notes beside this file which process it is, and which messages it refuses.
 import json, os, pathlib, sys
+os.environ.pop("JPY_PARENT_PID", None)   # it does not end by itself with the server
 here = pathlib.Path(__file__).parent
 sys.path.insert(0, {folder!r})
 import kernel
@@ -13518,7 +13519,10 @@ class AnyServer(Server):
         return file.read_text() if file.exists() else ""
 
     def end(self):
-        """Also the kernels that a server has left behind."""
+        """At once, with all that it has started: its kernels are known, and the rest of its
+        processes are in its group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.end()
         for pid in filter(is_alive, self.started()):
             os.kill(pid, signal.SIGKILL)
@@ -13759,7 +13763,11 @@ class ServerFromOutside(FromOutside, ServerCase):
         head = (f"PUT {folder}/a.txt HTTP/1.1\r\nHost: 127.0.0.1:{self.server.port}\r\n"
                 f"Authorization: token {self.server.token}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n").encode()
-        self.ask(head + body[:200_000])
+        with socket.create_connection(("127.0.0.1", self.server.port), self.patience) as raw:
+            raw.sendall(head + body[:200_000])
+            raw.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):   # an answer, or the end: it has seen ours
+                raw.recv(65536)
         self.expect(200, "GET", folder)
         self.want("A file whose save broke off in the middle", b"the old text",
                   self.on_disk("a.txt"))
@@ -13783,12 +13791,13 @@ class ServerFromOutside(FromOutside, ServerCase):
 
     def test_no_path_leads_out_of_the_folder(self):
         self.make(a__txt="a")
-        outside = self.root.parent / "outside.txt"
+        outside = self.root.parent / f"{self.root.name}-2" / "outside.txt"   # begins like the root
+        outside.parent.mkdir()
         outside.write_text("a secret")
-        before = {*os.listdir(outside.parent)}
+        there, before = f"{outside.parent.name}/outside.txt", {*os.listdir(self.root.parent)}
         body = {"type": "file", "format": "text", "content": "broken in"}
-        for path in ("../outside.txt", "%2e%2e/outside.txt", "..%2foutside.txt", "%2e%2e%2foutside"
-                     ".txt", f"{self.place.name}/../../outside.txt", f"/{outside}",
+        for path in (f"../{there}", f"%2e%2e/{there}", f"..%2f{quote(there, safe='')}",
+                     f"{self.place.name}/../../{there}", f"/{outside}",
                      quote(str(outside), safe="")):
             for method, content in (("GET", None), ("PUT", body), ("DELETE", None)):
                 reply = self.expect(range(200, 600), method, f"/api/contents/{path}", content)
@@ -13799,7 +13808,7 @@ class ServerFromOutside(FromOutside, ServerCase):
         self.expect(range(400, 600), "PATCH", f"/api/contents/{self.place.name}/a.txt",
                     {"path": "../stolen.txt"})
         self.want("What a PATCH to ../stolen.txt made outside", set(),
-                  {*os.listdir(outside.parent)} - before)
+                  {*os.listdir(self.root.parent)} - before)
 
     def test_no_link_leads_out_of_the_folder(self):
         folder = self.make()
@@ -13973,7 +13982,6 @@ class ServerFromOutside(FromOutside, ServerCase):
         cls = type(self)
         if not cls.framed:
             cls.framed = self.expect_json(201, "POST", "/api/kernels", {"name": "stage"})["id"]
-            self.page(cls.framed)   # from now on the kernel answers at once
         client = self.handshake(f"/api/kernels/{cls.framed}/channels", first)
         self.want("The status of the handshake", 101, client.status)
         return client
@@ -14026,32 +14034,39 @@ class ServerFromOutside(FromOutside, ServerCase):
         nobody = "/api/kernels/00000000-0000-0000-0000-000000000000/channels"
         self.want("A handshake for no kernel", 404, self.handshake(nobody).status)
 
-    def test_frames_of_every_length_are_unmasked_and_whole(self):
+    def test_a_ping_is_answered_however_its_frame_arrives(self):
         client = self.open()
         for payload in (b"", b"Hello", b"\x00\xff" * 62 + b"!"):
             client.socket.sendall(frame(PING, payload))
             self.pong(client, payload)
+        for byte in frame(PING, b"byte by byte"):
+            client.socket.sendall(bytes([byte]))
+        self.pong(client, b"byte by byte")
+        client.socket.sendall(frame(PING, b"one") + frame(PING, b"two"))
+        self.pong(client, b"one", "The first of two frames that arrive together")
+        self.pong(client, b"two", "The second of two frames that arrive together")
+
+    def test_frames_of_every_length_are_unmasked_and_whole(self):
+        client = self.open()
         for size in (500, 65_535, 65_536, 300_000):
             msg_id, text = self.request_text(size)
             client.send(text)
             self.hear_reply(client, msg_id, f"A text frame with {len(text)} bytes")
-        msg_id, text = self.request_text()
-        for byte in frame(TEXT, text.encode()):
-            client.socket.sendall(bytes([byte]))
-        self.hear_reply(client, msg_id, "A frame that arrives byte by byte")
-        (id_1, text_1), (id_2, text_2) = self.request_text(), self.request_text()
-        client.socket.sendall(frame(TEXT, text_1.encode()) + frame(TEXT, text_2.encode()))
-        self.hear_reply(client, id_1, "The first of two frames that arrive together")
-        self.hear_reply(client, id_2, "The second of two frames that arrive together")
+        page = self.page(self.framed)
+        for size in (200, 100_000):
+            cell = self.run_in(page, f"'x' * {size}")
+            self.want(f"What came back, of a result with {size} characters", size + 2,
+                      len(cell.result))
 
     def test_a_frame_glued_to_the_handshake_is_heard(self):
         msg_id, text = self.request_text()
         client = self.open(first=frame(TEXT, text.encode()))
         self.hear_reply(client, msg_id, "A frame that came in one packet with the handshake")
 
-    def pong(self, client, payload):
+    def pong(self, client, payload, about=""):
         """The next pong echoes this payload; other frames may come first."""
-        about, wanted = f"A ping with {len(payload)} bytes", f"a pong with the same: {payload!r}"
+        about = about or f"A ping with {len(payload)} bytes"
+        wanted = f"a pong with the same: {payload!r}"
         deadline = time.monotonic() + self.patience
         try:
             while True:
@@ -14145,7 +14160,7 @@ class ServerFromOutside(FromOutside, ServerCase):
         got = (f"on iopub, with this request as the parent, {answer.story or 'nothing'}; and "
                f"{'a' if answer.reply else 'no'} reply")
         if why or wanted != got:
-            self.verdict(f"An {msg_type}", wanted, got + why)
+            self.verdict(f"The {msg_type}", wanted, got + why)
 
     def run_in(self, frontend, code, story="busy execute_input execute_result idle"):
         cell = frontend.start(code)
@@ -14276,6 +14291,7 @@ class ServerFromOutside(FromOutside, ServerCase):
                       lambda: self.model(id)["execution_state"] == "idle")
         page.wire = WebSocketWire(self.server, id, "the-same-session")
         self.follow(page, cell, "busy execute_input stream execute_result idle")
+        self.follow(page, page.ask("kernel_info_request"), "busy idle")   # nothing comes twice
         self.want("What the page that came back has of its cell", ("one\ntwo\n", "3"),
                   (cell.text(), cell.result))
 
@@ -20576,6 +20592,11 @@ class PageFromOutside(FromOutside, PageCase):
         self.problems.clear()   # they are told in verdicts, and a page that works may have some
         super().tearDown()
 
+    @property
+    def name(self):
+        """A file name that holds no word which a page should show."""
+        return f"stage-{zlib.crc32(self._testMethodName.encode())}.ipynb"
+
     def aside(self):
         return f" The browser's console says: {'; '.join(self.problems)[:600]}" * bool(
             self.problems)
@@ -20664,7 +20685,7 @@ class PageFromOutside(FromOutside, PageCase):
         nb = notebook("x = 1\n<b>y</b> & ☃", "z")
         nb["cells"].insert(1, {"cell_type": "markdown", "id": "m", "metadata": {},
                                "source": "# A *title*"})
-        (self.root / "sub").mkdir()
+        (self.root / "sub").mkdir(exist_ok=True)
         tab = self.visit_notebook("sub/ä 1.ipynb", nb)
         self.becomes("data-id, data-type and text of each .cell", [
             (cell["id"], cell["cell_type"], cell["source"]) for cell in nb["cells"]],
@@ -20830,7 +20851,8 @@ class PageFromOutside(FromOutside, PageCase):
         self.becomes("Does the page say that the file has changed", True, lambda: (
             "changed" in tab.page.inner_text("body")))
         self.saved_is(tab, "false", "after a conflict")
-        self.want("The text in the page", ["mine = 2"], self.cells(tab, "source"))
+        self.want("The text in the page, and on disk", (["mine = 2"], ["theirs = 3"]),
+                  (self.cells(tab, "source"), self.saved_sources()))
 
     def test_of_a_kernel_that_died_the_page_tells_and_its_cell_is_free(self):
         tab = self.ready("import os; os._exit(1)", "6 * 7")
@@ -20845,10 +20867,11 @@ class PageFromOutside(FromOutside, PageCase):
 
 # -- Part I of the server alone, and Part II without any one section --
 
-def server_alone(folder, source, page=PAGE_SOURCE):
+def server_alone(folder, source, page=PAGE_SOURCE, kernel_source=None):
     """`program` of a server with this source in a folder of its own, with the kernel's Part I and
     the page."""
-    for name, text in (("minijupyter.py", source), ("kernel.py", without_part_two(KERNEL_SOURCE)),
+    kernel_source = kernel_source or without_part_two(KERNEL_SOURCE)
+    for name, text in (("minijupyter.py", source), ("kernel.py", kernel_source),
                        ("index.html", page)):
         (Path(folder) / name).write_text(text, "utf-8")
     return lambda root, port, token: [
@@ -21896,11 +21919,790 @@ class Wrong(typing.NamedTuple):
     says: str   # a regular expression that the stage's verdict must contain
 
 
-KERNEL_STAGES = []
-SERVER_STAGES = []
-PAGE_STAGES = []
-TRACKS = {"kernel": KERNEL_STAGES, "server": SERVER_STAGES, "page": PAGE_STAGES}
 WRONG = {}   # (track, number) -> [Wrong]
+KERNEL_STAGES = []
+
+# -- The track "server": COMMAND gets {port}, {token} and {folder} --
+
+SERVER_STAGES = [
+    Stage("The first answer",
+          "A program that listens on 127.0.0.1 at {port} and answers GET /api with JSON: an object "
+          "with your `version`, a string. Say Content-Type: application/json, and how long the "
+          "answer is (Content-Length). Take the next request when this one is answered. If your "
+          "language has an HTTP server in its library, use it.",
+          "minijupyter.py 8, `Handler.version`",
+          "Jupyter Server's REST API (api.yaml), “GET /api/”; RFC 9112 6.3, the length of a body",
+          "Without Content-Length the client waits until you close the connection; a head ends "
+          "with an empty line, and its lines end in \\r\\n; the program must not end after one "
+          "request.",
+          ("ServerFromOutside.test_the_first_request_is_answered_with_a_version",)),
+    Stage("The token",
+          "Who has the token may do everything, nobody else anything but GET /api. It comes in a "
+          "header, `Authorization: token T`, or in the address, `?token=T`. Answer all others with "
+          "403, before you look at what they want. GET /api/contents can give anything yet.",
+          "minijupyter.py 7, `Access.given_token`; minijupyter.py 8, `Handler.admit`",
+          "Jupyter Server's documentation, “Security in the Jupyter Server”",
+          "The token is compared by its beginning, or found anywhere in the header; a missing "
+          "header is taken for an empty token that fits; refused requests still do their work.",
+          ("ServerFromOutside.test_only_who_shows_the_token_comes_in",)),
+    Stage("List a folder",
+          "GET /api/contents/PATH of a folder gives its model: name, path, type `directory`, "
+          "created and last_modified as ISO 8601 texts, writable, and as `content` the list of the "
+          "models of what is in it, without their contents (content null). The path is relative "
+          "to {folder}, with slashes. A file's type is `notebook` when it ends in .ipynb, else "
+          "`file`.",
+          "minijupyter.py 1, `Contents.listing`; minijupyter.py 1, `Contents.model`",
+          "Jupyter Server's documentation, “Contents API: Data model”",
+          "`path` holds the name only, or begins with a slash; the list holds names instead of "
+          "models.",
+          ("ServerFromOutside.test_a_folder_is_a_list_of_models",)),
+    Stage("Read a file",
+          "GET /api/contents/PATH of a file gives the model with its content: format `text` when "
+          "the bytes are UTF-8, else format `base64`. With ?content=0 both are null. In the "
+          "address, names are percent-encoded UTF-8.",
+          "minijupyter.py 1, `Contents.content`; minijupyter.py 8, `split_target`",
+          "Jupyter Server's documentation, “Contents API: Data model”; RFC 3986 2.1",
+          "The path is used as it stands in the request line; a plus sign or a query is taken for "
+          "a part of the name; bytes that are no UTF-8 end the server.",
+          ("ServerFromOutside.test_a_file_is_text_or_base64_whatever_its_name",)),
+    Stage("Read a notebook",
+          "A notebook's content is its JSON, as an object (format `json`). In the file, long texts "
+          "(a cell's source, a stream's text, text in MIME bundles) may be lists of lines; in the "
+          "API they are single strings. What you do not know, you carry along.",
+          "minijupyter.py 1, `map_strings`; minijupyter.py 1, `PlainDocument`",
+          "nbformat, “The Notebook file format”; Contents API, “Data model”",
+          "The notebook is sent as a text; only sources are joined and outputs are forgotten.",
+          ("ServerFromOutside.test_a_notebook_is_read_with_whole_strings",)),
+    Stage("Say no in words",
+          "What is not there gets 404, a body that is no JSON gets 400. An error's body is JSON, "
+          "too: {\"message\": \"…\"}, which clients show to people. Kernels and sessions come "
+          "later: until then all of their ids are unknown.",
+          "minijupyter.py 8, `Handler.send_problem`; minijupyter.py 8, `Handler.answer`",
+          "Jupyter Server's REST API (api.yaml), responses; RFC 9110 15.5",
+          "An exception ends the connection without an answer, or the answer is the library's page "
+          "in HTML; every error is 500.",
+          ("ServerFromOutside.test_what_cannot_be_is_refused_in_json",)),
+    Stage("Save a file",
+          "PUT /api/contents/PATH with a model (type, format, content) writes the file: 201 when it "
+          "is new, else 200. The answer is the model without its content. The bytes on disk are "
+          "those that were sent, whatever your system thinks of line ends.",
+          "minijupyter.py 1, `Contents.save`; minijupyter.py 1, `Contents.encode`",
+          "Jupyter Server's REST API (api.yaml), “PUT /api/contents/{path}”",
+          "A longer old file leaves its end behind; \\r\\n becomes \\n; base64 is written as text.",
+          ("ServerFromOutside.test_a_save_puts_on_disk_what_was_sent",)),
+    Stage("Save a notebook",
+          "Of a notebook, `content` is an object: write it as JSON in UTF-8. Texts may be written as "
+          "lists of lines, so that a diff reads well. Keep every field, known or not, and the "
+          "cells' ids.",
+          "minijupyter.py 1, `PlainDocument.written`; minijupyter.py 1, `write_notebook`",
+          "nbformat, “The Notebook file format”",
+          "The JSON is written as a string within JSON; unknown metadata is lost; ids are made "
+          "anew with each save.",
+          ("ServerFromOutside.test_a_notebook_is_saved_as_nbformat_4",)),
+    Stage("A save that breaks off",
+          "A laptop is closed in the middle of a save: half of the body comes, then the end. The "
+          "file stays as it was. So does a file whose new content turns out to be no base64 (400).",
+          "minijupyter.py 8, `Handler.read_exactly`; minijupyter.py 1, `Contents.write`",
+          "RFC 9112 8, Handling Incomplete Messages",
+          "The file is opened for writing, which empties it, before the content is known to be "
+          "good; half a body is taken for a whole one; the server waits for the rest for ever and "
+          "serves nobody else.",
+          ("ServerFromOutside.test_a_save_that_breaks_off_or_is_no_good_changes_nothing",)),
+    Stage("The old file or the new one",
+          "At no moment is there half a file: who reads while you write sees the old one whole or "
+          "the new one whole. Write a temporary file in the same folder, and let it take the old "
+          "one's name. Nothing else stays in the folder.",
+          "minijupyter.py 1, `write_atomically`; minijupyter.py 1, `Temporary.replace`",
+          "POSIX, rename(); Python, os.replace",
+          "The temporary file is in another file system, so that it is copied instead of renamed; "
+          "it is left behind; the file is written in place after all.",
+          ("ServerFromOutside.test_who_reads_has_the_old_file_or_the_new_one_whole",)),
+    Stage("Paths that stay inside",
+          "No path leads out of {folder}: not by `..`, plain or percent-encoded, not by a slash at "
+          "its beginning, not as the new name in a PATCH, and not into a folder whose name only "
+          "begins like yours. Have one function through which every path goes.",
+          "minijupyter.py 1, `Contents.look`; minijupyter.py 1, `is_within`",
+          "RFC 3986 5.2.4; CWE-22, Path Traversal",
+          "The path is checked before it is decoded; `..` is looked for at the beginning only; "
+          "`/srv/root-2` begins with `/srv/root`; GET is checked, and PUT is not.",
+          ("ServerFromOutside.test_no_path_leads_out_of_the_folder",)),
+    Stage("Links that stay inside",
+          "A symbolic link in {folder} may lead out of it. Follow it first, and then look whether "
+          "the place is inside: also when the link is a folder on the way.",
+          "minijupyter.py 1, `Contents.kept_inside`; minijupyter.py 1, `Contents.follow`",
+          "CWE-59, Link Following",
+          "The path is made absolute, but links are not followed; only the last name is looked at.",
+          ("ServerFromOutside.test_no_link_leads_out_of_the_folder",)),
+    Stage("Create, rename, delete",
+          "POST /api/contents/FOLDER with {\"type\": …} makes a new file, notebook or directory "
+          "with a free name of your choice (201, its model). PATCH /api/contents/PATH with "
+          "{\"path\": NEW} renames; if NEW is taken, 409, and nothing changes. DELETE gives 204. "
+          "A new notebook is a whole one: nbformat 4, no cells.",
+          "minijupyter.py 1, `Contents.create`; minijupyter.py 1, `Contents.rename`",
+          "Jupyter Server's REST API (api.yaml), “/api/contents/{path}”",
+          "A rename silently replaces another file; the new notebook is an empty file.",
+          ("ServerFromOutside.test_files_are_made_renamed_and_deleted",)),
+    Stage("Kernel specs",
+          "A kernel spec is a folder NAME with a kernel.json: argv, display_name, language. Look "
+          "for them in $JUPYTER_DATA_DIR/kernels. GET /api/kernelspecs gives {\"default\": NAME, "
+          "\"kernelspecs\": {NAME: {\"name\", \"spec\", \"resources\"}}}. A broken kernel.json is "
+          "left out.",
+          "minijupyter.py 2, `find_specs`; minijupyter.py 2, `read_spec`",
+          "Messaging in Jupyter, “Making kernels: Kernel specs”",
+          "One broken spec, and the list is an error; the fields of kernel.json are not under "
+          "`spec`.",
+          ("ServerFromOutside.test_kernel_specs_are_found_and_a_broken_one_hides_no_other",)),
+    Stage("Start a process, and end it",
+          "POST /api/kernels with {\"name\": SPEC}: choose five free ports and a random key, write "
+          "them into a connection file that only its owner may read, start the spec's argv with "
+          "{connection_file} filled in. Answer 201 with id (a UUID), name, execution_state, "
+          "last_activity and connections. GET lists it; DELETE /api/kernels/ID ends the process: "
+          "204.",
+          "minijupyter.py 3, `KernelProcess.launch`; minijupyter.py 3, `new_connection`",
+          "Messaging in Jupyter, “Making kernels: Connection files”; REST API, “/api/kernels”",
+          "The process outlives its DELETE; the connection file, with the key, can be read by "
+          "everybody; argv goes through a shell; nobody takes what the process prints, and its "
+          "pipe is full one day.",
+          ("ServerFromOutside.test_a_kernel_is_a_process_that_is_started_listed_and_ended",)),
+    Stage("Interrupt",
+          "POST /api/kernels/ID/interrupt stops the running cell: SIGINT to the process group, or "
+          "an interrupt_request when the spec says `interrupt_mode: message`. The kernel lives on. "
+          "Answer 204.",
+          "minijupyter.py 3, `KernelProcess.interrupt`; minijupyter.py 3, `KernelProcess."
+          "send_signal`",
+          "Messaging in Jupyter, “Kernel interrupt”",
+          "The signal ends the kernel, or reaches your server, too: start the kernel in a session "
+          "of its own.",
+          ("ServerFromOutside.test_an_interrupt_ends_the_cell_and_not_the_kernel",)),
+    Stage("Restart",
+          "POST /api/kernels/ID/restart ends the process and starts another one, with the same id, "
+          "the same ports and the same key: so clients stay connected. Answer 200 with the model.",
+          "minijupyter.py 3, `KernelProcess.restart`; minijupyter.py 3, `KernelProcess.stop`",
+          "Messaging in Jupyter, “Kernel shutdown”",
+          "The new process starts before the old one has let go of its ports; it gets new ports, "
+          "and nobody hears it; the old one is left behind.",
+          ("ServerFromOutside.test_a_restart_gives_a_new_process_under_the_same_id_and_address",)),
+    Stage("Sessions",
+          "A session ties a path to a kernel. POST /api/sessions with path, type and kernel.name "
+          "starts a kernel (201, or 200); the same path again gives the same session. PATCH "
+          "/api/sessions/ID changes its path, DELETE (204) ends it and its kernel.",
+          "minijupyter.py 4, `Sessions.create`; minijupyter.py 4, `Sessions.change`",
+          "Jupyter Server's REST API (api.yaml), “/api/sessions”",
+          "Each time a notebook is opened another kernel starts, and the old ones stay.",
+          ("ServerFromOutside.test_a_session_ties_a_notebook_to_its_kernel",)),
+    Stage("Leave nothing behind",
+          "When your server is told to end (SIGTERM, SIGINT), it ends, and before that all of its "
+          "kernels.",
+          "minijupyter.py 9, `serve`; minijupyter.py 3, `Kernels.shutdown_all`",
+          "POSIX, signal(); Jupyter Server's documentation, “Shutting down”",
+          "SIGTERM is not handled; a handler that only sets a flag while accept() waits; kernels "
+          "that are in a session of their own hear nothing of the terminal's Ctrl-C.",
+          ("ServerFromOutside.test_the_servers_end_is_the_end_of_its_kernels",)),
+    Stage("The WebSocket handshake",
+          "GET /api/kernels/ID/channels with Upgrade: websocket becomes a WebSocket: answer "
+          "HTTP/1.1 101 with Upgrade, Connection and Sec-WebSocket-Accept, which you compute from "
+          "the client's key. Without the token 403, for no such kernel 404, for what is no "
+          "handshake 400, for another version than 13 426 or 400. Libraries do all this; by hand "
+          "it is forty lines.",
+          "minijupyter.py 5, `accept_key`; minijupyter.py 5, `handshake_key`",
+          "RFC 6455 1.3 and 4.2",
+          "The digest is sent in hex instead of base64; the key is decoded first (it is used as a "
+          "text); the answer says HTTP/1.0; the token is asked for by REST only.",
+          ("ServerFromOutside.test_the_handshake_turns_a_request_into_a_websocket_or_refuses_it",)),
+    Stage("Masks and pings",
+          "A frame has two bytes (FIN and opcode, mask bit and length), four bytes of mask, and the "
+          "payload, XORed with the mask. Answer a ping (opcode 9) with a pong (10) of the same "
+          "payload, unmasked. What arrives in one read may be half a frame, or two.",
+          "minijupyter.py 5, `FrameParser.next_frame`; minijupyter.py 5, `apply_mask`",
+          "RFC 6455 5.2, 5.3 and 5.5.2; 5.7 has examples",
+          "One recv() is taken for one frame; the mask is ignored; the pong is empty, or masked.",
+          ("ServerFromOutside.test_a_ping_is_answered_however_its_frame_arrives",)),
+    Stage("Close",
+          "Answer a close with a close of the same code, once, and then end the TCP connection. A "
+          "close without a code is answered, too.",
+          "minijupyter.py 5, `WebSocket.control`; minijupyter.py 5, `close_code`",
+          "RFC 6455 5.5.1 and 7.1.1",
+          "The close is not answered, so that a browser calls the connection broken (1006); every "
+          "answer has the code 1000; the TCP connection stays open.",
+          ("ServerFromOutside.test_a_close_is_answered_and_ends_the_connection",)),
+    Stage("Frames against the rules",
+          "A client that breaks a rule is told by a close code: 1002 for an unmasked frame, an "
+          "unknown opcode, a control frame that is long or in fragments, a continuation of nothing; "
+          "1007 for a text that is not UTF-8.",
+          "minijupyter.py 5, `FrameParser.check_head`",
+          "RFC 6455 5.1, 5.5, 7.4.1 and 8.1",
+          "Replacement characters instead of 1007; the connection is cut without a close frame.",
+          ("ServerFromOutside.test_frames_against_the_rules_close_with_their_code",)),
+    Stage("The bridge: sign, pass on",
+          "A page's message is a JSON object: channel, header, parent_header, metadata, content, "
+          "buffers. Sign its four parts with the key of the connection file, and send them to the "
+          "kernel's socket for that channel (DEALER). What the kernel says, on iopub (SUB, "
+          "subscribed to everything) and shell, goes to the page as such an object: with its own "
+          "parent_header, and with its `channel`.",
+          "minijupyter.py 6, `Bridge.carry_up`; minijupyter.py 6, `splice`",
+          "Messaging in Jupyter, “The wire protocol”; Jupyter Server's documentation, “WebSocket "
+          "kernel wire protocols”",
+          "The signature is made over another spelling of the JSON than is sent; parent_header is "
+          "left empty; `channel` is missing. When nothing comes back: the kernel answers a message "
+          "that it does not believe with silence.",
+          ("ServerFromOutside.test_a_cell_runs_through_the_server",)),
+    Stage("Each channel to its socket",
+          "Shell and control are two sockets: what comes on control is answered while a cell runs. "
+          "Never wait for one reply before you carry the next message.",
+          "minijupyter.py 3, `Watcher.send`; minijupyter.py 3, `Watcher.hear`",
+          "Messaging in Jupyter, “Introduction”",
+          "Everything goes to shell, where an interrupt_request waits for the cell that it should "
+          "stop; nobody reads control.",
+          ("ServerFromOutside.test_each_channel_leads_to_its_own_socket",)),
+    Stage("Frames of every length",
+          "A length up to 125 stands in the second byte; 126 there means that 16 bits follow, 127 "
+          "that 64 do, in network order. Your own frames have lengths of these three forms, too.",
+          "minijupyter.py 5, `FrameParser.next_frame`; minijupyter.py 5, `encode_frame`",
+          "RFC 6455 5.2",
+          "The 64-bit length is read as 32; 126 and 127 are taken for lengths; the mask begins anew "
+          "with each block that is read.",
+          ("ServerFromOutside.test_frames_of_every_length_are_unmasked_and_whole",)),
+    Stage("The first frame, glued to the handshake",
+          "A client may send its first frame in the same packet as the handshake. By then your "
+          "HTTP reader has it in its buffer, and the socket beneath has nothing more to read.",
+          "minijupyter.py 5, `buffered`; minijupyter.py 5, `WebSocket.has_bytes`",
+          "RFC 6455 4.1",
+          "Frames are read from the socket itself, and what the HTTP reader had read ahead is "
+          "lost; it is kept, but only looked at when more comes.",
+          ("ServerFromOutside.test_a_frame_glued_to_the_handshake_is_heard",)),
+    Stage("Fragments, and pings between them",
+          "A message may come in fragments: FIN is 0 in all but the last, and the opcode is 0 in all "
+          "but the first. Between them may stand a ping, which is answered at once. A character of "
+          "several bytes may begin in one fragment and end in the next.",
+          "minijupyter.py 5, `FrameParser.message`; minijupyter.py 5, `FrameParser.decode`",
+          "RFC 6455 5.4 and 5.5.2",
+          "The ping's payload ends up in the message, or its opcode replaces the message's; each "
+          "fragment is decoded as UTF-8 by itself.",
+          ("ServerFromOutside.test_fragments_are_put_together_and_a_ping_may_come_between",)),
+    Stage("Questions",
+          "A cell calls input(): the kernel sends input_request on stdin, and your page answers "
+          "with input_reply on the channel `stdin`. The kernel asks whom it heard on shell: give "
+          "all sockets of one client the same ZeroMQ identity.",
+          "minijupyter.py 3, `Watcher.connect`; minijupyter.py 3, `KernelProcess.connect`",
+          "Messaging in Jupyter, “Messages on the stdin (ROUTER/DEALER) channel”",
+          "Each socket has an identity of its own, so that the question reaches nobody.",
+          ("ServerFromOutside.test_a_question_of_the_kernel_reaches_the_page_and_its_answer_the_"
+           "kernel",)),
+    Stage("Much, and in order",
+          "Twenty thousand lines come in order, and a result of five million characters whole. A "
+          "socket's send() may take less than you gave it.",
+          "minijupyter.py 5, `WebSocket.write`; minijupyter.py 3, `Mailbox.take`",
+          "POSIX, send(); RFC 6455 5.4",
+          "send() instead of sendall(): the rest of a large frame is lost, and all behind it is "
+          "noise; two threads write into one socket; a library's limit for messages.",
+          ("ServerFromOutside.test_much_output_comes_whole_and_in_order",)),
+    Stage("Buffers",
+          "A message with buffers is a binary WebSocket message: a count n, n offsets (32 bits, "
+          "network order, from the beginning), then n parts, of which the first is the JSON. Both "
+          "ways. On ZeroMQ, buffers are the parts behind the content.",
+          "minijupyter.py 6, `join_parts`; minijupyter.py 6, `split_parts`",
+          "Jupyter Server's documentation, “WebSocket kernel wire protocols: default”",
+          "The offsets do not count the header; n leaves out the JSON; buffers are forgotten in "
+          "one direction.",
+          ("ServerFromOutside.test_binary_messages_carry_their_buffers",)),
+    Stage("Two pages",
+          "Two pages on one kernel: both see all of iopub, but a reply or a question goes to the "
+          "page whose request it names as its parent. `connections` in the kernel's model counts "
+          "the pages.",
+          "minijupyter.py 3, `PageMailbox.wants`; minijupyter.py 3, `Watcher.note`",
+          "Messaging in Jupyter, “Introduction”",
+          "One page takes the output away from the other; replies go to everybody.",
+          ("ServerFromOutside.test_two_pages_see_all_output_and_each_its_own_replies",)),
+    Stage("A page that comes back",
+          "A page's connection breaks while its cell runs. The kernel goes on. When the page "
+          "connects again with the same ?session_id=, it gets what came meanwhile, in order, once.",
+          "minijupyter.py 3, `KernelProcess.join`; minijupyter.py 3, `KernelProcess.leave`",
+          "Jupyter Server's documentation, “Kernel buffering”",
+          "The kernel ends with its page; what came meanwhile is lost, or comes twice; the model "
+          "still counts the page that is gone.",
+          ("ServerFromOutside.test_a_page_that_leaves_ends_nothing_and_gets_the_rest_when_it_comes_"
+           "back",)),
+    Stage("A kernel that dies",
+          "The process of a kernel ends by itself. Publish a status `restarting` (or `dead`) on "
+          "iopub to each page, in the kernel's stead, and start a new process under the same id. "
+          "The pages stay connected.",
+          "minijupyter.py 3, `Watcher.tell_end`; minijupyter.py 3, `KernelProcess.start_again`",
+          "Messaging in Jupyter, “Kernel status”",
+          "Nobody waits for the process's end, so that pages wait for ever; the new process has "
+          "other ports.",
+          ("ServerFromOutside.test_of_a_kernel_that_dies_every_page_is_told_and_the_next_one_"
+           "runs",)),
+    Stage("The cookie",
+          "GET /tree?token=T, as a browser opens it, gives a cookie (any status from 200 to 302) "
+          "with which later requests come in. The cookie is HttpOnly and does not hold the token.",
+          "minijupyter.py 7, `Access.set_cookie`; minijupyter.py 8, `Handler.move_token_to_cookie`",
+          "RFC 6265 4.1",
+          "The cookie is the token itself; an empty cookie fits; scripts can read it.",
+          ("ServerFromOutside.test_the_token_in_an_address_becomes_a_cookie",)),
+    Stage("Host and Origin",
+          "A browser sends the cookie along, whoever's page asks. So refuse what comes from another "
+          "origin (403), by REST and at the handshake, and refuse a Host that does not mean this "
+          "machine: else a foreign name may point here.",
+          "minijupyter.py 7, `Access.is_our_page`; minijupyter.py 7, `Access.is_our_host`",
+          "RFC 6455 10.2; RFC 6454; CWE-350, DNS rebinding",
+          "The origin is compared by its beginning, so that http://127.0.0.1:8888.evil.example "
+          "fits; WebSockets are not checked, which no browser does for you.",
+          ("ServerFromOutside.test_other_sites_and_foreign_names_get_nothing",)),
+]
+
+SERVER_WRONG = {   # number of the stage -> typical wrong solutions, as changes of minijupyter.py
+    1: [Wrong('return {"version": __version__}', "return {}", "field version"),
+        Wrong('"Content-Length": str(sum(map(len, pieces)))',
+              '"Content-Length": str(sum(map(len, pieces)) + 1)', "no answer within"),
+        Wrong('to_json(value), "application/json", headers)', 'to_json(value), "text/html", headers)',
+              "Content-Type. Wanted: application/json. Got: text/html")],
+    2: [Wrong("return same_secret(given, self.token)", "return self.token.startswith(given)",
+              "Wanted: status 401 or 403. Got: status 200"),
+        Wrong("has_token = given is not None and", "has_token = given is None or",
+              "Wanted: status 401 or 403. Got: status 200"),
+        Wrong('return query["token"][0] if "token" in query else None', "return None",
+              r"\?token=\w+. Wanted: status 200. Got: status 403")],
+    3: [Wrong("models.append(self.entry(path, real, name))", "models.append({'name': name})",
+              "a.txt in its folder, field path"),
+        Wrong('"path": path, "type": kind,', '"path": path.rpartition("/")[2], "type": kind,',
+              "field path"),
+        Wrong('"notebook" if path.endswith(".ipynb") else "file")', '"file")', "b.ipynb.* field type")],
+    4: [Wrong("return unquote(url.path), parse_qs", "return url.path, parse_qs", "status 404"),
+        Wrong('"decode_text": bytes.decode,', '"decode_text": lambda data: data.decode("latin-1"),',
+              "field content. Wanted: 'Grüße"),
+        Wrong('self.asked("content", "1", "01") == "1", self', "True, self", "content=0")],
+    5: [Wrong('cells = [map_strings(cell, join) for cell in notebook["cells"]]',
+              'cells = notebook["cells"]', "source of a cell"),
+        Wrong('return {**output, "text": convert(output["text"])}', "return output",
+              "text of an output"),
+        Wrong('return {"content": self.document(data).served, "format": "json"}',
+              'return {"content": data.decode(), "format": "text"}', "field format")],
+    6: [Wrong('raise Problem(404, f"Kernel does not exist: {id}")\n        return self.all[id]',
+              "raise KeyError(id)\n        return self.all[id]", "status 404. Got: status 500"),
+        Wrong("self.send_json(problem.status, told, problem.headers)",
+              'self.send(problem.status, problem.message.encode(), "text/plain")', "Wanted: JSON"),
+        Wrong("value = load(self.body or b\"{}\")\n        except (ValueError, RecursionError)",
+              "value = load(self.body or b\"{}\")\n        except RecursionError",
+              "status 400. Got: status 500")],
+    7: [Wrong('return b"".join(text.encode() for text in texts)',
+              'return b"".join(text.replace("\\r\\n", "\\n").encode() for text in texts)',
+              "The bytes of Täßchen"),
+        Wrong("self.send_contents(201 if is_new else 200, model)", "self.send_contents(200, model)",
+              "status 201. Got: status 200"),
+        Wrong('if form == "base64":\n                return CODEC', 'if form == "":\n'
+              "                return CODEC", "The bytes of b.bin")],
+    8: [Wrong('return {**notebook, "cells": with_ids(cells) if has_ids else cells}',
+              'return {**notebook, "metadata": {}, "cells": with_ids(cells)}',
+              "A saved notebook on disk"),
+        Wrong('id, text = cell.get("id"), f"{number} "', 'id, text = None, f"{number} "',
+              "A saved notebook on disk"),
+        Wrong('if kind == "notebook":\n                is_new', 'if kind == "":\n'
+              "                is_new", "Wanted: status 201. Got: status 400")],
+    9: [Wrong("old = self.read_if_there(absolute)\n        self.refuse_conflict",
+              'old = self.read_if_there(absolute)\n        open(absolute, "wb").close()\n'
+              "        self.refuse_conflict", "no base64. Wanted: b'the old text'. Got: b''"),
+        Wrong('raise ConnectionError("the client ended the connection in the middle of a body")',
+              'data = b\'{"type": "file", "format": "text", "content": "half"}\'',
+              "broke off in the middle"),
+        Wrong('base64.b64decode("".join(texts))}', 'base64.b64decode("".join(texts)[:4])}',
+              "status 400. Got: status 200")],
+    10: [Wrong("temporary.write(data)\n            temporary.replace(look)",
+               'open(target, "wb").write(data)', "has the old file whole"),
+         Wrong("replace_file(self.path, self.target)", "shutil.copyfile(self.path, self.target)",
+               "has the old file whole"),
+         Wrong("temporary.replace(look)", 'shutil.copyfile(target, target + "~")\n'
+               "            temporary.replace(look)", r"folder after a save.*a\.txt~")],
+    11: [Wrong("if not all(map(self.is_visible, names)):\n"
+               '            raise Problem(404, f"No such file or folder: {path}")\n'
+               "        absolute = os.path.join(self.root, *names)\n"
+               "        return absolute, self.kept_inside(absolute, path)",
+               'if path.startswith("../"):\n'
+               '            raise Problem(404, f"No such file or folder: {path}")\n'
+               "        absolute = os.path.join(self.root, *names)\n"
+               "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
+         Wrong("if not all(map(self.is_visible, names)):\n"
+               '            raise Problem(404, f"No such file or folder: {path}")\n'
+               "        absolute = os.path.join(self.root, *names)\n"
+               "        return absolute, self.kept_inside(absolute, path)",
+               "absolute = os.path.realpath(os.path.join(self.root, *names))\n"
+               "        if not absolute.startswith(self.root):\n"
+               '            raise Problem(404, f"No such file or folder: {path}")\n'
+               "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
+         Wrong("old, new = self.existing(path), self.resolve(new_path)",
+               "old, new = self.existing(path), os.path.join(self.root, new_path)",
+               "PATCH .*Wanted: status 400 to 599. Got: status 200")],
+    12: [Wrong("if is_odd or is_private or not is_within(real, self.root):",
+               "if is_odd or is_private:", "a link that leads out|status 400 to 499. Got: status 200"),
+         Wrong("return os.path.realpath(absolute), os.stat(absolute)",
+               "return os.path.abspath(absolute), os.stat(absolute)",
+               "status 400 to 499. Got: status 200"),
+         Wrong("return self.look(path)[0]", 'return os.path.join(self.root, *path.split("/"))',
+               "PUT .*status 400 to 499. Got: status 200")],
+    13: [Wrong('data = self.written(new_notebook(), None).data if kind == "notebook" else b""',
+               'data = b"{}" if kind == "notebook" else b""', "Untitled.*Wanted: status 200"),
+         Wrong("if os.path.lexists(new) and not os.path.samefile(old, new):", "if False:",
+               "status 409. Got: status 200"),
+         Wrong("        os.rename(old, new)", "        shutil.copy(old, new)",
+               "Old and new name after a rename")],
+    14: [Wrong('log(f"Ignored the kernel spec {path}: {problem}")\n        return None', "raise",
+               "status 200. Got: status 500"),
+         Wrong("for path in (JUPYTER_DATA, *prefixes)]", "for path in prefixes]",
+               "stage among the names"),
+         Wrong('return {"name": name, "spec": spec, "resources": {}}',
+               'return {"name": name, **spec}', "field spec")],
+    15: [Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
+               "self.get(id)\n        self.all.pop(id, None)", "deleted. Wanted: its end"),
+         Wrong("os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)",
+               "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)", "connection file.*0o600.*0o644"),
+         Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
+               "self.get(id).shutdown()", "status 404. Got: status 200")],
+    16: [Wrong("self.send_signal(signal.SIGINT)", "self.send_signal(signal.SIGKILL)",
+               "Got: .*busy execute_input stream; and no reply"),
+         Wrong("self.send_signal(signal.SIGINT)", "pass",
+               "Got: .*busy execute_input stream; and no reply"),
+         Wrong("self.server.kernels.get(id).interrupt()\n        return 204, None",
+               "self.server.kernels.get(id).interrupt()\n        return {}",
+               "status 204. Got: status 200")],
+    17: [Wrong('self.stop("restart")\n            self.launch()', "self.launch()",
+               "old process after a restart. Wanted: its end"),
+         Wrong('self.stop("restart")\n            self.launch()',
+               'self.stop("restart")\n            self.connection = new_connection(self)\n'
+               "            self.launch()", "Ports and key"),
+         Wrong("self.server.kernels.get(id).restart()", "self.server.kernels.get(id).interrupt()",
+               "Wanted: a process, started")],
+    18: [Wrong('if session["path"] == path:', "if False:", "second POST for one path"),
+         Wrong('self.kernels.shutdown(session["kernel"].id)', "pass",
+               "kernel of a session that was deleted"),
+         Wrong('for key in ("path", "name", "type")', 'for key in ("name", "type")', "field path")],
+    19: [Wrong("        server.kernels.shutdown_all()", "        pass",
+               "after the server's end.* Wanted: its end"),
+         Wrong("for number in (signal.SIGINT, signal.SIGTERM):\n        signal.signal(number, stop)",
+               "for number in (signal.SIGINT,):\n        signal.signal(number, stop)",
+               "after the server's end.* Wanted: its end"),
+         Wrong("signal.signal(number, stop)", "signal.signal(number, signal.SIG_IGN)",
+               "after SIGTERM. Wanted: its end. Got: it goes on")],
+    20: [Wrong("258EAFA5-E914-47DA-95CA-C5AB0DC85B11", "258EAFA5-E914-47DA-95CA-5AB0DC85B11C",
+               "Sec-WebSocket-Accept"),
+         Wrong("return base64.b64encode(hashlib.sha1((key + GUID).encode()).digest()).decode()",
+               "return hashlib.sha1((key + GUID).encode()).hexdigest()", "Sec-WebSocket-Accept"),
+         Wrong("        handler.send_response(101)",
+               '        handler.protocol_version = "HTTP/1.0"\n        handler.send_response(101)',
+               "version and status.*HTTP/1.0"),
+         Wrong("if self.admit(name):", 'if name == "channels" or self.admit(name):',
+               "'Authorization': None.*Got: status 101")],
+    21: [Wrong("return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)",
+               "return first, bytes(self.bytes[at:end])", "A ping with 5 bytes"),
+         Wrong("self.write(encode_frame(PONG, payload))", 'self.write(encode_frame(PONG, b""))',
+               "a pong with the same: b'Hello'. Got: opcode 10"),
+         Wrong("while not self.is_closed and (frame := self.next_frame()) is not None:",
+               "if not self.is_closed and (frame := self.next_frame()) is not None:",
+               "second of two frames")],
+    22: [Wrong("self.close(close_code(payload))\n            self.is_closed = True",
+               "self.is_closed = True", "without a close frame"),
+         Wrong("self.close(close_code(payload))", "self.close()", "code 1001. Got: .*code 1000"),
+         Wrong("self.close(close_code(payload))\n            self.is_closed = True",
+               "self.close(close_code(payload))", "the end of the TCP connection")],
+    23: [Wrong("if not second & 0b1000_0000:", "if False:", "without a mask"),
+         Wrong('codecs.utf_8_decode(data, "strict"', 'codecs.utf_8_decode(data, "replace"',
+               "not UTF-8"),
+         Wrong("if opcode >= CLOSE and (length > 125 or not first & FIN):",
+               "if opcode >= CLOSE and not first & FIN:", "126 bytes")],
+    24: [Wrong("signature = self.kernel.session.sign(entry.json_parts)", 'signature = b""',
+               "signature does not fit"),
+         Wrong("signature, *entry.json_parts, *entry.buffers]",
+               'signature, *(part + b" " for part in entry.json_parts), *entry.buffers]',
+               "signature does not fit"),
+         Wrong("""b',"parent_header":', parent_header, b',"metadata":', metadata,""",
+               """b',"parent_header":{},"metadata":', metadata,""",
+               "with this request as the parent, nothing"),
+         Wrong("""b',"buffers":[],"channel":"', entry.channel.encode(),""",
+               """b',"buffers":[],"channel":"', b"iopub",""", "no reply")],
+    25: [Wrong("entry.channel, [our_kernel.DELIMITER", '"shell", [our_kernel.DELIMITER',
+               "channel that the reply names. Wanted: control. Got: shell"),
+         Wrong('HEARD = ("iopub", "shell", "control", "stdin")', 'HEARD = ("iopub", "shell", "stdin")',
+               "its reply on control"),
+         Wrong("entry = Entry(channel, *", 'entry = Entry(channel.replace("control", "shell"), *',
+               "channel that the reply names. Wanted: control. Got: shell")],
+    26: [Wrong('else (8, "!Q")', 'else (8, "!L")', "A text frame with 65536 bytes"),
+         Wrong('(2, "!H") if length == 126', '(2, "<H") if length == 126',
+               "A text frame with 500 bytes"),
+         Wrong("elif len(payload) < 1 << 16:", "elif len(payload) < 1 << 17:",
+               "and no reply, then")],
+    27: [Wrong("first_bytes = buffered(handler)", 'first_bytes = b""',
+               "in one packet with the handshake"),
+         Wrong("return handler.rfile.read1(len(handler.rfile.peek()))",
+               'handler.rfile.peek()\n        return b""', "in one packet with the handshake"),
+         Wrong('return bool(self.first_bytes) or getattr(self.socket, "pending", int)() > 0',
+               "return False", "in one packet with the handshake")],
+    28: [Wrong("self.write(encode_frame(PONG, payload))", "pass", "a pong with the same"),
+         Wrong('"strict", bool(is_last))', '"strict", True)', "must be UTF-8"),
+         Wrong("message = self.opcode, empty.join(self.fragments)",
+               "message = self.opcode, self.fragments[-1]", "in four fragments")],
+    29: [Wrong('HEARD = ("iopub", "shell", "control", "stdin")',
+               'HEARD = ("iopub", "shell", "control")', "an input_request on stdin"),
+         Wrong('UPWARD = ("shell", "control", "stdin")', 'UPWARD = ("shell", "control")',
+               "busy execute_input; and no reply"),
+         Wrong("new.identity = identity", "new.identity = secrets.token_bytes(16)",
+               "an input_request on stdin")],
+    30: [Wrong("left = left[self.socket.send(left):]", "self.socket.send(left)\n"
+               "                break", "no message|no reply"),
+         Wrong("self.carry_down(self.inbox.take(BATCH))",
+               "self.carry_down(self.inbox.take(BATCH)[::-1])", "Wanted: on iopub"),
+         Wrong("MOST_BYTES = 256 << 20", "MOST_BYTES = 1 << 20", "closed with code 1009")],
+    31: [Wrong("*entry.json_parts, *entry.buffers],", "*entry.json_parts],",
+               "buffers"),
+         Wrong("if not entry.buffers:\n        return TEXT, text", "if True:\n"
+               "        return TEXT, text", "a binary message"),
+         Wrong("offsets, at = [], 4 * (len(parts) + 1)", "offsets, at = [], 0", "behind its offset")],
+    32: [Wrong('return entry.channel == "iopub" or entry.client == self.session_id', "return True",
+               "Replies to the one page"),
+         Wrong('return entry.channel == "iopub" or entry.client == self.session_id',
+               'return entry.channel in ("iopub", "stdin") or entry.client == self.session_id',
+               "Questions to the one page"),
+         Wrong("self.mailboxes[box.session_id] = box\n\n    def leave",
+               "self.mailboxes = {box.session_id: box}\n\n    def leave",
+               "on iopub, with this request as the parent, nothing|output on the other page"),
+         Wrong("return len(self.pages)", "return 1", "How many pages")],
+    33: [Wrong("self.is_kept = bool(session_id)", "self.is_kept = False", "and no reply"),
+         Wrong("self.requests.put()   # the watcher may wait for room in it",
+               "threading.Thread(target=self.shutdown).start()", "stream error idle|idle. Got: nothing"),
+         Wrong("box.put(old.take())", "box.put(old.take() * 2)",
+               r"has of its cell.*two\\ntwo"),
+         Wrong("for box in list(self.mailboxes.values()) if box.websocket]",
+               "for box in list(self.mailboxes.values())]", "connections, when its page has gone")],
+    34: [Wrong("kernel.publish([news])", "pass", "a status restarting or dead on each page"),
+         Wrong("return will_restart", "return False", "Wanted: a process, started"),
+         Wrong("news.life = kernel.life", "news.life = 0", "and no reply")],
+    35: [Wrong("self.cookie_value = self.new_cookie()", "self.cookie_value = token",
+               "the token itself in a cookie"),
+         Wrong('more="HttpOnly; SameSite=Strict"', 'more="SameSite=Strict"', "HttpOnly"),
+         Wrong("return same_secret(self.cookie(headers, self.cookie_name), self.cookie_value)",
+               "return self.cookie_value.startswith(self.cookie(headers, self.cookie_name))",
+               "status 401 or 403. Got: status 200")],
+    36: [Wrong("return not is_loopback(self.ip) or LOCAL_HOST.fullmatch(host) is not None",
+               "return True", "Host: evil.example. Wanted: status 403"),
+         Wrong('return re.sub("^https?://", "", origin) == headers.get("Host")',
+               'return re.sub("^https?://", "", origin).startswith(headers.get("Host"))',
+               "evil.example. Wanted: status 400 to 499. Got: status 201"),
+         Wrong("if not has_token and not is_navigation and not access",
+               'if not has_token and not is_navigation and name != "channels" and not access',
+               "handshake of a page at http://evil.example")],
+}
+
+# -- The track "page": COMMAND is an HTML file, which our server serves as its page --
+
+PAGE_STAGES = [
+    Stage("Show a notebook",
+          "One HTML file, with its script inside. At /notebooks/PATH it asks GET "
+          "/api/contents/PATH, and makes for each cell an element of class cell, with data-id and "
+          "data-type (code, markdown, raw), and in it a <textarea class=\"editor\"> with the "
+          "source, a .prompt and an .outputs. When all is there, body gets data-saved=\"true\". The "
+          "browser's cookie lets you in: there is no token to send.",
+          "index.html 7, `Notebook.show`; index.html 7, `Cell`",
+          "Jupyter Server's REST API (api.yaml), “GET /api/contents/{path}”; nbformat",
+          "Nothing happens at all: look at the browser's console. The server's policy allows no "
+          "onclick=\"…\", no script from elsewhere, and no HTML from strings (innerHTML): make "
+          "elements and set textContent. The path in the address is percent-encoded already.",
+          ("PageFromOutside.test_a_notebook_is_shown_as_the_file_has_it",)),
+    Stage("Show what the file holds",
+          "In .outputs, one element of class output for each output: text of a stream, text/plain "
+          "of a result, the traceback of an error. Text is text, whatever it looks like; a "
+          "traceback has escape sequences for colours, which you leave out or obey.",
+          "index.html 5, `Outputs`; index.html 5, `PlainText`",
+          "nbformat, “Code cell outputs”; ECMA-48 8.3.117 (SGR)",
+          "Tags in a text are taken for HTML; a traceback is a list, and its lines have no ends.",
+          ("PageFromOutside.test_outputs_of_the_file_are_shown_and_what_is_text_stays_text",)),
+    Stage("Get a kernel",
+          "POST /api/sessions with path, name, type notebook and kernel.name; open a WebSocket at "
+          "/api/kernels/ID/channels?session_id=…; ask kernel_info_request until there is a reply. "
+          "Then body gets data-kernel=\"idle\". A page that is loaded again finds its kernel.",
+          "index.html 4, `KernelConnection`; index.html 7, `Notebook.startKernel`",
+          "REST API, “/api/sessions”; Jupyter Server's documentation, “WebSocket kernel wire "
+          "protocols: default”",
+          "Each load starts another kernel; the kernel is ended when the page goes; the message "
+          "has no channel, or a header without msg_id.",
+          ("PageFromOutside.test_a_page_gets_a_kernel_and_finds_it_again",)),
+    Stage("Run a cell",
+          "Shift+Enter in an editor sends execute_request. Its execute_result goes into the cell's "
+          ".outputs, its execution_count into .prompt. data-state is queued, then running, then "
+          "idle, when reply *and* status idle are in. The page may go on to the next cell, or make "
+          "one.",
+          "index.html 7, `Execution`; index.html 4, `KernelConnection.execute`",
+          "Messaging in Jupyter, “Execute”",
+          "Shift+Enter types a line end as well; the text that runs is the file's, not the "
+          "editor's; the next run appends to the last one's output.",
+          ("PageFromOutside.test_a_cell_runs_and_shows_its_result_and_number",)),
+    Stage("Match outputs to cells",
+          "Cells that are run one after the other wait in the kernel, and others use it as well. "
+          "Remember msg_id → cell, and place each message by the msg_id of its parent_header. What "
+          "nobody here has asked for changes no cell. data-state is running for the cell that the "
+          "kernel is at (its status busy, its execute_input), and queued for those behind.",
+          "index.html 7, `Notebook.receive`; index.html 7, `Execution.begin`",
+          "Messaging in Jupyter, “General message format: Parent header”",
+          "Output goes to the cell that was run last, or to the selected one.",
+          ("PageFromOutside.test_each_output_finds_the_cell_that_caused_it",)),
+    Stage("Text as it comes",
+          "What is printed is shown while the cell runs, in the order in which it came, stdout and "
+          "stderr. Text of one stream goes on in one .output. A new run replaces the outputs of "
+          "the one before.",
+          "index.html 5, `Outputs.stream`; index.html 5, `drawSoon`",
+          "Messaging in Jupyter, “Streams”",
+          "Output is shown with the reply; each message replaces the one before; stderr is "
+          "forgotten.",
+          ("PageFromOutside.test_what_is_printed_is_shown_at_once_in_order_and_replaced_by_the_"
+           "next_run",)),
+    Stage("Errors",
+          "An error is an output with the traceback, and data-state=\"error\". The kernel drops the "
+          "cells that wait behind it: their reply says `aborted`, and they are idle again, without "
+          "output.",
+          "index.html 7, `Execution.settle`; index.html 5, `Output.traceback`",
+          "Messaging in Jupyter, “Execution errors”",
+          "Cells behind an error stay queued for ever, because they have no execute_input.",
+          ("PageFromOutside.test_an_error_is_shown_and_the_cells_behind_it_are_free_again",)),
+    Stage("Pictures and HTML",
+          "Of a MIME bundle show the richest type that you can; .output says which, in data-mime. "
+          "image/png is base64 in an <img>. text/html is a stranger's: show it in a frame with "
+          "sandbox and without allow-same-origin (the server has an empty one at /frame, to which "
+          "you post {html}), or as text.",
+          "index.html 5, `renderBundle`; index.html 5, `scriptFrame`",
+          "Messaging in Jupyter, “Display data”; HTML, “The iframe element: sandbox”",
+          "text/plain is always there and always shown; HTML gets into the page, and with it its "
+          "scripts: they could do all that you may.",
+          ("PageFromOutside.test_a_picture_is_drawn_and_html_reaches_nothing",)),
+    Stage("Questions",
+          "input_request: an <input> in the cell (type password if it says so) with the prompt. "
+          "Enter sends input_reply on the channel stdin, and takes the field away.",
+          "index.html 7, `Execution.input_request`",
+          "Messaging in Jupyter, “Messages on the stdin (ROUTER/DEALER) channel”",
+          "execute_request says allow_stdin: false; the answer goes to shell, where it waits "
+          "behind the cell that waits for it; a password is shown.",
+          ("PageFromOutside.test_a_question_is_answered_where_it_is_asked",)),
+    Stage("Interrupt and restart",
+          "Elements with data-command=\"interrupt\" and data-command=\"restart\", to be clicked. A "
+          "restart may ask first, by a <dialog> with a button Restart. Afterwards no old answer "
+          "comes any more: all cells are free. body's data-kernel is busy while a cell runs.",
+          "index.html 7, `Notebook.interrupt`; index.html 7, `Notebook.restartKernel`",
+          "REST API, “/api/kernels/{kernel_id}/interrupt” and “/restart”",
+          "An interrupt_request on shell waits behind the cell that it should stop; cells stay "
+          "running after a restart.",
+          ("PageFromOutside.test_interrupt_ends_the_cell_and_restart_all_variables",)),
+    Stage("Save",
+          "An edit makes body's data-saved false; Ctrl+S puts the notebook, with its outputs, to "
+          "/api/contents/PATH, and makes it true again. Fields that you do not know stay as they "
+          "came.",
+          "index.html 3, `OpenFile.put`; index.html 7, `Notebook.toJSON`",
+          "REST API, “PUT /api/contents/{path}”; nbformat",
+          "The notebook is built anew from what is shown, and loses metadata and ids; the browser "
+          "opens its own dialog at Ctrl+S (preventDefault).",
+          ("PageFromOutside.test_what_is_edited_is_saved_with_all_that_the_page_does_not_know",)),
+    Stage("A conflict",
+          "Another program has written the file since you opened it. Ask for the file with ?hash=1, "
+          "and name that hash when you save: `If-Match: \"HASH\"`. The server answers 412 when the "
+          "file has another one: say so (that it has changed), keep the text, and overwrite "
+          "nothing. (PUT with ?hash=1 gives the next hash.)",
+          "index.html 3, `OpenFile.put`; index.html 3, `OpenFile.resolveConflict`",
+          "RFC 9110 13.1.1, If-Match; the header is our addition to Jupyter's API",
+          "The page looks first and then saves: somebody may write between the two; after a 412 "
+          "the page says that it is saved.",
+          ("PageFromOutside.test_a_file_that_changed_on_disk_is_not_overwritten",)),
+    Stage("A kernel that dies",
+          "A cell ends its own process. The server says status `restarting` with a reason: show "
+          "that the kernel died, free the cells, and be ready for the next process.",
+          "index.html 7, `Notebook.begunAnew`; index.html 7, `Notebook.status`",
+          "Messaging in Jupyter, “Kernel status”",
+          "The cell waits for a reply that nobody will send; the page says `restarting` for ever.",
+          ("PageFromOutside.test_of_a_kernel_that_died_the_page_tells_and_its_cell_is_free",)),
+]
+
+PAGE_WRONG = {   # number of the stage -> typical wrong solutions, as changes of index.html
+    1: [Wrong("this.cells = content.cells.map(model", "this.cells = content.cells.filter(model =>\n"
+              "      model.cell_type === 'code').map(model", "data-id, data-type and text"),
+        Wrong(r"path: decoded(PATH).replace(/\/$/, '')", "path: PATH", "data-id, data-type and text"),
+        Wrong("this.node.dataset.id = id;", "", "data-id, data-type and text")],
+    2: [Wrong("const pieces = text.replace(", "const pieces = text.replace(/<[^>]*>/g, '').replace(",
+              "of a stream and of a result"),
+        Wrong("this.outputs.show(this.model.outputs ?? []);\n    tell('drawn', this);", "",
+              "of a stream and of a result"),
+        Wrong(r".split(/\x1b\[([\d;:]*)m/)", ".split(/(?!)/)", "without escape sequences")],
+    3: [Wrong("await api.openSession({ path, name", "await api.openSession({ path: path + uuid(), name",
+              "The paths of the server's sessions"),
+        Wrong("this.askKernelInfo();\n    this.watchStart(this.kernel);", "",
+              "Wanted: idle. Got: starting"),
+        Wrong("this.session = session;\n    this.kernel = new", "this.session = session;\n"
+              "    addEventListener('pagehide', () => fetch(`${BASE}api/sessions/${session.id}`,\n"
+              "      { method: 'DELETE', keepalive: true }));\n    this.kernel = new",
+              "when the page was loaded again|after a reload")],
+    4: [Wrong("execute_result(content) { this.outputs.execute_result(content); }",
+              "execute_result() {}", r"\('42', 'idle'\). Got: \('', 'idle'\)"),
+        Wrong("this.prompt.textContent = `[${", "this.prompt.title = `[${", "numbers in .prompt"),
+        Wrong("'Shift-Enter', nb", "'Shift-F9', nb", "of a cell that ran"),
+        Wrong("if (this.reply === null || this.idleAt === null || this.isSettled) return;",
+              "if (this.reply === null || this.idleAt !== null || this.isSettled) return;",
+              r"'idle'\). Got: \('', 'running'\)")],
+    5: [Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
+              "const request = [...this.requests.values()].at(-1);",
+              "data-state of three cells|text in each"),
+        Wrong("for (const cell of code) if (!cell.isPending) cell.setState('queued');",
+              "for (const cell of code) cell.setState('running');", "data-state of three cells"),
+        Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
+              "const request = this.requests.get(message.parent_header?.msg_id)\n"
+              "      ?? this.executions.at(-1);", "another client has printed")],
+    6: [Wrong("requestAnimationFrame(drawChanged);\n  changedOutputs.add",
+              "setTimeout(drawChanged, 3000);\n  changedOutputs.add", "shows while it runs on"),
+        Wrong("stream(content) { this.outputs.stream(content); }",
+              "stream(content) { if (content.name === 'stdout') this.outputs.stream(content); }",
+              r"shows while it runs on.*Got: \('one', 'running'\)"),
+        Wrong("this.cell.outputs.clear();\n    this.cell.setCount(null);", "",
+              r"ran \"print\('new'\)\".*89\\nnew")],
+    7: [Wrong("this.hasFailed ? 'error' : 'idle';", "'idle';",
+              r"of a cell that failed.*Got: \['idle', 'idle'\]"),
+        Wrong("const { status, execution_count } = this.reply;",
+              "const { status, execution_count } = this.reply;\n"
+              "    if (status === 'aborted') return;", r"behind it.*Got: \['error', '(queued|running)'\]"),
+        Wrong("error(content) { this.outputs.error(content); }", "error() {}", "name its error")],
+    8: [Wrong("addRenderer(20,", "addRenderer(200,", "text/html and text/plain"),
+        Wrong("`data:${mime};base64,$", "`data:${mime},$", "The width of the <img>"),
+        Wrong(r"addRenderer(51, /^image\//", r"addRenderer(151, /^image\//",
+              "The width of the <img>")],
+    9: [Wrong("execute_reply input_request input_reply", "execute_reply input_reply",
+              "How many <input>"),
+        Wrong("type: isSecret ? 'password' : 'text'", "type: 'text'", "The type of the <input>"),
+        Wrong("kernel.send('stdin', 'input_reply'", "kernel.send('shell', 'input_reply'",
+              "when its question was answered")],
+    10: [Wrong("() => api.interrupt(kernel.id)", "() => null",
+               "data-state of the interrupted cell"),
+         Wrong("await api.restart(this.kernel.id);", "",
+               "Are the variables of before gone|data-state after a restart"),
+         Wrong("request('POST', `api/kernels/${id}/interrupt`)",
+               "request('POST', `api/kernels/${id}/restart`)",
+               "interrupted cell|of a cell that ran 'x'")],
+    11: [Wrong("if (this.isSaved) this.isSaved = false;", "", "when a cell was edited"),
+         Wrong("this.outputs.toJSON();\n    return this.model;",
+               "return this.type === 'code' ? { ...this.model, outputs: [] } : this.model;",
+               "The outputs on disk"),
+         Wrong("return { ...this.content, cells:", "return { nbformat: 4, nbformat_minor: 5,\n"
+               "      metadata: {}, cells:", "Metadata that the page does not know")],
+    12: [Wrong("headers: hash ? { 'If-Match': `\"${hash}\"` } : {} }", "headers: {} }",
+               "The sources on disk, after Ctrl.S"),
+         Wrong("else setTimeout(() => this.resolveConflict());",
+               "else setTimeout(() => this.save({ force: true }));",
+               "changed|after a conflict|and on disk"),
+         Wrong("failed(error, byItself) {", "failed() {\n    return;",
+               "say that the file has changed"),
+         Wrong("this.failed(error, byItself);\n      return false;",
+               "this.isSaved = true;\n      return notify('The file has changed.');",
+               "after a conflict")],
+    13: [Wrong("notify(['The kernel died and was started again;", "notify(['A new kernel is there;",
+               "say that the kernel died"),
+         Wrong("this.heardRestart?.();", "this.kernel.close();", "when the next process is there"),
+         Wrong("if (execution_state === 'restarting') this.begunAnew(reason);", "",
+               "say that the kernel died")],
+}
+
+WRONG.update({("server", number): rows for number, rows in SERVER_WRONG.items()})
+WRONG.update({("page", number): rows for number, rows in PAGE_WRONG.items()})
+
+TRACKS = {"kernel": KERNEL_STAGES, "server": SERVER_STAGES, "page": PAGE_STAGES}
 
 PATIENCE = 5   # seconds that a check waits for what must come, once the program listens
 PASSED, FAILED, EXCUSED = "passed", "failed", "does not apply"
@@ -22004,7 +22806,27 @@ def point_at_kernel(command, options):
     return {"argv": command, "cwd": os.getcwd(), "patience": options.patience}
 
 
-POINTERS = {"kernel": point_at_kernel}   # track -> function of (command, options): attributes
+def point_at_server(command, options):
+    """The same of a server: the port, the token and the folder that it is given are filled in, and
+    are the variables PORT, TOKEN and FOLDER, too."""
+    def program(folder, port, token):
+        values = {"{port}": port, "{token}": token, "{folder}": folder}
+        return [re.sub(r"\{\w+\}", lambda found: str(values.get(found[0], found[0])), word)
+                for word in command]
+
+    return {"options": {"program": program, "cwd": os.getcwd()}, "patience": options.patience}
+
+
+def point_at_page(command, options):
+    """The same of a page: its HTML file is served by our server."""
+    place = tempfile.TemporaryDirectory(prefix="minijupyter-stage-")
+    page = Path(command[0]).read_text("utf-8")
+    program = server_alone(place.name, SERVER_SOURCE, page, KERNEL_SOURCE)
+    return {"options": {"program": program}, "place": place, "patience": options.patience}
+
+
+# track -> function of (command, options): attributes
+POINTERS = {"kernel": point_at_kernel, "server": point_at_server, "page": point_at_page}
 
 
 def run_stage(track, number, command, patience=PATIENCE):
