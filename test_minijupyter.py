@@ -1894,17 +1894,18 @@ WORDS = {   # what a test asks for -> what the code must do
     "set": "remember {text} in a variable",
     "get": "print that variable and a line end",
     "stderr": "print {text} and a line end on stderr",
-    "pause": "do nothing for one second",
+    "pause": "do nothing for half a second",
     "endless": "run for ever, until it is interrupted",
     "ask": "ask the question {text} with input(), and print the answer",
     "password": "ask {text} with getpass(), and print the answer",
-    "large": "print 500,000 times the letter x, and a line end",
+    "large": "print 100,000 times the letter x, and a line end",
     "rich": "have a value that is <b>rich</b> in text/html and has a text/plain as well",
     "display": "display the MIME bundle {'text/plain': '{text}'}",
     "update": "display anything as `spot` (its display_id), then change it to {text}",
     "clear": "clear the output, with wait=True",
     "expression": "be an expression whose value is 42",
     "latest": "have the latest value, Python's _, as its value",
+    "numbered": "have the value of cell {text}, Python's Out[{text}], as its value",
     "complete": "be a whole cell",
     "incomplete": "be the beginning of a cell",
     "invalid": "be a cell that cannot become right",
@@ -1918,15 +1919,16 @@ SNIPPETS = {   # language, as language_info names it in small letters -> word ->
         "quiet": "pass", "print": "print('{text}')", "value": "6 * 7", "error": "1/0",
         "set": "kept = '{text}'", "get": "print(kept)",
         "stderr": "import sys; print('{text}', file=sys.stderr)",
-        "pause": "import time; time.sleep(1)", "endless": "while True: pass",
+        "pause": "import time; time.sleep(0.5)", "endless": "while True: pass",
         "ask": "print(input('{text}'))",
         "password": "import getpass; print(getpass.getpass('{text}'))",
-        "large": "print('x' * 500_000)",
+        "large": "print('x' * 100_000)",
         "rich": "class Rich:\n    def _repr_html_(self): return '<b>rich</b>'\nRich()",
         "display": "display({'text/plain': '{text}'}, raw=True)",
         "update": "handle = display({'text/plain': 'old'}, raw=True, display_id='spot')\n"
                   "handle.update({'text/plain': '{text}'}, raw=True)",
         "clear": "display('new', clear=True)", "expression": "6 * 7", "latest": "_",
+        "numbered": "Out[{text}]",
         "complete": "x = 1", "incomplete": "for i in [1]:", "invalid": "x = = 1",
         "before": "'☃𝄞'; ", "begun": "prin", "completed": "print",
         "comm": "import comm\ndef opened(new, message):\n"
@@ -1935,31 +1937,35 @@ SNIPPETS = {   # language, as language_info names it in small letters -> word ->
     },
     "bash": {
         "quiet": ":", "print": "echo '{text}'", "error": "false", "set": "kept='{text}'",
-        "get": "echo \"$kept\"", "stderr": "echo '{text}' >&2", "pause": "sleep 1",
+        "get": "echo \"$kept\"", "stderr": "echo '{text}' >&2", "pause": "sleep 0.5",
         "endless": "while true; do sleep 0.1; done",
-        "large": "printf 'x%.0s' {1..500000}; echo", "before": "echo '☃𝄞'; ",
+        "large": "head -c 100000 /dev/zero | tr '\\0' x; echo", "before": "echo '☃𝄞'; ",
         "begun": "ech", "completed": "echo",
     },
     "javascript": {
         "quiet": "undefined", "print": "console.log('{text}')", "value": "6 * 7",
         "error": "throw new TypeError('wrong')", "set": "globalThis.kept = '{text}'; undefined",
         "get": "console.log(globalThis.kept)", "stderr": "console.error('{text}')",
-        "pause": "await new Promise(done => setTimeout(done, 1000))", "endless": "for (;;) {}",
-        "ask": "console.log(prompt('{text}'))", "large": "console.log('x'.repeat(500000))",
+        "pause": "await new Promise(done => setTimeout(done, 500))", "endless": "for (;;) {}",
+        "ask": "console.log(prompt('{text}'))", "large": "console.log('x'.repeat(100000))",
         "expression": "6 * 7", "complete": "x = 1", "incomplete": "for (;;) {",
         "invalid": "x = = 1", "before": "'☃𝄞'; ", "begun": "consol", "completed": "console",
     },
     "r": {
         "quiet": "invisible(1)", "print": "cat('{text}\\n')", "value": "6 * 7",
         "error": "stop('wrong')", "set": "kept <- '{text}'", "get": "cat(kept, '\\n')",
-        "stderr": "message('{text}')", "pause": "Sys.sleep(1)", "endless": "repeat {}",
-        "ask": "cat(readline('{text}'), '\\n')", "large": "cat(strrep('x', 500000), '\\n')",
+        "stderr": "message('{text}')", "pause": "Sys.sleep(0.5)", "endless": "repeat {}",
+        "ask": "cat(readline('{text}'), '\\n')", "large": "cat(strrep('x', 100000), '\\n')",
         "expression": "6 * 7", "complete": "x <- 1", "incomplete": "for (i in 1) {",
         "invalid": "x = = 1", "before": "'☃𝄞'; ", "begun": "prin", "completed": "print",
     },
 }
 SNIPPETS["typescript"] = SNIPPETS["javascript"]
 HEADER = ("msg_id", "msg_type", "session", "username", "date", "version")
+
+
+class Ended(AssertionError):
+    """The program under test has ended, though a message of it is waited for."""
 
 
 class Listener(Frontend):
@@ -2003,8 +2009,7 @@ class Listener(Frontend):
 
     def assert_alive(self):
         if self.process.popen.poll() is not None:
-            raise AssertionError(f"The program has ended, with exit code "
-                                 f"{self.process.popen.returncode}. {last_words(self.process)}")
+            raise Ended(how_it_ended(self.process))
 
     def file(self, channel, message):
         self.heard.append((channel, message))
@@ -2020,16 +2025,20 @@ class Listener(Frontend):
     def account(self, answer):
         """What has come since the request was sent, in words."""
         msg_id = answer.request["header"]["msg_id"]
-        lost = [f"{word(message)} on {channel}, parent_header {message['parent_header']}"
-                for channel, message in self.heard[answer.since:]
-                if message["parent_header"].get("msg_id") not in self.answers]
         lines = [f"on iopub, with this request as the parent: {answer.story or 'nothing'}",
                  *(f"on {channel}: {message['header']['msg_type']}"
                    for channel, message in self.replies(answer)),
-                 *(f"not for any request of ours: {each}" for each in lost[:5])]
+                 *["on stdin: input_request"] * len(answer.questions)]
         if not self.replies(answer):
             lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}")
-        return "\n     ".join(lines)
+        return "\n     ".join(lines) + self.lost(answer)
+
+    def lost(self, answer):
+        """The messages since then that belong to no request, in words; empty when all do."""
+        lost = [f"{word(message)} on {channel}, parent_header {message['parent_header']}"
+                for channel, message in self.heard[answer.since:]
+                if message["parent_header"].get("msg_id") not in self.answers]
+        return "".join(f"\n     not for any request of ours: {each}" for each in lost[:5])
 
     def expect(self, condition, wanted, answer, patience=None):
         """Take messages until condition() holds, or say what was wanted and what came."""
@@ -2039,6 +2048,9 @@ class Listener(Frontend):
         except TimeoutError:
             raise AssertionError(f"Wanted within {patience:g} s: {wanted}.\n"
                                  f"Got: {self.account(answer)}") from None
+        except Ended as problem:
+            raise AssertionError(f"Wanted: {wanted}.\nGot: {self.account(answer)}\n{problem}"
+                                 ) from None
 
     def done(self, answer):
         """The answer, when its one reply and idle have come."""
@@ -2069,6 +2081,11 @@ class Listener(Frontend):
     @property
     def is_at_rest(self):
         return all(answer.is_idle for answer in self.answers.values())
+
+
+def how_it_ended(process):
+    code = process.popen.returncode
+    return f"The program has ended, with exit code {code}. {last_words(process)}"
 
 
 def last_words(process):
@@ -2141,8 +2158,7 @@ class KernelInAnyLanguage(Case):
         deadline = time.monotonic() + patience
         while not is_listening(own.connection, channel):
             if own.process.popen.poll() is not None:
-                self.fail("The program has ended, with exit code "
-                          f"{own.process.popen.returncode}. {last_words(own.process)}")
+                raise Ended(how_it_ended(own.process))
             if time.monotonic() > deadline:
                 name = kernel.port_name(channel)
                 self.fail(f"Wanted within {patience:g} s: somebody who listens at {address}, the "
@@ -2170,13 +2186,15 @@ class KernelInAnyLanguage(Case):
         return self.shared_frontend
 
     def ping(self, text):
-        """What the heartbeat answers to `text`, as a list of parts; None when nothing came."""
+        """What the heartbeat answers to `text`, as a list of parts."""
         with zmq.Context() as context, context.socket(zmq.REQ) as heartbeat:
             heartbeat.linger = 0
             heartbeat.connect(minijupyter.endpoint(self.program.connection, "hb"))
             heartbeat.send(text)
-            ready = heartbeat.poll(self.patience * 1000)
-            return heartbeat.recv_multipart() if ready else None
+            if not heartbeat.poll(self.patience * 1000):
+                self.fail(f"Wanted on hb_port within {self.patience:g} s: the bytes that were sent,"
+                          f" {text}\nGot: nothing")
+            return heartbeat.recv_multipart()
 
     # -- cells --
 
@@ -2208,7 +2226,9 @@ class KernelInAnyLanguage(Case):
             self.fail(f"Wanted {what}: {wanted}\nGot: {got}")
 
     def story(self, answer, wanted):
-        self.same("on iopub, with this request as the parent", wanted, answer.story)
+        if answer.story != wanted:
+            self.fail(f"Wanted on iopub, with this request as the parent: {wanted}\n"
+                      f"Got: {answer.story}{self.frontend.lost(answer)}")
 
     def fields(self, where, content, **kinds):
         """Each field is there and of its kind."""
@@ -2218,6 +2238,8 @@ class KernelInAnyLanguage(Case):
                           f"{content.get(name, 'no such field')!r} in {content}")
 
     def printed(self, answer, wanted, name="stdout"):
+        for content in answer.of("stream"):
+            self.fields("the content of stream", content, name=str, text=str)
         self.same(f"as the text of {name}", wanted, answer.text(name).strip())
 
     def answered(self, answer, wanted="ok"):
@@ -2240,6 +2262,7 @@ class KernelInAnyLanguage(Case):
         frontend.expect(lambda: answer.reply, "a signed kernel_info_reply on shell, sent to the "
                         "identities that the request came with, and with its header as "
                         "parent_header", answer)
+        self.same("as the socket of the reply", "shell", frontend.replies(answer)[0][0])
         self.same("as msg_type", "kernel_info_reply", answer.reply["header"]["msg_type"])
         self.fields("the header", answer.reply["header"], **dict.fromkeys(HEADER, str))
         content = answer.reply["content"]
@@ -2346,35 +2369,34 @@ class KernelInAnyLanguage(Case):
         self.same("as execution_count after a cell with store_history false", before + 1,
                   self.cell("quiet").count)
 
-    def test_stdout_and_stderr_are_told_apart_and_keep_their_order(self):
+    def test_stdout_and_stderr_are_told_apart(self):
         code = self.lines("print one", "stderr two", "print three")
         cell = self.frontend.done(self.frontend.start(code))
         self.printed(cell, "two", "stderr")
-        self.same("on iopub, in this order", ["one", "two", "three"],
-                  "".join(content["text"] for content in cell.of("stream")).split())
+        self.printed(cell, "one\nthree")
 
     def test_what_is_printed_comes_while_the_cell_runs(self):
-        code = self.lines("print early", "pause", "print late")
+        code = self.lines("pause", "print early", "pause", "print late")
         cell = self.frontend.start(code)
         self.frontend.expect(lambda: "early" in cell.text(), "stream with `early`", cell)
         if "late" in cell.text() or cell.reply:
-            self.fail("Wanted: the first line while the cell pauses for a second.\n"
+            self.fail("Wanted: a line while the cell pauses after it.\n"
                       f"Got: it came with the rest, at the end: {cell.text()!r}")
         self.printed(self.frontend.done(cell), "early\nlate")
 
     def test_long_texts_and_all_characters_arrive_whole(self):
         self.printed(self.cell("print", "naïve ☃ 𝄞"), "naïve ☃ 𝄞")
         size = len(self.cell("large").text().strip())
-        self.same("as the number of characters printed", 500_000, size)
+        self.same("as the number of characters printed", 100_000, size)
 
     def test_control_and_heartbeat_answer_while_a_cell_runs(self):
-        cell = self.frontend.start(self.lines("print running", "pause"))
+        cell = self.frontend.start(self.lines("print running", "pause", "pause"))
         self.frontend.expect(lambda: cell.text(), "stream with `running`", cell)
         self.same("from the heartbeat while a cell runs", [b"ping"], self.ping(b"ping"))
         answer = self.frontend.ask("kernel_info_request", "control")
         self.frontend.expect(lambda: answer.reply, "kernel_info_reply on control", answer)
         if cell.reply:
-            self.fail("Wanted: heartbeat and control answer while a cell pauses for a second.\n"
+            self.fail("Wanted: heartbeat and control answer while a cell runs.\n"
                       "Got: an answer only when the cell had ended.")
         self.frontend.done(answer)
         self.frontend.done(cell)
@@ -2390,11 +2412,11 @@ class KernelInAnyLanguage(Case):
             client.done(client.ask("kernel_info_request"))
         for client, other in ((one, cells[1][1]), (two, cells[0][1])):
             msg_id = other.request["header"]["msg_id"]
-            heard = [(channel, word(message)) for channel, message in client.heard
+            heard = [f"{word(message)} on {channel}" for channel, message in client.heard
                      if message["parent_header"].get("msg_id") == msg_id]
-            self.same("for a client, of the cell of another",
-                      [("iopub", name) for name in ("busy", "execute_input", "stream", "idle")],
-                      heard)
+            self.same("for a client, of the cell of another", [
+                f"{name} on iopub" for name in ("busy", "execute_input", "stream", "idle")],
+                merged(heard))
 
     def test_cells_that_wait_are_aborted_after_an_error(self):
         cells = [self.frontend.start(code) for code in (
@@ -2507,15 +2529,17 @@ class KernelInAnyLanguage(Case):
         wish = {"good": self.code("expression"), "bad": self.code("invalid")}
         reply = self.cell("quiet", user_expressions=wish).reply["content"]
         self.fields("execute_reply", reply, user_expressions=dict)
+        self.fields("user_expressions", reply["user_expressions"], good=dict, bad=dict)
         self.same("as the status of each user expression", {"good": "ok", "bad": "error"},
                   {name: each["status"] for name, each in reply["user_expressions"].items()})
         data = reply["user_expressions"]["good"].get("data", {})
         self.same("as text/plain of a user expression", "42", data.get("text/plain"))
 
-    def test_the_latest_value_has_a_name(self):
-        self.cell("value")
+    def test_the_latest_values_have_names(self):
+        count = self.cell("value").count
         self.cell("quiet")
         self.same("as the value that was the latest", "42", self.cell("latest").result)
+        self.same(f"as the value of cell {count}", "42", self.cell("numbered", str(count)).result)
 
     def test_is_complete_tells_a_whole_cell_from_a_begun_one(self):
         words = ("complete", "incomplete", "invalid")
@@ -2550,6 +2574,7 @@ class KernelInAnyLanguage(Case):
                 self.fields("the data of inspect_reply", content["data"], **{"text/plain": str})
 
     def test_history_tells_the_latest_cells(self):
+        self.cell("quiet")
         code = self.code("set", "in history")
         count = self.cell("set", "in history").count
         content = self.frontend.done(self.frontend.ask(
@@ -2675,8 +2700,8 @@ class KernelInAnyLanguage(Case):
         self.frontend.done(beside)
         self.printed(beside, "beside")
         if cell.reply:
-            self.fail("Wanted: a subshell's cell runs while the main shell pauses for a second.\n"
-                      "Got: it ran when the other had ended.")
+            self.fail("Wanted: a subshell's cell runs while one of the main shell pauses.\n"
+                      "Got: it ran when that had ended.")
         self.frontend.done(cell)
         self.subshells("delete", subshell_id=new)
         self.same("as subshell_id of list_subshell_reply, after it was deleted", [],
@@ -21895,6 +21920,8 @@ def dependencies(text):
 #
 #     track     COMMAND has                            the test classes are told it by
 #     kernel    {connection_file}                      point_at_kernel
+#     server    {port}, {token} and {folder}           point_at_server
+#     page      nothing: it is an HTML file            point_at_page
 #
 # To add a stage, write a test that uses only what a user of the program could, add a row with its
 # name below, and at least three rows to WRONG: typical wrong solutions, which it must reject.
@@ -21919,8 +21946,364 @@ class Wrong(typing.NamedTuple):
     says: str   # a regular expression that the stage's verdict must contain
 
 
-WRONG = {}   # (track, number) -> [Wrong]
-KERNEL_STAGES = []
+# -- The track "kernel": COMMAND gets {connection_file} --
+
+KERNEL_STAGES = [
+    Stage("Connection file and heartbeat",
+          "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
+          "a key. Bind a ZeroMQ socket (REP will do) at tcp://ip:hb_port, and send back each "
+          "message as it came, for ever.",
+          "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
+          "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
+          "The port is a number in the file, not one of your choice; the kernel binds, and clients "
+          "connect; an echo is the same bytes, not the word pong.",
+          ("KernelInAnyLanguage.test_the_heartbeat_echoes_what_it_gets",)),
+    Stage("A signed kernel_info",
+          "Bind a ROUTER at shell_port, and answer kernel_info_request. A message has the parts "
+          "[identities …, <IDS|MSG>, signature, header, parent_header, metadata, content]. The "
+          "signature is the hex HMAC-SHA256, with the key, of the last four one after the other. "
+          "The reply begins with the identities that the request came with, and its parent_header "
+          "is the request's header. Bind iopub_port, too (PUB).",
+          "kernel.py 1, `Session.pack`; kernel.py 4, `kernel_info_request`",
+          "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
+          "The JSON is signed in one spelling and sent in another; the identities are lost, so "
+          "that ROUTER does not know where to send it; parent_header is left empty; the reply "
+          "leaves on another socket than the one that the request came on.",
+          ("KernelInAnyLanguage.test_kernel_info_is_answered_with_a_signature",)),
+    Stage("Busy and idle, with the right parent",
+          "Before you handle a request, publish `status` with execution_state busy on iopub; when "
+          "its reply has been sent, publish idle. Both have the request's header as parent_header: "
+          "by it a client knows what has ended.",
+          "kernel.py 4, `Kernel.answer`",
+          "Messaging in Jupyter, “Kernel status”",
+          "parent_header is left empty; idle without busy; no idle after an error of your own "
+          "(`finally` helps); iopub is signed like every other message, and that is forgotten.",
+          ("KernelInAnyLanguage.test_busy_and_idle_bracket_a_request_and_have_it_as_their_parent",)),
+    Stage("A cell",
+          "Answer execute_request. Count the cell, publish `execute_input` with its code and "
+          "execution_count, run the code, and reply with status ok and the same execution_count.",
+          "kernel.py 4, `execute_request`",
+          "Messaging in Jupyter, “Execute”, “Code inputs”",
+          "execute_input is left out, or comes before busy; the reply has no execution_count.",
+          ("KernelInAnyLanguage.test_a_cell_is_announced_and_answered",)),
+    Stage("Print",
+          "Catch what the code prints, and publish it as `stream`: name stdout, text the text, the "
+          "cell's header as parent. All of it comes before idle.",
+          "kernel.py 2, `Stream`",
+          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
+          "idle is published before the last output; parent_header is that of an earlier cell, or "
+          "empty; the field is called text, not data.",
+          ("KernelInAnyLanguage.test_what_is_printed_comes_as_stream_before_idle",)),
+    Stage("A result",
+          "If the last expression of a cell has a value, publish execute_result: data, a dict of "
+          "MIME types with text/plain in it, metadata, a dict, and execution_count. A cell without "
+          "a value has none.",
+          "kernel.py 3, `Display.result`",
+          "Messaging in Jupyter, “Execution results”",
+          "text/plain is missing, or not a string; the value comes as display_data, or in the "
+          "reply alone; None is shown.",
+          ("KernelInAnyLanguage.test_the_value_of_a_cell_is_its_result",)),
+    Stage("Errors",
+          "If the code fails, publish `error` with ename, evalue and traceback, a list of lines, "
+          "and reply with status error and the same three fields. The kernel lives on. From here "
+          "on `jupyter console` works with your kernel.",
+          "kernel.py 3, `Interpreter.fail`",
+          "Messaging in Jupyter, “Execution errors”",
+          "traceback is one string; the error is told in the reply only, so that nobody sees it, "
+          "or on iopub only, so that clients take the cell for a success; `exit()` in a cell ends "
+          "the kernel.",
+          ("KernelInAnyLanguage.test_an_error_is_told_on_iopub_and_in_the_reply",)),
+    Stage("Shutdown and restart",
+          "Bind control_port, a ROUTER like shell. Answer shutdown_request there: reply with the "
+          "`restart` that was asked for, and end the process. Who asked for a restart starts a new "
+          "one.",
+          "kernel.py 4, `shutdown_request`",
+          "Messaging in Jupyter, “Kernel shutdown”",
+          "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
+          "alive; `restart` is lost, and the client believes that you are gone for good.",
+          ("KernelInAnyLanguage.test_a_shutdown_request_is_answered_and_ends_the_process",)),
+    Stage("Names live on",
+          "All cells run in one namespace, which lives as long as the process.",
+          "kernel.py 3, `Interpreter.run_source`",
+          "Messaging in Jupyter, “Execute”",
+          "Each cell gets a namespace of its own; globals and locals are two dicts, so that an "
+          "assignment is lost.",
+          ("KernelInAnyLanguage.test_names_live_from_cell_to_cell",)),
+    Stage("The counter",
+          "The counter goes up by one with each cell, also with one that fails. execute_input, "
+          "execute_result and the reply of a cell say the same number.",
+          "kernel.py 4, `execute_request`",
+          "Messaging in Jupyter, “Execution counter (prompt number)”",
+          "It is counted after the cell, so that input and reply differ; a cell that fails is not "
+          "counted.",
+          ("KernelInAnyLanguage.test_the_count_goes_up_by_one_with_each_cell",)),
+    Stage("Silent cells",
+          "A request with silent true is run, but not announced (no execute_input), shows no "
+          "result, and is not counted. Frontends ask in this way what the person need not know.",
+          "kernel.py 4, `execute_request`",
+          "Messaging in Jupyter, “Execute”: silent",
+          "The counter goes up; execute_input is published; the code is not run at all.",
+          ("KernelInAnyLanguage.test_a_silent_cell_is_not_announced_nor_counted",)),
+    Stage("Cells that are not stored",
+          "A request with store_history false runs like any other, and is announced, but the "
+          "counter stays.",
+          "kernel.py 4, `execute_request`",
+          "Messaging in Jupyter, “Execute”: store_history",
+          "It is taken for silent; its default, which is true, is forgotten.",
+          ("KernelInAnyLanguage.test_a_cell_that_is_not_stored_is_not_counted",)),
+    Stage("stdout and stderr",
+          "What is printed on stderr is a `stream` of the name stderr. Each keeps its order.",
+          "kernel.py 2, `scope_of`",
+          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
+          "Both come as stdout; stderr goes to the terminal that started the kernel; the name is "
+          "err.",
+          ("KernelInAnyLanguage.test_stdout_and_stderr_are_told_apart",)),
+    Stage("Output in time",
+          "What is printed is published while the cell runs, within a fraction of a second: people "
+          "watch progress. Do not publish each character for itself either.",
+          "kernel.py 2, `Outbox.patience`",
+          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
+          "Output is kept until the cell has ended, or until a buffer is full; nobody flushes "
+          "while the code sleeps.",
+          ("KernelInAnyLanguage.test_what_is_printed_comes_while_the_cell_runs",)),
+    Stage("Long texts and all characters",
+          "Output of any length arrives whole, and each character as itself: JSON is UTF-8.",
+          "kernel.py 2, `Outbox.streams`; kernel.py 1, `to_json`",
+          "Messaging in Jupyter, “The wire protocol”; RFC 8259 8.1",
+          "Bytes are cut in the middle of a character; a text is read as Latin-1; what does not "
+          "fit into a buffer is dropped.",
+          ("KernelInAnyLanguage.test_long_texts_and_all_characters_arrive_whole",)),
+    Stage("Control and heartbeat while a cell runs",
+          "Answer heartbeat and control while a cell computes: clients take a kernel whose heart "
+          "does not beat for dead. Each needs a thread, or a process, or the cells do. (A ZeroMQ "
+          "socket belongs to one thread.)",
+          "kernel.py 4, `Kernel.serve`",
+          "Messaging in Jupyter, “Introduction”: control, heartbeat",
+          "One loop does all and runs the cell, too; the heartbeat needs the interpreter's lock; a "
+          "reply to control leaves on shell.",
+          ("KernelInAnyLanguage.test_control_and_heartbeat_answer_while_a_cell_runs",)),
+    Stage("Two clients at once",
+          "Several clients may be connected. A reply goes to the one who asked, by the identities "
+          "of the request; what is on iopub, to all.",
+          "kernel.py 4, `Kernel.reply`",
+          "Messaging in Jupyter, “Introduction”",
+          "The identities of the first or latest client are used for all; the header's session is "
+          "taken for the identity; replies are published on iopub.",
+          ("KernelInAnyLanguage.test_two_clients_get_their_own_replies_and_hear_everything",)),
+    Stage("Aborted cells",
+          "When a cell fails, the cells that wait are not run: each gets busy, a reply with status "
+          "aborted, idle. What is sent after that runs.",
+          "kernel.py 4, `Cells.before_error`",
+          "Messaging in Jupyter, “Execute”: stop_on_error",
+          "They run; they get no reply, so that the client waits for ever; the kernel goes on to "
+          "abort what comes later; status is error.",
+          ("KernelInAnyLanguage.test_cells_that_wait_are_aborted_after_an_error",)),
+    Stage("stop_on_error false",
+          "A request may say stop_on_error false: if it fails, those that wait are run. Its "
+          "default is true.",
+          "kernel.py 4, `Cells.before_error`",
+          "Messaging in Jupyter, “Execute”: stop_on_error",
+          "The field is not read, or its default is wrong; the cells that wait are forgotten.",
+          ("KernelInAnyLanguage.test_with_stop_on_error_false_the_queue_goes_on",)),
+    Stage("input()",
+          "Bind stdin_port, a ROUTER. When code asks for a line, send input_request there, with "
+          "prompt and password, to the identities of the cell's request and with its header as "
+          "parent. Wait for input_reply; its value is the answer.",
+          "kernel.py 4, `Kernel.ask`",
+          "Messaging in Jupyter, “Messages on the stdin (ROUTER/DEALER) channel”",
+          "The question goes out on shell, or to every client; the code reads the terminal; the "
+          "reply to the cell is sent while it waits.",
+          ("KernelInAnyLanguage.test_a_cell_asks_the_client_that_sent_it",)),
+    Stage("A client that cannot answer",
+          "With allow_stdin false nobody will answer: input() fails at once.",
+          "kernel.py 4, `Kernel.ask`",
+          "Messaging in Jupyter, “Execute”: allow_stdin",
+          "The client is asked, and the cell waits for ever; the answer is taken to be empty.",
+          ("KernelInAnyLanguage.test_a_client_that_cannot_answer_is_not_asked",)),
+    Stage("Passwords",
+          "A question for a password says password true, so that the frontend hides what is typed.",
+          "kernel.py 24, `patch_getpass`",
+          "Messaging in Jupyter, “Messages on the stdin (ROUTER/DEALER) channel”: password",
+          "password is false, and everybody reads along; getpass reads the terminal; the prompt is "
+          "lost.",
+          ("KernelInAnyLanguage.test_a_password_is_asked_for_as_such",)),
+    Stage("Interrupt by signal",
+          "A SIGINT ends the cell that runs: with an error, a reply and idle. Kernel and names "
+          "live on.",
+          "kernel.py 4, `Kernel.interrupt`",
+          "Messaging in Jupyter, “Kernel interrupt”",
+          "The process dies; the signal is ignored; it ends a thread of yours instead of the cell; "
+          "the status of the reply is none of ok, error, aborted.",
+          ("KernelInAnyLanguage.test_a_sigint_ends_the_cell_and_not_the_kernel",)),
+    Stage("Interrupts at rest",
+          "A SIGINT that comes while no cell runs does nothing, to the next cell neither: people "
+          "press the button once more.",
+          "kernel.py 4, `Kernel.interrupt`",
+          "Messaging in Jupyter, “Kernel interrupt”",
+          "The default handler ends the process, or your loop; the interrupt is remembered, and "
+          "ends the next cell.",
+          ("KernelInAnyLanguage.test_a_sigint_does_nothing_to_an_idle_kernel",)),
+    Stage("Interrupt by message",
+          "Answer interrupt_request on control, while the cell runs, with the same effect: for "
+          "systems without signals, and kernels far away.",
+          "kernel.py 4, `interrupt_request`",
+          "Messaging in Jupyter, “Kernel interrupt”",
+          "It queues behind the cell that it shall end; it gets no reply.",
+          ("KernelInAnyLanguage.test_an_interrupt_request_ends_the_cell_and_is_answered",)),
+    Stage("A value in many forms",
+          "A value may have richer forms, in Python by a method `_repr_html_`. The result's data "
+          "has them all, each under its MIME type; the frontend chooses. text/plain is always "
+          "there.",
+          "kernel.py 3, `mime_bundle`",
+          "Messaging in Jupyter, “Display data”, “Execution results”",
+          "Only one form is sent; text/plain is left out when there is a better one; html is no "
+          "MIME type.",
+          ("KernelInAnyLanguage.test_a_value_comes_in_every_form_it_has",)),
+    Stage("display()",
+          "Code may show something at any moment: display_data has data and metadata like a "
+          "result, but no count. It comes in its turn among what is printed.",
+          "kernel.py 3, `Display.publish_display_data`",
+          "Messaging in Jupyter, “Display data”",
+          "It overtakes what was printed before it; it comes as execute_result; metadata is "
+          "missing.",
+          ("KernelInAnyLanguage.test_what_is_displayed_comes_in_its_turn",)),
+    Stage("Updates of a display",
+          "A display may have a display_id in `transient`. update_display_data with the same id "
+          "replaces it, wherever it is shown.",
+          "kernel.py 3, `DisplayHandle.update`",
+          "Messaging in Jupyter, “Update display data”",
+          "The update is one more display_data; display_id stands in metadata, which is saved with "
+          "the notebook, or nowhere.",
+          ("KernelInAnyLanguage.test_a_display_can_be_changed_later",)),
+    Stage("clear_output",
+          "clear_output empties the output of the cell; with wait true, when the next output "
+          "comes.",
+          "kernel.py 3, `Display.clear_output`",
+          "Messaging in Jupyter, “Clear output”",
+          "wait is lost, and the output flickers.",
+          ("KernelInAnyLanguage.test_output_can_be_cleared",)),
+    Stage("User expressions",
+          "After the cell, evaluate user_expressions, and put into the reply for each name either "
+          "status ok with data and metadata, or status error with ename, evalue and traceback. One "
+          "that fails does not fail the cell.",
+          "kernel.py 3, `Interpreter.evaluate`",
+          "Messaging in Jupyter, “Execute”: user_expressions",
+          "The values are bare strings; the first bad expression fails the cell; the field is "
+          "missing.",
+          ("KernelInAnyLanguage.test_user_expressions_are_evaluated_after_the_cell",)),
+    Stage("The latest values",
+          "Remember the values of cells: in Python the latest is `_`, and that of cell 3 Out[3]. A "
+          "cell without a value leaves `_` as it is.",
+          "kernel.py 8, `NotebookInterpreter.displayhook`",
+          "IPython's documentation, “Output caching system”",
+          "The value of the cell that asks is meant; None replaces it.",
+          ("KernelInAnyLanguage.test_the_latest_values_have_names",)),
+    Stage("Is it complete?",
+          "A console asks at Enter whether to run the cell: answer complete, incomplete (with "
+          "`indent`, the white space of the next line) or invalid.",
+          "kernel.py 11, `is_complete`",
+          "Messaging in Jupyter, “Code completeness”",
+          "`status` is the answer, not ok; a begun block is called invalid, and cannot be typed.",
+          ("KernelInAnyLanguage.test_is_complete_tells_a_whole_cell_from_a_begun_one",)),
+    Stage("Completion",
+          "Answer complete_request: matches that may replace what stands from cursor_start to "
+          "cursor_end. Positions count characters (Unicode code points).",
+          "kernel.py 11, `answer_complete`",
+          "Messaging in Jupyter, “Completion”, “cursor_pos”",
+          "Positions count bytes or UTF-16 units, and the text beside them is eaten; cursor_start "
+          "is the cursor; matches are only the rest of the word.",
+          ("KernelInAnyLanguage.test_completion_says_what_it_replaces_in_code_points",)),
+    Stage("Inspection",
+          "Answer inspect_request with found, data (text/plain, what is known of the name at the "
+          "cursor) and metadata. A name that is not there is no error: found is false.",
+          "kernel.py 11, `answer_inspect`",
+          "Messaging in Jupyter, “Introspection”",
+          "An unknown name gets status error; data is a string.",
+          ("KernelInAnyLanguage.test_inspection_finds_what_is_there",)),
+    Stage("History",
+          "Answer history_request of type tail: the last n cells, each as [session, number, "
+          "source]. Consoles fetch it for the arrow key. Silent cells and those that are not "
+          "stored are not in it.",
+          "kernel.py 8, `NotebookInterpreter.history`",
+          "Messaging in Jupyter, “History”",
+          "The first n instead of the last; the source is sent without session and number.",
+          ("KernelInAnyLanguage.test_history_tells_the_latest_cells",)),
+    Stage("Signatures over the bytes",
+          "Verify the signature of what comes over the bytes as they came, before you read them as "
+          "JSON. One value has many spellings: other clients write spaces and escapes otherwise.",
+          "kernel.py 1, `Session.verify`",
+          "Messaging in Jupyter, “The wire protocol”",
+          "The JSON is parsed and written again before it is verified: then only clients that "
+          "write as you do are understood.",
+          ("KernelInAnyLanguage.test_a_message_with_other_spellings_is_verified_as_it_came",)),
+    Stage("Forged messages",
+          "A message whose signature does not fit, or is missing, gets no answer, and nothing of "
+          "it is run. Compare in constant time (`hmac.compare_digest`).",
+          "kernel.py 1, `Session.verify`",
+          "Messaging in Jupyter, “The wire protocol”",
+          "The signature is not looked at; an empty one passes; the kernel ends.",
+          ("KernelInAnyLanguage.test_a_forged_message_is_ignored",)),
+    Stage("Replayed messages",
+          "Remember the signatures that you have verified, and ignore a message whose signature "
+          "has been here: whoever can read a connection could send an old request again.",
+          "kernel.py 1, `Session.refuse_replay`",
+          "Messaging in Jupyter, “The wire protocol”; jupyter_client's `Session.digest_history`",
+          "The signature is compared, but not remembered; only the latest is.",
+          ("KernelInAnyLanguage.test_a_replayed_message_is_ignored",)),
+    Stage("Junk",
+          "Parts that are no message (too few, no delimiter, no JSON, no objects) are dropped, "
+          "with a line on the terminal. The kernel serves the next one.",
+          "kernel.py 4, `Kernel.receive`",
+          "Messaging in Jupyter, “The wire protocol”",
+          "An exception ends the loop or the process.",
+          ("KernelInAnyLanguage.test_what_is_no_message_is_ignored",)),
+    Stage("Unknown message types",
+          "A message of a type that you do not know gets busy and idle, and no reply: the protocol "
+          "grows.",
+          "kernel.py 4, `Kernel.dispatch`",
+          "Messaging in Jupyter, “Kernel status”",
+          "The kernel ends; it looks a method up by the name that came, which may be any; it makes "
+          "up a reply.",
+          ("KernelInAnyLanguage.test_an_unknown_message_type_gets_busy_and_idle_and_no_reply",)),
+    Stage("A welcome",
+          "Make iopub an XPUB socket, on which subscriptions can be read, and publish "
+          "iopub_welcome with the topic as `subscription` to each: then a client knows from when "
+          "on it hears everything.",
+          "kernel.py 4, `Kernel.subscription`",
+          "JEP 65; Messaging in Jupyter, “Welcome message”",
+          "PUB tells nothing of subscriptions; the message has another topic than the one "
+          "subscribed to, so that it reaches nobody.",
+          ("KernelInAnyLanguage.test_a_subscriber_is_welcomed",)),
+    Stage("Other connection files",
+          "With an empty key nothing is signed and nothing verified. With transport ipc the "
+          "sockets are files, called ip, a hyphen and the port.",
+          "kernel.py 4, `Kernel.open`; kernel.py 1, `Session`",
+          "Making kernels, “Connection files”",
+          "An HMAC with an empty key is a signature like any other; tcp:// is written into the "
+          "program.",
+          ("KernelInAnyLanguage.test_without_a_key_nothing_is_signed",
+           "KernelInAnyLanguage.test_sockets_can_be_files")),
+    Stage("Comms",
+          "A comm is a wire between an object in the kernel and one in the page: comm_open names a "
+          "target that code has registered, comm_msg carries data both ways, comm_close ends it. "
+          "One to an unknown target is closed at once. comm_info_request lists those that are "
+          "open.",
+          "kernel.py 9, `Comms.comm_open`",
+          "Messaging in Jupyter, “Custom messages”",
+          "An unknown target gets no answer, and the page waits; a closed comm stays in the list; "
+          "comm_msg from the kernel has another comm_id.",
+          ("KernelInAnyLanguage.test_a_comm_carries_data_both_ways",
+           "KernelInAnyLanguage.test_a_comm_that_nobody_takes_is_closed")),
+    Stage("Subshells",
+          "create_subshell_request on control makes a second queue of cells, with a thread of its "
+          "own and the same names. A request goes to the one that subshell_id in its header names. "
+          "list_ and delete_subshell_request do the rest.",
+          "kernel.py 15, `create_subshell_request`",
+          "JEP 91; Messaging in Jupyter, “Create subshell”",
+          "subshell_id is looked for in the content; the cell waits for the main shell; a deleted "
+          "one stays in the list.",
+          ("KernelInAnyLanguage.test_a_subshell_runs_beside_a_cell",)),
+]
 
 # -- The track "server": COMMAND gets {port}, {token} and {folder} --
 
@@ -21948,8 +22331,8 @@ SERVER_STAGES = [
     Stage("List a folder",
           "GET /api/contents/PATH of a folder gives its model: name, path, type `directory`, "
           "created and last_modified as ISO 8601 texts, writable, and as `content` the list of the "
-          "models of what is in it, without their contents (content null). The path is relative "
-          "to {folder}, with slashes. A file's type is `notebook` when it ends in .ipynb, else "
+          "models of what is in it, without their contents (content null). The path is relative to "
+          "{folder}, with slashes. A file's type is `notebook` when it ends in .ipynb, else "
           "`file`.",
           "minijupyter.py 1, `Contents.listing`; minijupyter.py 1, `Contents.model`",
           "Jupyter Server's documentation, “Contents API: Data model”",
@@ -21983,16 +22366,16 @@ SERVER_STAGES = [
           "in HTML; every error is 500.",
           ("ServerFromOutside.test_what_cannot_be_is_refused_in_json",)),
     Stage("Save a file",
-          "PUT /api/contents/PATH with a model (type, format, content) writes the file: 201 when it "
-          "is new, else 200. The answer is the model without its content. The bytes on disk are "
+          "PUT /api/contents/PATH with a model (type, format, content) writes the file: 201 when "
+          "it is new, else 200. The answer is the model without its content. The bytes on disk are "
           "those that were sent, whatever your system thinks of line ends.",
           "minijupyter.py 1, `Contents.save`; minijupyter.py 1, `Contents.encode`",
           "Jupyter Server's REST API (api.yaml), “PUT /api/contents/{path}”",
           "A longer old file leaves its end behind; \\r\\n becomes \\n; base64 is written as text.",
           ("ServerFromOutside.test_a_save_puts_on_disk_what_was_sent",)),
     Stage("Save a notebook",
-          "Of a notebook, `content` is an object: write it as JSON in UTF-8. Texts may be written as "
-          "lists of lines, so that a diff reads well. Keep every field, known or not, and the "
+          "Of a notebook, `content` is an object: write it as JSON in UTF-8. Texts may be written "
+          "as lists of lines, so that a diff reads well. Keep every field, known or not, and the "
           "cells' ids.",
           "minijupyter.py 1, `PlainDocument.written`; minijupyter.py 1, `write_notebook`",
           "nbformat, “The Notebook file format”",
@@ -22036,8 +22419,8 @@ SERVER_STAGES = [
     Stage("Create, rename, delete",
           "POST /api/contents/FOLDER with {\"type\": …} makes a new file, notebook or directory "
           "with a free name of your choice (201, its model). PATCH /api/contents/PATH with "
-          "{\"path\": NEW} renames; if NEW is taken, 409, and nothing changes. DELETE gives 204. "
-          "A new notebook is a whole one: nbformat 4, no cells.",
+          "{\"path\": NEW} renames; if NEW is taken, 409, and nothing changes. DELETE gives 204. A "
+          "new notebook is a whole one: nbformat 4, no cells.",
           "minijupyter.py 1, `Contents.create`; minijupyter.py 1, `Contents.rename`",
           "Jupyter Server's REST API (api.yaml), “/api/contents/{path}”",
           "A rename silently replaces another file; the new notebook is an empty file.",
@@ -22068,8 +22451,8 @@ SERVER_STAGES = [
           "POST /api/kernels/ID/interrupt stops the running cell: SIGINT to the process group, or "
           "an interrupt_request when the spec says `interrupt_mode: message`. The kernel lives on. "
           "Answer 204.",
-          "minijupyter.py 3, `KernelProcess.interrupt`; minijupyter.py 3, `KernelProcess."
-          "send_signal`",
+          "minijupyter.py 3, `KernelProcess.interrupt`; minijupyter.py 3, "
+          "`KernelProcess.send_signal`",
           "Messaging in Jupyter, “Kernel interrupt”",
           "The signal ends the kernel, or reaches your server, too: start the kernel in a session "
           "of its own.",
@@ -22110,8 +22493,8 @@ SERVER_STAGES = [
           "text); the answer says HTTP/1.0; the token is asked for by REST only.",
           ("ServerFromOutside.test_the_handshake_turns_a_request_into_a_websocket_or_refuses_it",)),
     Stage("Masks and pings",
-          "A frame has two bytes (FIN and opcode, mask bit and length), four bytes of mask, and the "
-          "payload, XORed with the mask. Answer a ping (opcode 9) with a pong (10) of the same "
+          "A frame has two bytes (FIN and opcode, mask bit and length), four bytes of mask, and "
+          "the payload, XORed with the mask. Answer a ping (opcode 9) with a pong (10) of the same "
           "payload, unmasked. What arrives in one read may be half a frame, or two.",
           "minijupyter.py 5, `FrameParser.next_frame`; minijupyter.py 5, `apply_mask`",
           "RFC 6455 5.2, 5.3 and 5.5.2; 5.7 has examples",
@@ -22127,8 +22510,8 @@ SERVER_STAGES = [
           ("ServerFromOutside.test_a_close_is_answered_and_ends_the_connection",)),
     Stage("Frames against the rules",
           "A client that breaks a rule is told by a close code: 1002 for an unmasked frame, an "
-          "unknown opcode, a control frame that is long or in fragments, a continuation of nothing; "
-          "1007 for a text that is not UTF-8.",
+          "unknown opcode, a control frame that is long or in fragments, a continuation of "
+          "nothing; 1007 for a text that is not UTF-8.",
           "minijupyter.py 5, `FrameParser.check_head`",
           "RFC 6455 5.1, 5.5, 7.4.1 and 8.1",
           "Replacement characters instead of 1007; the connection is cut without a close frame.",
@@ -22159,8 +22542,8 @@ SERVER_STAGES = [
           "that 64 do, in network order. Your own frames have lengths of these three forms, too.",
           "minijupyter.py 5, `FrameParser.next_frame`; minijupyter.py 5, `encode_frame`",
           "RFC 6455 5.2",
-          "The 64-bit length is read as 32; 126 and 127 are taken for lengths; the mask begins anew "
-          "with each block that is read.",
+          "The 64-bit length is read as 32; 126 and 127 are taken for lengths; the mask begins "
+          "anew with each block that is read.",
           ("ServerFromOutside.test_frames_of_every_length_are_unmasked_and_whole",)),
     Stage("The first frame, glued to the handshake",
           "A client may send its first frame in the same packet as the handshake. By then your "
@@ -22171,9 +22554,9 @@ SERVER_STAGES = [
           "lost; it is kept, but only looked at when more comes.",
           ("ServerFromOutside.test_a_frame_glued_to_the_handshake_is_heard",)),
     Stage("Fragments, and pings between them",
-          "A message may come in fragments: FIN is 0 in all but the last, and the opcode is 0 in all "
-          "but the first. Between them may stand a ping, which is answered at once. A character of "
-          "several bytes may begin in one fragment and end in the next.",
+          "A message may come in fragments: FIN is 0 in all but the last, and the opcode is 0 in "
+          "all but the first. Between them may stand a ping, which is answered at once. A "
+          "character of several bytes may begin in one fragment and end in the next.",
           "minijupyter.py 5, `FrameParser.message`; minijupyter.py 5, `FrameParser.decode`",
           "RFC 6455 5.4 and 5.5.2",
           "The ping's payload ends up in the message, or its opcode replaces the message's; each "
@@ -22240,254 +22623,15 @@ SERVER_STAGES = [
           "The cookie is the token itself; an empty cookie fits; scripts can read it.",
           ("ServerFromOutside.test_the_token_in_an_address_becomes_a_cookie",)),
     Stage("Host and Origin",
-          "A browser sends the cookie along, whoever's page asks. So refuse what comes from another "
-          "origin (403), by REST and at the handshake, and refuse a Host that does not mean this "
-          "machine: else a foreign name may point here.",
+          "A browser sends the cookie along, whoever's page asks. So refuse what comes from "
+          "another origin (403), by REST and at the handshake, and refuse a Host that does not "
+          "mean this machine: else a foreign name may point here.",
           "minijupyter.py 7, `Access.is_our_page`; minijupyter.py 7, `Access.is_our_host`",
           "RFC 6455 10.2; RFC 6454; CWE-350, DNS rebinding",
           "The origin is compared by its beginning, so that http://127.0.0.1:8888.evil.example "
           "fits; WebSockets are not checked, which no browser does for you.",
           ("ServerFromOutside.test_other_sites_and_foreign_names_get_nothing",)),
 ]
-
-SERVER_WRONG = {   # number of the stage -> typical wrong solutions, as changes of minijupyter.py
-    1: [Wrong('return {"version": __version__}', "return {}", "field version"),
-        Wrong('"Content-Length": str(sum(map(len, pieces)))',
-              '"Content-Length": str(sum(map(len, pieces)) + 1)', "no answer within"),
-        Wrong('to_json(value), "application/json", headers)', 'to_json(value), "text/html", headers)',
-              "Content-Type. Wanted: application/json. Got: text/html")],
-    2: [Wrong("return same_secret(given, self.token)", "return self.token.startswith(given)",
-              "Wanted: status 401 or 403. Got: status 200"),
-        Wrong("has_token = given is not None and", "has_token = given is None or",
-              "Wanted: status 401 or 403. Got: status 200"),
-        Wrong('return query["token"][0] if "token" in query else None', "return None",
-              r"\?token=\w+. Wanted: status 200. Got: status 403")],
-    3: [Wrong("models.append(self.entry(path, real, name))", "models.append({'name': name})",
-              "a.txt in its folder, field path"),
-        Wrong('"path": path, "type": kind,', '"path": path.rpartition("/")[2], "type": kind,',
-              "field path"),
-        Wrong('"notebook" if path.endswith(".ipynb") else "file")', '"file")', "b.ipynb.* field type")],
-    4: [Wrong("return unquote(url.path), parse_qs", "return url.path, parse_qs", "status 404"),
-        Wrong('"decode_text": bytes.decode,', '"decode_text": lambda data: data.decode("latin-1"),',
-              "field content. Wanted: 'Grüße"),
-        Wrong('self.asked("content", "1", "01") == "1", self', "True, self", "content=0")],
-    5: [Wrong('cells = [map_strings(cell, join) for cell in notebook["cells"]]',
-              'cells = notebook["cells"]', "source of a cell"),
-        Wrong('return {**output, "text": convert(output["text"])}', "return output",
-              "text of an output"),
-        Wrong('return {"content": self.document(data).served, "format": "json"}',
-              'return {"content": data.decode(), "format": "text"}', "field format")],
-    6: [Wrong('raise Problem(404, f"Kernel does not exist: {id}")\n        return self.all[id]',
-              "raise KeyError(id)\n        return self.all[id]", "status 404. Got: status 500"),
-        Wrong("self.send_json(problem.status, told, problem.headers)",
-              'self.send(problem.status, problem.message.encode(), "text/plain")', "Wanted: JSON"),
-        Wrong("value = load(self.body or b\"{}\")\n        except (ValueError, RecursionError)",
-              "value = load(self.body or b\"{}\")\n        except RecursionError",
-              "status 400. Got: status 500")],
-    7: [Wrong('return b"".join(text.encode() for text in texts)',
-              'return b"".join(text.replace("\\r\\n", "\\n").encode() for text in texts)',
-              "The bytes of Täßchen"),
-        Wrong("self.send_contents(201 if is_new else 200, model)", "self.send_contents(200, model)",
-              "status 201. Got: status 200"),
-        Wrong('if form == "base64":\n                return CODEC', 'if form == "":\n'
-              "                return CODEC", "The bytes of b.bin")],
-    8: [Wrong('return {**notebook, "cells": with_ids(cells) if has_ids else cells}',
-              'return {**notebook, "metadata": {}, "cells": with_ids(cells)}',
-              "A saved notebook on disk"),
-        Wrong('id, text = cell.get("id"), f"{number} "', 'id, text = None, f"{number} "',
-              "A saved notebook on disk"),
-        Wrong('if kind == "notebook":\n                is_new', 'if kind == "":\n'
-              "                is_new", "Wanted: status 201. Got: status 400")],
-    9: [Wrong("old = self.read_if_there(absolute)\n        self.refuse_conflict",
-              'old = self.read_if_there(absolute)\n        open(absolute, "wb").close()\n'
-              "        self.refuse_conflict", "no base64. Wanted: b'the old text'. Got: b''"),
-        Wrong('raise ConnectionError("the client ended the connection in the middle of a body")',
-              'data = b\'{"type": "file", "format": "text", "content": "half"}\'',
-              "broke off in the middle"),
-        Wrong('base64.b64decode("".join(texts))}', 'base64.b64decode("".join(texts)[:4])}',
-              "status 400. Got: status 200")],
-    10: [Wrong("temporary.write(data)\n            temporary.replace(look)",
-               'open(target, "wb").write(data)', "has the old file whole"),
-         Wrong("replace_file(self.path, self.target)", "shutil.copyfile(self.path, self.target)",
-               "has the old file whole"),
-         Wrong("temporary.replace(look)", 'shutil.copyfile(target, target + "~")\n'
-               "            temporary.replace(look)", r"folder after a save.*a\.txt~")],
-    11: [Wrong("if not all(map(self.is_visible, names)):\n"
-               '            raise Problem(404, f"No such file or folder: {path}")\n'
-               "        absolute = os.path.join(self.root, *names)\n"
-               "        return absolute, self.kept_inside(absolute, path)",
-               'if path.startswith("../"):\n'
-               '            raise Problem(404, f"No such file or folder: {path}")\n'
-               "        absolute = os.path.join(self.root, *names)\n"
-               "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
-         Wrong("if not all(map(self.is_visible, names)):\n"
-               '            raise Problem(404, f"No such file or folder: {path}")\n'
-               "        absolute = os.path.join(self.root, *names)\n"
-               "        return absolute, self.kept_inside(absolute, path)",
-               "absolute = os.path.realpath(os.path.join(self.root, *names))\n"
-               "        if not absolute.startswith(self.root):\n"
-               '            raise Problem(404, f"No such file or folder: {path}")\n'
-               "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
-         Wrong("old, new = self.existing(path), self.resolve(new_path)",
-               "old, new = self.existing(path), os.path.join(self.root, new_path)",
-               "PATCH .*Wanted: status 400 to 599. Got: status 200")],
-    12: [Wrong("if is_odd or is_private or not is_within(real, self.root):",
-               "if is_odd or is_private:", "a link that leads out|status 400 to 499. Got: status 200"),
-         Wrong("return os.path.realpath(absolute), os.stat(absolute)",
-               "return os.path.abspath(absolute), os.stat(absolute)",
-               "status 400 to 499. Got: status 200"),
-         Wrong("return self.look(path)[0]", 'return os.path.join(self.root, *path.split("/"))',
-               "PUT .*status 400 to 499. Got: status 200")],
-    13: [Wrong('data = self.written(new_notebook(), None).data if kind == "notebook" else b""',
-               'data = b"{}" if kind == "notebook" else b""', "Untitled.*Wanted: status 200"),
-         Wrong("if os.path.lexists(new) and not os.path.samefile(old, new):", "if False:",
-               "status 409. Got: status 200"),
-         Wrong("        os.rename(old, new)", "        shutil.copy(old, new)",
-               "Old and new name after a rename")],
-    14: [Wrong('log(f"Ignored the kernel spec {path}: {problem}")\n        return None', "raise",
-               "status 200. Got: status 500"),
-         Wrong("for path in (JUPYTER_DATA, *prefixes)]", "for path in prefixes]",
-               "stage among the names"),
-         Wrong('return {"name": name, "spec": spec, "resources": {}}',
-               'return {"name": name, **spec}', "field spec")],
-    15: [Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
-               "self.get(id)\n        self.all.pop(id, None)", "deleted. Wanted: its end"),
-         Wrong("os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)",
-               "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)", "connection file.*0o600.*0o644"),
-         Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
-               "self.get(id).shutdown()", "status 404. Got: status 200")],
-    16: [Wrong("self.send_signal(signal.SIGINT)", "self.send_signal(signal.SIGKILL)",
-               "Got: .*busy execute_input stream; and no reply"),
-         Wrong("self.send_signal(signal.SIGINT)", "pass",
-               "Got: .*busy execute_input stream; and no reply"),
-         Wrong("self.server.kernels.get(id).interrupt()\n        return 204, None",
-               "self.server.kernels.get(id).interrupt()\n        return {}",
-               "status 204. Got: status 200")],
-    17: [Wrong('self.stop("restart")\n            self.launch()', "self.launch()",
-               "old process after a restart. Wanted: its end"),
-         Wrong('self.stop("restart")\n            self.launch()',
-               'self.stop("restart")\n            self.connection = new_connection(self)\n'
-               "            self.launch()", "Ports and key"),
-         Wrong("self.server.kernels.get(id).restart()", "self.server.kernels.get(id).interrupt()",
-               "Wanted: a process, started")],
-    18: [Wrong('if session["path"] == path:', "if False:", "second POST for one path"),
-         Wrong('self.kernels.shutdown(session["kernel"].id)', "pass",
-               "kernel of a session that was deleted"),
-         Wrong('for key in ("path", "name", "type")', 'for key in ("name", "type")', "field path")],
-    19: [Wrong("        server.kernels.shutdown_all()", "        pass",
-               "after the server's end.* Wanted: its end"),
-         Wrong("for number in (signal.SIGINT, signal.SIGTERM):\n        signal.signal(number, stop)",
-               "for number in (signal.SIGINT,):\n        signal.signal(number, stop)",
-               "after the server's end.* Wanted: its end"),
-         Wrong("signal.signal(number, stop)", "signal.signal(number, signal.SIG_IGN)",
-               "after SIGTERM. Wanted: its end. Got: it goes on")],
-    20: [Wrong("258EAFA5-E914-47DA-95CA-C5AB0DC85B11", "258EAFA5-E914-47DA-95CA-5AB0DC85B11C",
-               "Sec-WebSocket-Accept"),
-         Wrong("return base64.b64encode(hashlib.sha1((key + GUID).encode()).digest()).decode()",
-               "return hashlib.sha1((key + GUID).encode()).hexdigest()", "Sec-WebSocket-Accept"),
-         Wrong("        handler.send_response(101)",
-               '        handler.protocol_version = "HTTP/1.0"\n        handler.send_response(101)',
-               "version and status.*HTTP/1.0"),
-         Wrong("if self.admit(name):", 'if name == "channels" or self.admit(name):',
-               "'Authorization': None.*Got: status 101")],
-    21: [Wrong("return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)",
-               "return first, bytes(self.bytes[at:end])", "A ping with 5 bytes"),
-         Wrong("self.write(encode_frame(PONG, payload))", 'self.write(encode_frame(PONG, b""))',
-               "a pong with the same: b'Hello'. Got: opcode 10"),
-         Wrong("while not self.is_closed and (frame := self.next_frame()) is not None:",
-               "if not self.is_closed and (frame := self.next_frame()) is not None:",
-               "second of two frames")],
-    22: [Wrong("self.close(close_code(payload))\n            self.is_closed = True",
-               "self.is_closed = True", "without a close frame"),
-         Wrong("self.close(close_code(payload))", "self.close()", "code 1001. Got: .*code 1000"),
-         Wrong("self.close(close_code(payload))\n            self.is_closed = True",
-               "self.close(close_code(payload))", "the end of the TCP connection")],
-    23: [Wrong("if not second & 0b1000_0000:", "if False:", "without a mask"),
-         Wrong('codecs.utf_8_decode(data, "strict"', 'codecs.utf_8_decode(data, "replace"',
-               "not UTF-8"),
-         Wrong("if opcode >= CLOSE and (length > 125 or not first & FIN):",
-               "if opcode >= CLOSE and not first & FIN:", "126 bytes")],
-    24: [Wrong("signature = self.kernel.session.sign(entry.json_parts)", 'signature = b""',
-               "signature does not fit"),
-         Wrong("signature, *entry.json_parts, *entry.buffers]",
-               'signature, *(part + b" " for part in entry.json_parts), *entry.buffers]',
-               "signature does not fit"),
-         Wrong("""b',"parent_header":', parent_header, b',"metadata":', metadata,""",
-               """b',"parent_header":{},"metadata":', metadata,""",
-               "with this request as the parent, nothing"),
-         Wrong("""b',"buffers":[],"channel":"', entry.channel.encode(),""",
-               """b',"buffers":[],"channel":"', b"iopub",""", "no reply")],
-    25: [Wrong("entry.channel, [our_kernel.DELIMITER", '"shell", [our_kernel.DELIMITER',
-               "channel that the reply names. Wanted: control. Got: shell"),
-         Wrong('HEARD = ("iopub", "shell", "control", "stdin")', 'HEARD = ("iopub", "shell", "stdin")',
-               "its reply on control"),
-         Wrong("entry = Entry(channel, *", 'entry = Entry(channel.replace("control", "shell"), *',
-               "channel that the reply names. Wanted: control. Got: shell")],
-    26: [Wrong('else (8, "!Q")', 'else (8, "!L")', "A text frame with 65536 bytes"),
-         Wrong('(2, "!H") if length == 126', '(2, "<H") if length == 126',
-               "A text frame with 500 bytes"),
-         Wrong("elif len(payload) < 1 << 16:", "elif len(payload) < 1 << 17:",
-               "and no reply, then")],
-    27: [Wrong("first_bytes = buffered(handler)", 'first_bytes = b""',
-               "in one packet with the handshake"),
-         Wrong("return handler.rfile.read1(len(handler.rfile.peek()))",
-               'handler.rfile.peek()\n        return b""', "in one packet with the handshake"),
-         Wrong('return bool(self.first_bytes) or getattr(self.socket, "pending", int)() > 0',
-               "return False", "in one packet with the handshake")],
-    28: [Wrong("self.write(encode_frame(PONG, payload))", "pass", "a pong with the same"),
-         Wrong('"strict", bool(is_last))', '"strict", True)', "must be UTF-8"),
-         Wrong("message = self.opcode, empty.join(self.fragments)",
-               "message = self.opcode, self.fragments[-1]", "in four fragments")],
-    29: [Wrong('HEARD = ("iopub", "shell", "control", "stdin")',
-               'HEARD = ("iopub", "shell", "control")', "an input_request on stdin"),
-         Wrong('UPWARD = ("shell", "control", "stdin")', 'UPWARD = ("shell", "control")',
-               "busy execute_input; and no reply"),
-         Wrong("new.identity = identity", "new.identity = secrets.token_bytes(16)",
-               "an input_request on stdin")],
-    30: [Wrong("left = left[self.socket.send(left):]", "self.socket.send(left)\n"
-               "                break", "no message|no reply"),
-         Wrong("self.carry_down(self.inbox.take(BATCH))",
-               "self.carry_down(self.inbox.take(BATCH)[::-1])", "Wanted: on iopub"),
-         Wrong("MOST_BYTES = 256 << 20", "MOST_BYTES = 1 << 20", "closed with code 1009")],
-    31: [Wrong("*entry.json_parts, *entry.buffers],", "*entry.json_parts],",
-               "buffers"),
-         Wrong("if not entry.buffers:\n        return TEXT, text", "if True:\n"
-               "        return TEXT, text", "a binary message"),
-         Wrong("offsets, at = [], 4 * (len(parts) + 1)", "offsets, at = [], 0", "behind its offset")],
-    32: [Wrong('return entry.channel == "iopub" or entry.client == self.session_id', "return True",
-               "Replies to the one page"),
-         Wrong('return entry.channel == "iopub" or entry.client == self.session_id',
-               'return entry.channel in ("iopub", "stdin") or entry.client == self.session_id',
-               "Questions to the one page"),
-         Wrong("self.mailboxes[box.session_id] = box\n\n    def leave",
-               "self.mailboxes = {box.session_id: box}\n\n    def leave",
-               "on iopub, with this request as the parent, nothing|output on the other page"),
-         Wrong("return len(self.pages)", "return 1", "How many pages")],
-    33: [Wrong("self.is_kept = bool(session_id)", "self.is_kept = False", "and no reply"),
-         Wrong("self.requests.put()   # the watcher may wait for room in it",
-               "threading.Thread(target=self.shutdown).start()", "stream error idle|idle. Got: nothing"),
-         Wrong("box.put(old.take())", "box.put(old.take() * 2)",
-               r"has of its cell.*two\\ntwo"),
-         Wrong("for box in list(self.mailboxes.values()) if box.websocket]",
-               "for box in list(self.mailboxes.values())]", "connections, when its page has gone")],
-    34: [Wrong("kernel.publish([news])", "pass", "a status restarting or dead on each page"),
-         Wrong("return will_restart", "return False", "Wanted: a process, started"),
-         Wrong("news.life = kernel.life", "news.life = 0", "and no reply")],
-    35: [Wrong("self.cookie_value = self.new_cookie()", "self.cookie_value = token",
-               "the token itself in a cookie"),
-         Wrong('more="HttpOnly; SameSite=Strict"', 'more="SameSite=Strict"', "HttpOnly"),
-         Wrong("return same_secret(self.cookie(headers, self.cookie_name), self.cookie_value)",
-               "return self.cookie_value.startswith(self.cookie(headers, self.cookie_name))",
-               "status 401 or 403. Got: status 200")],
-    36: [Wrong("return not is_loopback(self.ip) or LOCAL_HOST.fullmatch(host) is not None",
-               "return True", "Host: evil.example. Wanted: status 403"),
-         Wrong('return re.sub("^https?://", "", origin) == headers.get("Host")',
-               'return re.sub("^https?://", "", origin).startswith(headers.get("Host"))',
-               "evil.example. Wanted: status 400 to 499. Got: status 201"),
-         Wrong("if not has_token and not is_navigation and not access",
-               'if not has_token and not is_navigation and name != "channels" and not access',
-               "handshake of a page at http://evil.example")],
-}
 
 # -- The track "page": COMMAND is an HTML file, which our server serves as its page --
 
@@ -22496,8 +22640,8 @@ PAGE_STAGES = [
           "One HTML file, with its script inside. At /notebooks/PATH it asks GET "
           "/api/contents/PATH, and makes for each cell an element of class cell, with data-id and "
           "data-type (code, markdown, raw), and in it a <textarea class=\"editor\"> with the "
-          "source, a .prompt and an .outputs. When all is there, body gets data-saved=\"true\". The "
-          "browser's cookie lets you in: there is no token to send.",
+          "source, a .prompt and an .outputs. When all is there, body gets data-saved=\"true\". "
+          "The browser's cookie lets you in: there is no token to send.",
           "index.html 7, `Notebook.show`; index.html 7, `Cell`",
           "Jupyter Server's REST API (api.yaml), “GET /api/contents/{path}”; nbformat",
           "Nothing happens at all: look at the browser's console. The server's policy allows no "
@@ -22552,9 +22696,9 @@ PAGE_STAGES = [
           ("PageFromOutside.test_what_is_printed_is_shown_at_once_in_order_and_replaced_by_the_"
            "next_run",)),
     Stage("Errors",
-          "An error is an output with the traceback, and data-state=\"error\". The kernel drops the "
-          "cells that wait behind it: their reply says `aborted`, and they are idle again, without "
-          "output.",
+          "An error is an output with the traceback, and data-state=\"error\". The kernel drops "
+          "the cells that wait behind it: their reply says `aborted`, and they are idle again, "
+          "without output.",
           "index.html 7, `Execution.settle`; index.html 5, `Output.traceback`",
           "Messaging in Jupyter, “Execution errors”",
           "Cells behind an error stay queued for ever, because they have no execute_input.",
@@ -22596,10 +22740,10 @@ PAGE_STAGES = [
           "opens its own dialog at Ctrl+S (preventDefault).",
           ("PageFromOutside.test_what_is_edited_is_saved_with_all_that_the_page_does_not_know",)),
     Stage("A conflict",
-          "Another program has written the file since you opened it. Ask for the file with ?hash=1, "
-          "and name that hash when you save: `If-Match: \"HASH\"`. The server answers 412 when the "
-          "file has another one: say so (that it has changed), keep the text, and overwrite "
-          "nothing. (PUT with ?hash=1 gives the next hash.)",
+          "Another program has written the file since you opened it. Ask for the file with "
+          "?hash=1, and name that hash when you save: `If-Match: \"HASH\"`. The server answers 412 "
+          "when the file has another one: say so (that it has changed), keep the text, and "
+          "overwrite nothing. (PUT with ?hash=1 gives the next hash.)",
           "index.html 3, `OpenFile.put`; index.html 3, `OpenFile.resolveConflict`",
           "RFC 9110 13.1.1, If-Match; the header is our addition to Jupyter's API",
           "The page looks first and then saves: somebody may write between the two; after a 412 "
@@ -22613,94 +22757,6 @@ PAGE_STAGES = [
           "The cell waits for a reply that nobody will send; the page says `restarting` for ever.",
           ("PageFromOutside.test_of_a_kernel_that_died_the_page_tells_and_its_cell_is_free",)),
 ]
-
-PAGE_WRONG = {   # number of the stage -> typical wrong solutions, as changes of index.html
-    1: [Wrong("this.cells = content.cells.map(model", "this.cells = content.cells.filter(model =>\n"
-              "      model.cell_type === 'code').map(model", "data-id, data-type and text"),
-        Wrong(r"path: decoded(PATH).replace(/\/$/, '')", "path: PATH", "data-id, data-type and text"),
-        Wrong("this.node.dataset.id = id;", "", "data-id, data-type and text")],
-    2: [Wrong("const pieces = text.replace(", "const pieces = text.replace(/<[^>]*>/g, '').replace(",
-              "of a stream and of a result"),
-        Wrong("this.outputs.show(this.model.outputs ?? []);\n    tell('drawn', this);", "",
-              "of a stream and of a result"),
-        Wrong(r".split(/\x1b\[([\d;:]*)m/)", ".split(/(?!)/)", "without escape sequences")],
-    3: [Wrong("await api.openSession({ path, name", "await api.openSession({ path: path + uuid(), name",
-              "The paths of the server's sessions"),
-        Wrong("this.askKernelInfo();\n    this.watchStart(this.kernel);", "",
-              "Wanted: idle. Got: starting"),
-        Wrong("this.session = session;\n    this.kernel = new", "this.session = session;\n"
-              "    addEventListener('pagehide', () => fetch(`${BASE}api/sessions/${session.id}`,\n"
-              "      { method: 'DELETE', keepalive: true }));\n    this.kernel = new",
-              "when the page was loaded again|after a reload")],
-    4: [Wrong("execute_result(content) { this.outputs.execute_result(content); }",
-              "execute_result() {}", r"\('42', 'idle'\). Got: \('', 'idle'\)"),
-        Wrong("this.prompt.textContent = `[${", "this.prompt.title = `[${", "numbers in .prompt"),
-        Wrong("'Shift-Enter', nb", "'Shift-F9', nb", "of a cell that ran"),
-        Wrong("if (this.reply === null || this.idleAt === null || this.isSettled) return;",
-              "if (this.reply === null || this.idleAt !== null || this.isSettled) return;",
-              r"'idle'\). Got: \('', 'running'\)")],
-    5: [Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
-              "const request = [...this.requests.values()].at(-1);",
-              "data-state of three cells|text in each"),
-        Wrong("for (const cell of code) if (!cell.isPending) cell.setState('queued');",
-              "for (const cell of code) cell.setState('running');", "data-state of three cells"),
-        Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
-              "const request = this.requests.get(message.parent_header?.msg_id)\n"
-              "      ?? this.executions.at(-1);", "another client has printed")],
-    6: [Wrong("requestAnimationFrame(drawChanged);\n  changedOutputs.add",
-              "setTimeout(drawChanged, 3000);\n  changedOutputs.add", "shows while it runs on"),
-        Wrong("stream(content) { this.outputs.stream(content); }",
-              "stream(content) { if (content.name === 'stdout') this.outputs.stream(content); }",
-              r"shows while it runs on.*Got: \('one', 'running'\)"),
-        Wrong("this.cell.outputs.clear();\n    this.cell.setCount(null);", "",
-              r"ran \"print\('new'\)\".*89\\nnew")],
-    7: [Wrong("this.hasFailed ? 'error' : 'idle';", "'idle';",
-              r"of a cell that failed.*Got: \['idle', 'idle'\]"),
-        Wrong("const { status, execution_count } = this.reply;",
-              "const { status, execution_count } = this.reply;\n"
-              "    if (status === 'aborted') return;", r"behind it.*Got: \['error', '(queued|running)'\]"),
-        Wrong("error(content) { this.outputs.error(content); }", "error() {}", "name its error")],
-    8: [Wrong("addRenderer(20,", "addRenderer(200,", "text/html and text/plain"),
-        Wrong("`data:${mime};base64,$", "`data:${mime},$", "The width of the <img>"),
-        Wrong(r"addRenderer(51, /^image\//", r"addRenderer(151, /^image\//",
-              "The width of the <img>")],
-    9: [Wrong("execute_reply input_request input_reply", "execute_reply input_reply",
-              "How many <input>"),
-        Wrong("type: isSecret ? 'password' : 'text'", "type: 'text'", "The type of the <input>"),
-        Wrong("kernel.send('stdin', 'input_reply'", "kernel.send('shell', 'input_reply'",
-              "when its question was answered")],
-    10: [Wrong("() => api.interrupt(kernel.id)", "() => null",
-               "data-state of the interrupted cell"),
-         Wrong("await api.restart(this.kernel.id);", "",
-               "Are the variables of before gone|data-state after a restart"),
-         Wrong("request('POST', `api/kernels/${id}/interrupt`)",
-               "request('POST', `api/kernels/${id}/restart`)",
-               "interrupted cell|of a cell that ran 'x'")],
-    11: [Wrong("if (this.isSaved) this.isSaved = false;", "", "when a cell was edited"),
-         Wrong("this.outputs.toJSON();\n    return this.model;",
-               "return this.type === 'code' ? { ...this.model, outputs: [] } : this.model;",
-               "The outputs on disk"),
-         Wrong("return { ...this.content, cells:", "return { nbformat: 4, nbformat_minor: 5,\n"
-               "      metadata: {}, cells:", "Metadata that the page does not know")],
-    12: [Wrong("headers: hash ? { 'If-Match': `\"${hash}\"` } : {} }", "headers: {} }",
-               "The sources on disk, after Ctrl.S"),
-         Wrong("else setTimeout(() => this.resolveConflict());",
-               "else setTimeout(() => this.save({ force: true }));",
-               "changed|after a conflict|and on disk"),
-         Wrong("failed(error, byItself) {", "failed() {\n    return;",
-               "say that the file has changed"),
-         Wrong("this.failed(error, byItself);\n      return false;",
-               "this.isSaved = true;\n      return notify('The file has changed.');",
-               "after a conflict")],
-    13: [Wrong("notify(['The kernel died and was started again;", "notify(['A new kernel is there;",
-               "say that the kernel died"),
-         Wrong("this.heardRestart?.();", "this.kernel.close();", "when the next process is there"),
-         Wrong("if (execution_state === 'restarting') this.begunAnew(reason);", "",
-               "say that the kernel died")],
-}
-
-WRONG.update({("server", number): rows for number, rows in SERVER_WRONG.items()})
-WRONG.update({("page", number): rows for number, rows in PAGE_WRONG.items()})
 
 TRACKS = {"kernel": KERNEL_STAGES, "server": SERVER_STAGES, "page": PAGE_STAGES}
 
@@ -22960,6 +23016,798 @@ def stage(words):
         elif file:
             Path(file).write_text(text + "\n", "utf-8")
     return 1 if any(verdict.status == FAILED for verdict in verdicts) else 0
+
+
+# -- typical wrong solutions: small changes of ours, each rejected by its stage --
+
+REPLY = 'message["identities"] = request["identities"]\n        self.outbox.put(request["channel"]'
+STATUS = 'publish("status", {"execution_state": state}, parent=request["header"])'
+CELL = 'kernel.status("busy", request)\n            reply = await execute_request'
+PIECE = '{"name": name, "text": text[start:start + MOST_TEXT]}, parent)'
+ABORT = 'self.finish(request, {"status": "aborted",'
+STOPS = 'if content.get("stop_on_error", True) and not content.get("silent", False):'
+ALLOWED = 'if request is None or not request["content"].get("allow_stdin", True):'
+VERIFIED = "if not hmac.compare_digest(signature, self.sign(json_parts)):"
+DROPPED = 'self.log(f"dropped a message on {channel}: {problem!r}")'
+WRONG_KERNELS = {   # title of a stage -> [Wrong]
+    "Connection file and heartbeat": [
+        Wrong("        zmq.proxy(echo, echo)\n", "        sleep(60)\n", "Got: nothing"),
+        Wrong("        zmq.proxy(echo, echo)\n", "        while True:\n            "
+              'echo.send_multipart([*echo.recv_multipart()[:-1], b"pong"])\n', "pong"),
+        Wrong('        self.open(echo, "heartbeat")\n', "", "who listens at .* hb_port"),
+        Wrong('read_connection_file(words[words.index("-f") + 1])',
+              'read_connection_file("connection.json")', "(?s)has ended.*connection.json")],
+    "A signed kernel_info": [
+        Wrong("self.sign(json_parts), *json_parts,",
+              "self.sign([json.dumps(json.loads(p)).encode() for p in json_parts]), "
+              "*json_parts,", "signature does not fit"),
+        Wrong("self.sign(json_parts), *json_parts,", 'b"", *json_parts,',
+              "signature does not fit"),
+        Wrong(REPLY, REPLY.partition("\n        ")[2], "on shell: no reply"),
+        Wrong('self.outbox.put(request["channel"], message)',
+              'self.outbox.put("control", message)', "(?s)shell.*Got: control"),
+        Wrong('{"status": "ok", **content}, request["header"],',
+              '{"status": "ok", **content}, {},', r"parent_header \{\}")],
+    "Busy and idle, with the right parent": [
+        Wrong(STATUS, STATUS.replace('request["header"]', "{}"), r"parent_header \{\}"),
+        Wrong('finally:\n            self.status("idle", request)',
+              "finally:\n            pass", "(?s)status idle.*Got: .*: busy\n"),
+        Wrong('self.status("busy", request)\n        try:\n            _, handler',
+              "try:\n            _, handler", "Got: idle"),
+        Wrong('self.status("busy", request)\n        try:\n            _, handler',
+              'self.status("idle", request)\n        try:\n            _, handler',
+              "Got: idle")],
+    "A cell": [
+        Wrong("if not silent:\n        kernel.outbox", "if False:\n        kernel.outbox",
+              "Got: busy idle"),
+        Wrong('**reply, "execution_count": self.count.get()}', "**reply}",
+              "execution_count, of type int"),
+        Wrong('"code": code, "execution_count": interpreter.execution_count})',
+              '"code": "", "execution_count": interpreter.execution_count})',
+              "code of execute_input"),
+        Wrong('kernel.status("busy", request)\n            reply', "reply",
+              "Got: execute_input idle")],
+    "Print": [
+        Wrong(CELL, CELL.replace("reply =", 'kernel.status("idle", request)\n'
+                                 "            reply ="), "Got: busy idle"),
+        Wrong("extend((scope(outbox.latest)[descriptor], text))\n            if",
+              "threading.Timer(0.3, extend, [(scope(outbox.latest)[descriptor], text)]).start()"
+              "\n            if", "Got: busy execute_input idle"),
+        Wrong(PIECE, PIECE.replace("parent)", "{})"), r"stream on iopub, parent_header \{\}"),
+        Wrong(PIECE, PIECE.replace('"text":', '"data":'), "text, of type str")],
+    "A result": [
+        Wrong('data["text/plain"] = show(value)', 'data["text/html"] = show(value)',
+              "text/plain, of type str"),
+        Wrong('self.publish("execute_result", {', 'self.publish("display_data", {',
+              "execute_input display_data"),
+        Wrong('"execution_count": execution_count})\n        return data.get',
+              "})\n        return data.get", "execution_count, of type int")],
+    "Errors": [
+        Wrong('self.publish("error", content)', "pass", "Got: busy execute_input idle"),
+        Wrong('"traceback": lines}', '"traceback": "".join(lines)}', "traceback, of type list"),
+        Wrong('return {"status": "error", **content}', 'return {"status": "ok"}', "Got: ok"),
+        Wrong('return {"status": "error", **content}', 'return {"status": "error"}',
+              "ename, of type str"),
+        Wrong("reply = self.fail(error)\n", "os._exit(1)\n", "has ended")],
+    "Shutdown and restart": [
+        Wrong('return {"restart": restart}', "return None", "shutdown_reply on control"),
+        Wrong('return {"restart": restart}', 'return {"restart": False}',
+              "(?s)'restart': True.*'restart': False"),
+        Wrong("    kernel.stop()\n    if kernel.cells.request", "    if kernel.cells.request",
+              "still runs")],
+    "Names live on": [
+        Wrong("self.namespace if names is None", "{**self.namespace} if names is None",
+              "(?s)stdout: kept.*Got:"),
+        Wrong("eval(step, self.namespace if names is None else names)",
+              "eval(step, self.namespace, {})", "(?s)stdout: kept.*Got:"),
+        Wrong("        self.begin_cell(code)\n", "        self.namespace.clear()\n",
+              "(?s)stdout: kept.*Got:")],
+    "The counter": [
+        Wrong("interpreter.execution_count += store_history", "interpreter.execution_count = 1",
+              "execution_count of three more"),
+        Wrong('"code": code, "execution_count": interpreter.execution_count})',
+              '"code": code, "execution_count": interpreter.execution_count - 1})',
+              "in execute_reply"),
+        Wrong('return {"status": "error", **content}', "self.execution_count -= 1\n        "
+              'return {"status": "error", **content}', "execution_count of three more")],
+    "Silent cells": [
+        Wrong("if not silent:\n        kernel.outbox", "if True:\n        kernel.outbox",
+              "Got: busy execute_input"),
+        Wrong('bool(content.get("store_history", True)) and not silent', "True",
+              "after a silent one"),
+        Wrong("    interpreter.execution_count += store_history", "    if silent:\n        "
+              'return {"status": "ok", "execution_count": 0}\n'
+              "    interpreter.execution_count += store_history", "stdout: silent")],
+    "Cells that are not stored": [
+        Wrong("interpreter.execution_count += store_history",
+              "interpreter.execution_count += not silent", "store_history false"),
+        Wrong("if not silent:\n        kernel.outbox", "if store_history:\n        kernel.outbox",
+              "Got: busy idle"),
+        Wrong('bool(content.get("store_history", True)) and not silent',
+              'bool(content.get("store_history", True))\n'
+              "    silent = silent or not store_history", "Got: busy idle")],
+    "stdout and stderr": [
+        Wrong("setattr(sys, name, Stream(number, self.outbox))",
+              "setattr(sys, name, Stream(1, self.outbox))", "text of stderr: two"),
+        Wrong('for number, name in ((1, "stdout"), (2, "stderr")):',
+              'for number, name in ((1, "stdout"),):', "text of stderr: two"),
+        Wrong('("stderr", header)', '("err", header)', "text of stderr: two")],
+    "Output in time": [
+        Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5", "with the rest"),
+        Wrong("if outbox.state is not gathering or len(text) > big:", "if False:",
+              "with the rest"),
+        Wrong("        now = monotonic()\n        self.flush_at",
+              "        return None\n        self.flush_at", "with the rest")],
+    "Long texts and all characters": [
+        Wrong("return ENCODERS[-1](value).encode()",
+              'return ENCODERS[-1](value).encode("ascii", "ignore")', "naïve ☃"),
+        Wrong("text[start:start + MOST_TEXT]}", "text[:65536]}", "number of characters"),
+        Wrong("(json.loads(bytes(p)) for p in json_parts)",
+              '(json.loads(bytes(p).decode("latin-1")) for p in json_parts)', "naïve ☃")],
+    "Control and heartbeat while a cell runs": [
+        Wrong('@handles("io")\ndef kernel_info_request', '@handles("cells")\n'
+              "def kernel_info_request", "only when the cell had ended|no reply"),
+        Wrong("        zmq.proxy(echo, echo)\n", "        while True:\n            "
+              "parts = echo.recv_multipart()\n            while self.cells.request:\n"
+              "                sleep(0.01)\n            echo.send_multipart(parts)\n",
+              "only when the cell had ended|Got: nothing"),
+        Wrong('self.outbox.put(request["channel"], message)',
+              'self.outbox.put("shell", message)', "Got: kernel_info_reply on shell")],
+    "Two clients at once": [
+        Wrong(REPLY, REPLY.replace(
+            'message["identities"] = ', 'message["identities"] = self.first = getattr('
+            'self, "first", 0) or '), "no reply"),
+        Wrong(REPLY, REPLY.replace('request["identities"]',
+                                   '[request["header"]["session"].encode()]'), "no reply"),
+        Wrong('self.outbox.put(request["channel"], message)', "self.outbox.put("
+              'request["channel"], message)\n        self.outbox.publish(msg_type, content, '
+              'request["header"])', "execute_reply on iopub")],
+    "Aborted cells": [
+        Wrong("self.taken = [*(self.taken or ()), *self.kernel.let_io(self.take_cells)]",
+              "self.taken = []", r"Got: \['error', 'ok'"),
+        Wrong(ABORT, ABORT.replace("self.finish(", 'return self.status("idle", request)\n'
+                                   "        self.finish("), "no reply"),
+        Wrong('{"status": "aborted",', '{"status": "error",', r"Got: \['error', 'error'"),
+        Wrong("elif self.failed_burst and burst_of(request) == self.failed_burst:",
+              "elif self.taken:", "Got: aborted")],
+    "stop_on_error false": [
+        Wrong(STOPS, "if True:", "Got: aborted"),
+        Wrong(STOPS, STOPS.replace('content.get("stop', 'not content.get("stop'),
+              "Got: aborted"),
+        Wrong(STOPS, 'if not content.get("stop_on_error", True):\n            '
+              "self.waiting.clear()\n        el" + STOPS, "no reply")],
+    "input()": [
+        Wrong('self.outbox.put("stdin", message)', 'self.outbox.put("shell", message)',
+              "on shell: input_request"),
+        Wrong('{"prompt": prompt, "password": password},', '{"prompt": prompt},',
+              r"Got: \{'prompt': 'Name\? '\}"),
+        Wrong('request["header"])\n        # A client has', "{})\n        # A client has",
+              r"input_request on stdin, parent_header \{\}"),
+        Wrong("builtins.input = self.input", "pass", "(?s)input_request.*on shell: execute"),
+        Wrong('.get("value", "")', '.get("text", "")', "stdout: Ada")],
+    "A client that cannot answer": [
+        Wrong(ALLOWED, "if request is None:", "on stdin: input_request"),
+        Wrong(ALLOWED, f'{ALLOWED}\n            return ""', "Got: ok"),
+        Wrong(ALLOWED, f"{ALLOWED}\n            os._exit(1)", "has ended")],
+    "Passwords": [
+        Wrong("kernel.ask(str(prompt), password=True)", "kernel.ask(str(prompt))",
+              "'password': False"),
+        Wrong("kernel.ask(str(prompt), password=True)", 'kernel.ask("", password=True)',
+              "'prompt': ''"),
+        Wrong("    module.getpass = getpass\n", "", "input_request on stdin")],
+    "Interrupt by signal": [
+        Wrong("self.interrupts += 1\n", "os._exit(1)\n", "has ended"),
+        Wrong("self.interrupts += 1\n", "return\n", "no reply"),
+        Wrong("reply = self.fail(error)\n", 'reply = {"status": "abort"}\n', "Got: abort"),
+        Wrong("reply = self.fail(error)\n", "reply = self.fail(error)\n            "
+              "self.namespace.clear()\n", "stdout: kept")],
+    "Interrupts at rest": [
+        Wrong("self.interrupts += 1\n", "self.interrupts += 1\n        "
+              "if not self.cells.request:\n            os._exit(1)\n", "has ended"),
+        Wrong("self.interrupts += 1\n", "self.interrupts += 1\n        "
+              "self.cells.was_cancelled = True\n", "stdout: kept"),
+        Wrong("self.interrupts += 1\n", "self.is_finished = True\n", "no reply")],
+    "Interrupt by message": [
+        Wrong('@handles("io")\ndef interrupt_request', "def interrupt_request", "no reply"),
+        Wrong('@handles("io")\ndef interrupt_request', '@handles("cells")\n'
+              "def interrupt_request", "no reply"),
+        Wrong("signal_main_thread()\n    return {}", "signal_main_thread()\n    return None",
+              "interrupt_reply")],
+    "A value in many forms": [
+        Wrong("for method, mime in REPR_METHODS.items():", "for method, mime in ():",
+              "text/html of the result"),
+        Wrong('if "text/plain" not in data:', "if not data:", "text/plain, of type str"),
+        Wrong('"_repr_html_": "text/html",', '"_repr_html_": "html",', "Got: None")],
+    "display()": [
+        Wrong('"update_display_data" if update else "display_data",', '"execute_result",',
+              "execute_input stream execute_result stream"),
+        Wrong('{"data": data, "metadata": metadata or {}, "tr', '{"data": str(data), "metadata"'
+              ': metadata or {}, "tr', "(?s)data of display_data.*Got: {'text"),
+        Wrong('{"data": data, "metadata": metadata or {}, "tr', '{"data": data, "tr',
+              "metadata, of type dict")],
+    "Updates of a display": [
+        Wrong('"update_display_data" if update else "display_data",', '"display_data",',
+              "execute_input display_data display_data"),
+        Wrong('**({"display_id": display_id} if display_id else {})}', "}",
+              "transient of display_data"),
+        Wrong("self.display(value, display_id=display_id, update=True,",
+              "self.display(value, update=True,", "transient of update_display_data")],
+    "clear_output": [
+        Wrong('{"wait": bool(wait)}', "{}", r"Got: \[\{\}\]"),
+        Wrong('{"wait": bool(wait)}', '{"wait": False}', "'wait': False"),
+        Wrong("self.clear_output(wait=True)", "pass", r"Got: \[\]")],
+    "User expressions": [
+        Wrong("name: self.evaluate(user_expressions[name]) for name in user_expressions}}",
+              "}}", "good, of type dict"),
+        Wrong('return {"status": "ok", "data": data, "metadata": metadata}',
+              'return data["text/plain"]', "good, of type dict"),
+        Wrong("except Exception as error:\n            return {\"status\": \"error\", **self.d",
+              "except OSError as error:\n            return {\"status\": \"error\", **self.d",
+              "user_expressions, of type dict")],
+    "The latest values": [
+        Wrong('self.unders = {"_": value,', 'self.unders = {"_": before["_"],', "Got: "),
+        Wrong("        if value is not self.outputs and self.stores:\n            "
+              "self.keep(value, count)\n", "", "Got: "),
+        Wrong("self.keep(value, count)\n", "self.keep(repr(value), count)\n", "Got: '42'")],
+    "Is it complete?": [
+        Wrong('return {"status": status, **({"indent": indent}',
+              'return {"answer": status, **({"indent": indent}', r"Got: \['ok'"),
+        Wrong("compiler(source + end,", "compile(source + end,", "'invalid', 'invalid'"),
+        Wrong('return "invalid", ""', 'return "incomplete", ""', "'incomplete', 'incomplete'")],
+    "Completion": [
+        Wrong('"cursor_start": start, "cursor_end": cursor,',
+              '"cursor_start": len(code[:start].encode()), "cursor_end": cursor,',
+              "from cursor_start 1"),
+        Wrong('"cursor_start": start, "cursor_end": cursor,', '"cursor_start": start, '
+              '"cursor_end": len(code[:cursor].encode("utf-16-le")) // 2,', "cursor_end"),
+        Wrong('"cursor_start": start, "cursor_end": cursor,',
+              '"cursor_start": cursor, "cursor_end": cursor,', "among the completed cells"),
+        Wrong('return {"matches": matches, "cursor_start"', 'return {"cursor_start"',
+              "matches, of type list")],
+    "Inspection": [
+        Wrong('return {"found": False, "data": {}, "metadata": {}}', "raise NameError(name)",
+              r"(?s)\('ok', False\).*'error'"),
+        Wrong('"data": {"text/plain": describe(name, value, detail)}',
+              '"data": describe(name, value, detail)', "data, of type dict"),
+        Wrong('return {"found": True, "data":', 'return {"data":', "('ok', None)")],
+    "History": [
+        Wrong("        else:\n            entries = entries[-n:]\n        return",
+              "        else:\n            entries = entries[:n]\n        return",
+              "the last entry"),
+        Wrong("[SESSION_NUMBER, number,", "[number,", "the last entry"),
+        Wrong('return {"history": [', 'return {"entries": [', "history, of type list")],
+    "Signatures over the bytes": [
+        Wrong("compare_digest(signature, self.sign(json_parts)):", "compare_digest(signature, "
+              "self.sign([to_json(json.loads(bytes(p))) for p in json_parts])):",
+              "(?s)stdout: new.*Got: old"),
+        Wrong("compare_digest(signature, self.sign(json_parts)):", "compare_digest(signature, "
+              'self.sign([bytes(p).replace(b"\\n", b"") for p in json_parts])):',
+              "(?s)stdout: new.*Got: old"),
+        Wrong("compare_digest(signature, self.sign(json_parts)):", "compare_digest(signature, "
+              'self.sign([bytes(p).strip(b"{}") for p in json_parts])):', "no reply")],
+    "Forged messages": [
+        Wrong(VERIFIED, "if False:", "(?s)stdout: genuine.*Got: "),
+        Wrong(VERIFIED, VERIFIED.replace("if", "if signature and"),
+              "(?s)stdout: genuine.*Got: unsigned"),
+        Wrong('raise BadMessage("the signature does not fit")', "os._exit(1)", "has ended")],
+    "Replayed messages": [
+        Wrong("            self.refuse_replay(signature)\n", "", "(?s)second.*Got: first"),
+        Wrong("self.seen[signature] = None", "pass", "(?s)second.*Got: first"),
+        Wrong("if len(self.seen) > MOST_SIGNATURES:", "if len(self.seen) > 1:",
+              "(?s)second.*Got: first")],
+    "Junk": [
+        Wrong(DROPPED, "os._exit(1)", "has ended"),
+        Wrong(DROPPED, "self.is_finished = True", "no reply"),
+        Wrong(DROPPED, "sleep(60)", "no reply")],
+    "Unknown message types": [
+        Wrong("self.workers[who](request)\n", "if request['header']['msg_type'] in HANDLERS:\n"
+              "            self.workers[who](request)\n", "busy and idle"),
+        Wrong('self.log(f"no handler for {msg_type!r}")', "self.reply(request, {})",
+              "for an unknown message type"),
+        Wrong('self.log(f"no handler for {msg_type!r}")', "os._exit(1)", "has ended")],
+    "A welcome": [
+        Wrong("        self.try_to_send(welcome)\n", "", "Got: nothing"),
+        Wrong('"subscription": topic.decode("utf-8", "replace")})', '"subscription": ""})',
+              "'subscription': ''"),
+        Wrong('"identities": [topic]}', '"identities": [b"welcome"]}', "Got: nothing")],
+    "Other connection files": [
+        Wrong("hmac.new(key, digestmod=digest) if key else None",
+              "hmac.new(key, digestmod=digest)", "no reply|is none"),
+        Wrong("f\"{self.connection['transport']}://{self.", 'f"tcp://{self.', "has ended"),
+        Wrong('joint = ":" if self.connection["transport"] == "tcp" else "-"', 'joint = ":"',
+              "who listens at ipc")],
+    "Comms": [
+        Wrong("            return comm.close()\n", "            return None\n",
+              "comm_id of comm_close"),
+        Wrong('self.comms.pop(message["content"]["comm_id"], None)',
+              'self.comms.get(message["content"]["comm_id"])', "before and after comm_close"),
+        Wrong("comm = self.create(content[\"target_name\"], comm_id=content[\"comm_id\"],",
+              'comm = self.create(content["target_name"],', "comm_msg on iopub"),
+        Wrong("        self.register_comm(comm)\n        target", "        target",
+              "comm_msg on iopub")],
+    "Subshells": [
+        Wrong('id = request["header"].get("subshell_id")',
+              'id = request["content"].get("subshell_id")', "when that had ended"),
+        Wrong("            kernel.subshells[id].put(request)\n",
+              "            put_main(request)\n", "when that had ended"),
+        Wrong('kernel.subshells.pop(str(request["content"]["subshell_id"]))',
+              'kernel.subshells[str(request["content"]["subshell_id"])]',
+              "after it was deleted")],
+}
+WRONG_SERVERS = {   # the same, as changes of minijupyter.py
+    "The first answer": [
+        Wrong('return {"version": __version__}', "return {}", "field version"),
+        Wrong('"Content-Length": str(sum(map(len, pieces)))',
+              '"Content-Length": str(sum(map(len, pieces)) + 1)', "no answer within"),
+        Wrong('to_json(value), "application/json", headers)',
+              'to_json(value), "text/html", headers)',
+              "Content-Type. Wanted: application/json. Got: text/html")],
+    "The token": [
+        Wrong("return same_secret(given, self.token)", "return self.token.startswith(given)",
+              "Wanted: status 401 or 403. Got: status 200"),
+        Wrong("has_token = given is not None and", "has_token = given is None or",
+              "Wanted: status 401 or 403. Got: status 200"),
+        Wrong('return query["token"][0] if "token" in query else None', "return None",
+              r"\?token=\w+. Wanted: status 200. Got: status 403")],
+    "List a folder": [
+        Wrong("models.append(self.entry(path, real, name))", "models.append({'name': name})",
+              "a.txt in its folder, field path"),
+        Wrong('"path": path, "type": kind,', '"path": path.rpartition("/")[2], "type": kind,',
+              "field path"),
+        Wrong('"notebook" if path.endswith(".ipynb") else "file")', '"file")',
+              "b.ipynb.* field type")],
+    "Read a file": [
+        Wrong("return unquote(url.path), parse_qs", "return url.path, parse_qs", "status 404"),
+        Wrong('"decode_text": bytes.decode,', '"decode_text": lambda data: data.decode("latin-1"),',
+              "field content. Wanted: 'Grüße"),
+        Wrong('self.asked("content", "1", "01") == "1", self', "True, self", "content=0")],
+    "Read a notebook": [
+        Wrong('cells = [map_strings(cell, join) for cell in notebook["cells"]]',
+              'cells = notebook["cells"]', "source of a cell"),
+        Wrong('return {**output, "text": convert(output["text"])}', "return output",
+              "text of an output"),
+        Wrong('return {"content": self.document(data).served, "format": "json"}',
+              'return {"content": data.decode(), "format": "text"}', "field format")],
+    "Say no in words": [
+        Wrong('raise Problem(404, f"Kernel does not exist: {id}")\n        return self.all[id]',
+              "raise KeyError(id)\n        return self.all[id]", "status 404. Got: status 500"),
+        Wrong("self.send_json(problem.status, told, problem.headers)",
+              'self.send(problem.status, problem.message.encode(), "text/plain")', "Wanted: JSON"),
+        Wrong("value = load(self.body or b\"{}\")\n        except (ValueError, RecursionError)",
+              "value = load(self.body or b\"{}\")\n        except RecursionError",
+              "status 400. Got: status 500")],
+    "Save a file": [
+        Wrong('return b"".join(text.encode() for text in texts)',
+              'return b"".join(text.replace("\\r\\n", "\\n").encode() for text in texts)',
+              "The bytes of Täßchen"),
+        Wrong("self.send_contents(201 if is_new else 200, model)", "self.send_contents(200, model)",
+              "status 201. Got: status 200"),
+        Wrong('if form == "base64":\n                return CODEC', 'if form == "":\n'
+              "                return CODEC", "The bytes of b.bin")],
+    "Save a notebook": [
+        Wrong('return {**notebook, "cells": with_ids(cells) if has_ids else cells}',
+              'return {**notebook, "metadata": {}, "cells": with_ids(cells)}',
+              "A saved notebook on disk"),
+        Wrong('id, text = cell.get("id"), f"{number} "', 'id, text = None, f"{number} "',
+              "A saved notebook on disk"),
+        Wrong('if kind == "notebook":\n                is_new', 'if kind == "":\n'
+              "                is_new", "Wanted: status 201. Got: status 400")],
+    "A save that breaks off": [
+        Wrong("old = self.read_if_there(absolute)\n        self.refuse_conflict",
+              'old = self.read_if_there(absolute)\n        open(absolute, "wb").close()\n'
+              "        self.refuse_conflict", "no base64. Wanted: b'the old text'. Got: b''"),
+        Wrong('raise ConnectionError("the client ended the connection in the middle of a body")',
+              'data = b\'{"type": "file", "format": "text", "content": "half"}\'',
+              "broke off in the middle"),
+        Wrong('base64.b64decode("".join(texts))}', 'base64.b64decode("".join(texts)[:4])}',
+              "status 400. Got: status 200")],
+    "The old file or the new one": [
+        Wrong("temporary.write(data)\n            temporary.replace(look)",
+              'open(target, "wb").write(data)', "has the old file whole"),
+        Wrong("replace_file(self.path, self.target)", "shutil.copyfile(self.path, self.target)",
+              "has the old file whole"),
+        Wrong("temporary.replace(look)", 'shutil.copyfile(target, target + "~")\n'
+              "            temporary.replace(look)", r"folder after a save.*a\.txt~")],
+    "Paths that stay inside": [
+        Wrong("if not all(map(self.is_visible, names)):\n"
+              '            raise Problem(404, f"No such file or folder: {path}")\n'
+              "        absolute = os.path.join(self.root, *names)\n"
+              "        return absolute, self.kept_inside(absolute, path)",
+              'if path.startswith("../"):\n'
+              '            raise Problem(404, f"No such file or folder: {path}")\n'
+              "        absolute = os.path.join(self.root, *names)\n"
+              "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
+        Wrong("if not all(map(self.is_visible, names)):\n"
+              '            raise Problem(404, f"No such file or folder: {path}")\n'
+              "        absolute = os.path.join(self.root, *names)\n"
+              "        return absolute, self.kept_inside(absolute, path)",
+              "absolute = os.path.realpath(os.path.join(self.root, *names))\n"
+              "        if not absolute.startswith(self.root):\n"
+              '            raise Problem(404, f"No such file or folder: {path}")\n'
+              "        return absolute, self.follow(absolute)[1]", "is the secret in the answer"),
+        Wrong("old, new = self.existing(path), self.resolve(new_path)",
+              "old, new = self.existing(path), os.path.join(self.root, new_path)",
+              "PATCH .*Wanted: status 400 to 599. Got: status 200")],
+    "Links that stay inside": [
+        Wrong("if is_odd or is_private or not is_within(real, self.root):",
+              "if is_odd or is_private:", "status 400 to 499. Got: status 200"),
+        Wrong("return os.path.realpath(absolute), os.stat(absolute)",
+              "return os.path.abspath(absolute), os.stat(absolute)",
+              "status 400 to 499. Got: status 200"),
+        Wrong("return self.look(path)[0]", 'return os.path.join(self.root, *path.split("/"))',
+              "PUT .*status 400 to 499. Got: status 200")],
+    "Create, rename, delete": [
+        Wrong('data = self.written(new_notebook(), None).data if kind == "notebook" else b""',
+              'data = b"{}" if kind == "notebook" else b""', "Untitled.*Wanted: status 200"),
+        Wrong("if os.path.lexists(new) and not os.path.samefile(old, new):", "if False:",
+              "status 409. Got: status 200"),
+        Wrong("        os.rename(old, new)", "        shutil.copy(old, new)",
+              "Old and new name after a rename")],
+    "Kernel specs": [
+        Wrong('log(f"Ignored the kernel spec {path}: {problem}")\n        return None', "raise",
+              "status 200. Got: status 500"),
+        Wrong("for path in (JUPYTER_DATA, *prefixes)]", "for path in prefixes]",
+              "stage among the names"),
+        Wrong('return {"name": name, "spec": spec, "resources": {}}',
+              'return {"name": name, **spec}', "field spec")],
+    "Start a process, and end it": [
+        Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
+              "self.get(id)\n        self.all.pop(id, None)", "deleted. Wanted: its end"),
+        Wrong("os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)",
+              "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)", "connection file.*0o600.*0o644"),
+        Wrong("self.get(id).shutdown()\n        self.all.pop(id, None)",
+              "self.get(id).shutdown()", "status 404. Got: status 200")],
+    "Interrupt": [
+        Wrong("self.send_signal(signal.SIGINT)", "self.send_signal(signal.SIGKILL)",
+              "Got: .*busy execute_input stream; and no reply"),
+        Wrong("self.send_signal(signal.SIGINT)", "pass",
+              "Got: .*busy execute_input stream; and no reply"),
+        Wrong("self.server.kernels.get(id).interrupt()\n        return 204, None",
+              "self.server.kernels.get(id).interrupt()\n        return {}",
+              "status 204. Got: status 200")],
+    "Restart": [
+        Wrong('self.stop("restart")\n            self.launch()', "self.launch()",
+              "old process after a restart. Wanted: its end"),
+        Wrong('self.stop("restart")\n            self.launch()',
+              'self.stop("restart")\n            self.connection = new_connection(self)\n'
+              "            self.launch()", "Ports and key"),
+        Wrong("self.server.kernels.get(id).restart()", "self.server.kernels.get(id).interrupt()",
+              "Wanted: a process, started")],
+    "Sessions": [
+        Wrong('if session["path"] == path:', "if False:", "second POST for one path"),
+        Wrong('self.kernels.shutdown(session["kernel"].id)', "pass",
+              "kernel of a session that was deleted"),
+        Wrong('for key in ("path", "name", "type")', 'for key in ("name", "type")', "field path")],
+    "Leave nothing behind": [
+        Wrong("        server.kernels.shutdown_all()", "        pass",
+              "after the server's end.* Wanted: its end"),
+        Wrong("for number in (signal.SIGINT, signal.SIGTERM):\n        signal.signal(number, stop)",
+              "for number in (signal.SIGINT,):\n        signal.signal(number, stop)",
+              "after the server's end.* Wanted: its end"),
+        Wrong("signal.signal(number, stop)", "signal.signal(number, signal.SIG_IGN)",
+              "after SIGTERM. Wanted: its end. Got: it goes on")],
+    "The WebSocket handshake": [
+        Wrong("258EAFA5-E914-47DA-95CA-C5AB0DC85B11", "258EAFA5-E914-47DA-95CA-5AB0DC85B11C",
+              "Sec-WebSocket-Accept"),
+        Wrong("return base64.b64encode(hashlib.sha1((key + GUID).encode()).digest()).decode()",
+              "return hashlib.sha1((key + GUID).encode()).hexdigest()", "Sec-WebSocket-Accept"),
+        Wrong("        handler.send_response(101)",
+              '        handler.protocol_version = "HTTP/1.0"\n        handler.send_response(101)',
+              "version and status.*HTTP/1.0"),
+        Wrong("if self.admit(name):", 'if name == "channels" or self.admit(name):',
+              "'Authorization': None.*Got: status 101")],
+    "Masks and pings": [
+        Wrong("return first, apply_mask(self.bytes, self.bytes[at - 4:at], at, end)",
+              "return first, bytes(self.bytes[at:end])", "A ping with 5 bytes"),
+        Wrong("self.write(encode_frame(PONG, payload))", 'self.write(encode_frame(PONG, b""))',
+              "a pong with the same: b'Hello'. Got: opcode 10"),
+        Wrong("while not self.is_closed and (frame := self.next_frame()) is not None:",
+              "if not self.is_closed and (frame := self.next_frame()) is not None:",
+              "second of two frames")],
+    "Close": [
+        Wrong("self.close(close_code(payload))\n            self.is_closed = True",
+              "self.is_closed = True", "without a close frame"),
+        Wrong("self.close(close_code(payload))", "self.close()", "code 1001. Got: .*code 1000"),
+        Wrong("self.close(close_code(payload))\n            self.is_closed = True",
+              "self.close(close_code(payload))", "the end of the TCP connection")],
+    "Frames against the rules": [
+        Wrong("if not second & 0b1000_0000:", "if False:", "without a mask"),
+        Wrong('codecs.utf_8_decode(data, "strict"', 'codecs.utf_8_decode(data, "replace"',
+              "not UTF-8"),
+        Wrong("if opcode >= CLOSE and (length > 125 or not first & FIN):",
+              "if opcode >= CLOSE and not first & FIN:", "126 bytes")],
+    "The bridge: sign, pass on": [
+        Wrong("signature = self.kernel.session.sign(entry.json_parts)", 'signature = b""',
+              "signature does not fit"),
+        Wrong("signature, *entry.json_parts, *entry.buffers]",
+              'signature, *(part + b" " for part in entry.json_parts), *entry.buffers]',
+              "signature does not fit"),
+        Wrong("""b',"parent_header":', parent_header, b',"metadata":', metadata,""",
+              """b',"parent_header":{},"metadata":', metadata,""",
+              "with this request as the parent, nothing"),
+        Wrong("""b',"buffers":[],"channel":"', entry.channel.encode(),""",
+              """b',"buffers":[],"channel":"', b"iopub",""", "no reply")],
+    "Each channel to its socket": [
+        Wrong("entry.channel, [our_kernel.DELIMITER", '"shell", [our_kernel.DELIMITER',
+              "channel that the reply names. Wanted: control. Got: shell"),
+        Wrong('HEARD = ("iopub", "shell", "control", "stdin")',
+              'HEARD = ("iopub", "shell", "stdin")',
+              "its reply on control"),
+        Wrong("entry = Entry(channel, *", 'entry = Entry(channel.replace("control", "shell"), *',
+              "channel that the reply names. Wanted: control. Got: shell")],
+    "Frames of every length": [
+        Wrong('else (8, "!Q")', 'else (8, "!L")', "A text frame with 65536 bytes"),
+        Wrong('(2, "!H") if length == 126', '(2, "<H") if length == 126',
+              "A text frame with 500 bytes"),
+        Wrong("elif len(payload) < 1 << 16:", "elif len(payload) < 1 << 17:",
+              "and no reply, then")],
+    "The first frame, glued to the handshake": [
+        Wrong("first_bytes = buffered(handler)", 'first_bytes = b""',
+              "in one packet with the handshake"),
+        Wrong("return handler.rfile.read1(len(handler.rfile.peek()))",
+              'handler.rfile.peek()\n        return b""', "in one packet with the handshake"),
+        Wrong('return bool(self.first_bytes) or getattr(self.socket, "pending", int)() > 0',
+              "return False", "in one packet with the handshake")],
+    "Fragments, and pings between them": [
+        Wrong("self.write(encode_frame(PONG, payload))", "pass", "a pong with the same"),
+        Wrong('"strict", bool(is_last))', '"strict", True)', "must be UTF-8"),
+        Wrong("message = self.opcode, empty.join(self.fragments)",
+              "message = self.opcode, self.fragments[-1]", "in four fragments")],
+    "Questions": [
+        Wrong('HEARD = ("iopub", "shell", "control", "stdin")',
+              'HEARD = ("iopub", "shell", "control")', "an input_request on stdin"),
+        Wrong('UPWARD = ("shell", "control", "stdin")', 'UPWARD = ("shell", "control")',
+              "busy execute_input; and no reply"),
+        Wrong("new.identity = identity", "new.identity = secrets.token_bytes(16)",
+              "an input_request on stdin")],
+    "Much, and in order": [
+        Wrong("left = left[self.socket.send(left):]", "self.socket.send(left)\n"
+              "                break", "no message|no reply"),
+        Wrong("self.carry_down(self.inbox.take(BATCH))",
+              "self.carry_down(self.inbox.take(BATCH)[::-1])", "Wanted: on iopub"),
+        Wrong("MOST_BYTES = 256 << 20", "MOST_BYTES = 1 << 20", "closed with code 1009")],
+    "Buffers": [
+        Wrong("*entry.json_parts, *entry.buffers],", "*entry.json_parts],",
+              "buffers"),
+        Wrong("if not entry.buffers:\n        return TEXT, text", "if True:\n"
+              "        return TEXT, text", "a binary message"),
+        Wrong("offsets, at = [], 4 * (len(parts) + 1)", "offsets, at = [], 0",
+              "behind its offset")],
+    "Two pages": [
+        Wrong('return entry.channel == "iopub" or entry.client == self.session_id', "return True",
+              "Replies to the one page"),
+        Wrong('return entry.channel == "iopub" or entry.client == self.session_id',
+              'return entry.channel in ("iopub", "stdin") or entry.client == self.session_id',
+              "Questions to the one page"),
+        Wrong("self.mailboxes[box.session_id] = box\n\n    def leave",
+              "self.mailboxes = {box.session_id: box}\n\n    def leave",
+              "on iopub, with this request as the parent, nothing|output on the other page"),
+        Wrong("return len(self.pages)", "return 1", "How many pages")],
+    "A page that comes back": [
+        Wrong("self.is_kept = bool(session_id)", "self.is_kept = False", "and no reply"),
+        Wrong("self.requests.put()   # the watcher may wait for room in it",
+              "threading.Thread(target=self.shutdown).start()",
+              "stream error idle|idle. Got: nothing"),
+        Wrong("box.put(old.take())", "box.put(old.take() * 2)",
+              r"has of its cell.*two\\ntwo"),
+        Wrong("for box in list(self.mailboxes.values()) if box.websocket]",
+              "for box in list(self.mailboxes.values())]", "connections, when its page has gone")],
+    "A kernel that dies": [
+        Wrong("kernel.publish([news])", "pass", "a status restarting or dead on each page"),
+        Wrong("return will_restart", "return False", "Wanted: a process, started"),
+        Wrong("news.life = kernel.life", "news.life = 0", "and no reply")],
+    "The cookie": [
+        Wrong("self.cookie_value = self.new_cookie()", "self.cookie_value = token",
+              "the token itself in a cookie"),
+        Wrong('more="HttpOnly; SameSite=Strict"', 'more="SameSite=Strict"', "HttpOnly"),
+        Wrong("return same_secret(self.cookie(headers, self.cookie_name), self.cookie_value)",
+              "return self.cookie_value.startswith(self.cookie(headers, self.cookie_name))",
+              "status 401 or 403. Got: status 200")],
+    "Host and Origin": [
+        Wrong("return not is_loopback(self.ip) or LOCAL_HOST.fullmatch(host) is not None",
+              "return True", "Host: evil.example. Wanted: status 403"),
+        Wrong('return re.sub("^https?://", "", origin) == headers.get("Host")',
+              'return re.sub("^https?://", "", origin).startswith(headers.get("Host"))',
+              "evil.example. Wanted: status 400 to 499. Got: status 201"),
+        Wrong("if not has_token and not is_navigation and not access",
+              'if not has_token and not is_navigation and name != "channels" and not access',
+              "handshake of a page at http://evil.example")],
+}
+WRONG_PAGES = {   # … and of index.html
+    "Show a notebook": [
+        Wrong("this.cells = content.cells.map(model", "this.cells = content.cells.filter(model =>\n"
+              "      model.cell_type === 'code').map(model", "data-id, data-type and text"),
+        Wrong(r"path: decoded(PATH).replace(/\/$/, '')", "path: PATH",
+              "data-id, data-type and text"),
+        Wrong("this.node.dataset.id = id;", "", "data-id, data-type and text")],
+    "Show what the file holds": [
+        Wrong("const pieces = text.replace(",
+              "const pieces = text.replace(/<[^>]*>/g, '').replace(",
+              "of a stream and of a result"),
+        Wrong("this.outputs.show(this.model.outputs ?? []);\n    tell('drawn', this);", "",
+              "of a stream and of a result"),
+        Wrong(r".split(/\x1b\[([\d;:]*)m/)", ".split(/(?!)/)", "without escape sequences")],
+    "Get a kernel": [
+        Wrong("await api.openSession({ path, name",
+              "await api.openSession({ path: path + uuid(), name",
+              "The paths of the server's sessions"),
+        Wrong("this.askKernelInfo();\n    this.watchStart(this.kernel);", "",
+              "Wanted: idle. Got: starting"),
+        Wrong("this.session = session;\n    this.kernel = new", "this.session = session;\n"
+              "    addEventListener('pagehide', () => fetch(`${BASE}api/sessions/${session.id}`,\n"
+              "      { method: 'DELETE', keepalive: true }));\n    this.kernel = new",
+              "when the page was loaded again|after a reload")],
+    "Run a cell": [
+        Wrong("execute_result(content) { this.outputs.execute_result(content); }",
+              "execute_result() {}", r"\('42', 'idle'\). Got: \('', 'idle'\)"),
+        Wrong("this.prompt.textContent = `[${", "this.prompt.title = `[${", "numbers in .prompt"),
+        Wrong("'Shift-Enter', nb", "'Shift-F9', nb", "of a cell that ran"),
+        Wrong("if (this.reply === null || this.idleAt === null || this.isSettled) return;",
+              "if (this.reply === null || this.idleAt !== null || this.isSettled) return;",
+              r"'idle'\). Got: \('', 'running'\)")],
+    "Match outputs to cells": [
+        Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
+              "const request = [...this.requests.values()].at(-1);",
+              "data-state of three cells|text in each"),
+        Wrong("for (const cell of code) if (!cell.isPending) cell.setState('queued');",
+              "for (const cell of code) cell.setState('running');", "data-state of three cells"),
+        Wrong("const request = this.requests.get(message.parent_header?.msg_id);",
+              "const request = this.requests.get(message.parent_header?.msg_id)\n"
+              "      ?? this.executions.at(-1);", "another client has printed")],
+    "Text as it comes": [
+        Wrong("requestAnimationFrame(drawChanged);\n  changedOutputs.add",
+              "setTimeout(drawChanged, 3000);\n  changedOutputs.add", "shows while it runs on"),
+        Wrong("stream(content) { this.outputs.stream(content); }",
+              "stream(content) { if (content.name === 'stdout') this.outputs.stream(content); }",
+              r"shows while it runs on.*Got: \('one', 'running'\)"),
+        Wrong("this.cell.outputs.clear();\n    this.cell.setCount(null);", "",
+              r"ran \"print\('new'\)\".*89\\nnew")],
+    "Errors": [
+        Wrong("this.hasFailed ? 'error' : 'idle';", "'idle';",
+              r"of a cell that failed.*Got: \['idle', 'idle'\]"),
+        Wrong("const { status, execution_count } = this.reply;",
+              "const { status, execution_count } = this.reply;\n"
+              "    if (status === 'aborted') return;",
+              r"behind it.*Got: \['error', '(queued|running)'\]"),
+        Wrong("error(content) { this.outputs.error(content); }", "error() {}", "name its error")],
+    "Pictures and HTML": [
+        Wrong("addRenderer(20,", "addRenderer(200,", "text/html and text/plain"),
+        Wrong("`data:${mime};base64,$", "`data:${mime},$", "The width of the <img>"),
+        Wrong(r"addRenderer(51, /^image\//", r"addRenderer(151, /^image\//",
+              "The width of the <img>")],
+    "Questions": [
+        Wrong("execute_reply input_request input_reply", "execute_reply input_reply",
+              "How many <input>"),
+        Wrong("type: isSecret ? 'password' : 'text'", "type: 'text'", "The type of the <input>"),
+        Wrong("kernel.send('stdin', 'input_reply'", "kernel.send('shell', 'input_reply'",
+              "when its question was answered")],
+    "Interrupt and restart": [
+        Wrong("() => api.interrupt(kernel.id)", "() => null",
+              "data-state of the interrupted cell"),
+        Wrong("await api.restart(this.kernel.id);", "",
+              "Are the variables of before gone|data-state after a restart"),
+        Wrong("request('POST', `api/kernels/${id}/interrupt`)",
+              "request('POST', `api/kernels/${id}/restart`)",
+              "interrupted cell|of a cell that ran 'x'")],
+    "Save": [
+        Wrong("if (this.isSaved) this.isSaved = false;", "", "when a cell was edited"),
+        Wrong("this.outputs.toJSON();\n    return this.model;",
+              "return this.type === 'code' ? { ...this.model, outputs: [] } : this.model;",
+              "The outputs on disk"),
+        Wrong("return { ...this.content, cells:", "return { nbformat: 4, nbformat_minor: 5,\n"
+              "      metadata: {}, cells:", "Metadata that the page does not know")],
+    "A conflict": [
+        Wrong("headers: hash ? { 'If-Match': `\"${hash}\"` } : {} }", "headers: {} }",
+              "The sources on disk, after Ctrl.S"),
+        Wrong("else setTimeout(() => this.resolveConflict());",
+              "else setTimeout(() => this.save({ force: true }));",
+              "changed|after a conflict|and on disk"),
+        Wrong("failed(error, byItself) {", "failed() {\n    return;",
+              "say that the file has changed"),
+        Wrong("this.failed(error, byItself);\n      return false;",
+              "this.isSaved = true;\n      return notify('The file has changed.');",
+              "after a conflict")],
+    "A kernel that dies": [
+        Wrong("notify(['The kernel died and was started again;", "notify(['A new kernel is there;",
+              "say that the kernel died"),
+        Wrong("this.heardRestart?.();", "this.kernel.close();", "when the next process is there"),
+        Wrong("if (execution_state === 'restarting') this.begunAnew(reason);", "",
+              "say that the kernel died")],
+}
+WRONG = {(track, number): wrong[each.title]   # (track, number) -> [Wrong]
+         for track, wrong in zip(TRACKS, (WRONG_KERNELS, WRONG_SERVERS, WRONG_PAGES), strict=True)
+         for number, each in enumerate(TRACKS[track], 1)}
+
+
+# -- the truth of the verdicts --
+
+KERNEL_ALONE = without_part_two(KERNEL_SOURCE)
+IN_PART_TWO = "a section of Part II has it"
+FROM_A_WHEEL = "from a wheel it ends when it is interrupted, as its launcher warns"
+NOT_FOR = {   # program -> {title of a stage that it does not pass: why}
+    "Part I of kernel.py": dict.fromkeys((
+        "Passwords", "The latest values", "Is it complete?", "Completion", "Inspection", "History",
+        "Comms", "Subshells"), IN_PART_TWO),
+    "kernel.py": {}, "ipykernel": {},
+    "bash_kernel": {
+        "stdout and stderr": "it reads both from one terminal",
+        "Cells that are not stored": "it counts them",
+        "Interrupt by signal": "it replies with the status `abort`",
+        "Interrupt by message": "it replies with the status `abort`",
+        "Inspection": "it has none", "History": "it has none",
+        "Comms": "ipykernel's base class has none",
+        "Subshells": "they would share one terminal"},
+    "xeus-python": {
+        "Shutdown and restart": "it always replies that it will not restart",
+        "Cells that are not stored": "it counts them",
+        "Aborted cells": "it replies with the status error to them",
+        "stop_on_error false": "it does not read it",
+        "Interrupt by signal": FROM_A_WHEEL, "Interrupts at rest": FROM_A_WHEEL,
+        "Interrupt by message": FROM_A_WHEEL,
+        "Forged messages": "it answers nothing after one",
+        "Replayed messages": "it runs them", "Junk": "it answers nothing after it",
+        "A welcome": "it has none", "Other connection files": "it wants a key, and TCP",
+        "Comms": "it has comms of its own, not those of the package comm",
+        "Subshells": "it has none"},
+}
+MUTANTS_PATIENCE = 1.5   # seconds; what a wrong solution never says is waited for
+
+
+class StagesAreTrue(Case):
+    """A stage passes what is right and rejects what is wrong, with words that name the fault."""
+
+    def assertPasses(self, name, command, patience=SECONDS):
+        """The program passes all stages that are for it; the others are named in NOT_FOR."""
+        with Checker("kernel", **point_at_kernel(
+                command, argparse.Namespace(patience=patience, snippets=None))) as checker:
+            for number, each in enumerate(KERNEL_STAGES, 1):
+                if each.title not in NOT_FOR[name]:
+                    with self.subTest(name, stage=each.title):
+                        verdict = checker.check(number)
+                        self.assertNotEqual(verdict.status, FAILED, verdict)
+
+    def test_the_kernel_passes_every_stage(self):
+        self.assertPasses("kernel.py", OURS)
+
+    def test_part_one_of_the_kernel_passes_the_stages_that_it_is_for(self):
+        self.assertPasses("Part I of kernel.py", kernel_alone(self.folder(), KERNEL_ALONE))
+
+    @needs("ipykernel")
+    def test_ipykernel_passes_every_stage(self):
+        self.assertPasses("ipykernel", IPYKERNEL)
+
+    @needs("bash_kernel")
+    def test_bash_kernel_passes_the_stages_that_apply_to_it(self):
+        self.assertPasses("bash_kernel", FOREIGN["bash"]["argv"])
+
+    @needs("xpython_launcher")
+    def test_xeus_python_passes_the_stages_that_apply_to_it(self):
+        self.assertPasses("xeus-python", FOREIGN["xpython"]["argv"])
+
+    def test_every_wrong_solution_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
+        rows = [(number, wrong) for number in range(1, len(KERNEL_STAGES) + 1)
+                for wrong in WRONG["kernel", number]]
+        with ThreadPoolExecutor(4) as pool:
+            for (number, wrong), verdict in zip(rows, pool.map(self.verdict, rows), strict=True):
+                with self.subTest(stage=KERNEL_STAGES[number - 1].title, wrong=wrong.new):
+                    self.assertEqual(verdict.status, FAILED)
+                    self.assertRegex(verdict.words, wrong.says)
+
+    def verdict(self, row):
+        number, wrong = row
+        with tempfile.TemporaryDirectory(prefix="minijupyter-wrong-") as folder:
+            command = kernel_alone(folder, wrong_kernel(KERNEL_STAGES[number - 1].title, wrong))
+            return run_stage("kernel", number, command, MUTANTS_PATIENCE)
+
+
+def wrong_kernel(title, wrong):
+    """The source of a wrong solution of a stage: of Part I, where the stage is for that."""
+    source = KERNEL_SOURCE if title in NOT_FOR["Part I of kernel.py"] else KERNEL_ALONE
+    if source.count(wrong.old) != 1:
+        raise AssertionError(f"stands {source.count(wrong.old)} times in the source: {wrong.old}")
+    source = source.replace(wrong.old, wrong.new)
+    ast.parse(source)
+    return source
 
 
 # ---- 12. Bench ----------------------------------------------------------------------
