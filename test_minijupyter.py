@@ -22885,11 +22885,16 @@ def point_at_page(command, options):
 POINTERS = {"kernel": point_at_kernel, "server": point_at_server, "page": point_at_page}
 
 
-def run_stage(track, number, command, patience=PATIENCE):
-    """The Verdict of one stage on the program that `command`, a list of words, starts."""
-    options = argparse.Namespace(patience=patience)
-    with Checker(track, **POINTERS[track](command, options)) as checker:
+def check_stage(track, number, **attributes):
+    """The Verdict of one stage on the program that test classes with these attributes test."""
+    with Checker(track, **attributes) as checker:
         return checker.check(number)
+
+
+def run_stage(track, number, command, patience=PATIENCE):
+    """The same on the program that `command`, a list of words, starts."""
+    return check_stage(track, number, **POINTERS[track](
+        command, argparse.Namespace(patience=patience, snippets=None)))
 
 
 # -- the command line --
@@ -23721,7 +23726,8 @@ WRONG = {(track, number): wrong[each.title]   # (track, number) -> [Wrong]
 
 # -- the truth of the verdicts --
 
-KERNEL_ALONE = without_part_two(KERNEL_SOURCE)
+KERNEL_ALONE, SERVER_ALONE, PAGE_ALONE = map(
+    without_part_two, (KERNEL_SOURCE, SERVER_SOURCE, PAGE_SOURCE))
 IN_PART_TWO = "a section of Part II has it"
 FROM_A_WHEEL = "from a wheel it ends when it is interrupted, as its launcher warns"
 NOT_FOR = {   # program -> {title of a stage that it does not pass: why}
@@ -23750,7 +23756,34 @@ NOT_FOR = {   # program -> {title of a stage that it does not pass: why}
         "Comms": "it has comms of its own, not those of the package comm",
         "Subshells": "it has none"},
 }
+NOT_FOR.update({
+    "Part I of minijupyter.py": {},
+    "jupyter_server": {
+        "The old file or the new one": "it writes into the file itself, with a copy beside it",
+        "Links that stay inside": "it follows links, wherever they lead",
+        "Frames against the rules": "it cuts the connection without a close frame"},
+})
 MUTANTS_PATIENCE = 1.5   # seconds; what a wrong solution never says is waited for
+
+
+def changed(source, wrong):
+    """The source of a wrong solution."""
+    if source.count(wrong.old) != 1:
+        raise AssertionError(f"stands {source.count(wrong.old)} times in the source: {wrong.old}")
+    return source.replace(wrong.old, wrong.new)
+
+
+def patient_verdict(wrong, verdict):
+    """verdict(patience) of a wrong solution. On a machine that is busy, a step before the wrong one
+    may take too long: then once more, with patience."""
+    first = verdict(MUTANTS_PATIENCE)
+    return first if re.search(wrong.says, first.words) else verdict(SECONDS)
+
+
+def assertNames(case, verdict, wrong):
+    """The stage has failed, in words that name the fault."""
+    case.assertEqual(verdict.status, FAILED)
+    case.assertRegex(verdict.words, wrong.says)
 
 
 class StagesAreTrue(Case):
@@ -23808,6 +23841,74 @@ def wrong_kernel(title, wrong):
     source = source.replace(wrong.old, wrong.new)
     ast.parse(source)
     return source
+
+
+
+class ServerStagesAreTrue(Case):
+    """The same of the stages of the server. (Our whole one passes their tests in their class.)"""
+
+    def assertPasses(self, name, program, patience=SECONDS):
+        with Checker("server", options={"program": program}, patience=patience) as checker:
+            for number, each in enumerate(SERVER_STAGES, 1):
+                if each.title not in NOT_FOR[name]:
+                    with self.subTest(name, stage=each.title):
+                        verdict = checker.check(number)
+                        self.assertEqual(verdict.status, PASSED, verdict)
+
+    def test_part_one_of_the_server_passes_every_stage(self):
+        self.assertPasses("Part I of minijupyter.py", server_alone(self.folder(), SERVER_ALONE))
+
+    @needs("jupyter_server")
+    def test_jupyter_server_passes_the_stages_that_apply_to_it(self):
+        self.assertPasses("jupyter_server", jupyter_server)
+
+    def test_every_wrong_server_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
+        rows = [(number, wrong) for number in range(1, len(SERVER_STAGES) + 1)
+                for wrong in WRONG["server", number]]
+        with ThreadPoolExecutor(6) as pool:
+            for (number, wrong), verdict in zip(rows, pool.map(self.verdict, rows), strict=True):
+                with self.subTest(stage=SERVER_STAGES[number - 1].title, wrong=wrong.new):
+                    assertNames(self, verdict, wrong)
+
+    def verdict(self, row):
+        number, wrong = row
+        source = changed(SERVER_ALONE, wrong)
+        with tempfile.TemporaryDirectory(prefix="minijupyter-wrong-") as folder:
+            attributes = {"options": {"program": server_alone(folder, source)}}
+            return patient_verdict(wrong, lambda patience: check_stage(
+                "server", number, patience=patience, **attributes))
+
+
+@needs("playwright")
+@unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
+class PageStagesAreTrue(Case):
+    """The same of the stages of the page. One server and one browser serve all pages."""
+
+    def setUp(self):
+        self.place = self.folder()
+        self.program = server_alone(self.place, SERVER_SOURCE, PAGE_ALONE, KERNEL_SOURCE)
+
+    def checker(self, patience=SECONDS):
+        return Checker("page", options={"program": self.program}, patience=patience)
+
+    def test_part_one_of_the_page_passes_every_stage(self):
+        with self.checker() as checker:
+            for number, each in enumerate(PAGE_STAGES, 1):
+                with self.subTest(each.title):
+                    verdict = checker.check(number)
+                    self.assertEqual(verdict.status, PASSED, verdict)
+
+    def test_every_wrong_page_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
+        with self.checker() as checker:
+            def verdict(patience):
+                checker.case("PageFromOutside").patience = patience
+                return checker.check(number)
+
+            for number, each in enumerate(PAGE_STAGES, 1):
+                for wrong in WRONG["page", number]:
+                    with self.subTest(stage=each.title, wrong=wrong.new):
+                        (self.place / "index.html").write_text(changed(PAGE_ALONE, wrong), "utf-8")
+                        assertNames(self, patient_verdict(wrong, verdict), wrong)
 
 
 # ---- 12. Bench ----------------------------------------------------------------------
