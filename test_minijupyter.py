@@ -13617,8 +13617,10 @@ class ServerFromOutside(FromOutside, ServerCase):
 
     def aside(self):
         """What the program, and a kernel of its, have said."""
-        refused = self.server.refused()
-        ended = self.server.process.popen.poll() is not None
+        refused, ended = self.server.refused(), False
+        with contextlib.suppress(subprocess.TimeoutExpired):   # it may be about to end
+            self.server.process.exit_code(0.1)
+            ended = True
         return (f" The kernel says: {refused.strip()[-500:]}" if refused else "") + (
             self.server.last_words() if ended else "")
 
