@@ -1974,22 +1974,20 @@ class Listener(Frontend):
     """A Frontend that mistrusts the kernel: whatever that does, each wait ends in time, and a fault
     is an AssertionError that says what was wanted and what came instead."""
 
+    asked = set()   # msg_ids of the requests of all Listeners
+
     def __init__(self, own, patience):
         super().__init__(ZeroMQWire(own.connection))
         self.process, self.patience = own.process, patience
         self.heard = []   # (channel, message), all of them
 
-    def ask(self, msg_type, channel="shell", metadata=None, **content):
-        answer = super().ask(msg_type, channel, metadata, **content)
-        answer.channel, answer.since = channel, len(self.heard)
-        return answer
-
-    def ask_with(self, msg_type, channel="shell", content=(), **header):
-        """The same with more fields in the header."""
-        message = self.session.message(msg_type, dict(content))
+    def ask(self, msg_type, channel="shell", header=(), **content):
+        """Send a request, with more fields in its header, and return its Answer."""
+        message = self.session.message(msg_type, content)
         message["header"].update(header)
         answer = self.answers[message["header"]["msg_id"]] = Answer(message)
         answer.channel, answer.since = channel, len(self.heard)
+        self.asked.add(message["header"]["msg_id"])
         self.wire.send(channel, message)
         return answer
 
@@ -2036,10 +2034,10 @@ class Listener(Frontend):
         return "\n     ".join(lines) + self.lost(answer)
 
     def lost(self, answer):
-        """The messages since then that belong to no request, in words; empty when all do."""
+        """The messages since then that belong to nobody's request, in words; empty when all do."""
         lost = [f"{word(message)} on {channel}, parent_header {message['parent_header']}"
                 for channel, message in self.heard[answer.since:]
-                if message["parent_header"].get("msg_id") not in self.answers]
+                if message["parent_header"].get("msg_id") not in self.asked]
         return "".join(f"\n     not for any request of ours: {each}" for each in lost[:5])
 
     def expect(self, condition, wanted, answer, patience=None):
@@ -2074,8 +2072,8 @@ class Listener(Frontend):
         while True:
             answer = self.ask("kernel_info_request")
             with contextlib.suppress(TimeoutError):
-                self.until(lambda answer=answer: answer.is_idle and answer.reply,
-                           min(0.5, self.patience))
+                self.until(lambda answer=answer: answer.reply, 0.5)
+                self.until(lambda answer=answer: answer.is_idle, 0.1)
                 return answer.reply["content"]
             if time.monotonic() > deadline:
                 self.done(answer)   # says what is missing
@@ -2697,8 +2695,8 @@ class KernelInAnyLanguage(Case):
         self.same("as subshell_id of list_subshell_reply", [new],
                   self.subshells("list").get("subshell_id"))
         cell = self.frontend.start(self.lines("pause", "print main"))
-        beside = self.frontend.ask_with("execute_request", content={
-            "code": self.code("print", "beside"), "silent": False}, subshell_id=new)
+        beside = self.frontend.ask("execute_request", header={"subshell_id": new}, silent=False,
+                                   code=self.code("print", "beside"))
         self.frontend.done(beside)
         self.printed(beside, "beside")
         if cell.reply:
@@ -22007,21 +22005,18 @@ KERNEL_STAGES = [
           "parent_header is left empty; idle without busy; no idle after an error of your own "
           "(`finally` helps); iopub is signed like every other message, and that is forgotten.",
           ("KernelInAnyLanguage.test_busy_and_idle_bracket_a_request_and_have_it_as_their_parent",)),
-    Stage("A cell",
+    Stage("A cell that prints",
           "Answer execute_request. Count the cell, publish `execute_input` with its code and "
-          "execution_count, run the code, and reply with status ok and the same execution_count.",
-          "kernel.py 4, `execute_request`",
-          "Messaging in Jupyter, “Execute”, “Code inputs”",
-          "execute_input is left out, or comes before busy; the reply has no execution_count.",
-          ("KernelInAnyLanguage.test_a_cell_is_announced_and_answered",)),
-    Stage("Print",
-          "Catch what the code prints, and publish it as `stream`: name stdout, text the text, the "
-          "cell's header as parent. All of it comes before idle.",
-          "kernel.py 2, `Stream`",
-          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
-          "idle is published before the last output; parent_header is that of an earlier cell, or "
-          "empty; the field is called text, not data.",
-          ("KernelInAnyLanguage.test_what_is_printed_comes_as_stream_before_idle",)),
+          "execution_count, and run the code. Catch what it prints, and publish it as `stream`: "
+          "name stdout, text the text. Then reply with status ok and the same execution_count. All "
+          "this has the request's header as parent, and stands between busy and idle.",
+          "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
+          "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
+          "idle is published before the last output; execute_input is left out; the parent_header "
+          "of `stream` is that of an earlier cell, or empty; its field is called text, not data; "
+          "the reply has no execution_count.",
+          ("KernelInAnyLanguage.test_a_cell_is_announced_and_answered",
+           "KernelInAnyLanguage.test_what_is_printed_comes_as_stream_before_idle")),
     Stage("A result",
           "If the last expression of a cell has a value, publish execute_result: data, a dict of "
           "MIME types with text/plain in it, metadata, a dict, and execution_count. A cell without "
@@ -22033,8 +22028,7 @@ KERNEL_STAGES = [
           ("KernelInAnyLanguage.test_the_value_of_a_cell_is_its_result",)),
     Stage("Errors",
           "If the code fails, publish `error` with ename, evalue and traceback, a list of lines, "
-          "and reply with status error and the same three fields. The kernel lives on. From here "
-          "on `jupyter console` works with your kernel.",
+          "and reply with status error and the same three fields. The kernel lives on.",
           "kernel.py 3, `Interpreter.fail`",
           "Messaging in Jupyter, “Execution errors”",
           "traceback is one string; the error is told in the reply only, so that nobody sees it, "
@@ -22042,14 +22036,30 @@ KERNEL_STAGES = [
           "the kernel.",
           ("KernelInAnyLanguage.test_an_error_is_told_on_iopub_and_in_the_reply",)),
     Stage("Shutdown and restart",
-          "Bind control_port, a ROUTER like shell. Answer shutdown_request there: reply with the "
-          "`restart` that was asked for, and end the process. Who asked for a restart starts a new "
-          "one.",
+          "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
+          "shutdown_request on control: reply with the `restart` that was asked for, and end the "
+          "process. (A client that wants a restart starts a new one.) From here on `jupyter "
+          "console` works with your kernel.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
           "alive; `restart` is lost, and the client believes that you are gone for good.",
           ("KernelInAnyLanguage.test_a_shutdown_request_is_answered_and_ends_the_process",)),
+    Stage("stdout and stderr",
+          "What is printed on stderr is a `stream` of the name stderr. Each keeps its order.",
+          "kernel.py 2, `scope_of`",
+          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
+          "Both come as stdout; stderr goes to the terminal that started the kernel; the name is "
+          "err.",
+          ("KernelInAnyLanguage.test_stdout_and_stderr_are_told_apart",)),
+    Stage("Output in time",
+          "What is printed is published while the cell runs, within a fraction of a second: people "
+          "watch progress. Do not publish each character for itself either.",
+          "kernel.py 2, `Outbox.patience`",
+          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
+          "Output is kept until the cell has ended, or until a buffer is full; nobody flushes "
+          "while the code sleeps.",
+          ("KernelInAnyLanguage.test_what_is_printed_comes_while_the_cell_runs",)),
     Stage("Names live on",
           "All cells run in one namespace, which lives as long as the process.",
           "kernel.py 3, `Interpreter.run_source`",
@@ -22079,21 +22089,6 @@ KERNEL_STAGES = [
           "Messaging in Jupyter, “Execute”: store_history",
           "It is taken for silent; its default, which is true, is forgotten.",
           ("KernelInAnyLanguage.test_a_cell_that_is_not_stored_is_not_counted",)),
-    Stage("stdout and stderr",
-          "What is printed on stderr is a `stream` of the name stderr. Each keeps its order.",
-          "kernel.py 2, `scope_of`",
-          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
-          "Both come as stdout; stderr goes to the terminal that started the kernel; the name is "
-          "err.",
-          ("KernelInAnyLanguage.test_stdout_and_stderr_are_told_apart",)),
-    Stage("Output in time",
-          "What is printed is published while the cell runs, within a fraction of a second: people "
-          "watch progress. Do not publish each character for itself either.",
-          "kernel.py 2, `Outbox.patience`",
-          "Messaging in Jupyter, “Streams (stdout, stderr, etc)”",
-          "Output is kept until the cell has ended, or until a buffer is full; nobody flushes "
-          "while the code sleeps.",
-          ("KernelInAnyLanguage.test_what_is_printed_comes_while_the_cell_runs",)),
     Stage("Long texts and all characters",
           "Output of any length arrives whole, and each character as itself: JSON is UTF-8.",
           "kernel.py 2, `Outbox.streams`; kernel.py 1, `to_json`",
@@ -22887,7 +22882,8 @@ def point_at_kernel(command, options):
     """The attributes of test classes that check the kernel which `command` starts."""
     if not any("{connection_file}" in word for word in command):
         command = [*command, "-f", "{connection_file}"]
-    return {"argv": command, "cwd": os.getcwd(), "patience": options.patience}
+    return {"argv": command, "cwd": os.getcwd(), "patience": options.patience,
+            "snippets": options.snippets}
 
 
 def point_at_server(command, options):
@@ -22933,9 +22929,10 @@ stage 3                      show what to build in stage 3 of the kernel, and wh
 stage 3 -- COMMAND           check it
 stage kernel -- COMMAND      check all stages of a track, in order, up to the first that fails
 stage server 4 -- COMMAND    the same for another track
+stage page 2 -- my.html      a page is an HTML file, which our server serves
 
-COMMAND starts your program, as in `python my_kernel.py -f {connection_file}`: the words in braces
-are filled in. Exit code: 0 passed, 1 failed, 2 not understood."""
+COMMAND starts your program, as in `python my_kernel.py -f {connection_file}`, or
+`node my_server.js {port} {token} {folder}`: the words in braces are filled in. Exit code: 0 passed, 1 failed, 2 not understood."""
 
 
 def stage_options(words):
@@ -22948,6 +22945,9 @@ def stage_options(words):
     parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
                         help="how long a check waits for what must come (default: %(default)s)")
+    parser.add_argument("--snippets", metavar="FILE", type=read_snippets,
+                        help="code in your kernel's language, when it is none of "
+                             + ", ".join(SNIPPETS))
     parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON (-: to stdout)")
     parser.add_argument("--junit", metavar="FILE", help="the same as JUnit's XML")
     options = parser.parse_args(words[:at])
@@ -22959,7 +22959,24 @@ def stage_options(words):
         parser.error("say which stage, or which track, before --")
     if options.command and options.track not in POINTERS:
         parser.error(f"stages of the {options.track} cannot be checked")
+    if options.track == "page" and options.command and not os.path.isfile(options.command[0]):
+        parser.error(f"there is no file {options.command[0]}: a page is checked by the path of its "
+                     "HTML file")
     return options
+
+
+def read_snippets(path):
+    """{word: code} of a JSON file, for a language that SNIPPETS has not."""
+    try:
+        snippets = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {problem}") from None
+    if not isinstance(snippets, dict) or not all(
+            isinstance(code, str) for code in snippets.values()) or snippets.keys() - WORDS.keys():
+        raise argparse.ArgumentTypeError(
+            f"{path} must be a JSON object: for each word that your language can say, code that "
+            "must …\n" + "\n".join(f"  {name}: {task}" for name, task in WORDS.items()))
+    return snippets
 
 
 def chosen_stages(parser, what):
@@ -23090,7 +23107,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
         Wrong('self.status("busy", request)\n        try:\n            _, handler',
               'self.status("idle", request)\n        try:\n            _, handler',
               "Got: idle")],
-    "A cell": [
+    "A cell that prints": [
         Wrong("if not silent:\n        kernel.outbox", "if False:\n        kernel.outbox",
               "Got: busy idle"),
         Wrong('**reply, "execution_count": self.count.get()}', "**reply}",
@@ -23099,8 +23116,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
               '"code": "", "execution_count": interpreter.execution_count})',
               "code of execute_input"),
         Wrong('kernel.status("busy", request)\n            reply', "reply",
-              "Got: execute_input idle")],
-    "Print": [
+              "Got: execute_input idle"),
         Wrong(CELL, CELL.replace("reply =", 'kernel.status("idle", request)\n'
                                  "            reply ="), "Got: busy idle"),
         Wrong("extend((scope(outbox.latest)[descriptor], text))\n            if",
@@ -23783,68 +23799,83 @@ NOT_FOR = {   # program -> {title of a stage that it does not pass: why}
         "A welcome": "it has none", "Other connection files": "it wants a key, and TCP",
         "Comms": "it has comms of its own, not those of the package comm",
         "Subshells": "it has none"},
-}
-NOT_FOR.update({
     "Part I of minijupyter.py": {},
     "jupyter_server": {
         "The old file or the new one": "it writes into the file itself, with a copy beside it",
         "Links that stay inside": "it follows links, wherever they lead",
         "Frames against the rules": "it cuts the connection without a close frame"},
-})
-MUTANTS_PATIENCE = 1.5   # seconds; what a wrong solution never says is waited for
+}
+MUTANTS_PATIENCE = 1.5   # seconds; a wrong solution that is silent costs so much
+KERNELS = {   # program -> its command; of Part I it is made
+    "Part I of kernel.py": None, "kernel.py": OURS, "ipykernel": IPYKERNEL,
+    "bash_kernel": FOREIGN["bash"]["argv"], "xeus-python": FOREIGN["xpython"]["argv"]}
+MODULES = {"ipykernel": "ipykernel", "bash_kernel": "bash_kernel",
+           "xeus-python": "xpython_launcher"}
 
 
-def changed(source, wrong):
-    """The source of a wrong solution."""
-    if source.count(wrong.old) != 1:
-        raise AssertionError(f"stands {source.count(wrong.old)} times in the source: {wrong.old}")
-    return source.replace(wrong.old, wrong.new)
+class StagesOfTheKernelAreTrue(Case):
+    """A stage passes what is right. The programs are checked at the same time, for most of it is
+    waiting: so the first test of the class waits for all."""
 
+    @classmethod
+    def setUpClass(cls):
+        folder = class_folder(cls)
+        with ThreadPoolExecutor(len(KERNELS)) as pool:
+            cls.found = {name: pool.submit(verdicts_on, name, command or kernel_alone(
+                folder, KERNEL_ALONE)) for name, command in KERNELS.items()
+                if importlib.util.find_spec(MODULES.get(name, "zmq"))}
 
-def patient_verdict(wrong, verdict):
-    """verdict(patience) of a wrong solution. On a machine that is busy, a step before the wrong one
-    may take too long: then once more, with patience."""
-    first = verdict(MUTANTS_PATIENCE / 2)
-    return first if re.search(wrong.says, first.words) else verdict(5 * MUTANTS_PATIENCE)
-
-
-def assertNames(case, verdict, wrong):
-    """The stage has failed, in words that name the fault."""
-    case.assertEqual(verdict.status, FAILED)
-    case.assertRegex(verdict.words, wrong.says)
-
-
-class StagesAreTrue(Case):
-    """A stage passes what is right and rejects what is wrong, with words that name the fault."""
-
-    def assertPasses(self, name, command, patience=SECONDS):
-        """The program passes all stages that are for it; the others are named in NOT_FOR."""
-        with Checker("kernel", **point_at_kernel(
-                command, argparse.Namespace(patience=patience, snippets=None))) as checker:
-            for number, each in enumerate(KERNEL_STAGES, 1):
-                if each.title not in NOT_FOR[name]:
-                    with self.subTest(name, stage=each.title):
-                        verdict = checker.check(number)
-                        self.assertNotEqual(verdict.status, FAILED, verdict)
+    def assertPasses(self, name):
+        """The program passes all stages that are for it."""
+        for verdict in self.found[name].result():
+            with self.subTest(name, stage=verdict.stage.title):
+                self.assertNotEqual(verdict.status, FAILED, verdict)
 
     def test_the_kernel_passes_every_stage(self):
-        self.assertPasses("kernel.py", OURS)
+        self.assertPasses("kernel.py")
+        self.assertEqual({verdict.status for verdict in self.found["kernel.py"].result()}, {PASSED})
 
     def test_part_one_of_the_kernel_passes_the_stages_that_it_is_for(self):
-        self.assertPasses("Part I of kernel.py", kernel_alone(self.folder(), KERNEL_ALONE))
+        self.assertPasses("Part I of kernel.py")
 
     @needs("ipykernel")
     def test_ipykernel_passes_every_stage(self):
-        self.assertPasses("ipykernel", IPYKERNEL)
+        self.assertPasses("ipykernel")
 
     @needs("bash_kernel")
     def test_bash_kernel_passes_the_stages_that_apply_to_it(self):
-        self.assertPasses("bash_kernel", FOREIGN["bash"]["argv"])
+        self.assertPasses("bash_kernel")
 
     @needs("xpython_launcher")
     def test_xeus_python_passes_the_stages_that_apply_to_it(self):
-        self.assertPasses("xeus-python", FOREIGN["xpython"]["argv"])
+        self.assertPasses("xeus-python")
 
+    def test_where_a_program_does_not_pass_the_table_says_why(self):
+        """Prints the table of verdicts: + passed, - does not apply or is not for it, as named."""
+        print(f"       {'':42}wrong  {'  '.join(self.found)}")
+        for number, each in enumerate(KERNEL_STAGES, 1):
+            marks = []
+            for name, future in self.found.items():
+                passed = {v.number for v in future.result() if v.status == PASSED}
+                marks.append(("+" if number in passed else "-").ljust(len(name)))
+                if number not in passed:
+                    verdict = [v for v in future.result() if v.number == number]
+                    with self.subTest(name, stage=each.title):
+                        self.assertTrue(verdict and verdict[0].status == EXCUSED
+                                        or NOT_FOR[name][each.title])
+            print(f"       {number:2} {each.title:39} {len(WRONG['kernel', number]):4}  ",
+                  "  ".join(marks))
+
+
+def verdicts_on(name, command):
+    """The verdicts of all stages that are for a program."""
+    options = argparse.Namespace(patience=SECONDS, snippets=None)
+    with Checker("kernel", **point_at_kernel(command, options)) as checker:
+        return [checker.check(number) for number, each in enumerate(KERNEL_STAGES, 1)
+                if each.title not in NOT_FOR[name]]
+
+
+class StagesOfTheKernelRejectWhatIsWrong(Case):
     def test_every_wrong_solution_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
         rows = [(number, wrong) for number in range(1, len(KERNEL_STAGES) + 1)
                 for wrong in WRONG["kernel", number]]
@@ -23863,18 +23894,301 @@ class StagesAreTrue(Case):
 
 def wrong_kernel(title, wrong):
     """The source of a wrong solution of a stage: of Part I, where the stage is for that."""
-    source = KERNEL_SOURCE if title in NOT_FOR["Part I of kernel.py"] else KERNEL_ALONE
+    return changed(KERNEL_SOURCE if title in NOT_FOR["Part I of kernel.py"] else KERNEL_ALONE, wrong)
+
+
+def changed(source, wrong):
+    """The source of a wrong solution."""
     if source.count(wrong.old) != 1:
         raise AssertionError(f"stands {source.count(wrong.old)} times in the source: {wrong.old}")
-    source = source.replace(wrong.old, wrong.new)
-    ast.parse(source)
-    return source
+    return source.replace(wrong.old, wrong.new)
 
+
+STUDENT = '''\
+import ast
+import contextlib
+import hashlib
+import hmac
+import json
+import sys
+import threading
+import traceback
+import uuid
+from datetime import datetime, timezone
+
+import zmq
+
+with open(sys.argv[sys.argv.index("-f") + 1]) as file:
+    connection = json.load(file)
+session, names, count = uuid.uuid4().hex, {}, 0
+
+
+def bind(kind, channel):
+    new = zmq.Context.instance().socket(kind)
+    new.bind(f"tcp://{connection['ip']}:{connection[channel + '_port']}")
+    return new
+
+
+def sign(parts):
+    key = connection["key"].encode()
+    return hmac.new(key, b"".join(parts), hashlib.sha256).hexdigest().encode()
+
+
+def send(to, msg_type, content, parent, identities=()):
+    header = {"msg_id": uuid.uuid4().hex, "msg_type": msg_type, "session": session,
+              "username": "student", "version": "5.3",
+              "date": datetime.now(timezone.utc).isoformat()}
+    parts = [json.dumps(part).encode() for part in (header, parent, {}, content)]
+    to.send_multipart([*identities, b"<IDS|MSG>", sign(parts), *parts])
+
+
+class Printed:
+    """What a cell prints on: each piece becomes a `stream`."""
+
+    def write(self, text):
+        send(iopub, "stream", {"name": "stdout", "text": text}, request)
+
+    def flush(self):
+        pass
+
+
+def kernel_info_request(content):
+    return {"status": "ok", "protocol_version": "5.3", "implementation": "student",
+            "implementation_version": "1", "banner": "My kernel", "language_info": {
+                "name": "python", "version": "3", "mimetype": "text/x-python",
+                "file_extension": ".py"}}
+
+
+def execute_request(content):
+    global count
+    count += 1
+    send(iopub, "execute_input", {"code": content["code"], "execution_count": count}, request)
+    try:
+        with contextlib.redirect_stdout(Printed()):
+            value = run(ast.parse(content["code"]))
+    except BaseException as error:
+        told = {"ename": type(error).__name__, "evalue": str(error),
+                "traceback": traceback.format_exc().split("\\n")}
+        send(iopub, "error", told, request)
+        return {"status": "error", "execution_count": count, **told}
+    if value is not None:
+        send(iopub, "execute_result", {"data": {"text/plain": repr(value)}, "metadata": {},
+                                       "execution_count": count}, request)
+    return {"status": "ok", "execution_count": count, "user_expressions": {}}
+
+
+def shutdown_request(content):
+    return {"status": "ok", "restart": content["restart"]}
+
+
+def run(tree):
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+
+
+def beat():
+    heartbeat = bind(zmq.REP, "hb")
+    while True:
+        heartbeat.send(heartbeat.recv())
+
+
+threading.Thread(target=beat, daemon=True).start()
+iopub = bind(zmq.PUB, "iopub")
+shell, control = bind(zmq.ROUTER, "shell"), bind(zmq.ROUTER, "control")
+handlers = {"kernel_info_request": kernel_info_request, "execute_request": execute_request,
+            "shutdown_request": shutdown_request}
+poller, msg_type = zmq.Poller(), ""
+poller.register(shell, zmq.POLLIN)
+poller.register(control, zmq.POLLIN)
+while msg_type != "shutdown_request":
+    for asked, _ in poller.poll():
+        parts = asked.recv_multipart()
+        start = parts.index(b"<IDS|MSG>")
+        request, content = json.loads(parts[start + 2]), json.loads(parts[start + 5])
+        msg_type = request["msg_type"]
+        send(iopub, "status", {"execution_state": "busy"}, request)
+        if handle := handlers.get(msg_type):
+            send(asked, msg_type.replace("_request", "_reply"), handle(content), request,
+                 parts[:start])
+        send(iopub, "status", {"execution_state": "idle"}, request)
+'''
+# Change of STUDENT, stage, and what the verdict says: programs that do all kinds of harm.
+HARM = [
+    ("import ast\n", "import sys\nprint('junk')\nsys.exit(3)\n", 1,
+     "(?s)has ended, with exit code 3. It printed:.*junk"),
+    ("import ast\n", "while True: print('junk')\n", 1, "(?s)who listens at .*It printed:.*junk"),
+    ("import ast\n", "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+     "while True: time.sleep(1)\n", 1, "who listens at .*\n.*It printed nothing"),
+    ("connection[channel + '_port']}", "connection[channel + '_port']}0", 1, "has ended"),
+    ("bind(zmq.REP, \"hb\")", "bind(zmq.REP, \"stdin\")", 1, "who listens at .*, the hb_port"),
+    ('        send(iopub, "status", {"execution_state": "busy"}, request)\n', "        "
+     'while True: send(iopub, "status", {"execution_state": "busy"}, request)\n', 3,
+     "kernel_info_reply on shell"),
+    ("                 parts[:start])\n", "                 parts[:start])\n            "
+     'send(shell, "kernel_info_reply", handle(content), request, parts[:start])\n', 3,
+     "(?s)one kernel_info_reply.*reply on shell, kernel_info_reply on shell"),
+    ("        start = parts", "        sys.exit()\n        start = parts", 2,
+     "has ended, with exit code 0"),
+    ('"language_info": {', '"language_info": 7 or {', 2, "language_info, of type dict"),
+    ('"name": "python"', '"name": "lisp"', 4, "(?s)'lisp'.*--snippets FILE.*quiet"),
+]
+
+
+class StageCommand(Case):
+    """`python test_minijupyter.py stage …`, as a learner uses it."""
+
+    def student(self, old="", new=""):
+        """The command of a beginner's kernel, with a change."""
+        self.assertEqual(bool(old), STUDENT.count(old) == 1)
+        program = self.folder() / "student.py"
+        program.write_text(STUDENT.replace(old, new, 1) if old else STUDENT)
+        return [sys.executable, str(program)]
+
+    def run_command(self, *words):
+        """(exit code, what is printed on stdout, on stderr)."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(["stage", *words])
+            except SystemExit as end:
+                code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    def test_without_a_command_it_lists_the_tracks_and_shows_a_stage(self):
+        code, out, _ = self.run_command()
+        self.assertEqual(code, 0)
+        for name, stages in TRACKS.items():
+            self.assertIn(f"\n{name}\n", out)
+            for each in stages:
+                self.assertIn(each.title, out)
+        code, out, _ = self.run_command("3")
+        for part in ("Build:", "Read:", "What usually goes wrong:", "stage kernel 3 -- COMMAND"):
+            self.assertIn(part, out)
+
+    def test_a_beginners_kernel_passes_the_first_seven_and_is_told_of_the_eighth(self):
+        code, out, _ = self.run_command("kernel", "--patience", "2", "--", *self.student())
+        self.assertEqual(code, 1)
+        self.assertEqual(out.count("passed ("), 7, out)
+        self.assertRegex(out, r"(?s)Stage 8 of kernel, stdout.*FAILED.*Wanted.*Got.*goes wrong")
+        self.assertNotIn("Stage 9", out)
+
+    @needs("jupyter_console")
+    def test_after_the_first_seven_jupyter_console_works(self):
+        folder = self.folder()
+        told = folder / "kernel.pid"   # on a busy machine the console goes before it has asked for
+        command = self.student("import ast\n", f"import os\nopen({str(told)!r}, 'w').write("
+                               "str(os.getpid()))\nimport ast\n")   # a shutdown: we end the kernel
+        install_kernelspec(folder, "student", [*command, "-f", "{connection_file}"])
+        with open(folder / "shown", "w+") as shown:   # no pipe: the kernel might hold it open
+            subprocess.run(
+                [sys.executable, "-m", "jupyter_console", "--kernel=student", "--simple-prompt"],
+                input="x = 6\nx * 7\nprint('printed')\n1/0\n'alive'\nexit\n", text=True,
+                cwd=folder, env=clean_environment(folder, JUPYTER_PATH=str(folder)), timeout=100,
+                stdout=shown, stderr=shown)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(told.read_text()), signal.SIGKILL)
+            text = plain_text((folder / "shown").read_text())
+        for part in ("42", "printed", "ZeroDivisionError", "alive"):
+            self.assertIn(part, text)
+
+    def test_a_program_that_does_harm_is_told_so_in_time(self):
+        with ThreadPoolExecutor(4) as pool:
+            verdicts = [pool.submit(run_stage, "kernel", number, self.student(old, new), 0.7)
+                        for old, new, number, _ in HARM]
+        for (_, new, _, says), verdict in zip(HARM, verdicts, strict=True):
+            with self.subTest(new):
+                self.assertEqual(verdict.result().status, FAILED)
+                self.assertRegex(verdict.result().words, says)
+
+    def test_no_process_of_the_program_is_left(self):
+        told = self.folder() / "child"
+        child = ("import subprocess\nchild = subprocess.Popen(['sleep', '100'])\n"
+                 f"open({str(told)!r}, 'w').write(str(child.pid))\nimport ast\n")
+        verdict = run_stage("kernel", 1, self.student("import ast\n", child))
+        self.assertEqual(verdict.status, PASSED, verdict)
+        wait_until(lambda: not is_alive(int(told.read_text())))
+
+    def test_verdicts_come_as_json_and_as_junit_for_a_courses_own_system(self):
+        junit = self.folder() / "report.xml"
+        code, out, err = self.run_command(
+            "kernel", "8", "--patience", "1", "--json", "-", "--junit", str(junit), "--",
+            *self.student())
+        (row,) = json.loads(out)["stages"]
+        self.assertEqual((code, row["track"], row["number"], row["status"]),
+                         (1, "kernel", 8, "failed"))
+        self.assertIn("Got", row["words"])
+        self.assertIn("FAILED", err)
+        suite = xml.etree.ElementTree.parse(junit).getroot()
+        self.assertEqual((suite.get("failures"), suite[0].get("name")),
+                         ("1", "8 stdout and stderr"))
+        self.assertIn("Got", suite[0][0].text)
+
+    def test_a_language_that_lacks_something_is_named_and_never_passes_in_silence(self):
+        snippets = self.folder() / "lisp.json"
+        snippets.write_text(json.dumps({"quiet": "pass", "set": "x = '{text}'", "get": "print(x)"}))
+        student = self.student('"name": "python"', '"name": "lisp"')
+        code, out, _ = self.run_command("10", "--snippets", str(snippets), "--", *student)
+        self.assertEqual((code, out.count("passed (")), (0, 1), out)
+        code, out, _ = self.run_command("5", "--snippets", str(snippets), "--", *student)
+        self.assertEqual(code, 0)
+        self.assertRegex(out, "Stage 5 of kernel, A result: does not apply\n +lisp has no 'value'")
+
+    def test_what_is_not_understood_is_said_in_a_sentence(self):
+        bad = self.folder() / "bad.json"
+        bad.write_text('{"shout": "!"}')
+        for words, says in [
+                (["99"], "stages 1 to"), (["0", "--", "x"], "stages 1 to"),
+                (["kernal"], "neither a track"), (["--", "x"], "say which stage"),
+                (["3", "--"], "after -- comes"), (["3", "--snippets", str(bad)], "print {text}"),
+                (["3", "--snippets", "none.json"], "cannot be read")]:
+            with self.subTest(words):
+                code, _, err = self.run_command(*words)
+                self.assertEqual(code, 2)
+                self.assertIn(says, err)
+        code, out, _ = self.run_command("1", "--", "/no/such/program")
+        self.assertEqual(code, 1)
+        self.assertRegex(out, "The program cannot be started: .*No such file")
+
+    def test_each_stage_names_tests_and_source_that_are_there(self):
+        for track, stages in TRACKS.items():
+            for number, each in enumerate(stages, 1):
+                with self.subTest(track, stage=each.title):
+                    self.assertTrue(all(each[:5]))
+                    self.assertGreaterEqual(len(WRONG[track, number]), 3)
+                    for test in each.tests:
+                        name, method = test.split(".")
+                        self.assertTrue(hasattr(globals()[name], method), test)
+                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", each.read)
+                    self.assertEqual(len(places), each.read.count("`") // 2)
+                    for file, section, name in places:
+                        self.assertTrue(is_there(name, section_of(file, int(section))), name)
+
+
+def section_of(file, number):
+    """The text of a numbered section of a file."""
+    sections = re.split(r"(?m)^(?:#|//|<!--) ---- (\d+)\. ", text_of(file))
+    return sections[sections.index(str(number)) + 1]
+
+
+# -- the truth of the verdicts on servers and pages --
+
+def patient_verdict(wrong, verdict):
+    """verdict(patience) of a wrong solution. On a machine that is busy, a step before the wrong one
+    may take too long: then once more, with patience."""
+    first = verdict(MUTANTS_PATIENCE / 2)
+    return first if re.search(wrong.says, first.words) else verdict(5 * MUTANTS_PATIENCE)
+
+
+def assertNames(case, verdict, wrong):
+    """The stage has failed, in words that name the fault."""
+    case.assertEqual(verdict.status, FAILED)
+    case.assertRegex(verdict.words, wrong.says)
 
 
 class StagesOfTheServerAreTrue(Case):
-    """The same of the server. The programs are checked at the same time; the first test waits. (Our
-    whole server passes the tests in their own class.)"""
+    """Servers that are right pass. They are checked at the same time, and the first test waits for
+    all. (Our whole server passes in ServerFromOutside itself.)"""
 
     @classmethod
     def setUpClass(cls):
@@ -23920,7 +24234,7 @@ def show_verdicts(track, found):
 
 
 class StagesOfTheServerRejectWhatIsWrong(Case):
-    """The same of wrong servers; several at a time, because most of it is waiting."""
+    """Each stage rejects what is wrong. Several are checked at a time: most of it is waiting."""
 
     def test_every_wrong_server_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
         rows = [(number, wrong) for number in range(1, len(SERVER_STAGES) + 1)
@@ -23957,7 +24271,7 @@ class StagesOfTheServerRejectWhatIsWrong(Case):
 @needs("playwright")
 @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
 class StagesOfThePageAreTrue(Case):
-    """The same of the page. One server and one browser serve all pages."""
+    """The same of the page. One server and one browser serve all, right ones and wrong ones."""
 
     def setUp(self):
         self.place = self.folder()
@@ -23985,39 +24299,6 @@ class StagesOfThePageAreTrue(Case):
                     with self.subTest(stage=each.title, wrong=wrong.new):
                         (self.place / "index.html").write_text(changed(PAGE_ALONE, wrong), "utf-8")
                         assertNames(self, patient_verdict(wrong, verdict), wrong)
-
-
-class StagesOfAllTracks(Case):
-    """The table of stages names what is there."""
-
-    def test_a_stage_names_tests_and_has_three_wrong_solutions_at_least(self):
-        for track, stages in TRACKS.items():
-            titles = [each.title for each in stages]
-            self.assertEqual(len({*titles}), len(titles))
-            for number, each in enumerate(stages, 1):
-                with self.subTest(track, stage=each.title):
-                    self.assertGreaterEqual(len(WRONG[track, number]), 3)
-                    for test in each.tests:
-                        name, method = test.split(".")
-                        self.assertTrue(hasattr(globals()[name], method), test)
-
-    def test_what_a_stage_names_in_a_file_stands_in_that_section(self):
-        for track, stages in TRACKS.items():
-            for each in stages:
-                names = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", each.read)
-                self.assertTrue(names, each.read)
-                for file, number, name in names:
-                    with self.subTest(track, stage=each.title, name=name):
-                        self.assertTrue(is_there(name, section_text(file, number)))
-
-
-@functools.cache
-def section_text(file, number):
-    """A section of one of our programs, as a text."""
-    lines = text_of(file).split("\n")
-    banners = [at for at, line in enumerate(lines) if BANNER.match(line)]
-    start = next(at for at in banners if BANNER.match(lines[at])[1] == number)
-    return "\n".join(lines[start:next((at for at in banners if at > start), None)])
 
 
 # ---- 12. Bench ----------------------------------------------------------------------
