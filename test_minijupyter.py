@@ -20618,7 +20618,7 @@ class PageInFirefox(ServerCase):
 #         .prompt, textarea.editor and .outputs > .output[data-mime]
 #     [data-command=save|interrupt|restart], to be clicked; Shift+Enter runs a cell, Ctrl+S saves
 
-CELLS = """() => [...document.querySelectorAll('.cell')].map(cell => ({
+EACH_CELL = """() => [...document.querySelectorAll('.cell')].map(cell => ({
     id: cell.dataset.id, type: cell.dataset.type, state: cell.dataset.state,
     source: cell.querySelector('textarea.editor')?.value,
     prompt: cell.querySelector('.prompt')?.textContent,
@@ -20665,7 +20665,7 @@ class PageFromOutside(FromOutside, PageCase):
     def cells(self, tab, *names):
         """These properties of each cell of the file: [value], or [(value, …)] of several. Behind
         the last one, Shift+Enter may have made another."""
-        found = tab.page.evaluate(CELLS)[:len(self.opened["cells"])]
+        found = tab.page.evaluate(EACH_CELL)[:len(self.opened["cells"])]
         return [each.get(names[0]) if len(names) == 1 else tuple(each.get(n) for n in names)
                 for each in found]
 
@@ -22932,7 +22932,8 @@ stage server 4 -- COMMAND    the same for another track
 stage page 2 -- my.html      a page is an HTML file, which our server serves
 
 COMMAND starts your program, as in `python my_kernel.py -f {connection_file}`, or
-`node my_server.js {port} {token} {folder}`: the words in braces are filled in. Exit code: 0 passed, 1 failed, 2 not understood."""
+`node my_server.js {port} {token} {folder}`: the words in braces are filled in.
+Exit code: 0 passed, 1 failed, 2 not understood."""
 
 
 def stage_options(words):
@@ -23894,7 +23895,8 @@ class StagesOfTheKernelRejectWhatIsWrong(Case):
 
 def wrong_kernel(title, wrong):
     """The source of a wrong solution of a stage: of Part I, where the stage is for that."""
-    return changed(KERNEL_SOURCE if title in NOT_FOR["Part I of kernel.py"] else KERNEL_ALONE, wrong)
+    source = KERNEL_SOURCE if title in NOT_FOR["Part I of kernel.py"] else KERNEL_ALONE
+    return changed(source, wrong)
 
 
 def changed(source, wrong):
