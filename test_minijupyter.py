@@ -13505,7 +13505,10 @@ class AnyServer(Server):
 
     def __init__(self, patience=SECONDS, **options):
         self.patience = patience
-        super().__init__(**options)
+        try:
+            super().__init__(**options)
+        except OSError as problem:
+            raise AssertionError(f"The program cannot be started: {problem}") from None
 
     def prepare(self, port):
         home = Path(self.folder.name)
@@ -13636,8 +13639,11 @@ class ServerFromOutside(FromOutside, ServerCase):
     def expect(self, status, method, path, body=None, **headers):
         """The reply to a request; its status is one of these."""
         wanted = [status] if isinstance(status, int) else status
-        about = f"{method} {path}" + "".join(f", {name}: {value}" for name, value in headers.items()
-                                             if value and name != "Cookie")
+        about = f"{method} {path}"
+        if body is not None:
+            about += f" with {body if isinstance(body, str) else json.dumps(body)}"[:120]
+        about += "".join(f", {name}: {value}" for name, value in headers.items()
+                         if value and name != "Cookie")
         words = f"status {wanted[0]} to {wanted[-1]}" if isinstance(wanted, range) else (
             f"status {' or '.join(map(str, wanted))}")
         try:
@@ -22960,9 +22966,8 @@ def stage_options(words):
         parser.error("say which stage, or which track, before --")
     if options.command and options.track not in POINTERS:
         parser.error(f"stages of the {options.track} cannot be checked")
-    if options.track == "page" and options.command and not os.path.isfile(options.command[0]):
-        parser.error(f"there is no file {options.command[0]}: a page is checked by the path of its "
-                     "HTML file")
+    if options.track == "page" and options.command:
+        refuse_page(parser, options.command[0])
     return options
 
 
@@ -22978,6 +22983,14 @@ def read_snippets(path):
             f"{path} must be a JSON object: for each word that your language can say, code that "
             "must …\n" + "\n".join(f"  {name}: {task}" for name, task in WORDS.items()))
     return snippets
+
+
+def refuse_page(parser, file):
+    """Say why a page cannot be checked, if so."""
+    if not importlib.util.find_spec("playwright") or not CHROMIUM:
+        parser.error("pages are checked in Chromium: install it, and `pip install playwright`")
+    if not os.path.isfile(file):
+        parser.error(f"there is no file {file}: a page is checked by the path of its HTML file")
 
 
 def chosen_stages(parser, what):
@@ -23001,13 +23014,17 @@ def show_tracks(tracks):
     print("\n`stage 3` shows what to build, `stage 3 -- COMMAND` checks it; --help says more.")
 
 
+EXAMPLES = {"kernel": "python my_kernel.py", "page": "my_page.html",
+            "server": "node my_server.js {port} {token} {folder}"}
+
+
 def show_stage(track, number):
     each = TRACKS[track][number - 1]
     print(f"Stage {number} of {track}: {each.title}\n")
     for name, text in (("Build", each.build), ("Read", f"{each.read}; {each.spec}"),
                        ("What usually goes wrong", each.goes_wrong)):
         print(textwrap.fill(f"{name}: {text}", 90), end="\n\n")
-    print(f"Check: python test_minijupyter.py stage {track} {number} -- COMMAND")
+    print(f"Check: python test_minijupyter.py stage {track} {number} -- {EXAMPLES[track]}")
 
 
 def check_stages(options, out):
