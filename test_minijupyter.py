@@ -21256,7 +21256,8 @@ def show_stage(track, number):
 
 
 def check_stages(options, out):
-    """The verdicts on the chosen stages, each printed on `out` as soon as it is there."""
+    """The verdicts on the chosen stages, each printed on `out` as soon as it is there; and what
+    comes next."""
     verdicts = []
     with Checker(options.track, **POINTERS[options.track](options.command, options)) as checker:
         for number in options.numbers:
@@ -21267,6 +21268,10 @@ def check_stages(options, out):
     counts = collections.Counter(verdict.status for verdict in verdicts)
     print(", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, EXCUSED)
                     if counts[status]), file=out)
+    latest = verdicts[-1]
+    if latest.status != FAILED and latest.number < len(TRACKS[options.track]):
+        following = TRACKS[options.track][latest.number].title
+        print(f"Next: stage {latest.number + 1}, {following}", file=out)
     return verdicts
 
 
@@ -21933,13 +21938,19 @@ class StageCommand(Case):
     @needs("jupyter_console")
     def test_after_the_first_seven_jupyter_console_works(self):
         folder = self.folder()
-        install_kernelspec(folder, "student", [*self.student(), "-f", "{connection_file}"])
-        done = subprocess.run(
-            [sys.executable, "-m", "jupyter_console", "--kernel=student", "--simple-prompt"],
-            input="x = 6\nx * 7\nprint('printed')\n1/0\n'alive'\nexit\n", text=True, cwd=folder,
-            env=clean_environment(folder, JUPYTER_PATH=str(folder)), capture_output=True,
-            timeout=100)
-        text = plain_text(done.stdout + done.stderr)
+        told = folder / "kernel.pid"   # on a busy machine the console goes before it has asked for
+        command = self.student("import ast\n", f"import os\nopen({str(told)!r}, 'w').write("
+                               "str(os.getpid()))\nimport ast\n")   # a shutdown: we end the kernel
+        install_kernelspec(folder, "student", [*command, "-f", "{connection_file}"])
+        with open(folder / "shown", "w+") as shown:   # no pipe: the kernel might hold it open
+            subprocess.run(
+                [sys.executable, "-m", "jupyter_console", "--kernel=student", "--simple-prompt"],
+                input="x = 6\nx * 7\nprint('printed')\n1/0\n'alive'\nexit\n", text=True,
+                cwd=folder, env=clean_environment(folder, JUPYTER_PATH=str(folder)), timeout=100,
+                stdout=shown, stderr=shown)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(told.read_text()), signal.SIGKILL)
+            text = plain_text((folder / "shown").read_text())
         for part in ("42", "printed", "ZeroDivisionError", "alive"):
             self.assertIn(part, text)
 
