@@ -1934,7 +1934,8 @@ SNIPPETS = {   # language, as language_info names it in small letters -> word ->
         "quiet": "undefined", "print": "console.log('{text}')", "value": "6 * 7",
         "error": "throw new TypeError('wrong')", "set": "globalThis.kept = '{text}'; undefined",
         "get": "console.log(globalThis.kept)", "stderr": "console.error('{text}')",
-        "pause": "await new Promise(done => setTimeout(done, 500))", "endless": "for (;;) {}",
+        "pause": "Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 500); undefined",
+        "endless": "for (;;) {}",
         "ask": "console.log(prompt('{text}'))", "large": "console.log('x'.repeat(100000))",
         "expression": "6 * 7", "complete": "x = 1", "incomplete": "for (;;) {",
         "invalid": "x = = 1", "before": "'☃𝄞'; ", "begun": "consol", "completed": "console",
@@ -2213,8 +2214,10 @@ class KernelInAnyLanguage(Case):
 
     def story(self, answer, wanted):
         if answer.story != wanted:
+            said = "".join(f"\n     {word(message)}: {message['content']}"[:200]
+                           for message in answer.messages if word(message) not in wanted.split())
             self.fail(f"Wanted on iopub, with this request as the parent: {wanted}\n"
-                      f"Got: {answer.story}{self.frontend.lost(answer)}")
+                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}")
 
     def fields(self, where, content, **kinds):
         """Each field is there and of its kind."""
