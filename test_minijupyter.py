@@ -132,6 +132,7 @@ IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
 WORKERS = 2  # processes that share the tests
 MOST_SECONDS = 150  # a test that takes longer has failed
 SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
+MOST_PRINTED = 1 << 26  # characters kept of what a program prints: one may print without end
 
 
 # ---- 1. Harness: a process, a frontend, an HTTP and a WebSocket client -----------------
@@ -242,9 +243,12 @@ class Process:
         self.reader.start()
 
     def read(self):
-        for line in self.popen.stdout:
+        size = 0
+        while line := self.popen.stdout.readline(1 << 16):
+            size += len(line)
             with self.news:
-                self.lines.append(line)
+                if size < MOST_PRINTED:
+                    self.lines.append(line)
                 self.news.notify_all()
         with self.news:
             self.ended = True
@@ -317,8 +321,9 @@ class KernelProcess:
 
     def end_all(self):
         """End it with all that it has started, also when it has ended itself."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if kernel.POSIX:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.end()
 
 
@@ -21188,6 +21193,9 @@ def stage_options(words):
         parser.error("after -- comes the command that starts your program")
     if options.command and not options.what:
         parser.error("say which stage, or which track, before --")
+    for file in {options.json, options.junit} - {None, "-"}:
+        if not Path(file).absolute().parent.is_dir():
+            parser.error(f"{file} cannot be written: there is no such folder")
     if options.command and options.track not in POINTERS:
         parser.error(f"stages of the {options.track} cannot be checked")
     return options
@@ -21291,7 +21299,11 @@ def stage(words):
             show_tracks([options.track] if options.what else TRACKS)
         return 0
     reports = {options.json: as_json, options.junit: as_junit}
-    verdicts = check_stages(options, sys.stderr if "-" in reports else sys.stdout)
+    try:
+        verdicts = check_stages(options, sys.stderr if "-" in reports else sys.stdout)
+    except KeyboardInterrupt:
+        print("stopped; the program has been ended", file=sys.stderr)
+        return 1
     for file, form in reports.items():
         text = form(verdicts, options.command)
         if file == "-":
@@ -21985,7 +21997,8 @@ class StageCommand(Case):
                 (["99"], "stages 1 to"), (["0", "--", "x"], "stages 1 to"),
                 (["kernal"], "neither a track"), (["--", "x"], "say which stage"),
                 (["3", "--"], "after -- comes"), (["3", "--snippets", str(bad)], "print {text}"),
-                (["3", "--snippets", "none.json"], "cannot be read")]:
+                (["3", "--snippets", "none.json"], "cannot be read"),
+                (["3", "--json", "no/such/folder/x", "--", "x"], "no such folder")]:
             with self.subTest(words):
                 code, _, err = self.run_command(*words)
                 self.assertEqual(code, 2)
