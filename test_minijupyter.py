@@ -14315,6 +14315,7 @@ class ServerFromOutside(FromOutside, ServerCase):
         self.follow(page, page.ask("kernel_info_request"), "busy idle")   # nothing comes twice
         self.want("What the page that came back has of its cell", ("one\ntwo\n", "3"),
                   (cell.text(), cell.result))
+        self.want("A cell afterwards", "'time'", self.run_in(page, "time.__name__").result)
 
     def model(self, id):
         return self.expect_json(200, "GET", f"/api/kernels/{id}")
@@ -24166,7 +24167,7 @@ def section_of(file, number):
 def patient_verdict(wrong, verdict):
     """verdict(patience) of a wrong solution. On a machine that is busy, a step before the wrong one
     may take too long: then once more, with patience."""
-    first = verdict(MUTANTS_PATIENCE / 2)
+    first = verdict(MUTANTS_PATIENCE / 3)
     return first if re.search(wrong.says, first.words) else verdict(5 * MUTANTS_PATIENCE)
 
 
