@@ -5303,7 +5303,8 @@ class Journal:
             content = {**request.content, "value": ""} if is_secret else request.content
             shown = Entry("stdin", [*request.json_parts[:3], to_json(content)])
             shown.client = request.client
-        self.kernel.publish([shown])
+        with self.kernel.pages_lock:   # followers alone: nobody else is told what pages say
+            call_all([self.publish], [shown])
 
     def publish(self, entries):
         """File Entries and put them to the followers, in one step; the pages' lock is held."""
