@@ -4099,7 +4099,7 @@ class KernelEnds(KernelLife):
                          env=clean_environment(folder))
         self.addCleanup(parent.end)
         pid = int(parent.wait_for(r"kernel (\d+)")[1])
-        frontend = Frontend(ZeroMQWire({**connection, "ip": "127.0.0.1"}))
+        frontend = Frontend(ZeroMQWire({**connection, "ip": "127.0.0.1", "transport": "tcp"}))
         self.addCleanup(frontend.wire.close)
         frontend.greet()
         child = int(frontend.finish(frontend.start(
@@ -20752,8 +20752,9 @@ KERNEL_STAGES = [
     Stage("Shutdown and restart",
           "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
           "shutdown_request on control: reply with the `restart` that was asked for, and end the "
-          "process. (A client that wants a restart starts a new one.) From here on `jupyter "
-          "console` works with your kernel.",
+          "process. (A client that wants a restart starts a new one.) A console that is closed may "
+          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it. "
+          "From here on `jupyter console` works with your kernel.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
@@ -21876,7 +21877,8 @@ HARM = [
     ("import ast\n", "while True: print('junk')\n", 1, "(?s)who listens at .*It printed:.*junk"),
     ("import ast\n", "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
      "while True: time.sleep(1)\n", 1, "who listens at .*\n.*It printed nothing"),
-    ("connection[channel + '_port']}", "connection[channel + '_port']}0", 1, "has ended"),
+    ("connection[channel + '_port']}", "connection[channel + '_port']}0", 1,
+     "has ended|who listens"),
     ("bind(zmq.REP, \"hb\")", "bind(zmq.REP, \"stdin\")", 1, "who listens at .*, the hb_port"),
     ('        send(iopub, "status", {"execution_state": "busy"}, request)\n', "        "
      'while True: send(iopub, "status", {"execution_state": "busy"}, request)\n', 3,
