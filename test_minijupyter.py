@@ -22021,6 +22021,10 @@ class StageCommand(Case):
         self.assertEqual(code, 1)
         self.assertRegex(out, "The program cannot be started: .*No such file")
 
+    def test_the_readme_says_how_many_stages_the_kernel_has(self):
+        self.assertIn(f"The kernel has {len(KERNEL_STAGES)} stages",
+                      " ".join(text_of("README.md").split()))
+
     def test_each_stage_names_tests_and_source_that_are_there(self):
         for track, stages in TRACKS.items():
             for number, each in enumerate(stages, 1):
