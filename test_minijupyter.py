@@ -21342,7 +21342,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
               "signature does not fit"),
         Wrong(REPLY, REPLY.partition("\n        ")[2], "on shell: no reply"),
         Wrong('self.outbox.put(request["channel"], message)',
-              'self.outbox.put("control", message)', "(?s)shell.*Got: control"),
+              'self.outbox.put("control", message)', "(?s)shell.*Got: (control|on)"),
         Wrong('{"status": "ok", **content}, request["header"],',
               '{"status": "ok", **content}, {},', r"parent_header \{\}")],
     "Busy and idle, with the right parent": [
