@@ -4113,7 +4113,7 @@ class KernelEnds(KernelLife):
                          env=clean_environment(folder))
         self.addCleanup(parent.end)
         pid = int(parent.wait_for(r"kernel (\d+)")[1])
-        frontend = Frontend(ZeroMQWire({**connection, "ip": "127.0.0.1"}))
+        frontend = Frontend(ZeroMQWire({**connection, "ip": "127.0.0.1", "transport": "tcp"}))
         self.addCleanup(frontend.wire.close)
         frontend.greet()
         child = int(frontend.finish(frontend.start(
@@ -22003,8 +22003,9 @@ KERNEL_STAGES = [
     Stage("Shutdown and restart",
           "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
           "shutdown_request on control: reply with the `restart` that was asked for, and end the "
-          "process. (A client that wants a restart starts a new one.) From here on `jupyter "
-          "console` works with your kernel.",
+          "process. (A client that wants a restart starts a new one.) A console that is closed may "
+          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it. "
+          "From here on `jupyter console` works with your kernel.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
@@ -22896,9 +22897,10 @@ stage kernel -- COMMAND      check all stages of a track, in order, up to the fi
 stage server 4 -- COMMAND    the same for another track
 stage page 2 -- my.html      a page is an HTML file, which our server serves
 
-COMMAND starts your program, as in `python my_kernel.py -f {connection_file}`, or
-`node my_server.js {port} {token} {folder}`: the words in braces are filled in.
-Exit code: 0 passed, 1 failed, 2 not understood."""
+COMMAND starts your program, as in `node my_kernel.js -f {connection_file}`, or
+`node my_server.js {port} {token} {folder}`: the words in braces are filled in. (To a kernel's,
+`-f {connection_file}` is added when it is not there.) Exit code: 0 passed, 1 failed, 2 not
+understood."""
 
 
 def stage_options(words):
@@ -23625,7 +23627,7 @@ WRONG_SERVERS = {   # the same, as changes of minijupyter.py
         Wrong("self.is_kept = bool(session_id)", "self.is_kept = False", "and no reply"),
         Wrong("self.requests.put()   # the watcher may wait for room in it",
               "threading.Thread(target=self.shutdown).start()",
-              "stream error idle|idle. Got: nothing"),
+              "error idle|idle. Got: nothing|closed with code|no reply"),
         Wrong("box.put(old.take())", "box.put(old.take() * 2)",
               r"has of its cell.*two\\ntwo"),
         Wrong("for box in list(self.mailboxes.values()) if box.websocket]",
@@ -23779,6 +23781,7 @@ NOT_FOR = {   # program -> {title of a stage that it does not pass: why}
     "xeus-python": {
         "Shutdown and restart": "it always replies that it will not restart",
         "Cells that are not stored": "it counts them",
+        "Two clients at once": "it loses a request now and then (2 of 140 times)",
         "Aborted cells": "it replies with the status error to them",
         "stop_on_error false": "it does not read it",
         "Interrupt by signal": FROM_A_WHEEL, "Interrupts at rest": FROM_A_WHEEL,
@@ -23865,9 +23868,19 @@ def verdicts_on(name, command):
 
 
 class StagesOfTheKernelRejectWhatIsWrong(Case):
-    def test_every_wrong_solution_is_rejected_by_its_stage_in_words_that_name_the_fault(self):
-        rows = [(number, wrong) for number in range(1, len(KERNEL_STAGES) + 1)
-                for wrong in WRONG["kernel", number]]
+    """Every wrong solution is rejected by its stage, in words that name the fault."""
+
+    def test_wrong_solutions_of_the_first_seven_stages_are_rejected_and_their_fault_is_named(self):
+        self.assertRejected(range(1, 8))
+
+    def test_wrong_solutions_about_cells_clients_and_interrupts_are_rejected_and_named(self):
+        self.assertRejected(range(8, 25))
+
+    def test_wrong_solutions_of_the_other_stages_are_rejected_and_named(self):
+        self.assertRejected(range(25, len(KERNEL_STAGES) + 1))
+
+    def assertRejected(self, numbers):
+        rows = [(number, wrong) for number in numbers for wrong in WRONG["kernel", number]]
         with ThreadPoolExecutor(4) as pool:
             for (number, wrong), verdict in zip(rows, pool.map(self.verdict, rows), strict=True):
                 with self.subTest(stage=KERNEL_STAGES[number - 1].title, wrong=wrong.new):
@@ -24010,7 +24023,8 @@ HARM = [
     ("import ast\n", "while True: print('junk')\n", 1, "(?s)who listens at .*It printed:.*junk"),
     ("import ast\n", "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
      "while True: time.sleep(1)\n", 1, "who listens at .*\n.*It printed nothing"),
-    ("connection[channel + '_port']}", "connection[channel + '_port']}0", 1, "has ended"),
+    ("connection[channel + '_port']}", "connection[channel + '_port']}0", 1,
+     "has ended|who listens"),
     ("bind(zmq.REP, \"hb\")", "bind(zmq.REP, \"stdin\")", 1, "who listens at .*, the hb_port"),
     ('        send(iopub, "status", {"execution_state": "busy"}, request)\n', "        "
      'while True: send(iopub, "status", {"execution_state": "busy"}, request)\n', 3,
@@ -24140,6 +24154,10 @@ class StageCommand(Case):
         code, out, _ = self.run_command("1", "--", "/no/such/program")
         self.assertEqual(code, 1)
         self.assertRegex(out, "The program cannot be started: .*No such file")
+
+    def test_the_readme_says_how_many_stages_the_kernel_has(self):
+        self.assertIn(f"The kernel has {len(KERNEL_STAGES)} stages",
+                      " ".join(text_of("README.md").split()))
 
     def test_each_stage_names_tests_and_source_that_are_there(self):
         for track, stages in TRACKS.items():
