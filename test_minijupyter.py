@@ -24067,7 +24067,7 @@ class StageCommand(Case):
             for each in stages:
                 self.assertIn(each.title, out)
         code, out, _ = self.run_command("3")
-        for part in ("Build:", "Read:", "What usually goes wrong:", "stage kernel 3 -- COMMAND"):
+        for part in ("Build:", "Read:", "What usually goes wrong:", "stage kernel 3 -- python my_kernel.py"):
             self.assertIn(part, out)
 
     def test_a_beginners_kernel_passes_the_first_seven_and_is_told_of_the_eighth(self):
