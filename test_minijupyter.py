@@ -24067,7 +24067,8 @@ class StageCommand(Case):
             for each in stages:
                 self.assertIn(each.title, out)
         code, out, _ = self.run_command("3")
-        for part in ("Build:", "Read:", "What usually goes wrong:", "stage kernel 3 -- python my_kernel.py"):
+        for part in ("Build:", "Read:", "What usually goes wrong:",
+                     "stage kernel 3 -- python my_kernel.py"):
             self.assertIn(part, out)
 
     def test_a_beginners_kernel_passes_the_first_seven_and_is_told_of_the_eighth(self):
@@ -24185,7 +24186,7 @@ def section_of(file, number):
 def patient_verdict(wrong, verdict):
     """verdict(patience) of a wrong solution. On a machine that is busy, a step before the wrong one
     may take too long: then once more, with patience."""
-    first = verdict(MUTANTS_PATIENCE / 3)
+    first = verdict(MUTANTS_PATIENCE / 2)
     return first if re.search(wrong.says, first.words) else verdict(5 * MUTANTS_PATIENCE)
 
 
