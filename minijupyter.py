@@ -8658,6 +8658,7 @@ ROUTES += [("GET", r"/api/nbconvert", list_exporters),
 FRONT_MATTER = re.compile(   # jupytext can hide it in a comment
     r"(<!--[ \t]*\n)?---[ \t]*\n(?=[\w-]+:|#|---)(?:.*\n)*?---[ \t]*(?:\n|$)(?(1)[ \t]*-->[ \t]*\n)")
 LIST_ITEM = re.compile(r" {0,3}(?:[-+*]|\d{1,9}[.)])(?: {1,4}(?! )| (?= {4})|$)")
+RULE = re.compile(r" {0,3}([-*_])(?: *\1){2,} *$")
 HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t\r]|$)", re.M)
 UNDERLINED = re.compile(r" {0,3}[^\s>|-].*\n {0,3}(?:=+|-{2,})\s*(?:\n|$)")
 OPENING = re.compile(r"(?P<indent> {0,3})(?P<mark>`{3,}(?=[^`]*$)|~{3,})[ \t]*(?P<info>.*)")
@@ -8665,7 +8666,7 @@ MYST_CELL = re.compile(r"\{(code|raw)-cell\}[ \t]*(\S*)")
 MYST_OPTIONS = re.compile(r"(?:---[ \t]*\n(?:.*\n)*?---[ \t]*\n|(?:[ \t]*:[\w-]+:.*\n)+)(?:[ \t]*\n)?")
 MYST_BREAK = re.compile(r"\+\+\+(?:\s|$)")
 FENCE_LANGUAGE = re.compile(r"\{?\s*\.?([A-Za-z][\w+#-]*)")
-REGION = re.compile(r"[ \t]*<!--[ \t]*#(end)?(region|md|markdown|raw)\b(.*?)-->\s*")
+REGION = re.compile(r"<!--[ \t]*#(end)?(region|md|markdown|raw)\b(.*?)-->\s*")
 HTML_BLOCKS = [(re.compile(begins, re.I), re.compile(ends, re.I)) for begins, ends in (
     (r" {0,3}<(?:script|pre|style|textarea)(?:[\s>]|$)", "</(?:script|pre|style|textarea)>"),
     (r" {0,3}<!--", "-->"), (r" {0,3}<\?", r"\?>"), (r" {0,3}<!\[CDATA\[", r"\]\]>"),
@@ -8712,12 +8713,10 @@ class Markdown:
         self.kernelspec = named_kernel(self.front)
         self.language = language or self.find_language(
             [block.match["info"] for block in blocks if block.kind == "fence"])
-        starts = self.cell_starts(blocks)
-        first = starts[0][0] if starts else len(self.lines)
-        self.head = self.front + "".join(self.lines[:first])
-        ends = [start for start, _ in starts[1:]] + [len(self.lines)]
+        starts = [*self.cell_starts(blocks), (len(self.lines), None)]
+        self.head = self.front + "".join(self.lines[:starts[0][0]])
         self.pieces = [self.piece(start, end, block)
-                       for (start, block), end in zip(starts, ends, strict=True)]
+                       for (start, block), (end, _) in itertools.pairwise(starts)]
         self.end = self.pieces[-1].gap if self.pieces else "\n"
         self.pieces[-1:] = [piece._replace(gap="") for piece in self.pieces[-1:]]
 
@@ -8725,13 +8724,13 @@ class Markdown:
 
     def blocks(self):
         """Yield a Block for all that stands outside of empty lines."""
-        regions, items, at, empty = self.regions(), [], 0, 2
+        regions, items, at, empty, is_paragraph = self.regions(), [], 0, 2, False
         while at < len(self.lines):
             line = self.line(at)
             if not line:
-                at, empty = at + 1, empty + 1
+                at, empty, is_paragraph = at + 1, empty + 1, False
                 continue
-            kind, end, match, rest = "text", at + 1, None, within(line, items)
+            kind, end, match, last, rest = "text", at + 1, None, None, within(line, items)
             if not items and at in regions:
                 kind, end, match = "region", regions[at] + 1, REGION.fullmatch(self.lines[at])
             elif not items and self.is_myst and MYST_BREAK.match(rest):
@@ -8739,12 +8738,15 @@ class Markdown:
             elif match := OPENING.fullmatch(rest):
                 kind = "text" if items else "fence"
                 end = self.end_of(at, items, closing(match["mark"]))
-            elif last := html_end(rest, not empty):
+            elif last := html_end(rest, is_paragraph):
                 end = at if last.search(rest) else self.end_of(at, items, last)
                 end = max(end, at + 1)
             begins = (empty > 1 and not line.startswith(" ") or HEADING.match(line)
                       or empty and UNDERLINED.match(f"{line}\n{self.line(at + 1)}"))
             yield Block(kind, at, end, match, bool(begins))
+            is_paragraph = bool(rest) and not (
+                match or last or HEADING.match(rest) or RULE.match(rest)) and (
+                    is_paragraph or not rest.startswith("    "))
             at, empty = end, 0
 
     def line(self, number):
@@ -8865,7 +8867,7 @@ def within(line, items):
     while items and indent < items[-1]:
         items.pop()
     begin = items[-1] if items else 0
-    while item := LIST_ITEM.match(line, begin):
+    while not RULE.match(line[begin:]) and (item := LIST_ITEM.match(line, begin)):
         begin = item.end() + (not item[0].endswith(" "))
         items.append(begin)
     return line[begin:]
@@ -8948,12 +8950,14 @@ class MarkdownNotebook:
                 self.can_stay, len(cells))):
             piece = old.pieces[number] if number is not None else self.new_piece(
                 cell, None if place is None else old.pieces[place])
+            if piece.marker.startswith(" ") and self.could_be_in_list(pieces, place):
+                piece = self.fenced(cell, piece._replace(marker=piece.marker.lstrip(" ")))
             pieces += [(piece, place)] if piece.text else []
         text = "".join(self.joined(pieces))
-        head = old.head
+        head = old.head + ("" if old.head.endswith("\n") or not old.head else "\n")
         if (Markdown(head + text).kernelspec or {"name": DEFAULT_KERNEL})["name"] != spec["name"]:
             head = with_kernel(old.front, spec) + (head[len(old.front):] or "\n")
-        return head + text + (old.end if text else "")
+        return head + text + old.end if text else old.head
 
     def language_of(self, spec):
         """The language of a notebook's kernel, as it stands at fences."""
@@ -8967,6 +8971,12 @@ class MarkdownNotebook:
         return (piece.cell["cell_type"] != "code" or self.old.language == self.language) and (
             not is_last_open or position == count - 1)
 
+    def could_be_in_list(self, pieces, place):
+        """Whether an indented block behind these pieces might now belong to a list in the last."""
+        piece, before = pieces[-1] if pieces else (None, None)
+        is_as_before = place and before == place - 1 and piece is self.old.pieces[before]
+        return piece is not None and not is_as_before
+
     def new_piece(self, cell, twin):
         """The Piece of a cell that is new or changed, and takes the place of `twin`."""
         text, is_code = cell["source"], cell["cell_type"] == "code"
@@ -8976,7 +8986,7 @@ class MarkdownNotebook:
             is_like = is_like and self.old.language == self.language
             return self.fenced(cell, twin if is_like else None)
         if cell["cell_type"] == "markdown":
-            text = re.sub(r"\A(?:[ \t]*\n)+|\s+\Z", "", text)
+            text = re.sub(r"\A(?:[ \t]*\n)+|(?:\n[ \t]*)+\Z", "", text) if text.strip() else ""
             if is_like and MYST_BREAK.match(twin.marker) and self.is_prose(text):
                 return Piece(cell, twin.marker, f"{twin.marker}\n\n{text}", "")
             if self.is_prose(text) and meaning(cell) == ("markdown", cell["source"], "{}"):
