@@ -8174,7 +8174,7 @@ NOT_FOR_READING = (
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "The text editor", "Under the hood",
-    "Other clients of the kernel")
+    "Other clients of the kernel", "Texts as notebooks")
 READING_POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
     "media-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
@@ -8656,14 +8656,16 @@ ROUTES += [("GET", r"/api/nbconvert", list_exporters),
 # jupytext's comments. Which blocks there are is found as CommonMark 0.31 has it.
 
 FRONT_MATTER = re.compile(   # jupytext can hide it in a comment
-    r"(<!--[ \t]*\n)?---[ \t]*\n(?=[\w-]+:|#|---)(?:.*\n)*?---[ \t]*(?:\n|$)(?(1)[ \t]*-->[ \t]*\n)")
+    r"(<!--[ \t]*\n)?---[ \t]*\n(?=[\w-]+:|#|---)(?:.*\n)*?---[ \t]*(?:\n|$)"
+    r"(?(1)[ \t]*-->[ \t]*\n)")
 LIST_ITEM = re.compile(r" {0,3}(?:[-+*]|\d{1,9}[.)])(?: {1,4}(?! )| (?= {4})|$)")
 RULE = re.compile(r" {0,3}([-*_])(?: *\1){2,} *$")
 HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t\r]|$)", re.M)
 UNDERLINED = re.compile(r" {0,3}[^\s>|-].*\n {0,3}(?:=+|-{2,})\s*(?:\n|$)")
 OPENING = re.compile(r"(?P<indent> {0,3})(?P<mark>`{3,}(?=[^`]*$)|~{3,})[ \t]*(?P<info>.*)")
 MYST_CELL = re.compile(r"\{(code|raw)-cell\}[ \t]*(\S*)")
-MYST_OPTIONS = re.compile(r"(?:---[ \t]*\n(?:.*\n)*?---[ \t]*\n|(?:[ \t]*:[\w-]+:.*\n)+)(?:[ \t]*\n)?")
+MYST_OPTIONS = re.compile(
+    r"(?:---[ \t]*\n(?:.*\n)*?---[ \t]*\n|(?:[ \t]*:[\w-]+:.*\n)+)(?:[ \t]*\n)?")
 MYST_BREAK = re.compile(r"\+\+\+(?:\s|$)")
 FENCE_LANGUAGE = re.compile(r"\{?\s*\.?([A-Za-z][\w+#-]*)")
 REGION = re.compile(r"<!--[ \t]*#(end)?(region|md|markdown|raw)\b(.*?)-->\s*")
@@ -8898,7 +8900,7 @@ def canonical(language):
 def fence_options(info):
     """The metadata that stand at a fence, in jupytext's way."""
     language, _, rest = info.partition(" ")
-    if not re.fullmatch(r"[\w+#-]+", language):   # {python} or {.python .class}: other people's ways
+    if not re.fullmatch(r"[\w+#-]+", language):   # {python} or {.python .class}
         return {}
     title, metadata = read_options(rest.strip())
     return {**({"title": title.strip()} if title.strip() else {}), **metadata}
@@ -8984,6 +8986,8 @@ class MarkdownNotebook:
             cell, twin.cell)][0] == meaning({**twin.cell, "source": ""})
         if is_code or is_like and twin.cell["cell_type"] == "raw" and "{raw-cell}" in twin.marker:
             is_like = is_like and self.old.language == self.language
+            if twin is None and not text.strip():   # a new cell, in which nothing is written yet
+                return Piece(cell, "", "", "")
             return self.fenced(cell, twin if is_like else None)
         if cell["cell_type"] == "markdown":
             text = re.sub(r"\A(?:[ \t]*\n)+|(?:\n[ \t]*)+\Z", "", text) if text.strip() else ""
@@ -9073,7 +9077,18 @@ def with_kernel(front, spec):
     return f"---\njupyter:\n{wish}---\n"
 
 
+def readme(handler):
+    """This program's own README, of which a reader can have a copy as a notebook."""
+    path = os.path.join(HERE, "README.md")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {"content": file.read()}
+    except OSError as problem:
+        raise Problem(404, f"There is no README.md beside the program: {problem}") from None
+
+
 TEXT_NOTEBOOKS.update(dict.fromkeys((".md", ".markdown"), MarkdownNotebook))
+ROUTES.append(("GET", "/api/readme", readme))
 
 
 # ---- 56. A quick start -------------------------------------------------------------------------

@@ -7263,7 +7263,8 @@ class ProgramsAsNotebooks(ServerCase):
                                       for kind, source, metadata in meanings(read)], cells)
 
     def test_the_page_offers_what_the_server_can_read(self):
-        ending = re.search(r"const PROGRAM = new RegExp\('(.+?)'\n  \+ '(.+?)'\)", PAGE_SOURCE)
+        ending = re.search(r"const TEXT_NOTEBOOK = new RegExp\('(.+?)'\n  \+ '(.+?)'\)",
+                           PAGE_SOURCE)
         pattern = re.compile((ending[1] + ending[2]).replace("\\\\", "\\"))
         self.assertEqual({name for name in minijupyter.TEXT_NOTEBOOKS if pattern.search(name)},
                          {*minijupyter.TEXT_NOTEBOOKS})
