@@ -8958,7 +8958,8 @@ class MarkdownNotebook:
         text = "".join(self.joined(pieces))
         head = old.head + ("" if old.head.endswith("\n") or not old.head else "\n")
         if (Markdown(head + text).kernelspec or {"name": DEFAULT_KERNEL})["name"] != spec["name"]:
-            head = with_kernel(old.front, spec) + (head[len(old.front):] or "\n")
+            head = with_kernel(old.front, spec) + (
+                head[len(old.front):] if old.front else head or "\n")
         return head + text + old.end if text else old.head
 
     def language_of(self, spec):
@@ -8977,7 +8978,7 @@ class MarkdownNotebook:
         """Whether an indented block behind these pieces might now belong to a list in the last."""
         piece, before = pieces[-1] if pieces else (None, None)
         is_as_before = place and before == place - 1 and piece is self.old.pieces[before]
-        return piece is not None and not is_as_before
+        return bool(pieces) and piece.marker[:3] in ("", "+++") and not is_as_before
 
     def new_piece(self, cell, twin):
         """The Piece of a cell that is new or changed, and takes the place of `twin`."""

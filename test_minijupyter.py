@@ -7271,6 +7271,302 @@ class ProgramsAsNotebooks(ServerCase):
         self.assertIsNone(pattern.search("a.txt"))
 
 
+# Markdown as notebooks: CommonMark's blocks, jupytext's and MyST's conventions
+
+GUIDE = """---
+title: kept
+---
+
+# Title
+
+text
+
+```bash
+pip install x
+```
+
+- a list
+
+  ```python
+  in_the_list
+  ```
+
+## Part
+~~~python A title tags=["a", "b"]
+x = 1
+```
+~~~
+   ```py
+     y
+   z
+   ```
+after
+
+
+apart
+
+<!-- #region name="r" -->
+```python
+shown
+```
+<!-- #endregion -->
+
+<!--
+```python
+hidden
+```
+-->
+
+<!-- #raw -->
+raw
+<!-- #endraw -->
+
+    ```python
+    indented code
+    ```
+
+````{python}
+```python
+````
+
+```python .noeval
+no
+```"""
+GUIDE_CELLS = [
+    ("markdown", "# Title\n\ntext\n\n```bash\npip install x\n```\n\n- a list\n\n"
+                 "  ```python\n  in_the_list\n  ```", {}),
+    ("markdown", "## Part", {}),
+    ("code", "x = 1\n```", {"title": "A title", "tags": ["a", "b"]}), ("code", "  y\nz", {}),
+    ("markdown", "after", {}), ("markdown", "apart", {}),
+    ("markdown", "```python\nshown\n```", {"name": "r"}),
+    ("markdown", "<!--\n```python\nhidden\n```\n-->", {}), ("raw", "raw", {}),
+    ("markdown", "    ```python\n    indented code\n    ```", {}), ("code", "```python", {}),
+    ("markdown", "```python .noeval\nno\n```", {})]
+MYST = """---
+jupytext:
+  text_representation:
+    format_name: myst
+kernelspec:
+  name: python3
+---
+
+text
+
++++ {"tags": ["x"]}
+
+tagged
+
+```{code-cell} ipython3
+:tags: [hide-input, b]
+:name: "q"
+
+x
+```
+
+```python
+shown, not run
+```
+
+```{code-cell}
+---
+tags: [c]
+---
+y
+```
+
+```{raw-cell}
+raw
+```
+"""
+MYST_CELLS = [
+    ("markdown", "text", {}), ("markdown", "tagged", {"tags": ["x"]}),
+    ("code", "x", {"tags": ["hide-input", "b"], "name": "q"}),
+    ("markdown", "```python\nshown, not run\n```", {}), ("code", "y", {"tags": ["c"]}),
+    ("raw", "raw", {})]
+MARKDOWN_PIECES = [   # what a file may be made of, to be put together in any order
+    "```python", "```", "~~~py", "~~~", "   ```python", "    ```", "```bash", "````", "````python",
+    '```python t tags=["a"]', "```python .noeval", "- ", "1. ", "> ", "  ", "    ", "\t", "# h",
+    "===", "---", "* * *", "text", "\n", "\n", "\n\n", "\n\n\n", "<div>", "</div>", "<!--", "-->",
+    "<pre>", "</pre>", "<b>", "x = 1", "`", "+++", ":tags: [a]", "\u2028", "a: b"]
+
+
+def same_prose(cells):
+    """[(type, source)] of cells, neighbouring Markdown as one, without spaces: how prose is
+    divided, and how many empty lines stand between its parts, changes nothing in a file's text."""
+    found = []
+    for cell in cells:
+        kind, source = cell["cell_type"], cell["source"]
+        is_prose = kind == "markdown"
+        source = "".join(source.split()) if is_prose else source
+        if is_prose and found and found[-1][0] == kind:
+            found[-1] = kind, found[-1][1] + source
+        elif source.strip():
+            found.append((kind, source))
+    return found
+
+
+class MarkdownNotebooks(ServerCase):
+    """A Markdown file opens as a notebook and is written back."""
+
+    def read(self, text):
+        return minijupyter.MarkdownNotebook(".md").read(text)
+
+    def write(self, cells, text="", **metadata):
+        """The text after a save of these cells; the cells' ids do not matter."""
+        cells = [{**cell, "id": f"c{i}"} for i, cell in enumerate(cells)]
+        return minijupyter.MarkdownNotebook(".md").write(
+            {**notebook(**metadata), "cells": cells}, text)
+
+    def test_blocks_in_the_kernels_language_are_code_and_all_else_is_prose(self):
+        self.assertEqual(meanings(self.read(GUIDE)["cells"]), GUIDE_CELLS)
+
+    def test_myst_cells_are_those_with_a_directive_and_breaks_divide_prose(self):
+        self.assertEqual(meanings(self.read(MYST)["cells"]), MYST_CELLS)
+
+    def test_untouched_a_file_keeps_every_byte_over_rest(self):
+        for text in (GUIDE, MYST, "", "\n \n", "x", "---\na: b\n---", "```python",
+                     GUIDE.replace("\n", "\r\n"), "\ufeff" + GUIDE, "a\r\nb\n```py\r\nx\n```\n"):
+            with self.subTest(text[:20]):
+                (self.root / "g.md").write_bytes(text.encode())
+                content = self.server.get("/api/contents/g.md?type=notebook").json["content"]
+                self.assertReply(self.server.put("/api/contents/g.md", {
+                    "type": "notebook", "format": "json", "content": content}), 200)
+                self.assertEqual((self.root / "g.md").read_bytes().decode(), text)
+
+    def test_real_files_are_divided_as_commonmark_has_it_and_kept(self):
+        found = [HERE / "README.md", *Path(sys.prefix).glob("lib/**/*.md")]
+        for path in found:
+            text = path.read_text("utf-8", "replace")
+            with self.subTest(path.name):
+                self.assertEqual(self.write(self.read(text)["cells"], text), text)
+                self.assertSameBlocks(text)
+
+    def assertSameBlocks(self, text):
+        """Our fenced blocks at the top level are those of markdown-it, when that is there."""
+        with contextlib.suppress(ImportError):
+            from markdown_it import MarkdownIt
+            found = minijupyter.Markdown(text)
+            theirs = MarkdownIt().parse(text[len(found.front):])
+            self.assertEqual(
+                [(block.start, block.end) for block in found.blocks() if block.kind == "fence"],
+                [tuple(token.map) for token in theirs if token.type == "fence"
+                 and token.level == 0], text)
+
+    def test_examples_of_the_specification_are_divided_alike_and_kept(self):
+        for example in commonmark_examples():
+            text = example["markdown"]
+            with self.subTest(example["example"]):
+                self.assertSameBlocks(text)
+                self.assertEqual(self.write(self.read(text)["cells"], text), text)
+
+    def test_a_change_of_one_cell_changes_nothing_else(self):
+        for number, source, old, new in (
+                (0, "# New", GUIDE[GUIDE.index("# Title"):GUIDE.index("\n\n## Part")], "# New"),
+                (2, "x = 2\n~~~~", "~~~python A title tags=[\"a\", \"b\"]\nx = 1\n```\n~~~",
+                 "~~~~~python A title tags=[\"a\", \"b\"]\nx = 2\n~~~~\n~~~~~"),
+                (3, "y\n\n z", "     y\n   z\n", "   y\n\n    z\n"),
+                (6, "prose", "```python\nshown\n```", "prose"), (8, "r", "\nraw\n", "\nr\n"),
+                (10, "", "````{python}\n```python\n````", "````{python}\n````")):
+            cells = self.read(GUIDE)["cells"]
+            cells[number]["source"] = source
+            with self.subTest(source):
+                self.assertEqual(self.write(cells, GUIDE), GUIDE.replace(old, new))
+
+    def test_new_cells_become_blocks_and_paragraphs_with_empty_lines_between(self):
+        text = "# T\n\n~~~py\nx\n~~~\nend"
+        title, x, end = self.read(text)["cells"]
+        self.assertEqual(
+            self.write([title, code("new"), markdown("p"), markdown("q"), markdown("# h"), x, end,
+                        code(""), markdown(" \n")], text),
+            "# T\n\n~~~py\nnew\n~~~\n\np\n\n\nq\n\n# h\n\n~~~py\nx\n~~~\nend")
+        self.assertEqual(self.write([end, x, title], text), "end\n\n~~~py\nx\n~~~\n\n# T")
+
+    def test_new_cells_in_a_myst_file_are_mysts(self):
+        cells = self.read(MYST)["cells"]
+        new = [code("new", metadata={"tags": ["t"]}), markdown("p"), markdown("q")]
+        self.assertEqual(self.write([*cells, *new], MYST), MYST + (
+            '\n```{code-cell} ipython3\n:tags: ["t"]\nnew\n```\n\np\n\n+++\n\nq\n'))
+
+    def test_what_would_be_read_as_something_else_stands_between_comments(self):
+        for cell in (markdown("```python\nx\n```"), markdown("```\nopen"), markdown("<!-- open"),
+                     markdown("---\na: b\n---"), markdown("p", metadata={"tags": ["-->"]}),
+                     markdown("<!-- #raw -->\n<!-- #endraw -->"), {**markdown("<"), "cell_type":
+                                                                   "raw"}):
+            text = self.write([cell, code("last")])
+            with self.subTest(cell["source"]):
+                self.assertRegex(text, "^<!-- #(region|raw)")
+                self.assertEqual(meanings(self.read(text)["cells"]), meanings([cell, code("last")]))
+
+    def test_the_language_is_what_most_blocks_are_in_and_a_shell_comes_last(self):
+        specs = {name: ({"language": name, "display_name": name}, None)
+                 for name in ("python", "R", "bash")}
+        for blocks, language in (("", "python"), ("r r python", "r"), ("python r", "python"),
+                                 ("bash sh python", "python"), ("sh bash", "bash"),
+                                 ("cobol {r} .R", "r"), ("ipython3 Py", "python")):
+            text = "\n\n".join(f"```{word}\nx\n```" for word in blocks.split())
+            with self.subTest(blocks), unittest.mock.patch.object(
+                    minijupyter, "find_specs", return_value=specs):
+                found = minijupyter.Markdown(text)
+                self.assertEqual(found.language, language)
+                self.assertEqual((found.kernelspec or {"language": "python"})["language"].lower(),
+                                 language)
+
+    def test_another_kernel_is_named_in_the_front_matter_and_its_language_at_the_blocks(self):
+        spec = {"name": "other", "display_name": "O: 1", "language": "Other"}
+        wish = ('  kernelspec:\n    display_name: "O: 1"\n    language: "Other"\n'
+                '    name: "other"\n')
+        for head, new in (("", f"---\njupyter:\n{wish}---\n\n"),
+                          ("---\na: b\n---\n", f"---\na: b\njupyter:\n{wish}---\n"),
+                          ("---\njupyter:\n  a: b\n---\n", f"---\njupyter:\n{wish}  a: b\n---\n"),
+                          ("---\nkernelspec:\n  name: x\n---\n", "---\n" + "".join(
+                              f"{line[2:]}\n" for line in wish.splitlines()) + "---\n")):
+            text = f"{head}a\n\n```python\nx\n```\n"
+            with self.subTest(head):
+                saved = self.write(self.read(text)["cells"], text, kernelspec=spec)
+                self.assertEqual(saved, f"{new}a\n\n```other\nx\n```\n")
+                again = self.read(saved)
+                self.assertEqual(again["metadata"]["kernelspec"], spec)
+                self.assertEqual([cell["cell_type"] for cell in again["cells"]],
+                                 ["markdown", "code"])
+
+    def test_whatever_is_changed_is_read_as_it_was_written(self):
+        rng = random.Random(7)
+        for _ in range(400):
+            text = "".join(rng.choice(MARKDOWN_PIECES) + rng.choice(["", "\n", "\n"])
+                           for _ in range(rng.randint(1, 14)))
+            cells = self.read(text)["cells"]
+            self.assertEqual(self.write(cells, text), text)
+            for _ in range(rng.randint(1, 3)):
+                new = rng.choice([code("x"), code("```\ny", metadata={"tags": ["a"]}), code("~~~"),
+                                  markdown("p"), markdown("# h"), markdown("```python\nz\n```"),
+                                  markdown("```"), markdown("- i"), markdown("<!--")])
+                at = rng.randint(0, len(cells))
+                cells[at:at + rng.randint(0, 1)] = [new]
+                cells.append(cells.pop(rng.randrange(len(cells))))
+            saved = self.write(cells, text)
+            self.assertEqual(same_prose(self.read(saved)["cells"]), same_prose(cells), text)
+
+    @needs("jupytext")
+    def test_jupytext_reads_what_we_write_and_we_read_what_it_writes(self):
+        import jupytext
+        import nbformat
+        for name, nb in sample_notebooks("python"):
+            theirs = nbformat.from_dict(json.loads(json.dumps(nb)))
+            ours, cells = self.write(nb["cells"]), same_prose(nb["cells"])
+            with self.subTest(name):
+                self.assertEqual(same_prose(self.read(ours)["cells"]), cells)
+                self.assertEqual(same_prose(jupytext.reads(ours, "md").cells), cells)
+                for format in ("md:markdown", "md:myst"):
+                    read = self.read(jupytext.writes(theirs, format))["cells"]
+                    self.assertEqual(same_prose(read), [(kind, source) for kind, source in cells])
+
+    def test_the_readme_is_at_hand_wherever_the_folder_is(self):
+        text = self.assertReply(self.server.get("/api/readme"), 200).json["content"]
+        self.assertEqual(text, (HERE / "README.md").read_text("utf-8"))
+        self.assertEqual({cell["cell_type"] for cell in self.read(text)["cells"]}, {"markdown"})
+        self.assertReply(self.server.get("/api/readme", Authorization=None), 403)
+
+
 def join_source(cell):
     return "".join(cell["source"])
 
