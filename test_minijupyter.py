@@ -18,7 +18,8 @@
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "qtconsole", "PySide6-Essentials", "jupyterlab", "notebook", "nbconvert",   # and more of them
 #     "ipyparallel",     # clusters
-#     "jupytext",        # notebooks as programs
+#     "jupytext",        # notebooks as programs and as Markdown
+#     "nbgrader", "otter-grader",     # what teachers hand out
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
 #     "line_profiler", "ipympl", "ipynbname",  # what expects IPython's shell and ipykernel
@@ -111,7 +112,7 @@ from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote, quote_plus, urlencode
+from urllib.parse import quote, quote_plus, unquote, urlencode, urlsplit
 
 import zmq
 
@@ -7390,6 +7391,12 @@ MARKDOWN_PIECES = [   # what a file may be made of, to be put together in any or
     "<pre>", "</pre>", "<b>", "x = 1", "`", "+++", ":tags: [a]", "\u2028", "a: b"]
 
 
+@functools.cache
+def markdown_it():
+    from markdown_it import MarkdownIt
+    return MarkdownIt()
+
+
 def same_prose(cells):
     """[(type, source)] of cells, neighbouring Markdown as one, without spaces: how prose is
     divided, and how many empty lines stand between its parts, changes nothing in a file's text."""
@@ -7444,9 +7451,8 @@ class MarkdownNotebooks(ServerCase):
     def assertSameBlocks(self, text):
         """Our fenced blocks at the top level are those of markdown-it, when that is there."""
         with contextlib.suppress(ImportError):
-            from markdown_it import MarkdownIt
             found = minijupyter.Markdown(text)
-            theirs = MarkdownIt().parse(text[len(found.front):])
+            theirs = markdown_it().parse(text[len(found.front):])
             self.assertEqual(
                 [(block.start, block.end) for block in found.blocks() if block.kind == "fence"],
                 [tuple(token.map) for token in theirs if token.type == "fence"
@@ -17195,6 +17201,205 @@ class PageOpensPrograms(PageCase):
             tab.page.wait_for_url(f"**/notebooks/{made}")
             text = (self.root / made).read_text()
             self.assertEqual(text.startswith("{"), made.endswith(".ipynb"), text)
+
+
+class PageOpensMarkdown(PageCase):
+    """A Markdown file as a notebook, its outputs beside it, and the README."""
+
+    TEXT = "# Title\n\n[a link][there]\n\n```python\nprint(6 * 7)\n```\n\nend\n\n[there]: #x\n"
+
+    def setUp(self):
+        super().setUp()
+        for path in self.root.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        (self.root / "guide.md").write_text(self.TEXT)
+
+    def keep_outputs(self, tab):
+        tab.command("keep-outputs")
+        self.assertShows(tab.page.locator(".notice.passing"), "kept in guide.ipynb from now on")
+
+    def test_the_file_browser_opens_it_as_a_notebook(self):
+        tab = self.visit("/tree")
+        tab.page.locator("tr[data-path='guide.md'] input").check()
+        with tab.page.expect_popup() as popup:
+            tab.page.get_by_role("button", name="Open as a notebook").click()
+        self.assertShows(popup.value.locator(".rendered h1"), "Title")
+        self.assertShows(popup.value.locator(".notice.passing"), "guide.md keeps code and text")
+        self.assertEqual(Tab(popup.value).types(), ["markdown", "code", "markdown"])
+
+    def test_a_link_finds_its_address_in_another_cell(self):
+        tab = self.reopen("guide.md")
+        self.assertShows(tab.page.locator(".rendered a[href='#x']"), "a link")
+
+    def test_what_is_changed_or_new_is_written_and_the_rest_stays(self):
+        tab = self.reopen("guide.md")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "42")
+        tab.save()
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT)
+        tab.select(1)
+        tab.press("b")
+        tab.write(2, "new = 1")
+        tab.save()
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT.replace(
+            "```\n\nend", "```\n\n```python\nnew = 1\n```\n\nend"))
+
+    def test_outputs_are_kept_in_a_notebook_beside_it_on_wish(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        tab.run(1)
+        with tab.page.expect_response(lambda response: "guide.ipynb" in response.url):
+            tab.save()
+        tab.page.reload()
+        self.assertShows(tab.outputs(1), "42")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT)
+        minijupyter.validate(self.saved("guide.ipynb"))
+        self.assertEqual(self.saved("guide.ipynb")["metadata"]["outputs_of"], "guide.md")
+
+    def test_when_that_stops_the_notebook_beside_it_is_one_of_its_own(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        tab.command("keep-outputs")
+        with tab.page.expect_response(lambda response: "guide.ipynb" in response.url):
+            tab.choose("Stop")
+        self.assertNotIn("outputs_of", self.saved("guide.ipynb")["metadata"])
+
+    def test_a_notebook_of_somebodys_own_is_not_written_over(self):
+        own = jupyter_bytes(notebook("own"))
+        (self.root / "guide.ipynb").write_bytes(own)
+        tab = self.reopen("guide.md")
+        tab.command("keep-outputs")
+        self.assertShows(tab.page.locator(".notice.bad"), "guide.ipynb is there already")
+        self.assertEqual((self.root / "guide.ipynb").read_bytes(), own)
+
+    def test_what_another_program_wrote_beside_it_stays_until_the_user_decides(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        other = jupyter_bytes(notebook("other", outputs_of="guide.md"))
+        (self.root / "guide.ipynb").write_bytes(other)
+        tab.run(1)
+        tab.save()
+        self.assertShows(tab.page.locator(".notice.bad"), "another program changed guide.ipynb")
+        self.assertEqual((self.root / "guide.ipynb").read_bytes(), other)
+        tab.page.get_by_role("button", name="Keep them again").click()
+        wait_until(lambda: "42" in (self.root / "guide.ipynb").read_text())
+
+    def open_readme(self, tab, copies=True):
+        """The page that Help opens, and its path."""
+        with tab.page.expect_popup() as popup:
+            tab.command("readme")
+            if copies:
+                tab.choose("Copy and open")
+        self.assertShows(popup.value.locator(".rendered h1"), "MiniJupyter")
+        return unquote(urlsplit(popup.value.url).path)
+
+    def test_help_opens_a_copy_of_the_readme_of_the_readers_own(self):
+        tab = self.reopen("guide.md")
+        self.assertEqual(self.open_readme(tab), "/notebooks/README.md")
+        readme = (HERE / "README.md").read_bytes()
+        self.assertEqual((self.root / "README.md").read_bytes(), readme)
+        (self.root / "README.md").write_bytes(readme + b"\nmine\n")
+        self.assertEqual(self.open_readme(tab, copies=False), "/notebooks/README.md")
+        self.assertEqual((self.root / "README.md").read_bytes(), readme + b"\nmine\n")
+
+    def test_another_readme_stays_as_it_is(self):
+        (self.root / "README.md").write_text("# Other\n")
+        tab = self.reopen("guide.md")
+        self.assertEqual(self.open_readme(tab), "/notebooks/MiniJupyter README.md")
+        self.assertEqual((self.root / "README.md").read_text(), "# Other\n")
+        (self.root / "MiniJupyter README.md").write_text("theirs")
+        tab.command("readme")
+        self.assertShows(tab.page.locator(".notice.bad"), "Rename one of them")
+
+
+class PageAnswersAssignments(PageCase):
+    """What teachers' graders hand out is answered in the page, and they accept it."""
+
+    def grade(self, folder, *words, status=0):
+        """What a grader says, when its command is called in a folder, with our kernel."""
+        specs = folder / "specs"
+        if not specs.exists():
+            install_kernelspec(specs, "python3", OURS)
+        scripts = os.path.dirname(sys.executable)   # nbgrader calls alembic
+        found = subprocess.run(
+            [sys.executable, "-m", *map(str, words)], cwd=folder, text=True, timeout=SECONDS * 4,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment(
+                folder, JUPYTER_PATH=str(specs),
+                PATH=os.pathsep.join([scripts, os.environ["PATH"]])))
+        self.assertEqual(found.returncode, status, found.stdout)
+        return found.stdout
+
+    def hand_out(self, name, path):
+        """A tab on a copy of a notebook that a grader has made."""
+        shutil.copyfile(path, self.root / name)
+        return self.reopen(name)
+
+    def assertLocked(self, tab, i):
+        """Neither typing, deleting, nor another type changes the cell."""
+        source, count = tab.sources()[i], len(tab.sources())
+        tab.select(i)
+        tab.press("Enter", "x", "Escape", "d", "d", "m", "x")
+        self.assertShows(tab.page.locator(".notice.passing"), "locked")
+        self.assertEqual((tab.sources()[i], len(tab.sources())), (source, count))
+
+    @needs("nbgrader")
+    def test_an_assignment_of_nbgrader_is_answered_and_valid(self):
+        course = self.folder()
+        (course / "source" / "ps1").mkdir(parents=True)
+        marked = {"schema_version": 3, "task": False, "solution": False, "grade": False,
+                  "locked": False}
+        cells = [markdown("# Read", id="a", metadata={"nbgrader": {
+                     **marked, "grade_id": "read", "locked": True}}),
+                 code("### BEGIN SOLUTION\nx = 9\n### END SOLUTION", id="b", metadata={"nbgrader": {
+                     **marked, "grade_id": "answer", "solution": True}}),
+                 code("assert x == 9", id="c", metadata={"nbgrader": {
+                     **marked, "grade_id": "test", "grade": True, "locked": True, "points": 2}})]
+        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (course / "source" / "ps1" / "p.ipynb").write_bytes(jupyter_bytes(
+            {**notebook(kernelspec=spec), "cells": cells}))
+        self.grade(course, "nbgrader", "generate_assignment", "ps1", "--create")
+        tab = self.hand_out("p.ipynb", course / "release" / "ps1" / "p.ipynb")
+        for i in (0, 2):
+            self.assertLocked(tab, i)
+        tab.select(1)
+        tab.press("c", "v")   # a copy is no second answer
+        tab.write(2, "x = 3 * 3")
+        tab.run(1, "x = 0")
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.save()
+        ids = [cell["metadata"].get("nbgrader", {}).get("grade_id")
+               for cell in self.saved("p.ipynb")["cells"]]
+        self.assertEqual(ids, ["read", "answer", None, "test"])
+        self.assertIn("Success", self.grade(course, "nbgrader", "validate",
+                                            self.root / "p.ipynb"))
+
+    @needs("otter")
+    def test_an_assignment_of_otter_is_answered_and_checked(self):
+        course = self.folder()
+        raw = [{"cell_type": "raw", "metadata": {}, "source": text} for text in (
+            "# ASSIGNMENT CONFIG\nexport_cell: false", "# BEGIN QUESTION\nname: q1",
+            "# BEGIN SOLUTION", "# END SOLUTION", "# BEGIN TESTS", "# END TESTS",
+            "# END QUESTION")]
+        true = {"output_type": "execute_result", "metadata": {}, "execution_count": 1,
+                "data": {"text/plain": "True"}}
+        cells = [raw[0], raw[1], markdown("*Question*"), raw[2], code("x = 9 # SOLUTION"), raw[3],
+                 raw[4], code("x == 9", outputs=[true]), raw[5], raw[6]]
+        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (course / "lab.ipynb").write_bytes(jupyter_bytes({**notebook(kernelspec=spec), "cells": [
+            {**cell, "id": f"c{i}"} for i, cell in enumerate(cells)]}))
+        self.grade(course, "otter", "assign", "lab.ipynb", "out", "--no-run-tests")
+        tab = self.hand_out("lab.ipynb", course / "out" / "student" / "lab.ipynb")
+        answer = tab.sources().index("x = ...")
+        self.assertLocked(tab, answer + 1)
+        for text, says in (("x = 8", "Test case failed"), ("x = 9", "passed")):
+            tab.write(answer, text)
+            tab.command("run-all")
+            tab.page.wait_for_function(IS_DONE, timeout=SECONDS * 2000)
+            self.assertShows(tab.outputs(answer + 1), says)
+        tab.save()
+        minijupyter.validate(self.saved("lab.ipynb"))
 
 
 class PageStaysFluid(PageCase):
