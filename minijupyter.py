@@ -8669,15 +8669,18 @@ MYST_OPTIONS = re.compile(
 MYST_BREAK = re.compile(r"\+\+\+(?:\s|$)")
 FENCE_LANGUAGE = re.compile(r"\{?\s*\.?([A-Za-z][\w+#-]*)")
 REGION = re.compile(r"<!--[ \t]*#(end)?(region|md|markdown|raw)\b(.*?)-->\s*")
-HTML_BLOCKS = [(re.compile(begins, re.I), re.compile(ends, re.I)) for begins, ends in (
-    (r" {0,3}<(?:script|pre|style|textarea)(?:[\s>]|$)", "</(?:script|pre|style|textarea)>"),
-    (r" {0,3}<!--", "-->"), (r" {0,3}<\?", r"\?>"), (r" {0,3}<!\[CDATA\[", r"\]\]>"),
-    (r" {0,3}<![a-z]", ">"),
-    (r" {0,3}</?(?:address|article|aside|base|basefont|blockquote|body|caption|center|col|colgroup"
+EMPTY_LINE = re.compile("^$")
+HTML_BLOCKS = [   # (how the first line of a block begins, what its last line has)
+    *((re.compile(begins, re.I), re.compile(ends, re.I)) for begins, ends in (
+        (r" {0,3}<(?:script|pre|style|textarea)(?:[\s>]|$)", "</(?:script|pre|style|textarea)>"),
+        (r" {0,3}<!--", "-->"), (r" {0,3}<\?", r"\?>"), (r" {0,3}<!\[CDATA\[", r"\]\]>"),
+        (r" {0,3}<![a-z]", ">"))),
+    (re.compile(
+     r" {0,3}</?(?:address|article|aside|base|basefont|blockquote|body|caption|center|col|colgroup"
      r"|dd|details|dialog|dir|div|dl|dt|fieldset|figcaption|figure|footer|form|frame|frameset|h[1-6]"
      r"|head|header|hr|html|iframe|legend|li|link|main|menu|menuitem|nav|noframes|ol|optgroup"
      r"|option|p|param|search|section|summary|table|tbody|td|tfoot|th|thead|title|tr|track|ul)"
-     r"(?:\s|/?>|$)", "^$"))]
+     r"(?:\s|/?>|$)", re.I), EMPTY_LINE)]
 # A tag alone on its line begins a block, too, but not within a paragraph.
 LONE_TAG = re.compile(r"""[ ]{0,3}(?:</[a-z][a-z0-9-]*\s*>|<[a-z][a-z0-9-]*(?:\s+[a-z_:][\w.:-]*
     (?:\s*=\s*(?:[^\s"'=<>`]+|'[^']*'|"[^"]*"))?)*\s*/?>)\s*$""", re.I | re.X)
@@ -8766,20 +8769,18 @@ class Markdown:
                 return number
             if last.search(line[begin:]):
                 return number + 1
-        self.is_open = last.pattern != "^$"
+        self.is_open = not items and last is not EMPTY_LINE
         return len(self.lines)
 
     def regions(self):
         """{number of the line that begins a region: number of its last line}."""
-        found, begun = {}, []
+        found, begun = {}, collections.defaultdict(list)   # begun: kind -> numbers of first lines
         for number, line in enumerate(self.lines):
-            comment = REGION.fullmatch(line) if "<!--" in line else None
+            comment = REGION.fullmatch(line) if line.startswith("<!--") else None
             if comment and not comment[1]:
-                begun.append((number, comment[2]))
-            elif comment and any(kind == comment[2] for _, kind in begun):
-                while begun[-1][1] != comment[2]:
-                    begun.pop()
-                found[begun.pop()[0]] = number
+                begun[comment[2]].append(number)
+            elif comment and begun[comment[2]]:
+                found[begun[comment[2]].pop()] = number
         return found
 
     # -- Language
@@ -8836,30 +8837,30 @@ class Markdown:
         return Piece(cell, marker, kept, text[len(kept):])
 
     def prose(self, text, block):
+        """(cell, marker) of a Markdown cell without comments around it."""
         marker = text.partition("\n")[0] if block.kind == "break" else ""
         metadata = json_or_none(marker[3:].strip()) if marker else None
         return {"cell_type": "markdown", "metadata": metadata if isinstance(metadata, dict) else {},
                 "source": text[len(marker):].lstrip("\n") if marker else text}, marker
 
     def cell(self, text, block):
+        """(cell, marker) of a region, or of a fenced block that is a cell."""
         first, _, rest = text.partition("\n")
         if block.kind == "region":
-            title, metadata = read_options(block.match[3].strip())
-            title = {"title": title.strip()} if title.strip() else {}
             kind = "raw" if block.match[2] == "raw" else "markdown"
-            return {"cell_type": kind, "metadata": {**title, **metadata},
+            return {"cell_type": kind, "metadata": titled_options(block.match[3]),
                     "source": rest.rpartition("\n")[0]}, first
-        indent, info = block.match["indent"], block.match["info"]
+        indent, mark, info = block.match.groups()
         directive = MYST_CELL.match(info)
-        options = MYST_OPTIONS.match(rest)[0] if directive and MYST_OPTIONS.match(rest) else ""
-        body, last = rest[len(options):], rest.rpartition("\n")[2]
-        if closing(block.match["mark"]).search(last.rstrip()):
+        options = (MYST_OPTIONS.match(rest) if directive else None) or [""]
+        body, last = rest[len(options[0]):], rest.rpartition("\n")[2]
+        if closing(mark).search(last.rstrip()):
             body = body.removesuffix(last).removesuffix("\n")
         body = "\n".join(re.sub(f"^ {{0,{len(indent)}}}", "", line) for line in body.split("\n"))
-        metadata = myst_options(options) if directive else fence_options(info)
+        metadata = myst_options(options[0]) if directive else fence_options(info)
         kind = "raw" if directive and directive[1] == "raw" else "code"
         return {"cell_type": kind, "metadata": metadata, "source": body}, (
-            f"{first}\n{options}".removesuffix("\n"))
+            f"{first}\n{options[0]}".removesuffix("\n"))
 
 
 def within(line, items):
@@ -8886,7 +8887,7 @@ def html_end(line, is_in_paragraph):
         return None
     is_lone = LONE_TAG.match(line) and not is_in_paragraph
     return next((ends for begins, ends in HTML_BLOCKS if begins.match(line)),
-                HTML_BLOCKS[-1][1] if is_lone else None)
+                EMPTY_LINE if is_lone else None)
 
 
 def canonical(language):
@@ -8902,7 +8903,12 @@ def fence_options(info):
     language, _, rest = info.partition(" ")
     if not re.fullmatch(r"[\w+#-]+", language):   # {python} or {.python .class}
         return {}
-    title, metadata = read_options(rest.strip())
+    return titled_options(rest)
+
+
+def titled_options(text):
+    """The metadata that a title and options of jupytext's mean."""
+    title, metadata = read_options(text.strip())
     return {**({"title": title.strip()} if title.strip() else {}), **metadata}
 
 
@@ -8921,6 +8927,7 @@ def myst_value(text):
 
 
 def json_or_none(text):
+    """What a text means as JSON; None when it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -8982,26 +8989,31 @@ class MarkdownNotebook:
 
     def new_piece(self, cell, twin):
         """The Piece of a cell that is new or changed, and takes the place of `twin`."""
-        text, is_code = cell["source"], cell["cell_type"] == "code"
-        is_like = twin is not None and [meaning({**piece, "source": ""}) for piece in (
-            cell, twin.cell)][0] == meaning({**twin.cell, "source": ""})
-        if is_code or is_like and twin.cell["cell_type"] == "raw" and "{raw-cell}" in twin.marker:
+        is_empty = not cell["source"].strip() and meaning(cell)[2] == "{}"
+        if is_empty and (twin is None or cell["cell_type"] == "markdown"):
+            return Piece(cell, "", "", "")   # a new cell, in which nothing is written yet
+        is_like = twin is not None and are_alike(cell, twin.cell)
+        if cell["cell_type"] == "code":
             is_like = is_like and self.old.language == self.language
-            if twin is None and not text.strip():   # a new cell, in which nothing is written yet
-                return Piece(cell, "", "", "")
             return self.fenced(cell, twin if is_like else None)
-        if cell["cell_type"] == "markdown":
-            text = re.sub(r"\A(?:[ \t]*\n)+|(?:\n[ \t]*)+\Z", "", text) if text.strip() else ""
-            if is_like and MYST_BREAK.match(twin.marker) and self.is_prose(text):
+        if is_like and MYST_CELL.search(twin.marker):
+            return self.fenced(cell, twin)
+        text = re.sub(r"\A(?:[ \t]*\n)+|(?:\n[ \t]*)+\Z", "", cell["source"])
+        if cell["cell_type"] == "markdown" and self.is_prose(text):
+            if is_like and MYST_BREAK.match(twin.marker):
                 return Piece(cell, twin.marker, f"{twin.marker}\n\n{text}", "")
-            if self.is_prose(text) and meaning(cell) == ("markdown", cell["source"], "{}"):
+            if meaning(cell)[2] == "{}":
                 return Piece(cell, "", text, "")
-        name = "raw" if cell["cell_type"] == "raw" else "region"
+        return self.commented(cell, twin if is_like and REGION.fullmatch(twin.marker) else None)
+
+    def commented(self, cell, twin):
+        """The Piece of a cell between jupytext's comments; `twin` has the same first one."""
+        kind = "raw" if cell["cell_type"] == "raw" else "region"
         options = write_options("", cell["metadata"]).replace("-->", r"--\u003e")
-        marker = twin.marker if is_like and REGION.fullmatch(twin.marker) else (
-            f"<!-- #{name}{' ' if options else ''}{options} -->")
-        name = REGION.fullmatch(marker)[2]
-        return Piece(cell, marker, f"{marker}\n{cell['source']}\n<!-- #end{name} -->", "")
+        words = ["<!--", f"#{kind}", options, "-->"]
+        marker = twin.marker if twin else " ".join(filter(None, words))
+        end = f"<!-- #end{REGION.fullmatch(marker)[2]} -->"
+        return Piece(cell, marker, f"{marker}\n{cell['source']}\n{end}", "")
 
     def is_prose(self, text):
         """Whether a text is read as Markdown cells and nothing else, wherever it stands."""
@@ -9026,21 +9038,22 @@ class MarkdownNotebook:
         return Piece(cell, marker, "\n".join(lines), "")
 
     def marker(self, metadata):
-        """The first line of a new code cell, and with MyST those with its options."""
-        infos = [OPENING.match(piece.marker) for piece in self.old.pieces
-                 if piece.cell["cell_type"] == "code"]
-        mark, word = infos[0]["mark"] if infos else "```", self.language
-        for opening in infos:
-            plain = (MYST_CELL if self.old.is_myst else FENCE_LANGUAGE).match(opening["info"])
-            named = plain[2 if self.old.is_myst else 1] if plain else ""
-            word = named if canonical(named) == self.language else word
+        """The first line of a new code cell, and with MyST those with its options. Names that MyST
+        could not read there are not kept."""
+        openings = [OPENING.match(piece.marker.partition("\n")[0].rstrip())
+                    for piece in self.old.pieces if piece.cell["cell_type"] == "code"]
+        mark, word = openings[0]["mark"] if openings else "```", self.language
+        for opening in openings:   # the language is called as it is in the file
+            named = (MYST_CELL if self.old.is_myst else FENCE_LANGUAGE).match(opening["info"])
+            name = named.group(named.lastindex) if named else ""
+            word = name if canonical(name) == self.language else word
         if self.old.is_myst:
             lines = [f":{key}: {json.dumps(value)}" for key, value in metadata.items()
-                     if key not in NOT_WRITTEN]
+                     if key not in NOT_WRITTEN and re.fullmatch(r"[\w-]+", key)]
             return "\n".join([f"{mark}{{code-cell}} {word}", *lines])
         options = write_options("", metadata)
-        return f"{mark[0] if '`' not in options else '~'}"[0] * len(mark) + " ".join(
-            filter(None, [word, options]))
+        sign = "~" if "`" in options else mark[0]   # a line with ``` must have no other `
+        return sign * len(mark) + " ".join(filter(None, [word, options]))
 
     def joined(self, pieces):
         """Yield the texts of the pieces, and between them the gaps of the file, or new ones that
@@ -9051,14 +9064,16 @@ class MarkdownNotebook:
                 return
             is_old = place is not None and place_after == place + 1
             gap = self.old.pieces[place].gap if is_old else ""
-            are_prose = not piece.marker and not after.marker and not begins_with_heading(after)
-            if gap.count("\n") < (3 if are_prose else 1):
-                gap = "\n\n" if not are_prose else "\n\n+++\n\n" if self.old.is_myst else "\n\n\n"
+            are_apart = piece.marker or after.marker or HEADING.match(after.text)
+            least = 1 if are_apart else 2 if UNDERLINED.match(after.text) else 3
+            if gap.count("\n") < least:
+                gap = "\n\n" if least < 3 else "\n\n+++\n\n" if self.old.is_myst else "\n\n\n"
             yield gap
 
 
-def begins_with_heading(piece):
-    return bool(HEADING.match(piece.text) or UNDERLINED.match(piece.text))
+def are_alike(cell, other):
+    """Whether two cells differ in their text alone."""
+    return meaning({**cell, "source": ""}) == meaning({**other, "source": ""})
 
 
 def with_kernel(front, spec):
