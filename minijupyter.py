@@ -3322,7 +3322,8 @@ def serve(server):
 #    56 A terminal on a kernel                   COMMANDS                          needs 33 48
 #    57 Editing                                  AT_CONSOLE                        needs 56
 #    58 A trace that is kept                     OPTIONS, AT_START                 needs 47
-#    59 A quick start                            run_as_module
+#    59 Markdown files as notebooks              ROUTES                            needs 54
+#    60 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -8680,17 +8681,9 @@ class Program:
 
     def kernelspec(self, head):
         """The kernel that the head names, or one of the language; None: the usual one will do."""
-        block = re.search(r"(?m)^( *)kernelspec:\n((?:\1 +.*\n)+)", self.bare_text(head) + "\n")
-        if block:
-            fields = re.findall(r"(?m)^ *(\w+): *['\"]?(.*?)['\"]?$", block[2])
-            return {"name": "", "display_name": "", **dict(fields)}
-        if self.language == "python":
-            return None
-        for name, (spec, _) in find_specs().items():
-            if spec["language"].lower() == self.language.lower():
-                return {"name": name, "display_name": spec["display_name"],
-                        "language": spec["language"]}
-        return {"name": self.language, "display_name": self.language, "language": self.language}
+        if spec := named_kernel(self.bare_text(head)):
+            return spec
+        return None if self.language == "python" else kernel_of(self.language)
 
     def pieces(self, text):
         """(what stands above all cells, [Piece], what stands below the last one)."""
@@ -8804,29 +8797,15 @@ class Program:
         """The program's text that says what a notebook says; `old_text` is what the file says."""
         head, old, end = self.pieces(old_text)
         head = self.with_kernelspec(head, notebook["metadata"].get("kernelspec"))
-        cells = [{"cell_type": cell["cell_type"] if cell["cell_type"] in CELL_FIELDS else "raw",
-                  "source": str(join(cell.get("source", ""))), "metadata": cell["metadata"]}
-                 for cell in notebook["cells"]]
-        *pieces, last = [*self.pieces_for(cells, old)] or [Piece(None, "", "", "")]
+        *pieces, last = [*self.pieces_for(plain_cells(notebook), old)] or [Piece(None, "", "", "")]
         return "".join([head, *(piece.text + piece.gap for piece in pieces), last.text,
                         end if last.text else ""])
 
     def pieces_for(self, cells, old):
         """Yield a Piece for each cell: the old one that says the same, or a new one. That has the
         marker and the gap of the one whose place it takes."""
-        known = {}   # what a cell says -> numbers of the old pieces that say it, the last first
-        for number, piece in reversed([*enumerate(old)]):
-            known.setdefault(meaning(piece.cell), []).append(number)
-        found = []   # number of the old piece for each cell, or None
-        for position, cell in enumerate(cells):
-            numbers = known.get(meaning(cell), [])
-            fits = bool(numbers) and (bool(old[numbers[-1]].marker) or position == 0)
-            found.append(numbers.pop() if fits else None)
-        free, before = {*range(len(old))} - {*found}, -1
-        for position, (cell, number) in enumerate(zip(cells, found, strict=True)):
-            place = before + 1 if number is None and before + 1 in free else number
-            before = before if place is None else place
-            free.discard(place)
+        found = matched(cells, old, lambda piece, position: piece.marker or position == 0)
+        for position, (cell, number, place) in enumerate(found):
             twin = None if place is None else old[place]
             yield twin if number is not None else self.new_piece(cell, twin, position == 0)
 
@@ -8889,6 +8868,32 @@ def code_cell(source, metadata=()):
     return {"cell_type": "code", "metadata": dict(metadata), "source": source}
 
 
+def plain_cells(notebook):
+    """The cells of a notebook as {"cell_type", "source", "metadata"}; unknown types become raw."""
+    return [{"cell_type": cell["cell_type"] if cell["cell_type"] in CELL_FIELDS else "raw",
+             "source": str(join(cell.get("source", ""))), "metadata": cell["metadata"]}
+            for cell in notebook["cells"]]
+
+
+def matched(cells, old, fits):
+    """Yield (cell, number, place) for each cell. number = that of the old piece that says the same;
+    place = that of the piece whose place it takes, so that it can be written like that; or None.
+    `fits(piece, position)` tells whether an old piece can stand at a position as it is."""
+    known = {}   # what a cell says -> numbers of the old pieces that say it, the last first
+    for number, piece in reversed([*enumerate(old)]):
+        known.setdefault(meaning(piece.cell), []).append(number)
+    found = []   # number of the old piece for each cell, or None
+    for position, cell in enumerate(cells):
+        numbers = known.get(meaning(cell), [])
+        found.append(numbers.pop() if numbers and fits(old[numbers[-1]], position) else None)
+    free, before = {*range(len(old))} - {*found}, -1
+    for cell, number in zip(cells, found, strict=True):
+        place = before + 1 if number is None and before + 1 in free else number
+        before = before if place is None else place
+        free.discard(place)
+        yield cell, number, place
+
+
 def meaning(cell):
     """What is the same of two cells that a program writes in the same way."""
     written = {key: value for key, value in cell["metadata"].items() if key not in NOT_WRITTEN}
@@ -8927,6 +8932,22 @@ def write_options(kind, metadata):
     else:
         words.append(json.dumps(metadata))
     return " ".join(filter(None, [*words, other]))
+
+
+def named_kernel(yaml):
+    """The kernelspec that a text's head names, or None."""
+    block = re.search(r"(?m)^( *)kernelspec:\n((?:\1 +.*\n)+)", yaml + "\n")
+    fields = re.findall(r"(?m)^ *(\w+): *['\"]?(.*?)['\"]?$", block[2]) if block else ()
+    return {"name": "", "display_name": "", **dict(fields)} if block else None
+
+
+def kernel_of(language):
+    """The kernelspec of a language: of the first kernel for it, or by the language's name."""
+    for name, (spec, _) in find_specs().items():
+        if spec["language"].lower() == language.lower():
+            return {"name": name, "display_name": spec["display_name"],
+                    "language": spec["language"]}
+    return {"name": language, "display_name": language, "language": language}
 
 
 def text_notebook(path):
@@ -9000,7 +9021,7 @@ NOT_FOR_READING = (
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood",
-    "Other clients of the kernel")
+    "Other clients of the kernel", "Texts as notebooks")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
@@ -10405,7 +10426,482 @@ OPTIONS.append((["--trace"], {"metavar": "FILE", "help":
 AT_START.append(keep_trace)
 
 
-# ---- 59. A quick start -------------------------------------------------------------------------
+# ---- 59. Markdown files as notebooks -----------------------------------------------------------
+#
+# A Markdown file is a notebook, too: its fenced blocks of code in the kernel's language are code
+# cells, the prose between them is Markdown cells. So a README is read and tried out in one place.
+#
+#     in the file                             in the notebook
+#     ```python  ~~~py  ```{python}           a code cell, also indented by up to three spaces
+#     ```python A title tags=["a"]            its metadata {"title", "tags"}, as jupytext has them
+#     ```{code-cell}, then :tags: [a]         MyST's; then blocks without {code-cell} are prose
+#     ```bash  ```  ```python .noeval         prose, as other languages are; also a block in a list,
+#                                             a quote or HTML, because it is a part of that
+#     # Heading, or two empty lines           the next Markdown cell begins; in MyST also at +++
+#     <!-- #region -->, <!-- #endregion -->   a Markdown cell; #raw: a raw one (jupytext's)
+#     front matter                            which kernel it wants; all else in there stays
+#
+# The language is that of the kernel in the front matter. Without one it is the language that most
+# blocks are in, of those for which there is a kernel (a shell only when there is no other), and
+# Python when there is none.
+#
+# As in section 53, outputs have no place in the file, and what was not changed stays byte for
+# byte. A cell that would be read as something else, if its text just stood there, is put between
+# jupytext's comments. Which blocks there are is found as CommonMark 0.31 has it.
+
+FRONT_MATTER = re.compile(   # jupytext can hide it in a comment
+    r"(<!--[ \t]*\n)?---[ \t]*\n(?=[\w-]+:|#|---)(?:.*\n)*?---[ \t]*(?:\n|$)"
+    r"(?(1)[ \t]*-->[ \t]*\n)")
+LIST_ITEM = re.compile(r" {0,3}(?:[-+*]|\d{1,9}[.)])(?: {1,4}(?! )| (?= {4})|$)")
+RULE = re.compile(r" {0,3}([-*_])(?: *\1){2,} *$")
+HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t\r]|$)", re.M)
+UNDERLINED = re.compile(r" {0,3}[^\s>|-].*\n {0,3}(?:=+|-{2,})\s*(?:\n|$)")
+OPENING = re.compile(r"(?P<indent> {0,3})(?P<mark>`{3,}(?=[^`]*$)|~{3,})[ \t]*(?P<info>.*)")
+MYST_CELL = re.compile(r"\{(code|raw)-cell\}[ \t]*(\S*)")
+MYST_OPTIONS = re.compile(
+    r"(?:---[ \t]*\n(?:.*\n)*?---[ \t]*\n|(?:[ \t]*:[\w-]+:.*\n)+)(?:[ \t]*\n)?")
+MYST_BREAK = re.compile(r"\+\+\+(?:\s|$)")
+FENCE_LANGUAGE = re.compile(r"\{?\s*\.?([A-Za-z][\w+#-]*)")
+REGION = re.compile(r"<!--[ \t]*#(end)?(region|md|markdown|raw)\b(.*?)-->\s*")
+EMPTY_LINE = re.compile("^$")
+HTML_BLOCKS = [   # (how the first line of a block begins, what its last line has)
+    *((re.compile(begins, re.I), re.compile(ends, re.I)) for begins, ends in (
+        (r" {0,3}<(?:script|pre|style|textarea)(?:[\s>]|$)", "</(?:script|pre|style|textarea)>"),
+        (r" {0,3}<!--", "-->"), (r" {0,3}<\?", r"\?>"), (r" {0,3}<!\[CDATA\[", r"\]\]>"),
+        (r" {0,3}<![a-z]", ">"))),
+    (re.compile(
+     r" {0,3}</?(?:address|article|aside|base|basefont|blockquote|body|caption|center|col|colgroup"
+     r"|dd|details|dialog|dir|div|dl|dt|fieldset|figcaption|figure|footer|form|frame|frameset|h[1-6]"
+     r"|head|header|hr|html|iframe|legend|li|link|main|menu|menuitem|nav|noframes|ol|optgroup"
+     r"|option|p|param|search|section|summary|table|tbody|td|tfoot|th|thead|title|tr|track|ul)"
+     r"(?:\s|/?>|$)", re.I), EMPTY_LINE)]
+# A tag alone on its line begins a block, too, but not within a paragraph.
+LONE_TAG = re.compile(r"""[ ]{0,3}(?:</[a-z][a-z0-9-]*\s*>|<[a-z][a-z0-9-]*(?:\s+[a-z_:][\w.:-]*
+    (?:\s*=\s*(?:[^\s"'=<>`]+|'[^']*'|"[^"]*"))?)*\s*/?>)\s*$""", re.I | re.X)
+SHELLS = {"bash", "zsh", "powershell"}
+
+
+class Block(collections.namedtuple("Block", "kind start end match begins")):
+    """What begins at a line of a Markdown file.
+
+    kind = "fence", "region", "break" (+++), or "text": one line, or a block that is part of prose
+    start, end = numbers of its first line, and of the one behind it
+    match = of its first line, for a fence and a region
+    begins = whether a Markdown cell begins here
+    """
+
+
+class Markdown:
+    """The blocks of a Markdown text, and the cells that they are.
+
+    head = what stands above all cells: front matter, empty lines
+    pieces = [Piece]; the gap of the last one is empty
+    end = what stands below the last one
+    language, kernelspec = of its code; the latter is None when the usual kernel will do
+    is_myst = whether its cells are MyST's
+    is_open = whether its last block is never closed, so that nothing can stand behind it
+    """
+
+    def __init__(self, text, language=None):
+        front = FRONT_MATTER.match(text)
+        self.front = front[0] if front else ""
+        self.lines, self.is_open = split(text[len(self.front):]), False
+        self.is_myst = bool(re.search(r"(?m)^ {0,3}(?:`{3,}|~{3,})\{(?:code|raw)-cell\}", text)
+                            or re.search(r"(?m)^ *format_name: myst", self.front))
+        blocks = [*self.blocks()]
+        self.kernelspec = named_kernel(self.front)
+        self.language = language or self.find_language(
+            [block.match["info"] for block in blocks if block.kind == "fence"])
+        starts = [*self.cell_starts(blocks), (len(self.lines), None)]
+        self.head = self.front + "".join(self.lines[:starts[0][0]])
+        self.pieces = [self.piece(start, end, block)
+                       for (start, block), (end, _) in itertools.pairwise(starts)]
+        self.end = self.pieces[-1].gap if self.pieces else "\n"
+        self.pieces[-1:] = [piece._replace(gap="") for piece in self.pieces[-1:]]
+
+    # -- Blocks
+
+    def blocks(self):
+        """Yield a Block for all that stands outside of empty lines."""
+        regions, items, at, empty, is_paragraph = self.regions(), [], 0, 2, False
+        while at < len(self.lines):
+            line = self.line(at)
+            if not line:
+                at, empty, is_paragraph = at + 1, empty + 1, False
+                continue
+            kind, end, match, last, rest = "text", at + 1, None, None, within(line, items)
+            if not items and at in regions:
+                kind, end, match = "region", regions[at] + 1, REGION.fullmatch(self.lines[at])
+            elif not items and self.is_myst and MYST_BREAK.match(rest):
+                kind = "break"
+            elif match := OPENING.fullmatch(rest):
+                kind = "text" if items else "fence"
+                end = self.end_of(at, items, closing(match["mark"]))
+            elif last := html_end(rest, is_paragraph):
+                end = at if last.search(rest) else self.end_of(at, items, last)
+                end = max(end, at + 1)
+            begins = (empty > 1 and not line.startswith(" ") or HEADING.match(line)
+                      or empty and UNDERLINED.match(f"{line}\n{self.line(at + 1)}"))
+            yield Block(kind, at, end, match, bool(begins))
+            is_paragraph = bool(rest) and not (
+                match or last or HEADING.match(rest) or RULE.match(rest)) and (
+                    is_paragraph or not rest.startswith("    "))
+            at, empty = end, 0
+
+    def line(self, number):
+        """A line without the spaces at its end and with spaces for tabs; "" behind the last."""
+        line = self.lines[number].rstrip() if number < len(self.lines) else ""
+        return line.expandtabs(4) if "\t" in line else line
+
+    def end_of(self, start, items, last):
+        """Number of the line behind a block: `last` is found in its last line, or its list item
+        ends above the next one."""
+        begin = items[-1] if items else 0
+        for number in range(start + 1, len(self.lines)):
+            line = self.line(number)
+            if line and len(line) - len(line.lstrip(" ")) < begin:
+                return number
+            if last.search(line[begin:]):
+                return number + 1
+        self.is_open = not items and last is not EMPTY_LINE
+        return len(self.lines)
+
+    def regions(self):
+        """{number of the line that begins a region: number of its last line}."""
+        found, begun = {}, collections.defaultdict(list)   # begun: kind -> numbers of first lines
+        for number, line in enumerate(self.lines):
+            comment = REGION.fullmatch(line) if line.startswith("<!--") else None
+            if comment and not comment[1]:
+                begun[comment[2]].append(number)
+            elif comment and begun[comment[2]]:
+                found[begun[comment[2]].pop()] = number
+        return found
+
+    # -- Language
+
+    def find_language(self, infos):
+        """The language of the code, by the kernel that the front matter names or by the blocks;
+        then `kernelspec` is that of the first kernel for it."""
+        specs = {name: canonical(spec["language"]) for name, (spec, _) in find_specs().items()}
+        if self.kernelspec:
+            named = specs.get(self.kernelspec["name"]) or self.kernelspec.get("language")
+            if named:
+                return canonical(named)
+        count = collections.Counter(filter({*specs.values()}.__contains__, map(
+            self.language_of, infos)))
+        language = max(count, key=lambda name: (name not in SHELLS, count[name]), default="python")
+        if language != "python" and not self.kernelspec:
+            self.kernelspec = next(kernel_of(spec["language"]) for spec, _ in find_specs().values()
+                                   if canonical(spec["language"]) == language)
+        return language
+
+    def language_of(self, info):
+        """The language of a fenced block by what stands behind its mark; "" when it is no cell."""
+        cell = MYST_CELL.match(info)
+        word = FENCE_LANGUAGE.match(cell[2] if cell else info)
+        if self.is_myst and not cell or not word or ".noeval" in info.split():
+            return ""
+        return canonical(word[1])
+
+    def is_cell(self, block):
+        """True for what is a cell by itself, whatever stands around it."""
+        return block.kind == "region" or block.kind == "fence" and bool(
+            MYST_CELL.match(block.match["info"])
+            or self.language_of(block.match["info"]) == self.language)
+
+    # -- Cells
+
+    def cell_starts(self, blocks):
+        """[(number of a cell's first line, its Block)]."""
+        starts, before = [], "cell"
+        for block in blocks:
+            kind = "cell" if self.is_cell(block) else block.kind
+            if kind in ("cell", "break") or before == "cell" or block.begins and before != "break":
+                starts.append((block.start, block))
+            before = kind
+        return starts
+
+    def piece(self, start, end, block):
+        """The Piece of a cell that begins at a line; the next one begins at `end`."""
+        text = "".join(self.lines[start:end])
+        kept = text.rstrip()
+        kept += text[len(kept):].partition("\n")[0]   # spaces at the end of the last line
+        make = self.cell if self.is_cell(block) else self.prose
+        cell, marker = make(kept, block)
+        return Piece(cell, marker, kept, text[len(kept):])
+
+    def prose(self, text, block):
+        """(cell, marker) of a Markdown cell without comments around it."""
+        marker = text.partition("\n")[0] if block.kind == "break" else ""
+        metadata = json_or_none(marker[3:].strip()) if marker else None
+        return {"cell_type": "markdown", "metadata": metadata if isinstance(metadata, dict) else {},
+                "source": text[len(marker):].lstrip("\n") if marker else text}, marker
+
+    def cell(self, text, block):
+        """(cell, marker) of a region, or of a fenced block that is a cell."""
+        first, _, rest = text.partition("\n")
+        if block.kind == "region":
+            kind = "raw" if block.match[2] == "raw" else "markdown"
+            return {"cell_type": kind, "metadata": titled_options(block.match[3]),
+                    "source": rest.rpartition("\n")[0]}, first
+        indent, mark, info = block.match.groups()
+        directive = MYST_CELL.match(info)
+        options = (MYST_OPTIONS.match(rest) if directive else None) or [""]
+        body, last = rest[len(options[0]):], rest.rpartition("\n")[2]
+        if closing(mark).search(last.rstrip()):
+            body = body.removesuffix(last).removesuffix("\n")
+        body = "\n".join(re.sub(f"^ {{0,{len(indent)}}}", "", line) for line in body.split("\n"))
+        metadata = myst_options(options[0]) if directive else fence_options(info)
+        kind = "raw" if directive and directive[1] == "raw" else "code"
+        return {"cell_type": kind, "metadata": metadata, "source": body}, (
+            f"{first}\n{options[0]}".removesuffix("\n"))
+
+
+def within(line, items):
+    """The part of a line that stands behind the signs of the list items it belongs to. `items` has
+    the columns where their texts begin, and is changed."""
+    indent = len(line) - len(line.lstrip(" "))
+    while items and indent < items[-1]:
+        items.pop()
+    begin = items[-1] if items else 0
+    while not RULE.match(line[begin:]) and (item := LIST_ITEM.match(line, begin)):
+        begin = item.end() + (not item[0].endswith(" "))
+        items.append(begin)
+    return line[begin:]
+
+
+def closing(mark):
+    """The pattern of the line that ends a block which this mark has begun."""
+    return re.compile(rf"^ {{0,3}}{mark}{mark[0]}*[ \t]*$")
+
+
+def html_end(line, is_in_paragraph):
+    """The pattern of the last line of the block of HTML that a line begins, or None."""
+    if not line.lstrip(" ").startswith("<"):
+        return None
+    is_lone = LONE_TAG.match(line) and not is_in_paragraph
+    return next((ends for begins, ends in HTML_BLOCKS if begins.match(line)),
+                EMPTY_LINE if is_lone else None)
+
+
+def canonical(language):
+    """A language's name as it can stand at a fence, one for all of its names: py is python."""
+    name = re.sub(r"[^\w+#-]+", "-", language.lower())
+    if re.fullmatch(r"i?python\d?", name):
+        return "python"
+    return PROGRAMS.get(f".{name}", ({"c++": "cpp", "c#": "csharp"}.get(name, name),))[0].lower()
+
+
+def fence_options(info):
+    """The metadata that stand at a fence, in jupytext's way."""
+    language, _, rest = info.partition(" ")
+    if not re.fullmatch(r"[\w+#-]+", language):   # {python} or {.python .class}
+        return {}
+    return titled_options(rest)
+
+
+def titled_options(text):
+    """The metadata that a title and options of jupytext's mean."""
+    title, metadata = read_options(text.strip())
+    return {**({"title": title.strip()} if title.strip() else {}), **metadata}
+
+
+def myst_options(text):
+    """The metadata in the lines `:key: value` or `key: value` (YAML) on top of a MyST cell."""
+    found = re.findall(r"(?m)^[ \t]*:?([\w-]+):[ \t]*(.*?)[ \t]*$", text)
+    return {key: myst_value(value) for key, value in found}
+
+
+def myst_value(text):
+    """JSON, YAML's [a, b], or the text itself."""
+    value = json_or_none(text)
+    if value is None and text.startswith("[") and text.endswith("]"):
+        return [word.strip(" '\"") for word in text[1:-1].split(",") if word.strip()]
+    return text if value is None else value
+
+
+def json_or_none(text):
+    """What a text means as JSON; None when it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+class MarkdownNotebook:
+    """Reads and writes Markdown files as notebooks."""
+
+    def __init__(self, _extension):
+        self.old = None   # the Markdown that is on disk, while a notebook is written
+
+    def read(self, text):
+        found = Markdown(text)
+        more = {"code": {"outputs": [], "execution_count": None}}
+        return {**new_notebook(), "cells": with_ids([
+            {**more.get(piece.cell["cell_type"], {}), **piece.cell} for piece in found.pieces]),
+            "metadata": {"kernelspec": found.kernelspec} if found.kernelspec else {}}
+
+    def write(self, notebook, old_text=""):
+        """The text that says what a notebook says; `old_text` is what the file says."""
+        self.old = old = Markdown(old_text)
+        spec = notebook["metadata"].get("kernelspec")
+        spec = spec if isinstance(spec, dict) and isinstance(spec.get("name"), str) else (
+            old.kernelspec or {"name": DEFAULT_KERNEL, "language": "python"})
+        self.language = self.language_of(spec)
+        cells, pieces = plain_cells(notebook), []
+        for cell, number, place in matched(cells, old.pieces, functools.partial(
+                self.can_stay, len(cells))):
+            piece = old.pieces[number] if number is not None else self.new_piece(
+                cell, None if place is None else old.pieces[place])
+            if piece.marker.startswith(" ") and self.could_be_in_list(pieces, place):
+                piece = self.fenced(cell, piece._replace(marker=piece.marker.lstrip(" ")))
+            pieces += [(piece, place)] if piece.text else []
+        text = "".join(self.joined(pieces))
+        head = old.head + ("" if old.head.endswith("\n") or not old.head else "\n")
+        if (Markdown(head + text).kernelspec or {"name": DEFAULT_KERNEL})["name"] != spec["name"]:
+            head = with_kernel(old.front, spec) + (
+                head[len(old.front):] if old.front else head or "\n")
+        return head + text + old.end if text else old.head
+
+    def language_of(self, spec):
+        """The language of a notebook's kernel, as it stands at fences."""
+        known, _ = find_specs().get(spec["name"], ({}, None))
+        named = known.get("language") or spec.get("language")
+        return canonical(named) if isinstance(named, str) else self.old.language
+
+    def can_stay(self, count, piece, position):
+        """Whether an old piece can be the cell at a position, of so many, as it stands."""
+        is_last_open = self.old.is_open and piece is self.old.pieces[-1]
+        return (piece.cell["cell_type"] != "code" or self.old.language == self.language) and (
+            not is_last_open or position == count - 1)
+
+    def could_be_in_list(self, pieces, place):
+        """Whether an indented block behind these pieces might now belong to a list in the last."""
+        piece, before = pieces[-1] if pieces else (None, None)
+        is_as_before = place and before == place - 1 and piece is self.old.pieces[before]
+        return bool(pieces) and piece.marker[:3] in ("", "+++") and not is_as_before
+
+    def new_piece(self, cell, twin):
+        """The Piece of a cell that is new or changed, and takes the place of `twin`."""
+        is_empty = not cell["source"].strip() and meaning(cell)[2] == "{}"
+        if is_empty and (twin is None or cell["cell_type"] == "markdown"):
+            return Piece(cell, "", "", "")   # a new cell, in which nothing is written yet
+        is_like = twin is not None and are_alike(cell, twin.cell)
+        if cell["cell_type"] == "code":
+            is_like = is_like and self.old.language == self.language
+            return self.fenced(cell, twin if is_like else None)
+        if is_like and MYST_CELL.search(twin.marker):
+            return self.fenced(cell, twin)
+        text = re.sub(r"\A(?:[ \t]*\n)+|(?:\n[ \t]*)+\Z", "", cell["source"])
+        if cell["cell_type"] == "markdown" and self.is_prose(text):
+            if is_like and MYST_BREAK.match(twin.marker):
+                return Piece(cell, twin.marker, f"{twin.marker}\n\n{text}", "")
+            if meaning(cell)[2] == "{}":
+                return Piece(cell, "", text, "")
+        return self.commented(cell, twin if is_like and REGION.fullmatch(twin.marker) else None)
+
+    def commented(self, cell, twin):
+        """The Piece of a cell between jupytext's comments; `twin` has the same first one."""
+        kind = "raw" if cell["cell_type"] == "raw" else "region"
+        options = write_options("", cell["metadata"]).replace("-->", r"--\u003e")
+        words = ["<!--", f"#{kind}", options, "-->"]
+        marker = twin.marker if twin else " ".join(filter(None, words))
+        end = f"<!-- #end{REGION.fullmatch(marker)[2]} -->"
+        return Piece(cell, marker, f"{marker}\n{cell['source']}\n{end}", "")
+
+    def is_prose(self, text):
+        """Whether a text is read as Markdown cells and nothing else, wherever it stands."""
+        found = Markdown(text, self.language)
+        return not (found.is_open or found.front) and not any(
+            piece.marker for piece in found.pieces)
+
+    def fenced(self, cell, twin):
+        """The Piece of a code cell: like its twin, or like the first one in the file."""
+        marker = twin.marker if twin else self.marker(cell["metadata"])
+        first, _, options = marker.partition("\n")
+        opening = OPENING.fullmatch(first.rstrip())
+        indent, mark = opening["indent"], opening["mark"]
+        runs = re.findall(rf"(?m)^ *({mark[0]}{{3,}})", cell["source"])
+        longest = mark[0] * max(len(mark), *(len(run) + 1 for run in runs), 0)
+        last = twin.text.rpartition("\n")[2] if twin else ""
+        if longest != mark or not closing(mark).search(last.rstrip()):
+            last = indent + longest
+        first = first.replace(mark, longest, 1)
+        lines = [first, *([options] if options else []), *(
+            line and indent + line for line in cell["source"].split("\n") if cell["source"]), last]
+        return Piece(cell, marker, "\n".join(lines), "")
+
+    def marker(self, metadata):
+        """The first line of a new code cell, and with MyST those with its options. Names that MyST
+        could not read there are not kept."""
+        openings = [OPENING.match(piece.marker.partition("\n")[0].rstrip())
+                    for piece in self.old.pieces if piece.cell["cell_type"] == "code"]
+        mark, word = openings[0]["mark"] if openings else "```", self.language
+        for opening in openings:   # the language is called as it is in the file
+            named = (MYST_CELL if self.old.is_myst else FENCE_LANGUAGE).match(opening["info"])
+            name = named.group(named.lastindex) if named else ""
+            word = name if canonical(name) == self.language else word
+        if self.old.is_myst:
+            lines = [f":{key}: {json.dumps(value)}" for key, value in metadata.items()
+                     if key not in NOT_WRITTEN and re.fullmatch(r"[\w-]+", key)]
+            return "\n".join([f"{mark}{{code-cell}} {word}", *lines])
+        options = write_options("", metadata)
+        sign = "~" if "`" in options else mark[0]   # a line with ``` must have no other `
+        return sign * len(mark) + " ".join(filter(None, [word, options]))
+
+    def joined(self, pieces):
+        """Yield the texts of the pieces, and between them the gaps of the file, or new ones that
+        keep them apart."""
+        for (piece, place), (after, place_after) in itertools.pairwise([*pieces, (None, None)]):
+            yield piece.text
+            if after is None:
+                return
+            is_old = place is not None and place_after == place + 1
+            gap = self.old.pieces[place].gap if is_old else ""
+            are_apart = piece.marker or after.marker or HEADING.match(after.text)
+            least = 1 if are_apart else 2 if UNDERLINED.match(after.text) else 3
+            if gap.count("\n") < least:
+                gap = "\n\n" if least < 3 else "\n\n+++\n\n" if self.old.is_myst else "\n\n\n"
+            yield gap
+
+
+def are_alike(cell, other):
+    """Whether two cells differ in their text alone."""
+    return meaning({**cell, "source": ""}) == meaning({**other, "source": ""})
+
+
+def with_kernel(front, spec):
+    """Front matter that names this kernel; all else in it stays."""
+    wish = ["kernelspec:", *(f"  {key}: {json.dumps(str(spec[key]), ensure_ascii=False)}"
+                             for key in ("display_name", "language", "name") if key in spec)]
+    named = re.search(r"(?m)^( *)kernelspec:\n(?:\1 +.*\n)+", front)
+    if named:
+        wish = "".join(f"{named[1]}{line}\n" for line in wish)
+        return front[:named.start()] + wish + front[named.end():]
+    wish = "".join(f"  {line}\n" for line in wish)
+    if begun := re.search(r"(?m)^jupyter:[ \t]*\n", front):
+        return front[:begun.end()] + wish + front[begun.end():]
+    if front:
+        end = front.rindex("\n---") + 1
+        return front[:end] + "jupyter:\n" + wish + front[end:]
+    return f"---\njupyter:\n{wish}---\n"
+
+
+def readme(handler):
+    """This program's own README, of which a reader can have a copy as a notebook."""
+    path = os.path.join(HERE, "README.md")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {"content": file.read()}
+    except OSError as problem:
+        raise Problem(404, f"There is no README.md beside the program: {problem}") from None
+
+
+TEXT_NOTEBOOKS.update(dict.fromkeys((".md", ".markdown"), MarkdownNotebook))
+ROUTES.append(("GET", "/api/readme", readme))
+
+
+# ---- 60. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not

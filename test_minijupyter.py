@@ -18,7 +18,8 @@
 #     "jupyter_kernel_test", "papermill", "nbval", "jupyter_console", "pexpect",  # other clients
 #     "qtconsole", "PySide6-Essentials", "jupyterlab", "notebook", "nbconvert",   # and more of them
 #     "ipyparallel",     # clusters
-#     "jupytext",        # notebooks as programs
+#     "jupytext",        # notebooks as programs and as Markdown
+#     "nbgrader", "otter-grader",     # what teachers hand out
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
 #     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
 #     "line_profiler", "ipympl", "ipynbname",  # what expects IPython's shell and ipykernel
@@ -122,7 +123,7 @@ from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote, quote_plus, urlencode
+from urllib.parse import quote, quote_plus, unquote, urlencode, urlsplit
 
 import zmq
 
@@ -8164,11 +8165,313 @@ class ProgramsAsNotebooks(ServerCase):
                                       for kind, source, metadata in meanings(read)], cells)
 
     def test_the_page_offers_what_the_server_can_read(self):
-        ending = re.search(r"const PROGRAM = new RegExp\('(.+?)'\n  \+ '(.+?)'\)", PAGE_SOURCE)
+        ending = re.search(r"const TEXT_NOTEBOOK = new RegExp\('(.+?)'\n  \+ '(.+?)'\)",
+                           PAGE_SOURCE)
         pattern = re.compile((ending[1] + ending[2]).replace("\\\\", "\\"))
         self.assertEqual({name for name in minijupyter.TEXT_NOTEBOOKS if pattern.search(name)},
                          {*minijupyter.TEXT_NOTEBOOKS})
         self.assertIsNone(pattern.search("a.txt"))
+
+
+# Markdown as notebooks: CommonMark's blocks, jupytext's and MyST's conventions
+
+GUIDE = """---
+title: kept
+---
+
+# Title
+
+text
+
+```bash
+pip install x
+```
+
+- a list
+
+  ```python
+  in_the_list
+  ```
+
+## Part
+~~~python A title tags=["a", "b"]
+x = 1
+```
+~~~
+   ```py
+     y
+   z
+   ```
+after
+
+
+apart
+
+<!-- #region name="r" -->
+```python
+shown
+```
+<!-- #endregion -->
+
+<!--
+```python
+hidden
+```
+-->
+
+<!-- #raw -->
+raw
+<!-- #endraw -->
+
+    ```python
+    indented code
+    ```
+
+````{python}
+```python
+````
+
+```python .noeval
+no
+```"""
+GUIDE_CELLS = [
+    ("markdown", "# Title\n\ntext\n\n```bash\npip install x\n```\n\n- a list\n\n"
+                 "  ```python\n  in_the_list\n  ```", {}),
+    ("markdown", "## Part", {}),
+    ("code", "x = 1\n```", {"title": "A title", "tags": ["a", "b"]}), ("code", "  y\nz", {}),
+    ("markdown", "after", {}), ("markdown", "apart", {}),
+    ("markdown", "```python\nshown\n```", {"name": "r"}),
+    ("markdown", "<!--\n```python\nhidden\n```\n-->", {}), ("raw", "raw", {}),
+    ("markdown", "    ```python\n    indented code\n    ```", {}), ("code", "```python", {}),
+    ("markdown", "```python .noeval\nno\n```", {})]
+MYST = """---
+jupytext:
+  text_representation:
+    format_name: myst
+kernelspec:
+  name: python3
+---
+
+text
+
++++ {"tags": ["x"]}
+
+tagged
+
+```{code-cell} ipython3
+:tags: [hide-input, b]
+:name: "q"
+
+x
+```
+
+```python
+shown, not run
+```
+
+```{code-cell}
+---
+tags: [c]
+---
+y
+```
+
+```{raw-cell}
+raw
+```
+"""
+MYST_CELLS = [
+    ("markdown", "text", {}), ("markdown", "tagged", {"tags": ["x"]}),
+    ("code", "x", {"tags": ["hide-input", "b"], "name": "q"}),
+    ("markdown", "```python\nshown, not run\n```", {}), ("code", "y", {"tags": ["c"]}),
+    ("raw", "raw", {})]
+MARKDOWN_PIECES = [   # what a file may be made of, to be put together in any order
+    "```python", "```", "~~~py", "~~~", "   ```python", "    ```", "```bash", "````", "````python",
+    '```python t tags=["a"]', "```python .noeval", "- ", "1. ", "> ", "  ", "    ", "\t", "# h",
+    "===", "---", "* * *", "text", "\n", "\n", "\n\n", "\n\n\n", "<div>", "</div>", "<!--", "-->",
+    "<pre>", "</pre>", "<b>", "x = 1", "`", "+++", ":tags: [a]", "\u2028", "a: b"]
+
+
+@functools.cache
+def markdown_it():
+    from markdown_it import MarkdownIt
+    return MarkdownIt()
+
+
+def same_prose(cells):
+    """[(type, source)] of cells, neighbouring Markdown as one, without spaces: how prose is
+    divided, and how many empty lines stand between its parts, changes nothing in a file's text."""
+    found = []
+    for cell in cells:
+        kind, source = cell["cell_type"], cell["source"]
+        is_prose = kind == "markdown"
+        source = "".join(source.split()) if is_prose else source
+        if is_prose and found and found[-1][0] == kind:
+            found[-1] = kind, found[-1][1] + source
+        elif source.strip():
+            found.append((kind, source))
+    return found
+
+
+class MarkdownNotebooks(ServerCase):
+    """A Markdown file opens as a notebook and is written back."""
+
+    def read(self, text):
+        return minijupyter.MarkdownNotebook(".md").read(text)
+
+    def write(self, cells, text="", **metadata):
+        """The text after a save of these cells; the cells' ids do not matter."""
+        cells = [{**cell, "id": f"c{i}"} for i, cell in enumerate(cells)]
+        return minijupyter.MarkdownNotebook(".md").write(
+            {**notebook(**metadata), "cells": cells}, text)
+
+    def test_blocks_in_the_kernels_language_are_code_and_all_else_is_prose(self):
+        self.assertEqual(meanings(self.read(GUIDE)["cells"]), GUIDE_CELLS)
+
+    def test_myst_cells_are_those_with_a_directive_and_breaks_divide_prose(self):
+        self.assertEqual(meanings(self.read(MYST)["cells"]), MYST_CELLS)
+
+    def test_untouched_a_file_keeps_every_byte_over_rest(self):
+        for text in (GUIDE, MYST, "", "\n \n", "x", "---\na: b\n---", "```python",
+                     GUIDE.replace("\n", "\r\n"), "\ufeff" + GUIDE, "a\r\nb\n```py\r\nx\n```\n"):
+            with self.subTest(text[:20]):
+                (self.root / "g.md").write_bytes(text.encode())
+                content = self.server.get("/api/contents/g.md?type=notebook").json["content"]
+                self.assertReply(self.server.put("/api/contents/g.md", {
+                    "type": "notebook", "format": "json", "content": content}), 200)
+                self.assertEqual((self.root / "g.md").read_bytes().decode(), text)
+
+    def test_real_files_are_divided_as_commonmark_has_it_and_kept(self):
+        found = [HERE / "README.md", *Path(sys.prefix).glob("lib/**/*.md")]
+        for path in found:
+            text = path.read_text("utf-8", "replace")
+            with self.subTest(path.name):
+                self.assertEqual(self.write(self.read(text)["cells"], text), text)
+                self.assertSameBlocks(text)
+
+    def assertSameBlocks(self, text):
+        """Our fenced blocks at the top level are those of markdown-it, when that is there."""
+        with contextlib.suppress(ImportError):
+            found = minijupyter.Markdown(text)
+            theirs = markdown_it().parse(text[len(found.front):])
+            self.assertEqual(
+                [(block.start, block.end) for block in found.blocks() if block.kind == "fence"],
+                [tuple(token.map) for token in theirs if token.type == "fence"
+                 and token.level == 0], text)
+
+    def test_examples_of_the_specification_are_divided_alike_and_kept(self):
+        for example in commonmark_examples():
+            text = example["markdown"]
+            with self.subTest(example["example"]):
+                self.assertSameBlocks(text)
+                self.assertEqual(self.write(self.read(text)["cells"], text), text)
+
+    def test_a_change_of_one_cell_changes_nothing_else(self):
+        for number, source, old, new in (
+                (0, "# New", GUIDE[GUIDE.index("# Title"):GUIDE.index("\n\n## Part")], "# New"),
+                (2, "x = 2\n~~~~", "~~~python A title tags=[\"a\", \"b\"]\nx = 1\n```\n~~~",
+                 "~~~~~python A title tags=[\"a\", \"b\"]\nx = 2\n~~~~\n~~~~~"),
+                (3, "y\n\n z", "     y\n   z\n", "   y\n\n    z\n"),
+                (6, "prose", "```python\nshown\n```", "prose"), (8, "r", "\nraw\n", "\nr\n"),
+                (10, "", "````{python}\n```python\n````", "````{python}\n````")):
+            cells = self.read(GUIDE)["cells"]
+            cells[number]["source"] = source
+            with self.subTest(source):
+                self.assertEqual(self.write(cells, GUIDE), GUIDE.replace(old, new))
+
+    def test_new_cells_become_blocks_and_paragraphs_with_empty_lines_between(self):
+        text = "# T\n\n~~~py\nx\n~~~\nend"
+        title, x, end = self.read(text)["cells"]
+        self.assertEqual(
+            self.write([title, code("new"), markdown("p"), markdown("q"), markdown("# h"), x, end,
+                        code(""), markdown(" \n")], text),
+            "# T\n\n~~~py\nnew\n~~~\n\np\n\n\nq\n\n# h\n\n~~~py\nx\n~~~\nend")
+        self.assertEqual(self.write([end, x, title], text), "end\n\n~~~py\nx\n~~~\n\n# T")
+
+    def test_new_cells_in_a_myst_file_are_mysts(self):
+        cells = self.read(MYST)["cells"]
+        new = [code("new", metadata={"tags": ["t"]}), markdown("p"), markdown("q")]
+        self.assertEqual(self.write([*cells, *new], MYST), MYST + (
+            '\n```{code-cell} ipython3\n:tags: ["t"]\nnew\n```\n\np\n\n+++\n\nq\n'))
+
+    def test_what_would_be_read_as_something_else_stands_between_comments(self):
+        for cell in (markdown("```python\nx\n```"), markdown("```\nopen"), markdown("<!-- open"),
+                     markdown("---\na: b\n---"), markdown("p", metadata={"tags": ["-->"]}),
+                     markdown("<!-- #raw -->\n<!-- #endraw -->"), {**markdown("<"), "cell_type":
+                                                                   "raw"}):
+            text = self.write([cell, code("last")])
+            with self.subTest(cell["source"]):
+                self.assertRegex(text, "^<!-- #(region|raw)")
+                self.assertEqual(meanings(self.read(text)["cells"]), meanings([cell, code("last")]))
+
+    def test_the_language_is_what_most_blocks_are_in_and_a_shell_comes_last(self):
+        specs = {name: ({"language": name, "display_name": name}, None)
+                 for name in ("python", "R", "bash")}
+        for blocks, language in (("", "python"), ("r r python", "r"), ("python r", "python"),
+                                 ("bash sh python", "python"), ("sh bash", "bash"),
+                                 ("cobol {r} .R", "r"), ("ipython3 Py", "python")):
+            text = "\n\n".join(f"```{word}\nx\n```" for word in blocks.split())
+            with self.subTest(blocks), unittest.mock.patch.object(
+                    minijupyter, "find_specs", return_value=specs):
+                found = minijupyter.Markdown(text)
+                self.assertEqual(found.language, language)
+                self.assertEqual((found.kernelspec or {"language": "python"})["language"].lower(),
+                                 language)
+
+    def test_another_kernel_is_named_in_the_front_matter_and_its_language_at_the_blocks(self):
+        spec = {"name": "other", "display_name": "O: 1", "language": "Other"}
+        wish = ('  kernelspec:\n    display_name: "O: 1"\n    language: "Other"\n'
+                '    name: "other"\n')
+        for head, new in (("", f"---\njupyter:\n{wish}---\n\n"),
+                          ("---\na: b\n---\n", f"---\na: b\njupyter:\n{wish}---\n"),
+                          ("---\njupyter:\n  a: b\n---\n", f"---\njupyter:\n{wish}  a: b\n---\n"),
+                          ("---\nkernelspec:\n  name: x\n---\n", "---\n" + "".join(
+                              f"{line[2:]}\n" for line in wish.splitlines()) + "---\n")):
+            text = f"{head}a\n\n```python\nx\n```\n"
+            with self.subTest(head):
+                saved = self.write(self.read(text)["cells"], text, kernelspec=spec)
+                self.assertEqual(saved, f"{new}a\n\n```other\nx\n```\n")
+                again = self.read(saved)
+                self.assertEqual(again["metadata"]["kernelspec"], spec)
+                self.assertEqual([cell["cell_type"] for cell in again["cells"]],
+                                 ["markdown", "code"])
+
+    def test_whatever_is_changed_is_read_as_it_was_written(self):
+        rng = random.Random(7)
+        for _ in range(400):
+            text = "".join(rng.choice(MARKDOWN_PIECES) + rng.choice(["", "\n", "\n"])
+                           for _ in range(rng.randint(1, 14)))
+            cells = self.read(text)["cells"]
+            self.assertEqual(self.write(cells, text), text)
+            for _ in range(rng.randint(1, 3)):
+                new = rng.choice([code("x"), code("```\ny", metadata={"tags": ["a"]}), code("~~~"),
+                                  markdown("p"), markdown("# h"), markdown("```python\nz\n```"),
+                                  markdown("```"), markdown("- i"), markdown("<!--")])
+                at = rng.randint(0, len(cells))
+                cells[at:at + rng.randint(0, 1)] = [new]
+                cells.append(cells.pop(rng.randrange(len(cells))))
+            saved = self.write(cells, text)
+            self.assertEqual(same_prose(self.read(saved)["cells"]), same_prose(cells), text)
+
+    @needs("jupytext")
+    def test_jupytext_reads_what_we_write_and_we_read_what_it_writes(self):
+        import jupytext
+        import nbformat
+        for name, nb in sample_notebooks("python"):
+            theirs = nbformat.from_dict(json.loads(json.dumps(nb)))
+            ours, cells = self.write(nb["cells"]), same_prose(nb["cells"])
+            with self.subTest(name):
+                self.assertEqual(same_prose(self.read(ours)["cells"]), cells)
+                self.assertEqual(same_prose(jupytext.reads(ours, "md").cells), cells)
+                for format in ("md:markdown", "md:myst"):
+                    read = self.read(jupytext.writes(theirs, format))["cells"]
+                    self.assertEqual(same_prose(read), [(kind, source) for kind, source in cells])
+
+    def test_the_readme_is_at_hand_wherever_the_folder_is(self):
+        text = self.assertReply(self.server.get("/api/readme"), 200).json["content"]
+        self.assertEqual(text, (HERE / "README.md").read_text("utf-8"))
+        self.assertEqual({cell["cell_type"] for cell in self.read(text)["cells"]}, {"markdown"})
+        self.assertReply(self.server.get("/api/readme", Authorization=None), 403)
 
 
 def join_source(cell):
@@ -19697,6 +20000,205 @@ class PageOpensPrograms(PageCase):
             tab.page.wait_for_url(f"**/notebooks/{made}")
             text = (self.root / made).read_text()
             self.assertEqual(text.startswith("{"), made.endswith(".ipynb"), text)
+
+
+class PageOpensMarkdown(PageCase):
+    """A Markdown file as a notebook, its outputs beside it, and the README."""
+
+    TEXT = "# Title\n\n[a link][there]\n\n```python\nprint(6 * 7)\n```\n\nend\n\n[there]: #x\n"
+
+    def setUp(self):
+        super().setUp()
+        for path in self.root.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        (self.root / "guide.md").write_text(self.TEXT)
+
+    def keep_outputs(self, tab):
+        tab.command("keep-outputs")
+        self.assertShows(tab.page.locator(".notice.passing"), "kept in guide.ipynb from now on")
+
+    def test_the_file_browser_opens_it_as_a_notebook(self):
+        tab = self.visit("/tree")
+        tab.page.locator("tr[data-path='guide.md'] input").check()
+        with tab.page.expect_popup() as popup:
+            tab.page.get_by_role("button", name="Open as a notebook").click()
+        self.assertShows(popup.value.locator(".rendered h1"), "Title")
+        self.assertShows(popup.value.locator(".notice.passing"), "guide.md keeps code and text")
+        self.assertEqual(Tab(popup.value).types(), ["markdown", "code", "markdown"])
+
+    def test_a_link_finds_its_address_in_another_cell(self):
+        tab = self.reopen("guide.md")
+        self.assertShows(tab.page.locator(".rendered a[href='#x']"), "a link")
+
+    def test_what_is_changed_or_new_is_written_and_the_rest_stays(self):
+        tab = self.reopen("guide.md")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "42")
+        tab.save()
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT)
+        tab.select(1)
+        tab.press("b")
+        tab.write(2, "new = 1")
+        tab.save()
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT.replace(
+            "```\n\nend", "```\n\n```python\nnew = 1\n```\n\nend"))
+
+    def test_outputs_are_kept_in_a_notebook_beside_it_on_wish(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        tab.run(1)
+        with tab.page.expect_response(lambda response: "guide.ipynb" in response.url):
+            tab.save()
+        tab.page.reload()
+        self.assertShows(tab.outputs(1), "42")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        self.assertEqual((self.root / "guide.md").read_text(), self.TEXT)
+        minijupyter.validate(self.saved("guide.ipynb"))
+        self.assertEqual(self.saved("guide.ipynb")["metadata"]["outputs_of"], "guide.md")
+
+    def test_when_that_stops_the_notebook_beside_it_is_one_of_its_own(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        tab.command("keep-outputs")
+        with tab.page.expect_response(lambda response: "guide.ipynb" in response.url):
+            tab.choose("Stop")
+        self.assertNotIn("outputs_of", self.saved("guide.ipynb")["metadata"])
+
+    def test_a_notebook_of_somebodys_own_is_not_written_over(self):
+        own = jupyter_bytes(notebook("own"))
+        (self.root / "guide.ipynb").write_bytes(own)
+        tab = self.reopen("guide.md")
+        tab.command("keep-outputs")
+        self.assertShows(tab.page.locator(".notice.bad"), "guide.ipynb is there already")
+        self.assertEqual((self.root / "guide.ipynb").read_bytes(), own)
+
+    def test_what_another_program_wrote_beside_it_stays_until_the_user_decides(self):
+        tab = self.reopen("guide.md")
+        self.keep_outputs(tab)
+        other = jupyter_bytes(notebook("other", outputs_of="guide.md"))
+        (self.root / "guide.ipynb").write_bytes(other)
+        tab.run(1)
+        tab.save()
+        self.assertShows(tab.page.locator(".notice.bad"), "another program changed guide.ipynb")
+        self.assertEqual((self.root / "guide.ipynb").read_bytes(), other)
+        tab.page.get_by_role("button", name="Keep them again").click()
+        wait_until(lambda: "42" in (self.root / "guide.ipynb").read_text())
+
+    def open_readme(self, tab, copies=True):
+        """The page that Help opens, and its path."""
+        with tab.page.expect_popup() as popup:
+            tab.command("readme")
+            if copies:
+                tab.choose("Copy and open")
+        self.assertShows(popup.value.locator(".rendered h1"), "MiniJupyter")
+        return unquote(urlsplit(popup.value.url).path)
+
+    def test_help_opens_a_copy_of_the_readme_of_the_readers_own(self):
+        tab = self.reopen("guide.md")
+        self.assertEqual(self.open_readme(tab), "/notebooks/README.md")
+        readme = (HERE / "README.md").read_bytes()
+        self.assertEqual((self.root / "README.md").read_bytes(), readme)
+        (self.root / "README.md").write_bytes(readme + b"\nmine\n")
+        self.assertEqual(self.open_readme(tab, copies=False), "/notebooks/README.md")
+        self.assertEqual((self.root / "README.md").read_bytes(), readme + b"\nmine\n")
+
+    def test_another_readme_stays_as_it_is(self):
+        (self.root / "README.md").write_text("# Other\n")
+        tab = self.reopen("guide.md")
+        self.assertEqual(self.open_readme(tab), "/notebooks/MiniJupyter README.md")
+        self.assertEqual((self.root / "README.md").read_text(), "# Other\n")
+        (self.root / "MiniJupyter README.md").write_text("theirs")
+        tab.command("readme")
+        self.assertShows(tab.page.locator(".notice.bad"), "Rename one of them")
+
+
+class PageAnswersAssignments(PageCase):
+    """What teachers' graders hand out is answered in the page, and they accept it."""
+
+    def grade(self, folder, *words, status=0):
+        """What a grader says, when its command is called in a folder, with our kernel."""
+        specs = folder / "specs"
+        if not specs.exists():
+            install_kernelspec(specs, "python3", OURS)
+        scripts = os.path.dirname(sys.executable)   # nbgrader calls alembic
+        found = subprocess.run(
+            [sys.executable, "-m", *map(str, words)], cwd=folder, text=True, timeout=SECONDS * 4,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment(
+                folder, JUPYTER_PATH=str(specs),
+                PATH=os.pathsep.join([scripts, os.environ["PATH"]])))
+        self.assertEqual(found.returncode, status, found.stdout)
+        return found.stdout
+
+    def hand_out(self, name, path):
+        """A tab on a copy of a notebook that a grader has made."""
+        shutil.copyfile(path, self.root / name)
+        return self.reopen(name)
+
+    def assertLocked(self, tab, i):
+        """Neither typing, deleting, nor another type changes the cell."""
+        source, count = tab.sources()[i], len(tab.sources())
+        tab.select(i)
+        tab.press("Enter", "x", "Escape", "d", "d", "m", "x")
+        self.assertShows(tab.page.locator(".notice.passing"), "locked")
+        self.assertEqual((tab.sources()[i], len(tab.sources())), (source, count))
+
+    @needs("nbgrader")
+    def test_an_assignment_of_nbgrader_is_answered_and_valid(self):
+        course = self.folder()
+        (course / "source" / "ps1").mkdir(parents=True)
+        marked = {"schema_version": 3, "task": False, "solution": False, "grade": False,
+                  "locked": False}
+        cells = [markdown("# Read", id="a", metadata={"nbgrader": {
+                     **marked, "grade_id": "read", "locked": True}}),
+                 code("### BEGIN SOLUTION\nx = 9\n### END SOLUTION", id="b", metadata={"nbgrader": {
+                     **marked, "grade_id": "answer", "solution": True}}),
+                 code("assert x == 9", id="c", metadata={"nbgrader": {
+                     **marked, "grade_id": "test", "grade": True, "locked": True, "points": 2}})]
+        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (course / "source" / "ps1" / "p.ipynb").write_bytes(jupyter_bytes(
+            {**notebook(kernelspec=spec), "cells": cells}))
+        self.grade(course, "nbgrader", "generate_assignment", "ps1", "--create")
+        tab = self.hand_out("p.ipynb", course / "release" / "ps1" / "p.ipynb")
+        for i in (0, 2):
+            self.assertLocked(tab, i)
+        tab.select(1)
+        tab.press("c", "v")   # a copy is no second answer
+        tab.write(2, "x = 3 * 3")
+        tab.run(1, "x = 0")
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.save()
+        ids = [cell["metadata"].get("nbgrader", {}).get("grade_id")
+               for cell in self.saved("p.ipynb")["cells"]]
+        self.assertEqual(ids, ["read", "answer", None, "test"])
+        self.assertIn("Success", self.grade(course, "nbgrader", "validate",
+                                            self.root / "p.ipynb"))
+
+    @needs("otter")
+    def test_an_assignment_of_otter_is_answered_and_checked(self):
+        course = self.folder()
+        raw = [{"cell_type": "raw", "metadata": {}, "source": text} for text in (
+            "# ASSIGNMENT CONFIG\nexport_cell: false", "# BEGIN QUESTION\nname: q1",
+            "# BEGIN SOLUTION", "# END SOLUTION", "# BEGIN TESTS", "# END TESTS",
+            "# END QUESTION")]
+        true = {"output_type": "execute_result", "metadata": {}, "execution_count": 1,
+                "data": {"text/plain": "True"}}
+        cells = [raw[0], raw[1], markdown("*Question*"), raw[2], code("x = 9 # SOLUTION"), raw[3],
+                 raw[4], code("x == 9", outputs=[true]), raw[5], raw[6]]
+        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        (course / "lab.ipynb").write_bytes(jupyter_bytes({**notebook(kernelspec=spec), "cells": [
+            {**cell, "id": f"c{i}"} for i, cell in enumerate(cells)]}))
+        self.grade(course, "otter", "assign", "lab.ipynb", "out", "--no-run-tests")
+        tab = self.hand_out("lab.ipynb", course / "out" / "student" / "lab.ipynb")
+        answer = tab.sources().index("x = ...")
+        self.assertLocked(tab, answer + 1)
+        for text, says in (("x = 8", "Test case failed"), ("x = 9", "passed")):
+            tab.write(answer, text)
+            tab.command("run-all")
+            tab.page.wait_for_function(IS_DONE, timeout=SECONDS * 2000)
+            self.assertShows(tab.outputs(answer + 1), says)
+        tab.save()
+        minijupyter.validate(self.saved("lab.ipynb"))
 
 
 class PageStaysFluid(PageCase):
