@@ -8463,14 +8463,20 @@ class MarkdownNotebooks(ServerCase):
             with self.subTest(name):
                 self.assertEqual(same_prose(self.read(ours)["cells"]), cells)
                 self.assertEqual(same_prose(jupytext.reads(ours, "md").cells), cells)
-                for format in ("md:markdown", "md:myst"):
-                    read = self.read(jupytext.writes(theirs, format))["cells"]
-                    self.assertEqual(same_prose(read), [(kind, source) for kind, source in cells])
+                if any(source.startswith("%%") for _, source in cells):
+                    continue   # jupytext makes blocks of other languages of them: to us, prose
+                for format in ("md:markdown", "md:myst"):   # MyST drops empty lines at the end
+                    read = same_prose(self.read(jupytext.writes(theirs, format))["cells"])
+                    self.assertEqual(*([(kind, source.rstrip("\n")) for kind, source in each]
+                                       for each in (read, cells)))
 
     def test_the_readme_is_at_hand_wherever_the_folder_is(self):
         text = self.assertReply(self.server.get("/api/readme"), 200).json["content"]
         self.assertEqual(text, (HERE / "README.md").read_text("utf-8"))
-        self.assertEqual({cell["cell_type"] for cell in self.read(text)["cells"]}, {"markdown"})
+        cells = [cell for cell in self.read(text)["cells"] if cell["cell_type"] == "code"]
+        self.assertGreater(len(cells), 0)
+        for cell in cells:
+            ast.parse(cell["source"])   # no command of a shell is taken for Python
         self.assertReply(self.server.get("/api/readme", Authorization=None), 403)
 
 
