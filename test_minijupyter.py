@@ -18473,7 +18473,7 @@ class PageKeys(PageCase):
         }""")
 
     def test_the_button_that_folds_a_long_output_stays_under_the_pointer(self):
-        tab = self.open("for i in range(90): print(i)", *["1"] * 40)
+        tab = self.open("for i in range(300): print(i)", *["1"] * 40)
         tab.run(0)
         tab.page.get_by_role("button", name="Show all 300 lines").click()
         button = tab.page.get_by_role("button", name="Fold this output")
