@@ -3323,7 +3323,8 @@ def serve(server):
 #    57 Editing                                  AT_CONSOLE                        needs 56
 #    58 A trace that is kept                     OPTIONS, AT_START                 needs 47
 #    59 Markdown files as notebooks              ROUTES                            needs 54
-#    60 A quick start                            run_as_module
+#    60 A lecture                                OPTIONS, AT_START, SERVERS
+#    61 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -10901,7 +10902,88 @@ TEXT_NOTEBOOKS.update(dict.fromkeys((".md", ".markdown"), MarkdownNotebook))
 ROUTES.append(("GET", "/api/readme", readme))
 
 
-# ---- 60. A quick start -------------------------------------------------------------------------
+# ---- 60. A lecture: a notebook that walks through the twelve stations --------------------------
+#
+# `--lecture` lays a notebook into the served folder and opens it at an address (?lecture=1) where
+# the page goes through its table LECTURE, one step for each press of the space bar. The cells that
+# the table runs are these, by their ids.
+#
+#     Lecture.ipynb                        what happens
+#     is not there                         it is written
+#     has the cells of the lecture         it is opened as it is
+#     is anything else                     it stays; the next name is Lecture1.ipynb
+
+LECTURE_CELLS = {   # id -> (type, source)
+    "lecture-title": ("markdown", "# What happens when you press Shift+Enter\n\n"
+                      "Space goes on, Shift+Space or Backspace goes back, Esc ends the lecture."),
+    "lecture-hello": ("code", "print('hello')\n6 * 7"),
+    "lecture-wait": ("code", "import time\ntime.sleep(600)"),
+    "lecture-yours": ("code", ""),
+}
+
+
+def lecture_notebook():
+    made = {"code": {"execution_count": None, "outputs": []}}
+    return {**new_notebook(), "cells": [
+        {"cell_type": kind, "id": id, "metadata": {}, "source": source, **made.get(kind, {})}
+        for id, (kind, source) in LECTURE_CELLS.items()]}
+
+
+def is_lecture(contents, name):
+    """Whether a file in the root is a notebook with the cells of the lecture."""
+    try:
+        with open(contents.existing(name), "rb") as file:
+            cells = json.load(file)["cells"]
+        return LECTURE_CELLS.keys() <= {cell.get("id") for cell in cells}
+    except (Problem, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def lay_out_lecture(contents):
+    """The name of the lecture's notebook in the root, which is written if need be. Raises OSError;
+    no other file is written over."""
+    data = contents.written(lecture_notebook(), None).data
+    for number in itertools.count():
+        name = f"Lecture{number or ''}.ipynb"
+        path = os.path.join(contents.root, name)
+        if not os.path.lexists(path):   # a link may lead to where nothing is yet
+            with contextlib.suppress(FileExistsError):   # somebody took the name meanwhile
+                write_atomically(path, data, refuse_existing)
+                return name
+        elif is_lecture(contents, name):
+            return name
+
+
+class LectureServer(SERVERS[-1]):
+    """A server that may have a lecture: then its notebook is what a person opens."""
+    lecture = None
+
+    def address(self):
+        if self.lecture is None:
+            return super().address()
+        return f"{self.url}notebooks/{self.lecture}?lecture=1&token={quote(self.access.token)}"
+
+
+def prepare_lecture(server, arguments):
+    """Begin with the lecture that the command line asks for."""
+    if not arguments.lecture:
+        return
+    try:
+        server.lecture = lay_out_lecture(server.contents)
+    except OSError as problem:
+        sys.exit(f"Cannot write the lecture's notebook into {server.contents.root}: "
+                 f"{getattr(problem, 'strerror', None) or problem}. Serve a folder that you may "
+                 "write to.")
+
+
+SERVERS.append(LectureServer)
+OPTIONS.append((["--lecture"], {"action": "store_true", "help":
+    "open a notebook that walks through what happens when a cell runs, one step for each press of "
+    "the space bar"}))
+AT_START.append(prepare_lecture)
+
+
+# ---- 61. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not
