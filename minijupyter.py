@@ -9021,7 +9021,7 @@ NOT_FOR_READING = (
     "Typing", "Completion and tooltip", "Undo of cell operations", "Copy, split, merge, move",
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
-    "Download as", "The file browser", "Clusters", "The text editor", "Under the hood",
+    "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
     "Other clients of the kernel", "Texts as notebooks")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")

@@ -23542,6 +23542,50 @@ def server_alone(folder, source, page=PAGE_SOURCE, kernel_source=None):
         "--token", token, "--no-browser"]
 
 
+class PageLecture(PageCase):
+    """`--lecture`: the twelve stations in the page, one step for each press of the space bar."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.options = {"options": ["--port", free_ports(1)[0], "--lecture"]}
+        super().setUpClass()
+
+    def begin(self):
+        tab = self.visit("/notebooks/Lecture.ipynb?lecture=1")
+        tab.page.wait_for_selector("#lecture[data-shown='0']")
+        return tab
+
+    def test_space_leads_through_all_stations_and_nothing_is_held_at_the_end(self):
+        self.assertIn("/notebooks/Lecture.ipynb?lecture=1&token=", self.server.process.output)
+        tab, stations = self.begin(), []
+        count = int(tab.page.locator("#lecture-step").inner_text().split()[-1])
+        for at in range(count):
+            tab.page.wait_for_selector(f"#lecture[data-shown='{at}']")
+            self.assertEqual(tab.page.locator("#lecture-problem").inner_text(), "", at)
+            title = tab.page.locator("#lecture-title").inner_text()
+            stations += re.findall(r"Station (\d+)", title)
+            tab.press("Space")
+        self.assertEqual([*dict.fromkeys(stations)], [*map(str, range(1, 13))])
+        tab.page.locator("#lecture").wait_for(state="hidden")
+        tab.run(3, "6 * 7")
+        self.assertShows(tab.outputs(3), "42")
+
+    def test_escape_ends_it_and_lets_all_pass_and_no_file_is_written_over(self):
+        before = (self.root / "Lecture.ipynb").read_bytes()
+        tab = self.begin()
+        tab.press("Space", "Escape")
+        tab.page.locator("#lecture").wait_for(state="hidden")
+        tab.run(3, "6 * 7")
+        self.assertShows(tab.outputs(3), "42")
+        other = self.folder() / "root"
+        other.mkdir()
+        (other / "Lecture.ipynb").write_text("mine")
+        server = self.own_server(other.parent, ["--port", free_ports(1)[0], "--lecture"])
+        self.assertIn("/notebooks/Lecture1.ipynb?lecture=1", server.process.output)
+        self.assertEqual((other / "Lecture.ipynb").read_text(), "mine")
+        self.assertIn(b"lecture-hello", before)
+
+
 class PageAmongOthers(PageCase):
     """The page, while other clients use its kernel."""
 
