@@ -24680,12 +24680,16 @@ KERNEL_STAGES = [
           "[identities …, <IDS|MSG>, signature, header, parent_header, metadata, content]. The "
           "signature is the hex HMAC-SHA256, with the key, of the last four one after the other. "
           "The reply begins with the identities that the request came with, and its parent_header "
-          "is the request's header. Bind iopub_port, too (PUB).",
-          "kernel.py 1, `Session.pack`; kernel.py 4, `kernel_info_request`",
+          "is the request's header. Bind iopub_port, too (PUB). A header has msg_id (new each time), "
+          "msg_type, session, username, date, version; the content here has status ok, "
+          "protocol_version, implementation, implementation_version, banner, and language_info with "
+          "name, version, mimetype, file_extension.",
+          "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
+          "kernel.py 4, `kernel_info_request`",
           "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
           "The JSON is signed in one spelling and sent in another; the identities are lost, so "
           "that ROUTER does not know where to send it; parent_header is left empty; the reply "
-          "leaves on another socket than the one that the request came on.",
+          "leaves on another socket than the one that the request came on; a field is missing.",
           ("KernelInAnyLanguage.test_kernel_info_is_answered_with_a_signature",)),
     Stage("Busy and idle, with the right parent",
           "Before you handle a request, publish `status` with execution_state busy on iopub; when "
