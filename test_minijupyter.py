@@ -2229,8 +2229,9 @@ class KernelInAnyLanguage(Case):
         """Each field is there and of its kind."""
         for name, kind in kinds.items():
             if not isinstance(content.get(name), kind):
-                self.fail(f"Wanted in {where}: {name}, of type {kind.__name__}.\nGot: "
-                          f"{content.get(name, 'no such field')!r} in {content}")
+                got = repr(content[name]) if name in content else "no such field"
+                self.fail(f"Wanted in {where}: {name}, of type {kind.__name__}.\n"
+                          f"Got: {got} in {content}")
 
     def printed(self, answer, wanted, name="stdout"):
         for content in answer.of("stream"):
@@ -24680,10 +24681,10 @@ KERNEL_STAGES = [
           "[identities …, <IDS|MSG>, signature, header, parent_header, metadata, content]. The "
           "signature is the hex HMAC-SHA256, with the key, of the last four one after the other. "
           "The reply begins with the identities that the request came with, and its parent_header "
-          "is the request's header. Bind iopub_port, too (PUB). A header has msg_id (new each time), "
-          "msg_type, session, username, date, version; the content here has status ok, "
-          "protocol_version, implementation, implementation_version, banner, and language_info with "
-          "name, version, mimetype, file_extension.",
+          "is the request's header. Bind iopub_port, too (PUB). A header has msg_id (each time a new "
+          "one), msg_type, session, username, date, version; the content here has status ok, "
+          "protocol_version, implementation, implementation_version, banner, and language_info "
+          "with name, version, mimetype, file_extension.",
           "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
           "kernel.py 4, `kernel_info_request`",
           "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
