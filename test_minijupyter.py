@@ -24681,8 +24681,8 @@ KERNEL_STAGES = [
           "[identities …, <IDS|MSG>, signature, header, parent_header, metadata, content]. The "
           "signature is the hex HMAC-SHA256, with the key, of the last four one after the other. "
           "The reply begins with the identities that the request came with, and its parent_header "
-          "is the request's header. Bind iopub_port, too (PUB). A header has msg_id (each time a new "
-          "one), msg_type, session, username, date, version; the content here has status ok, "
+          "is the request's header. Bind iopub_port, too (PUB). A header has msg_id (a new one "
+          "each time), msg_type, session, username, date, version; the content here has status ok, "
           "protocol_version, implementation, implementation_version, banner, and language_info "
           "with name, version, mimetype, file_extension.",
           "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
