@@ -23431,10 +23431,10 @@ class PageFromOutside(FromOutside, PageCase):
         go.touch()
         self.becomes("data-state of a cell that failed, and of the one that waited behind it",
                      ["error", "idle"], lambda: self.cells(tab, "state"))
-        failed, behind = self.cells(tab, "shown")
-        self.want("Does the cell name its error, without escape sequences", (True, False),
-                  ("ZeroDivisionError" in failed, "\x1b" in failed))
-        self.want("What the cell behind it shows", "", behind)
+        self.becomes("Does the cell name its error, without escape sequences", (True, False),
+                     lambda: ("ZeroDivisionError" in (shown := self.cells(tab, "shown")[0]),
+                              "\x1b" in shown))
+        self.want("What the cell behind it shows", "", self.cells(tab, "shown")[1])
 
     def test_a_picture_is_drawn_and_html_reaches_nothing(self):
         tab = self.ready(
