@@ -19461,6 +19461,7 @@ class PageForEveryone(PageCase):
         tab.page.get_by_label("Select t.txt").check()
         yield "tree", tab
         tab.page.locator("[data-command=new]").click()
+        tab.page.locator("#menu-new button:focus").wait_for()
         yield "menu of the tree", tab
         tab.press("Escape")
         tab.page.locator(".actions [data-command=rename]").click()
