@@ -200,6 +200,23 @@ def free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
+WALKS = {}   # process id -> numbers of ports, one after the other
+
+
+def own_ports(count):
+    """Port numbers for a program that is about to start. Nobody else gets one of them meanwhile:
+    they are below those that a system gives to whoever asks for any (32768 and more), and two
+    processes that run tests walk through them from different places."""
+    walk = WALKS.setdefault(os.getpid(), itertools.count(os.getpid() * 7_919))
+    ports = []
+    while len(ports) < count:
+        port = 10_000 + next(walk) % 22_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
+
+
 def is_alive(pid):
     """True while a process runs; one that ended but was not yet collected does not count."""
     try:
@@ -301,7 +318,7 @@ class KernelProcess:
         self.folder = tempfile.TemporaryDirectory(prefix="minijupyter-kernel-")
         names = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
         self.connection = {
-            **dict(zip(names, free_ports(5), strict=True)), "transport": "tcp",
+            **dict(zip(names, own_ports(5), strict=True)), "transport": "tcp",
             "ip": "127.0.0.1", "key": secrets.token_hex(), "signature_scheme": "hmac-sha256",
             **connection}
         self.file = Path(self.folder.name, "connection.json")
