@@ -27275,13 +27275,14 @@ def lab_3(lab):
     frontend = lab.frontend(own)
     listener = Process([sys.executable, script, own.file], cwd=HERE)
     lab.stack.callback(listener.end)
+    types = ("status", "execute_input", "stream", "execute_result")
     deadline = time.monotonic() + SECONDS
-    while "execute_input" not in listener.output and not listener.ended \
-            and time.monotonic() < deadline:   # it may not have subscribed yet
+    while not all(map(listener.output.count, types)) and not listener.ended \
+            and time.monotonic() < deadline:   # it may not have subscribed yet, or be behind
         lab.run(frontend, "print('secret of the cell'); 6 * 7")
     lab.expect("lab3.py CONNECTION_FILE runs on while there is something to hear",
                not listener.ended, f"It says: {last_lines(listener.output)}")
-    for msg_type in ("status", "execute_input", "stream", "execute_result"):
+    for msg_type in types:
         lab.expect(f"it prints each {msg_type}", msg_type in listener.output,
                    f"It says: {last_lines(listener.output)}")
     source = script.read_text("utf-8")
