@@ -2163,16 +2163,19 @@ class KernelInAnyLanguage(Case):
         return self.shared
 
     def await_listener(self, own, channel):
-        """Wait until the program listens at the address for a channel."""
-        address, patience = minijupyter.endpoint(own.connection, channel), 4 * self.patience
-        deadline = time.monotonic() + patience
+        """Wait until the program listens at the address for a channel; announce a long wait."""
+        patience, start, is_announced = 4 * self.patience, time.monotonic(), False
+        wanted = (f"somebody who listens at {minijupyter.endpoint(own.connection, channel)}, the "
+                  f"{kernel.port_name(channel)} of the connection file")
         while not is_listening(own.connection, channel):
             if own.process.popen.poll() is not None:
                 raise Ended(how_it_ended(own.process))
-            if time.monotonic() > deadline:
-                name = kernel.port_name(channel)
-                self.fail(f"Wanted within {patience:g} s: somebody who listens at {address}, the "
-                          f"{name} of the connection file.\nGot: nobody. {last_words(own.process)}")
+            if time.monotonic() > start + patience:
+                self.fail(f"Wanted within {patience:g} s: {wanted}.\n"
+                          f"Got: nobody. {last_words(own.process)}")
+            if not is_announced and time.monotonic() > start + patience / 8:
+                is_announced = True
+                print(f"waiting {patience:g} s at most for {wanted}", file=sys.stderr, flush=True)
             time.sleep(0.02)
 
     def connect(self, own):
@@ -2344,6 +2347,7 @@ class KernelInAnyLanguage(Case):
             own = self.start_own()
             frontend = self.connect_own(own)
             frontend.greet()
+            self.await_listener(own, "control")
             answer = frontend.ask("shutdown_request", "control", restart=restart)
             frontend.expect(lambda answer=answer: answer.reply,
                             "shutdown_reply on control", answer)
@@ -24687,8 +24691,8 @@ class Wrong(typing.NamedTuple):
 KERNEL_STAGES = [
     Stage("Connection file and heartbeat",
           "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
-          "a key. Bind a ZeroMQ socket (REP will do) at tcp://ip:hb_port, and send back each "
-          "message as it came, for ever.",
+          "a key. Bind a ZeroMQ socket (REP, in some libraries Reply) at tcp://ip:hb_port, and "
+          "send back each message as it came, for ever.",
           "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
           "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
           "The port is a number in the file, not one of your choice; the kernel binds, and clients "
@@ -24723,7 +24727,9 @@ KERNEL_STAGES = [
           "Answer execute_request. Count the cell, publish `execute_input` with its code and "
           "execution_count, and run the code. Catch what it prints, and publish it as `stream`: "
           "name stdout, text the text. Then reply with status ok and the same execution_count. All "
-          "this has the request's header as parent, and stands between busy and idle.",
+          "this has the request's header as parent, and stands between busy and idle. (The code of "
+          "the checks' cells stands in the table SNIPPETS of test_minijupyter.py. From stage 9 on "
+          "output must leave while a cell runs: run cells in a thread or worker of their own.)",
           "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
           "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
           "idle is published before the last output; execute_input is left out; the parent_header "
@@ -24746,14 +24752,14 @@ KERNEL_STAGES = [
           "kernel.py 3, `Interpreter.fail`",
           "Messaging in Jupyter, “Execution errors”",
           "traceback is one string; the error is told in the reply only, so that nobody sees it, "
-          "or on iopub only, so that clients take the cell for a success; `exit()` in a cell ends "
-          "the kernel.",
+          "or on iopub only, so that clients take the cell for a success.",
           ("KernelInAnyLanguage.test_an_error_is_told_on_iopub_and_in_the_reply",)),
     Stage("Shutdown and restart",
           "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
           "shutdown_request on control: reply with the `restart` that was asked for, and end the "
           "process. (A client that wants a restart starts a new one.) A console that is closed may "
-          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it. "
+          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it "
+          "(not checked). "
           "From here on `jupyter console` works with your kernel.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
@@ -27648,6 +27654,7 @@ Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
 
     python {folder}/minijupyter.py {folder}
 
+(Your own copy may run beside it: each server takes a port of its own and prints its address.)
 Then answer, in this order and in writing:
 
 1. What do you see in the page, and what should be there?
@@ -27681,11 +27688,9 @@ def judge(number, place):
     """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
     patient = CLINIC[number - 1]
     file, line = read_place(place)
-    if file != patient.file:
-        print(f"No: {file} is healthy. Which end of the first wrong arrow is its sender?")
-        return 1
-    if line not in patient.lines(text_of(file)):
-        print(f"No: line {line} does its work. The file is the right one.")
+    if file != patient.file or line not in patient.lines(text_of(file)):   # not which of both
+        print(f"No: line {line} of {file} does its work. Which end of the first wrong arrow is its "
+              "sender?")
         return 1
     print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
           f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
@@ -28180,7 +28185,7 @@ class Clinic(Case):
             lines = patient.lines(text_of(patient.file))
             other = next(name for name in FILES[:3] if name != patient.file)
             for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
-                                 (f"{other}:{lines[0]}", f"^No: {other} is healthy"),
+                                 (f"{other}:{lines[0]}", "^No: line .* does its work"),
                                  (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
                 code, said = self.clinic(folder, number, "--answer", place)
                 with self.subTest(place):
