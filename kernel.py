@@ -5382,7 +5382,7 @@ if json.encoder.c_make_encoder:
 # ---- 31. Variables -----------------------------------------------------------------------------
 #
 # What the notebook's variables are and hold, for a panel of the page, also while a cell runs. The
-# page asks our kernel by a `variables_request`. It sends this section, up to "In this kernel", as
+# page asks our kernel by a `variables_request`. It sends this section, up to "in this kernel", as
 # a program to other Python kernels; so that part uses nothing of this file but its imports. A
 # request is a small dict, and so is the answer:
 #
@@ -5468,7 +5468,7 @@ class Worker:
         return True
 
 
-# -- Texts
+# -- texts --
 
 def shortened(text, most=MOST_TEXT):
     """The beginning of a text, on one line, without half a surrogate pair."""
@@ -5544,7 +5544,7 @@ def label_text(label):
     return " / ".join(map(cell_text, label)) if isinstance(label, tuple) else cell_text(label)
 
 
-# -- What is in a value, for a tree
+# -- what is in a value, for a tree --
 
 def pairs_of(value):
     """(an iterable of (label, thing), how many) of what a value holds; (), 0 when it is whole."""
@@ -5592,7 +5592,7 @@ def how_many(value):
         return "", -1
 
 
-# -- Tables: each has `count` rows, and tells heads, an order, cells by position
+# -- tables: each has `count` rows, and tells heads, an order, cells by position --
 
 class PandasTable:
     """A DataFrame. A Series or an Index is one of a single column."""
@@ -5766,7 +5766,7 @@ def table_of(value, at=()):
     return None
 
 
-# -- Answers
+# -- answers --
 
 class Variables:
     """The variables of a namespace, for who asks for them: see the head of the section."""
@@ -5881,7 +5881,7 @@ def opens_as(value):
 
 
 class Told:
-    """An answer as a value that a kernel shows as JSON."""
+    """An answer as a value that any kernel shows as JSON."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -5893,7 +5893,17 @@ class Told:
         return {"application/json": self.answer}
 
 
-# -- In this kernel
+def told(namespace, ask):
+    """The answer of a namespace whose Variables are kept for the next question."""
+    if KEPT.get("namespace") is not namespace:
+        KEPT.update(namespace=namespace, variables=Variables(namespace))
+    return Told(KEPT["variables"].answer(json.loads(ask)))
+
+
+KEPT = {}
+
+
+# -- in this kernel --
 
 FEATURES.append("minijupyter variables")
 
