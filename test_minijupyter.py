@@ -137,6 +137,7 @@ OURS = [sys.executable, str(HERE / "kernel.py"), "-f", "{connection_file}"]
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
              "-f", "{connection_file}"]
 WORKERS = 2  # processes that share the tests
+MOST_SECOND_TRIES = 3   # of a run; see Result.try_again
 MOST_SECONDS = 150  # a test that takes longer has failed
 SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
 MOST_PRINTED = 1 << 26  # characters kept of what a program prints: one may print without end
@@ -2163,16 +2164,19 @@ class KernelInAnyLanguage(Case):
         return self.shared
 
     def await_listener(self, own, channel):
-        """Wait until the program listens at the address for a channel."""
-        address, patience = minijupyter.endpoint(own.connection, channel), 4 * self.patience
-        deadline = time.monotonic() + patience
+        """Wait until the program listens at the address for a channel; announce a long wait."""
+        patience, start, is_announced = 4 * self.patience, time.monotonic(), False
+        wanted = (f"somebody who listens at {minijupyter.endpoint(own.connection, channel)}, the "
+                  f"{kernel.port_name(channel)} of the connection file")
         while not is_listening(own.connection, channel):
             if own.process.popen.poll() is not None:
                 raise Ended(how_it_ended(own.process))
-            if time.monotonic() > deadline:
-                name = kernel.port_name(channel)
-                self.fail(f"Wanted within {patience:g} s: somebody who listens at {address}, the "
-                          f"{name} of the connection file.\nGot: nobody. {last_words(own.process)}")
+            if time.monotonic() > start + patience:
+                self.fail(f"Wanted within {patience:g} s: {wanted}.\n"
+                          f"Got: nobody. {last_words(own.process)}")
+            if not is_announced and time.monotonic() > start + patience / 8:
+                is_announced = True
+                print(f"waiting {patience:g} s at most for {wanted}", file=sys.stderr, flush=True)
             time.sleep(0.02)
 
     def connect(self, own):
@@ -2344,6 +2348,7 @@ class KernelInAnyLanguage(Case):
             own = self.start_own()
             frontend = self.connect_own(own)
             frontend.greet()
+            self.await_listener(own, "control")
             answer = frontend.ask("shutdown_request", "control", restart=restart)
             frontend.expect(lambda answer=answer: answer.reply,
                             "shutdown_reply on control", answer)
@@ -24687,8 +24692,8 @@ class Wrong(typing.NamedTuple):
 KERNEL_STAGES = [
     Stage("Connection file and heartbeat",
           "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
-          "a key. Bind a ZeroMQ socket (REP will do) at tcp://ip:hb_port, and send back each "
-          "message as it came, for ever.",
+          "a key. Bind a ZeroMQ socket (REP, in some libraries Reply) at tcp://ip:hb_port, and "
+          "send back each message as it came, for ever.",
           "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
           "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
           "The port is a number in the file, not one of your choice; the kernel binds, and clients "
@@ -24723,7 +24728,9 @@ KERNEL_STAGES = [
           "Answer execute_request. Count the cell, publish `execute_input` with its code and "
           "execution_count, and run the code. Catch what it prints, and publish it as `stream`: "
           "name stdout, text the text. Then reply with status ok and the same execution_count. All "
-          "this has the request's header as parent, and stands between busy and idle.",
+          "this has the request's header as parent, and stands between busy and idle. (The code of "
+          "the checks' cells stands in the table SNIPPETS of test_minijupyter.py. From stage 9 on "
+          "output must leave while a cell runs: run cells in a thread or worker of their own.)",
           "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
           "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
           "idle is published before the last output; execute_input is left out; the parent_header "
@@ -24746,14 +24753,14 @@ KERNEL_STAGES = [
           "kernel.py 3, `Interpreter.fail`",
           "Messaging in Jupyter, “Execution errors”",
           "traceback is one string; the error is told in the reply only, so that nobody sees it, "
-          "or on iopub only, so that clients take the cell for a success; `exit()` in a cell ends "
-          "the kernel.",
+          "or on iopub only, so that clients take the cell for a success.",
           ("KernelInAnyLanguage.test_an_error_is_told_on_iopub_and_in_the_reply",)),
     Stage("Shutdown and restart",
           "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
           "shutdown_request on control: reply with the `restart` that was asked for, and end the "
           "process. (A client that wants a restart starts a new one.) A console that is closed may "
-          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it. "
+          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it "
+          "(not checked). "
           "From here on `jupyter console` works with your kernel.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
@@ -27275,13 +27282,14 @@ def lab_3(lab):
     frontend = lab.frontend(own)
     listener = Process([sys.executable, script, own.file], cwd=HERE)
     lab.stack.callback(listener.end)
+    types = ("status", "execute_input", "stream", "execute_result")
     deadline = time.monotonic() + SECONDS
-    while "execute_input" not in listener.output and not listener.ended \
-            and time.monotonic() < deadline:   # it may not have subscribed yet
+    while not all(map(listener.output.count, types)) and not listener.ended \
+            and time.monotonic() < deadline:   # it may not have subscribed yet, or be behind
         lab.run(frontend, "print('secret of the cell'); 6 * 7")
     lab.expect("lab3.py CONNECTION_FILE runs on while there is something to hear",
                not listener.ended, f"It says: {last_lines(listener.output)}")
-    for msg_type in ("status", "execute_input", "stream", "execute_result"):
+    for msg_type in types:
         lab.expect(f"it prints each {msg_type}", msg_type in listener.output,
                    f"It says: {last_lines(listener.output)}")
     source = script.read_text("utf-8")
@@ -27647,6 +27655,7 @@ Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
 
     python {folder}/minijupyter.py {folder}
 
+(Your own copy may run beside it: each server takes a port of its own and prints its address.)
 Then answer, in this order and in writing:
 
 1. What do you see in the page, and what should be there?
@@ -27680,11 +27689,9 @@ def judge(number, place):
     """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
     patient = CLINIC[number - 1]
     file, line = read_place(place)
-    if file != patient.file:
-        print(f"No: {file} is healthy. Which end of the first wrong arrow is its sender?")
-        return 1
-    if line not in patient.lines(text_of(file)):
-        print(f"No: line {line} does its work. The file is the right one.")
+    if file != patient.file or line not in patient.lines(text_of(file)):   # not which of both
+        print(f"No: line {line} of {file} does its work. Which end of the first wrong arrow is its "
+              "sender?")
         return 1
     print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
           f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
@@ -28179,7 +28186,7 @@ class Clinic(Case):
             lines = patient.lines(text_of(patient.file))
             other = next(name for name in FILES[:3] if name != patient.file)
             for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
-                                 (f"{other}:{lines[0]}", f"^No: {other} is healthy"),
+                                 (f"{other}:{lines[0]}", "^No: line .* does its work"),
                                  (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
                 code, said = self.clinic(folder, number, "--answer", place)
                 with self.subTest(place):
@@ -29166,6 +29173,7 @@ class Result(unittest.TestResult):
     def __init__(self):
         super().__init__()
         self.passed, self.broken, self.skips = 0, {}, []
+        self.second = {}   # what failed beside another process, and passed alone
         self.began = time.monotonic()
 
     def startTest(self, test):
@@ -29207,12 +29215,28 @@ class Result(unittest.TestResult):
         self.broken.update(broken)
         self.skips += skips
 
+    def try_again(self, suites):
+        """Run what failed while two processes shared the machine once more, alone: a busy machine
+        may have been too slow for a test's patience. The first failure is reported all the same,
+        for it may be a race in the program. When many have failed, no machine is to blame."""
+        tests = {str(test): test for suite in suites for test in suite}
+        again = [name for name in self.broken if name in tests]
+        for name in again if len(again) <= MOST_SECOND_TRIES else []:
+            alone = Result()
+            unittest.TestSuite([tests[name]]).run(alone)
+            if alone.passed:
+                self.passed += 1
+                self.second[name] = self.broken.pop(name)
+
     def report(self):
-        for name, texts in self.broken.items():
-            print(f"\n---- {name} " + "-" * max(0, 80 - len(name)))
-            print("\n".join(texts))
+        for mark, findings in (("second try: ", self.second), ("", self.broken)):
+            for name, texts in findings.items():
+                print(f"\n---- {mark}{name} " + "-" * max(0, 80 - len(mark + name)))
+                print("\n".join(texts))
         skipped = len([name for name, _ in self.skips if name not in self.broken])
         print(f"\n{time.monotonic() - self.began:.0f} s")
+        if self.second:
+            print(f"{len(self.second)} of those that passed needed a second try, alone")
         print(f"{self.passed} passed, {len(self.broken)} failed"
               + (f", {skipped} skipped" if skipped else ""))
         return 1 if self.broken else 0
@@ -29227,11 +29251,11 @@ class Queue(unittest.TestSuite):
         super().__init__(suites)
         self.numbers, end = os.pipe()
         with open(end, "wb") as numbers:
-            numbers.write(bytes(range(len(suites))))
+            numbers.write(struct.pack(f"{len(suites)}H", *range(len(suites))))
 
     def __iter__(self):
-        while number := os.read(self.numbers, 1):
-            yield self._tests[number[0]]
+        while number := os.read(self.numbers, 2):
+            yield self._tests[int.from_bytes(number, sys.byteorder)]
 
 
 def run_in_worker(queue):
@@ -29279,6 +29303,7 @@ def run_tests(suites):
     finally:
         for pid in workers:
             os.waitpid(pid, 0)
+    result.try_again(suites)
     return result
 
 
