@@ -5408,7 +5408,7 @@ if json.encoder.c_make_encoder:
 SLOW_SECONDS = 0.3      # for the text of one value
 NAMES_SECONDS = 1.5     # for all names; then no more `__repr__` of classes that we do not know
 TABLE_SECONDS = 5       # to sort a table, at most
-MOST_TEXT = 120         # characters of a value in its row
+MOST_BRIEF = 120         # characters of a value in its row
 MOST_CELL = 500         # characters of a table's cell
 MOST_WHOLE = 100_000    # characters of a text that was opened
 MOST_COLUMNS = 2_000    # of a table that are told
@@ -5470,9 +5470,9 @@ class Worker:
 
 # -- texts --
 
-def shortened(text, most=MOST_TEXT):
+def shortened(text, most=MOST_BRIEF):
     """The beginning of a text, on one line, without half a surrogate pair."""
-    text = text[:most + 1].replace("\n", " ") if most == MOST_TEXT else text
+    text = text[:most + 1].replace("\n", " ") if most == MOST_BRIEF else text
     text = text if len(text) <= most else text[:most] + "…"
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
@@ -5496,9 +5496,11 @@ def brief(value, depth=2):
     """A value as a short text, without looking at all of what it holds."""
     cls = type(value)
     if is_sliced(cls):
-        return shortened(repr(value[:MOST_TEXT]) + "…" * (len(value) > MOST_TEXT))
+        return shortened(repr(value[:MOST_BRIEF]) + "…" * (len(value) > MOST_BRIEF))
     if cls is int and value.bit_length() > 1000:   # Python refuses to write more than 4,300 digits
         return f"about {'-' * (value < 0)}1e{int(value.bit_length() * 0.30103)}"
+    if depth < 2 and (size := how_many(value)[0]) and cls.__module__.split(".")[0] in WITH_SHAPES:
+        return f"{cls.__name__} {size}"   # a table within something
     container = cls if cls in ENDS else written_like(cls)
     if not container or not depth:
         return "…" if container and len(value) else shortened(repr(value))

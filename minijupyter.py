@@ -11001,7 +11001,7 @@ AT_START.append(prepare_lecture)
 
 READ_SECONDS = 0.25             # of reading on, for one question
 MOST_TABLES = 4                 # files whose rows are known; the one not asked for longest goes
-MOST_ASKED = 1_000              # rows, and columns, in one answer
+MOST_GIVEN = 1_000              # rows, and columns, in one answer
 MOST_SORTED = 3_000_000         # rows that are sorted
 MOST_RECODED = 1 << 26          # bytes of a file in another encoding: it is read as a whole
 MOST_FIELD = 500                # characters of a field in an answer
@@ -11229,7 +11229,7 @@ def text_table(handler, path):
         raise Problem(404, f"No such file: {path}")
     number = functools.partial(asked_number, handler)
     start, first = number("from", 0), number("first", 0)
-    end, last = (min(number(name, begin + 100), begin + MOST_ASKED)
+    end, last = (min(number(name, begin + 100), begin + MOST_GIVEN)
                  for name, begin in (("to", start), ("last", first)))
     sort = (number("sort", 0), "descending" in handler.query) if "sort" in handler.query else None
     key = absolute, info.st_mtime_ns, info.st_size
