@@ -11117,7 +11117,8 @@ class TextTable:
             fields = [row[column] if column < len(row) else "" for row in rows]
         numbers = range(self.has_head, len(fields))
         is_number = column < len(self.kinds) and self.kinds[column] == "number"
-        keys = [number_of(field) for field in fields] if is_number else fields
+        has_commas = self.separator != ","   # then a comma may be the decimal point
+        keys = [number_of(field, has_commas) for field in fields] if is_number else fields
         given = [n for n in numbers if keys[n] not in ("", None)]
         missing = [n for n in numbers if keys[n] in ("", None)]
         return sorted(given, key=keys.__getitem__, reverse=is_descending) + missing
@@ -11197,14 +11198,13 @@ def kinds_of(rows):
             for fields in filled]
 
 
-def number_of(field):
-    """A field as a number, whichever signs stand for the point and between thousands; or None."""
+def number_of(field, has_decimal_commas):
+    """A field as a number, whatever stands between its thousands; None when it is none."""
     text = re.sub(r"[\s'_%]", "", field)
-    point = max(text.rfind("."), text.rfind(","))
-    if "," in text and (text.count(",") > 1 or text[point] == "."):
-        text = text.replace(",", "")
+    if has_decimal_commas and text.count(",") == 1 and text.rfind(",") > text.rfind("."):
+        text = text.replace(".", "").replace(",", ".")
     try:
-        return float(text.replace(",", "."))
+        return float(text.replace(",", ""))
     except ValueError:
         return None
 

@@ -3844,6 +3844,147 @@ class KernelComms(KernelCase):
         self.assertWorks()
 
 
+# value -> [type, size, text, what a click opens]
+VALUES = {
+    "1": ["int", "", "1", "text"],
+    "None": ["NoneType", "", "None", "text"],
+    "10 ** 5000": ["int", "", "about 1e5000", "text"],
+    "'a' * 1000": ["str", "1000", "'" + "a" * 119 + "…", "text"],
+    "'\\ud800'": ["str", "1", r"'\ud800'", "text"],
+    "[1, [2, [3]], 'x']": ["list", "3", "[1, [2, …], 'x']", "tree"],
+    "[*range(10 ** 6)]": ["list", "1000000", "[0, 1, 2, 3, 4, 5, 6, 7, …]", "tree"],
+    "{'a': {1, 2}}": ["dict", "1", "{'a': {1, 2}}", "tree"],
+    "__import__('collections').OrderedDict(a=1)": ["OrderedDict", "1", "{'a': 1}", "tree"],
+    "[{'name': 'Ada', 'born': 1815}, {'name': 'Max'}]": ["list", "2", "name, born", "table"],
+    "[]": ["list", "0", "[]", "text"],
+    "type('Empty', (), {'__repr__': lambda self: 'empty'})()": ["Empty", "", "empty", "text"],
+    "__import__('types').SimpleNamespace(a=1)":
+        ["SimpleNamespace", "", "namespace(a=1)", "tree"],
+}
+ODD = """
+class Raises:
+    def __repr__(self): raise ValueError
+class Exits:
+    def __repr__(self): raise SystemExit
+class Hangs:
+    def __repr__(self):
+        while True: pass
+class Endless:
+    def __repr__(self): return "x" * 10_000_000
+class Prints:
+    def __repr__(self): print("noise"); return "quiet"
+class Curious:
+    def __getattr__(self, name): seen.append(name)
+    @property
+    def told(self): seen.append("told")
+seen = []
+raises, exits, hangs, endless, prints, curious, last = (
+    Raises(), Exits(), Hangs(), Endless(), Prints(), Curious(), 1)
+"""
+TABLE_LIBRARIES = {   # library -> (value, columns, first cells, cells by the first column, falling)
+    "pandas": (
+        "pandas.DataFrame({'n': [1.5, None, 3], 'when': pandas.to_datetime(['2024-01-01'] * 3),"
+        " ('a', 1): ['x', 'y', 'z']}, index=pandas.MultiIndex.from_tuples("
+        "[(1, 'a'), (1, 'b'), (2, 'a')], names=['i', 'k'])).astype({('a', 1): 'category'})",
+        ["n", "when", "a / 1"], ["1 / a", "1.5", "2024-01-01 00:00:00", "x"],
+        ["2 / a", "1 / a", "1 / b"]),
+    "polars": ("polars.DataFrame({'n': [1, None, 3], 's': ['x', 'y', 'z']})", ["n", "s"],
+               ["0", "1", "x"], ["2", "0", "1"]),
+    "numpy": ("numpy.array([[1., 2], [numpy.nan, 0], [3, 4]])", ["0", "1"],
+              ["0", "1.0", "2.0"], ["2", "0", "1"]),
+    "builtins": ("[{'n': 1, 's': 'x'}, {'n': 0}, {'n': 3}]", ["n", "s"], ["0", "1", "x"],
+                 ["2", "0", "1"]),
+}
+
+
+class KernelVariables(KernelCase):
+    """What the variables are, told beside the cells."""
+
+    def tell(self, **ask):
+        return self.request("variables_request", **ask).reply["content"]
+
+    def rows(self):
+        return {row[0]: row for row in self.tell()["names"]}
+
+    def test_each_variable_has_a_type_a_size_and_a_short_text(self):
+        code = "\n".join(f"v{n} = {value}" for n, value in enumerate(VALUES))
+        self.assertEqual(self.run_cell(code).status, "ok")
+        rows = self.rows()
+        for n, (value, (kind, size, text, opens)) in enumerate(VALUES.items()):
+            with self.subTest(value):
+                self.assertEqual([rows[f"v{n}"][at] for at in (1, 2, 4, 5)],
+                                 [kind, size, text, opens])
+
+    def test_modules_functions_classes_and_underscored_names_are_marked_as_hidden(self):
+        self.run_cell("import os\ndef function(): pass\nclass Class: pass\n_under = shown = 1")
+        hidden = {name for name, row in self.rows().items() if row[6]}
+        self.assertLessEqual({"os", "function", "Class", "_under"}, hidden)
+        self.assertNotIn("shown", hidden)
+
+    def test_they_are_told_while_a_cell_runs(self):
+        self.run_cell("import threading\ngo = threading.Event()")
+        cell = self.frontend.start("step = 'waiting'\nprint('ready')\ngo.wait()")
+        self.frontend.until(lambda: cell.text())
+        self.assertEqual(self.rows()["step"][4], "'waiting'")
+        subshell = self.request("create_subshell_request", "control").reply["content"]
+        self.frontend.finish(cell, asked(self.frontend, "execute_request", code="go.set()",
+                                         subshell_id=subshell["subshell_id"]))
+        self.assertEqual(cell.result, "True")
+
+    def test_nothing_of_the_users_changes_and_a_repr_costs_its_own_row_its_text(self):
+        """V1, V2: it raises, leaves, hangs, never ends, prints, or looks who asks."""
+        self.run_cell(ODD)
+        before = self.run_cell("sorted(globals()), len(seen)")
+        rows = self.request("variables_request")
+        texts = {row[0]: row[4] for row in rows.reply["content"]["names"]}
+        self.assertEqual([texts[name] for name in ("raises", "exits", "hangs", "prints", "last")], [
+            "its __repr__ raises ValueError", "its __repr__ raises SystemExit",
+            "its __repr__ takes too long", "quiet", "1"])
+        self.assertEqual(texts["endless"], "x" * 120 + "…")
+        self.assertEqual(rows.text(), "noise\n")   # in the name of who asked, not of a cell
+        self.assertEqual(self.rows()["hangs"][4], "its __repr__ takes too long")
+        after = self.run_cell("sorted(globals()), len(seen)")
+        self.assertEqual((after.count, after.text()), (before.count + 1, ""))
+        new = {name for name in ast.literal_eval(after.result)[0]
+               if name not in ast.literal_eval(before.result)[0]}
+        self.assertLessEqual(new, {f"_i{after.count}", f"_{before.count}", f"_{after.count}",
+                                   f"_i{before.count}"})
+        self.assertEqual(ast.literal_eval(after.result)[1], 0)
+
+    def test_a_value_opens_level_by_level(self):
+        self.run_cell("class Node:\n    __slots__ = ('name', 'next')\n"
+                      "    def __init__(self, name): self.name = name\n"
+                      "deep = {'list': [1, {'end': Node('x')}], 'n': 2}")
+        self.assertEqual(self.tell(path=["deep"])["opens"], "tree")
+        top = self.tell(path=["deep"], items=[0, 200])
+        self.assertEqual(([row[0] for row in top["rows"]], top["count"]), (["'list'", "'n'"], 2))
+        leaf = self.tell(path=["deep", 0, 1, 0], items=[0, 200])
+        self.assertEqual([(row[0], row[4]) for row in leaf["rows"]], [(".name", "'x'")])
+        self.assertEqual(self.tell(path=["deep", 0, 1, 0, 0])["whole"], "x")
+        self.assertIn("not in it any more", self.tell(path=["deep", 5])["problem"])
+        self.assertIn("no variable gone", self.tell(path=["gone"])["problem"])
+
+    @needs("pandas", "polars", "numpy")
+    def test_tables_of_each_library_are_told_a_page_at_a_time_and_sorted(self):
+        for library, (value, names, first, falling) in TABLE_LIBRARIES.items():
+            self.run_cell(f"import {library}\ntable = {value}", seconds=60)
+            with self.subTest(library):
+                about = self.tell(path=["table"])
+                self.assertEqual((about["opens"], about["count"]), ("table", 3))
+                self.assertEqual([name for name, _, _ in about["columns"]], names)
+                page = {"path": ["table"], "rows": [0, 3], "columns": [0, 5]}
+                self.assertEqual(self.tell(**page)["cells"][0], first)
+                cells = self.tell(**page, sort=[0, True], edition=library)["cells"]
+                self.assertEqual([row[0] for row in cells], falling)
+
+    @needs("numpy")
+    def test_of_an_array_with_many_dimensions_a_plane_is_told(self):
+        self.run_cell("import numpy\ncube = numpy.arange(24).reshape(2, 3, 4)")
+        self.assertEqual(self.tell(path=["cube"], at=[1])["shape"], [2, 3, 4])
+        cells = self.tell(path=["cube"], at=[1], rows=[2, 3], columns=[1, 3])["cells"]
+        self.assertEqual(cells, [["2", "21", "22"]])
+
+
 class KernelQueue(KernelCase):
     """A cell that waits can be taken out of the queue."""
 
@@ -8783,6 +8924,81 @@ class DownloadByNbconvert(ServerCase):
         self.assertEqual(caught.exception.status, 504)
         child = int((folder / "pid").read_text())
         wait_until(lambda: not is_alive(child))
+
+
+# bytes of a file -> (names of columns, kinds, first rows, what is said of it)
+TEXT_TABLES = {
+    b"name,born\nAda,1815\n": (["name", "born"], ["text", "number"], [["Ada", "1815"]], ""),
+    b'a;b\r\n"x;\r\ny";"2,5"\r\n': (["a", "b"], ["text", "number"], [["x;\r\ny", "2,5"]], ""),
+    b"a\tb\n1\t2\n": (["a", "b"], ["number", "number"], [["1", "2"]], ""),
+    b"1,2\n\n3\n4,5,6\n": (["1", "2", "3"], ["number"] * 3, [["1", "2"], ["3"], ["4", "5", "6"]],
+                         ""),
+    "\ufeff\u00e4,b\nx,1\n".encode(): (["\u00e4", "b"], ["text", "number"], [["x", "1"]], ""),
+    "\u00e4,b\nx,1\n".encode("latin-1"): (["\u00e4", "b"], ["text", "number"], [["x", "1"]],
+                                        "not UTF-8: read as Windows-1252"),
+    "a,b\n\u4e2d,1\n".encode("utf-16"): (["a", "b"], ["text", "number"], [["\u4e2d", "1"]], ""),
+    b"a,b\rx,1\r": (["a", "b"], ["text", "number"], [["x", "1"]], ""),
+    b"": ([], [], [], ""),
+}
+
+
+class TextTables(ServerCase):
+    """CSV files, a page of rows at a time."""
+
+    def table(self, name, **query):
+        return self.server.get(f"/api/table/{quote(name)}?{urlencode(query)}")
+
+    def rows(self, name, **query):
+        return [row[1:] for row in self.assertReply(self.table(name, **query), 200).json["cells"]]
+
+    def test_what_separates_the_fields_the_head_and_the_numbers_are_guessed(self):
+        for n, (data, (names, kinds, rows, note)) in enumerate(TEXT_TABLES.items()):
+            (self.root / f"{n}.csv").write_bytes(data)
+            with self.subTest(data):
+                told = self.assertReply(self.table(f"{n}.csv"), 200).json
+                self.assertEqual([column[:2] for column in told["columns"]],
+                                 [[*pair] for pair in zip(names, kinds, strict=True)])
+                self.assertEqual([row[1:] for row in told["cells"]], rows)
+                self.assertEqual((told["note"], told["is_whole"]), (note, True))
+
+    def test_a_large_file_is_read_on_until_its_rows_are_known_and_sorted(self):
+        count = 1_500_000
+        (self.root / "large.csv").write_text("n,text\n" + "".join(
+            f"{n},t{n}\n" for n in range(count)))
+        told = self.table("large.csv").json
+        self.assertEqual(told["cells"][-1], ["100", "99", "t99"])
+        self.assertFalse(told["is_whole"])
+        told = wait_until(lambda: (told := self.table("large.csv").json)["is_whole"] and told)
+        self.assertEqual(told["count"], count)
+        last = {"from": count - 1, "to": count, "first": 1, "last": 2}
+        self.assertEqual(self.rows("large.csv", **last), [[f"t{count - 1}"]])
+        self.assertEqual(self.rows("large.csv", to=1, sort=0, descending=1),
+                         [[f"{count - 1}", f"t{count - 1}"]])
+
+    def test_a_column_of_numbers_is_sorted_as_numbers_and_what_is_empty_comes_last(self):
+        (self.root / "n.csv").write_text('n\n9\n"1,000"\n\n-2.5\n" "\n')
+        self.assertEqual(self.rows("n.csv", sort=0), [["-2.5"], ["9"], ["1,000"], [" "]])
+        (self.root / "n.csv").write_text("n;m\n9;\n1.000,5;\n2,5;\n")
+        self.assertEqual([row[0] for row in self.rows("n.csv", sort=0)], ["2,5", "9", "1.000,5"])
+
+    def test_a_file_that_was_written_anew_is_read_anew(self):
+        file = self.root / "new.csv"
+        for text in ("a\n1\n", "b\n22\n33\n"):
+            file.write_text(text)
+            self.assertEqual(self.table("new.csv").json["count"], text.count("\n") - 1)
+
+    def test_what_is_no_table_is_refused_in_words(self):
+        (self.root / "folder.csv").mkdir()
+        (self.root / "bytes.csv").write_bytes(b"a,b\n\0\1")
+        (self.root / "good.csv").write_text("a\n1\n")
+        for name, query, status, words in (
+                ("folder.csv", {}, 404, "No such file"), ("missing.csv", {}, 404, "No such file"),
+                ("../../etc/passwd", {}, 404, "No such file"),
+                ("bytes.csv", {}, 400, "not a text"),
+                ("good.csv", {"from": "x"}, 400, "from must be a number")):
+            with self.subTest(name):
+                reply = self.assertReply(self.table(name, **query), status)
+                self.assertIn(words, reply.json["message"])
 
 
 class NotebookFiles(ServerCase):
@@ -19235,6 +19451,21 @@ class PageForEveryone(PageCase):
             tab.page.locator("#hood-detail pre, #hood-detail dl").first.wait_for()
             self.assertAxeFindsNothing(tab)
 
+    def test_the_variables_a_table_a_tree_and_files_to_read(self):
+        (self.root / "data.csv").write_text("a,b\n1,2\n")
+        (self.root / "text.md").write_text("---\na: 1\n---\n# Title\n\n[link](x)\n")
+        tab = self.open("rows = [{'n': n} for n in range(500)]\ntree = {'a': {'b': 1}}")
+        tab.run(0)
+        tab.command("variables")
+        for name, place in (("rows", ".grid-row"), ("tree", "li")):
+            tab.page.locator("#variables-list .grid-row", has_text=name).click()
+            tab.page.locator(f"#value {place}").first.wait_for()
+            self.assertAxeFindsNothing(tab)
+        for address, place in (("/table/data.csv", ".grid-row"), ("/preview/text.md", "h1")):
+            tab = self.visit(address)
+            tab.page.locator(f"main {place}").first.wait_for()
+            self.assertAxeFindsNothing(tab)
+
     def test_popups_of_a_notebook(self):
         tab = self.open("import os", "os.path.", "input('name? ')")
         tab.run(0)
@@ -21514,6 +21745,149 @@ MARKDOWN_AND_HTML = r"""([text, html]) => {
     };
     return [said(renderMarkdown(text)), said(dress(sanitize(html)))];
 }"""
+
+
+class PageVariables(PageCase):
+    """The panel of variables, and what is in them."""
+
+    def open_panel(self, tab):
+        tab.command("variables")
+        self.list = tab.page.locator("#variables-list")
+        self.value = tab.page.locator("#value")
+
+    def row(self, name):
+        return self.list.locator(".grid-row", has_text=name)
+
+    def test_the_list_follows_each_cell_is_filtered_sorted_and_asked_while_one_runs(self):
+        tab = self.open("big, small, _under = [0] * 7000, [1], 1", "import time\nstep = 'first'\n"
+                        "while step != 'end': time.sleep(0.01)", "1 / 0")
+        self.open_panel(tab)
+        self.assertShows(tab.page.locator("#variables"), "There are no variables yet")
+        tab.run(0)
+        self.assertShows(self.list, "7000")
+        self.assertCount(self.list.locator(".grid-row"), 2)
+        self.list.locator(".grid-head [data-column='2']").click()
+        self.assertShows(self.list.locator(".grid-row").first, "small")
+        tab.page.locator("#variables-all").check()
+        self.assertShows(self.list, "_under")
+        tab.page.locator("#variables-filter").fill("BIG li")
+        self.assertCount(self.list.locator(".grid-row"), 1)
+        tab.page.locator("#variables-filter").fill("step")
+        self.assertShows(tab.page.locator("#variables"), "None of the variables fits")
+        tab.cell(1).locator("textarea.editor").focus()
+        tab.press("Control+Enter")
+        tab.page.wait_for_selector(".cell[data-state=running]")
+        wait_until(lambda: tab.page.locator("#variables-refresh").click()
+                   or self.row("first").count())
+        tab.select(0)
+        tab.press("i", "i")
+        tab.wait_until_done()
+        tab.press("0", "0")
+        tab.choose("Restart")
+        self.assertShows(tab.page.locator("#variables"), "None of the variables fits")
+
+    def test_a_value_opens_as_a_table_a_tree_or_a_text_by_keys_alone(self):
+        tab = self.open("rows = [{'n': n, 'name': f'row {n}'} for n in range(1_000_000)]\n"
+                        "tree = {'a': {'b': rows[:3]}, 'c': list(range(500))}\ntext = 'x' * 300")
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("rows").wait_for()
+        tab.page.locator("#variables-filter").focus()
+        tab.press("ArrowDown", "Home", "Enter")
+        self.assertShows(self.value, "row 0")
+        tab.page.wait_for_function("() => document.activeElement.closest('#value')")
+        tab.press("Control+End")
+        self.assertShows(self.value, "row 999999")
+        self.assertShows(self.value.locator(".grid-said"), "row 999999")
+        self.assertLess(self.value.locator(".grid-row").count(), 60)
+        self.value.locator(".grid-head [data-column='0']").click()
+        self.value.locator(".grid-head [data-column='0']").click()
+        tab.press("Control+Home")
+        self.assertShows(self.value.locator(".grid-row").first, "999999")
+        tab.press("Escape", "ArrowDown", "Enter")
+        self.value.locator("li").first.wait_for()
+        tab.page.wait_for_function("() => document.activeElement.matches('#value li')")
+        tab.press("ArrowRight")
+        self.value.locator("li li", has_text="'b'").wait_for()
+        tab.press("ArrowDown", "Enter")       # a table in a tree
+        self.assertShows(self.value.locator("h2"), "tree 'a' 'b'")
+        self.assertShows(self.value, "row 2")
+        tab.press("Escape", "ArrowDown", "Enter")
+        self.assertShows(self.value.locator("pre"), "x" * 300)
+        tab.press("Escape", "Escape")
+        self.assertFalse(tab.page.locator("#variables").is_visible())
+        self.assertTrue(tab.page.evaluate("document.activeElement.matches('.cell')"))
+
+    def test_a_table_keeps_its_place_when_a_cell_has_run(self):
+        tab = self.open("rows = [{'n': n} for n in range(5000)]", "rows[2500]['n'] = 'new'")
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("rows").click()
+        self.assertShows(self.value, "0")
+        tab.page.evaluate("view.variables.value.grid.choose(2500, 0)")
+        self.assertShows(self.value.locator(".grid-said"), "2500")
+        tab.run(1)
+        self.assertShows(self.value, "new")
+
+    @needs("ipykernel")
+    def test_other_kernels_of_python_are_sent_the_code_and_others_are_told_apart(self):
+        metadata = {"kernelspec": {"name": "theirs", "display_name": "T", "language": "python"}}
+        install_kernelspec(Path(self.server.folder.name, "jupyter_data_dir"), "theirs", IPYKERNEL)
+        tab = self.open("a, b = [1, 2], {'x': 3}", "5", **metadata)
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("a").wait_for()
+        self.row("b").click()
+        self.assertShows(self.value, "'x'")
+        tab.run(1, "_i, Out")
+        self.assertShows(tab.outputs(1), "{'x': 3}\", {})")
+        self.assertEqual(tab.page.evaluate("""async () => {
+            view.language = 'R'; return (await view.askVariables({})).problem; }"""),
+            "Variables are shown for Python. This kernel speaks R.")
+
+
+class PageReadsFiles(PageCase):
+    """Tables and Markdown files open as what they are."""
+
+    def test_a_csv_file_opens_as_a_table_and_can_be_edited(self):
+        (self.root / "data.csv").write_text("name;n\n" + "".join(
+            f'"a ""{n}""";{n}\n' for n in range(3000)))
+        tab = self.visit("/tree")
+        with self.context.expect_page() as opened:
+            tab.page.get_by_role("link", name="data.csv").click()
+        table = Tab(opened.value)
+        self.assertShows(table.page.locator("main"), "3,000 rows, 2 columns · separated by semi")
+        self.assertShows(table.page.locator(".grid-row").first, 'a "0"')
+        table.page.locator(".grid-head [data-column='1']").click()
+        table.page.locator(".grid-head [data-column='1']").click()
+        self.assertShows(table.page.locator(".grid-row").first, 'a "2999"')
+        table.page.get_by_role("link", name="Edit").click()
+        self.assertShows(table.page.locator(".plain .code"), 'name;n')
+
+    def test_a_markdown_file_opens_as_a_preview_with_links_pictures_and_headings(self):
+        (self.root / "docs").mkdir()
+        (self.root / "docs" / "dot.svg").write_text(
+            '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+        (self.root / "docs" / "a.md").write_text(
+            "---\ntitle: x\n---\n# First\n\n[on](b.md#end) ![dot](dot.svg)\n"
+            + "\ntext\n" * 90 + "\n## The end\n")
+        (self.root / "docs" / "b.md").write_text("# B\n" + "\ntext\n" * 90 + "\n## end\n")
+        tab = self.visit("/preview/docs/a.md#The-end")
+        heading = tab.page.get_by_role("heading", name="The end")
+        wait_until(lambda: heading.bounding_box()["y"] < 700)
+        tab.page.get_by_role("heading", name="First").scroll_into_view_if_needed()
+        tab.page.wait_for_function("() => document.querySelector('.preview img').naturalWidth")
+        with self.context.expect_page() as opened:
+            tab.page.get_by_role("link", name="on", exact=True).click()
+        self.assertEqual(opened.value.url, self.address("/preview/docs/b.md#end"))
+        for label, page in (("Edit", "edit"), ("Open as a notebook", "notebooks")):
+            self.assertEqual(tab.page.get_by_role("link", name=label).get_attribute("href"),
+                             f"/{page}/docs/a.md")
+
+    def test_an_empty_file_opens_in_the_editor(self):
+        for name, page in (("e.csv", "table"), ("e.md", "preview")):
+            (self.root / name).write_text("")
+            self.visit(f"/{page}/{name}").page.wait_for_url(f"**/edit/{name}")
 
 
 class PageUnderTheHood(PageCase):
@@ -29079,6 +29453,45 @@ def bench_stages(command, count):
     yield "stages: all of the kernel's", milliseconds(lambda: verdicts_on("kernel.py", command))
 
 
+VARIABLES_PAINTED = """async mark => {
+    const ended = new Promise(resolve => hear('settled', () => resolve(performance.now())));
+    view.run([view.cells[1]]);
+    const from = await ended;
+    const first = () => document.querySelector('#variables-list .grid-row')?.textContent ?? '';
+    while (!first().endsWith(mark)) await nextFrame();
+    await nextFrame();
+    return performance.now() - from;
+}"""
+ROWS_PAINTED = """async () => {
+    const { grid } = view.variables.value, times = [];
+    for (let n = 1; n <= 20; n += 1) {
+        const row = n * 47_911, from = performance.now();
+        grid.choose(row, 0);
+        while (!grid.drawn.get(row)?.textContent.includes(`row ${row}`)) await nextFrame();
+        times.push(performance.now() - from);
+    }
+    return times;
+}"""
+
+
+@yields("page: 10,000 variables, cell's end to paint", "page: a far row of a million, p50")
+def bench_variables(program, count):
+    """The panel of variables; there is none in theirs."""
+    with page_server(program) as server, BenchPage(program, server, [
+            "mark = 0\nrows = [{'n': n, 's': f'row {n}'} for n in range(1_000_000)]\n"
+            "globals().update({f'v{n}': n for n in range(10_000)})", "mark += 1"]) as page:
+        page.until(page.words["ready"])
+        page.page.evaluate("view.run([view.cells[0]]).then(() => runCommand('variables'))")
+        page.until("document.querySelectorAll('#variables-list .grid-row').length > 9")
+        for n in range(1, 4):
+            yield ("page: 10,000 variables, cell's end to paint",
+                   page.page.evaluate(VARIABLES_PAINTED, str(n)))
+        page.page.evaluate("view.variables.value.open(['rows'])")
+        page.until("document.querySelector('#value .grid-row')")
+        for milliseconds_ in page.page.evaluate(ROWS_PAINTED):
+            yield "page: a far row of a million, p50", milliseconds_
+
+
 @yields("stages: all of the server's")
 def bench_server_stages(name, program, count):
     """The same of a server."""
@@ -29112,6 +29525,7 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
     ("ours", "playwright", bench_big_page, None),
+    ("ours", "playwright", bench_variables, None),
     ("ours", "ipyparallel", bench_cluster, None),
     ("theirs", "ipyparallel", bench_cluster, CLUSTER_START),
     ("ours", None, bench_stages, OURS),
