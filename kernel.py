@@ -5775,7 +5775,7 @@ class Variables:
 
     def __init__(self, namespace):
         self.namespace = namespace
-        self.slow = {}            # name -> id of a value whose text once took too long
+        self.slow = collections.Counter()   # (name, id of its value) -> how often it was too slow
         self.sorted = (None, None)   # (what for, the order) of the latest table that was sorted
 
     def answer(self, ask):
@@ -5800,7 +5800,7 @@ class Variables:
             if worker.wait(SLOW_SECONDS / 2):
                 break
             name = worker.at
-            self.slow[name] = id(items[name])
+            self.slow[name, id(items[name])] += 1
             rows.setdefault(name, self.row(name, items[name], is_slow=True))
         if worker.error:
             raise worker.error
@@ -5812,7 +5812,8 @@ class Variables:
             if name in rows:
                 continue
             worker.step(name)
-            is_slow = self.slow.get(name) == id(value) or monotonic() > until
+            # Once may be chance: a cell has computed in C meanwhile.
+            is_slow = self.slow[name, id(value)] > 1 or monotonic() > until
             row = self.row(name, value, is_slow)
             rows.setdefault(name, row)
 

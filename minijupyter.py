@@ -5300,6 +5300,8 @@ class Journal:
             return
         for part in request.json_parts[2:]:   # they will be shown to other pages, within their JSON
             json.loads(part)
+        if isinstance(request.content, dict) and request.content.get("silent") is True:
+            return   # a program's question, such as a page's for variables: no file will hold it
         shown = request
         if request.msg_type == "input_reply":
             with self.kernel.pages_lock:

@@ -3942,7 +3942,8 @@ class KernelVariables(KernelCase):
             "its __repr__ takes too long", "quiet", "1"])
         self.assertEqual(texts["endless"], "x" * 120 + "…")
         self.assertEqual(rows.text(), "noise\n")   # in the name of who asked, not of a cell
-        self.assertEqual(self.rows()["hangs"][4], "its __repr__ takes too long")
+        for _ in range(2):      # it is asked once more, and then never again
+            self.assertEqual(self.rows()["hangs"][4], "its __repr__ takes too long")
         after = self.run_cell("sorted(globals()), len(seen)")
         self.assertEqual((after.count, after.text()), (before.count + 1, ""))
         new = {name for name in ast.literal_eval(after.result)[0]
@@ -12503,6 +12504,16 @@ class Journal(ServerCase):
         page = Page(WebSocketWire(self.server, self.kernel_id, session, journal=1))
         self.addCleanup(page.wire.close)
         return page
+
+    def test_a_silent_request_is_answered_and_not_kept(self):
+        page = self.follow()
+        cell = page.finish(page.start("", "a", silent=True, user_expressions={"x": "6 * 7"}))
+        told = cell.reply["content"]["user_expressions"]["x"]
+        self.assertEqual(told["data"]["text/plain"], "42")
+        other = self.follow()
+        other.finish(other.start("1", "b"))
+        self.assertNotIn("a", other.cells)
+        self.assertNotIn(cell.request["header"]["msg_id"], str(other.unasked))
 
     def test_the_question_of_a_console_that_has_gone_is_asked_in_pages_that_come(self):
         console = self.attach(self.kernel_id)
