@@ -50,7 +50,7 @@ Threads: *main* runs the user's code, one cell at a time, inside one asyncio loo
 go on between cells and a SIGINT reaches the code; *io* owns every socket but the heartbeat's,
 because ZeroMQ sockets are not thread-safe, and waits for them, for the outbox and for the pipes
 behind descriptors 1 and 2; *heartbeat* echoes without Python. Part II adds *helper*, which answers
-questions about code while a cell runs, and one thread for each subshell.
+questions about code while a cell runs, *variables*, and one thread for each subshell.
 Sources: the Jupyter messaging specification 5.5 with JEP 65 (welcome) and JEP 91 (subshells),
 https://jupyter-client.readthedocs.io/en/stable/messaging.html, and Python's own documentation.
 """

@@ -21889,6 +21889,8 @@ class PageReadsFiles(PageCase):
         tab = self.visit("/tree")
         with self.context.expect_page() as opened:
             tab.page.get_by_role("link", name="data.csv").click()
+        tab.page.get_by_label("Select data.csv").check()
+        tab.page.get_by_role("button", name="Edit").wait_for()
         table = Tab(opened.value)
         self.assertShows(table.page.locator("main"), "3,000 rows, 2 columns · separated by semi")
         self.assertShows(table.page.locator(".grid-row").first, 'a "0"')
