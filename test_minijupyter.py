@@ -21,7 +21,8 @@
 #     "jupytext",        # notebooks as programs and as Markdown
 #     "nbgrader", "otter-grader",     # what teachers hand out
 #     "pandas", "polars", "sympy", "plotly", "altair", "bokeh", "rich", "tqdm",   # libraries that
-#     "ipywidgets", "folium", "vl-convert-python",  # behave in a notebook as in Jupyter
+#     "ipywidgets", "anywidget", "folium",     # behave in a notebook
+#     "vl-convert-python",                     # as in Jupyter
 #     "line_profiler", "ipympl", "ipynbname",  # what expects IPython's shell and ipykernel
 #     "axe-playwright-python",  # carries axe-core, which finds what shuts people out
 #     "brs-kb",          # a public list of attacks on pages
@@ -22408,6 +22409,449 @@ class PageShowsLibraries(PageCase):
         tab.run(1)
         self.assertCount(tab.outputs(1).locator("progress"), 0)
         self.assertEqual(tab.texts()[1].strip(), "")
+
+
+SCHEMA = NODE / "@jupyter-widgets" / "schema" / "jupyterwidgetmodels.latest.json"
+
+# What is to be seen of the attributes of ipywidgets' models. A row: the models (* is all that have
+# it), an attribute, its value in Python, how to look, and what is seen then. Of the rows that fit a
+# model and an attribute the last one counts. The order of the rows is the order of setting.
+#
+#     how to look                   what that finds
+#     text SELECTOR                 the texts of these elements in the widget, also in shadow roots
+#     of PROPERTY SELECTOR          a property of these elements, or of the widget's own
+#     css PROPERTY SELECTOR         as the browser draws the first of them
+FIELDS = "input:not(.w-readout, [type=file]), select, textarea, button"
+PIXEL = base64.b64encode(one_red_pixel()).decode()
+SEEN = [
+    ("*", "description", "'A <b>name</b>'", "text .w-label", "A name"),
+    ("*", "description_allow_html", "True", "text b", "name"),
+    ("Button ToggleButton", "description", "'A name'", "text button", "✓A name"),
+    ("FileUpload", "description", "'A name'", "text button", "✓A name (1)"),
+    ("Checkbox", "description", "'A <b>name</b>'", "text label", "A name"),
+    ("Checkbox", "description_allow_html", "True", "text b", "name"),
+    ("*", "tooltip", "'A tip'", "of title", "A tip"),
+    ("*", "tabbable", "False", f"of tabIndex {FIELDS}", "-1"),
+    ("*", "disabled", "True", f"of disabled {FIELDS}", "true"),
+    ("*", "style", "{'description_width': '77px'}", "of style.width .w-label", "77px"),
+    ("Button", "style", "{'button_color': 'rgb(1, 2, 3)'}", "css background-color button",
+     "rgb(1, 2, 3)"),
+    ("ToggleButton", "style", "{'text_color': 'rgb(1, 2, 3)'}", "css color button", "rgb(1, 2, 3)"),
+    ("Label HTML HTMLMath", "style", "{'text_color': 'rgb(1, 2, 3)'}", "css color .w-own",
+     "rgb(1, 2, 3)"),
+    ("FileUpload", "style", "{'text_color': 'rgb(1, 2, 3)'}", "css color button", "rgb(1, 2, 3)"),
+    ("*", "layout", "{'border_top': '3px solid red'}", "css border-top-width", "3px"),
+    ("*", "box_style button_style bar_style tag_style", "'info'", "of dataset.look", "info"),
+    ("*", "orientation", "'vertical'", "of dataset.orientation", "vertical"),
+    ("RadioButtons", "orientation", "'horizontal'", "of dataset.orientation", "horizontal"),
+    ("*", "icon", "'check'", "text .w-icon", "✓"),
+    ("*", "base", "2.0", f"of value {FIELDS}", "3"),
+    ("*", "min", "1", f"of min {FIELDS}", "1"), ("*", "max", "90", f"of max {FIELDS}", "90"),
+    ("*", "step", "3", f"of step {FIELDS}", "3"),
+    ("FloatLogSlider", "max", "6", f"of max {FIELDS}", "6"),
+    ("FloatLogSlider", "step", "1", f"of step {FIELDS}", "1"),
+    ("IntProgress FloatProgress", "min", "3", "of position progress",
+     "0.46"),   # (43 - 3) / (90 - 3)
+    ("IntProgress FloatProgress", "max", "90", "of position progress", "0.46"),
+    ("DatePicker", "min", "dt.date(2020, 1, 2)", f"of min {FIELDS}", "2020-01-02"),
+    ("DatePicker", "max", "dt.date(2020, 5, 6)", f"of max {FIELDS}", "2020-05-06"),
+    ("Time", "min", "dt.time(1, 2)", f"of min {FIELDS}", "01:02:00"),
+    ("Time", "max", "dt.time(22, 3)", f"of max {FIELDS}", "22:03:00"),
+    ("NaiveDatetime", "min", "dt.datetime(2020, 1, 2)", f"of min {FIELDS}", "2020-01-02T00:00:00"),
+    ("NaiveDatetime", "max", "dt.datetime(2020, 5, 6)", f"of max {FIELDS}", "2020-05-06T00:00:00"),
+    ("Datetime", "min", "dt.datetime(2020, 1, 2).astimezone()", f"of min {FIELDS}",
+     "2020-01-02T00:00:00"),
+    ("Datetime", "max", "dt.datetime(2020, 5, 6).astimezone()", f"of max {FIELDS}",
+     "2020-05-06T00:00:00"),
+    ("*", "readout_format", "'+.1f'", "of value .w-readout", "+43.0"),
+    ("IntRangeSlider FloatRangeSlider", "readout_format", "'+.1f'", "of value .w-readout",
+     "+4.0 – +43.0"),
+    ("FloatLogSlider", "readout_format", "'+.1f'", "of value .w-readout", "+8.0"),
+    ("*", "placeholder", "'to come'", "of placeholder input, textarea", "to come"),
+    ("Label HTML HTMLMath", "value", "'some <i>text</i>'", "text .w-own", "some text"),
+    ("Label", "value", "'some <i>text</i>'", "text .w-own", "some <i>text</i>"),
+    ("IntSlider IntText BoundedIntText", "value", "43", f"of value {FIELDS}", "43"),
+    ("FloatSlider FloatText BoundedFloatText", "value", "43.0", f"of value {FIELDS}", "43"),
+    ("FloatLogSlider", "value", "8.0", f"of value {FIELDS}", "3"),
+    ("IntRangeSlider FloatRangeSlider", "value", "(4, 43)", f"of value {FIELDS}", "4 43"),
+    ("IntProgress FloatProgress", "value", "43", "of position progress", "0.46"),
+    ("Text Textarea Password", "value", "'some text'", f"of value {FIELDS}", "some text"),
+    ("Combobox", "options", "['one', 'two']", "of value option", "one two"),
+    ("Combobox", "value", "'two'", f"of value {FIELDS}", "two"),
+    ("*", "rows", "7", f"of rows {FIELDS}", "7"),
+    ("Select SelectMultiple", "rows", "7", f"of size {FIELDS}", "7"),
+    ("Checkbox", "value", "True", f"of checked {FIELDS}", "true"),
+    ("Checkbox", "indent", "False", "of hidden .w-label", "true"),
+    ("ToggleButton", "value", "True", f"of ariaPressed {FIELDS}", "true"),
+    ("Valid", "readout", "'is wrong'", "text .note", "is wrong"),
+    ("Valid", "value", "False", "text .w-valid", "✕"),
+    ("DatePicker", "step", "7", f"of step {FIELDS}", "7"),
+    ("DatePicker", "value", "dt.date(2020, 2, 3)", f"of value {FIELDS}", "2020-02-03"),
+    ("Time", "step", "1", f"of step {FIELDS}", "1"),
+    ("Time", "value", "dt.time(12, 34, 56)", f"of value {FIELDS}", "12:34:56"),
+    ("NaiveDatetime", "value", "dt.datetime(2020, 2, 3, 4, 5)", f"of value {FIELDS}",
+     "2020-02-03T04:05"),
+    ("Datetime", "value", "dt.datetime(2020, 2, 3, 4, 5).astimezone()", f"of value {FIELDS}",
+     "2020-02-03T04:05"),
+    ("ColorPicker", "concise", "True", "of hidden [type=text]", "true"),
+    ("ColorPicker", "value", "'#123456'", "of value [type=color]", "#123456"),
+    ("Dropdown Select SelectMultiple", "_options_labels", "['one', 'two']", "text option",
+     "one two"),
+    ("RadioButtons", "_options_labels", "['one', 'two']", "text [role=radiogroup] label",
+     "one two"),
+    ("ToggleButtons", "_options_labels", "['one', 'two']", "text button", "✓one two"),
+    ("SelectionSlider", "_options_labels", "['one', 'two']", f"of max {FIELDS}", "1"),
+    ("SelectionRangeSlider", "_options_labels", "['one', 'two']", f"of max {FIELDS}", "1"),
+    ("Dropdown Select", "index", "1", "of value select", "two"),
+    ("SelectMultiple", "index", "(0, 1)", "text :checked", "one two"),
+    ("RadioButtons", "index", "1", "text label:has(:checked)", "two"),
+    ("ToggleButtons", "index", "1", "text [aria-pressed=true]", "two"),
+    ("ToggleButtons", "icons", "['check', '']", "text .w-icon", "✓"),
+    ("ToggleButtons", "tooltips", "['tip one', 'tip two']", "of title button", "tip one tip two"),
+    ("SelectionSlider", "index", "1", "of value .w-readout", "two"),
+    ("SelectionRangeSlider", "index", "(0, 1)", "of value .w-readout", "one – two"),
+    ("*", "children", "[w.Label('first'), w.Label('second')]", "text .widget .w-own",
+     "first second"),
+    ("*", "titles", "['One', 'Two']", "text button", "One Two"),
+    ("Tab", "selected_index", "1", "text [aria-selected=true]", "Two"),
+    ("Accordion", "selected_index", "1", "text [aria-expanded=true]", "Two"),
+    ("Stack", "selected_index", "1", "text :scope > :not([hidden]) .w-own", "second"),
+    ("Image", "value", f"base64.b64decode({PIXEL!r})", "of naturalWidth img", "1"),
+    ("Image", "format", "'png'", "of src img", f"data:image/png;base64,{PIXEL}"),
+    ("Image Video", "width", "'31'", "css width img, video", "31px"),
+    ("Image Video", "height", "'32'", "css height img, video", "32px"),
+    ("Audio", "value", "b'abc'", "of src audio", "data:audio/ogg;base64,YWJj"),
+    ("Video", "value", "b'abc'", "of src video", "data:video/webm;base64,YWJj"),
+    ("Audio", "format", "'ogg'", "of src audio", "data:audio/ogg;base64,YWJj"),
+    ("Video", "format", "'webm'", "of src video", "data:video/webm;base64,YWJj"),
+    ("Audio Video", "autoplay", "False", "of autoplay audio, video", "false"),
+    ("Audio Video", "loop", "False", "of loop audio, video", "false"),
+    ("Audio Video", "controls", "False", "of controls audio, video", "false"),
+    ("FileUpload", "accept", "'.txt'", "of accept [type=file]", ".txt"),
+    ("TagsInput", "value", "['a', 'b']", "text .w-tag", "a× b×"),
+    ("ColorsInput", "value", "['red', '#0000ff']", "css border-left-color .w-tag",
+     "rgb(255, 0, 0)"),
+    ("FloatsInput", "value", "[12.345]", "text .w-tag", "+12.35×"),
+    ("IntsInput", "value", "[1200]", "text .w-tag", "1,200×"),
+    ("TagsInput", "allowed_tags", "['a', 'b', 'c']", "of value option", "a b c"),
+    ("ColorsInput", "allowed_tags", "['red', '#0000ff']", "of value option", "red #0000ff"),
+    ("FloatsInput", "format", "'+.2f'", "text .w-tag", "+12.35×"),
+    ("FloatsInput", "allowed_tags", "[12.345, 2.0]", "of value option", "+12.35 +2.00"),
+    ("IntsInput", "format", "',d'", "text .w-tag", "1,200×"),
+    ("IntsInput", "allowed_tags", "[1200, 7]", "of value option", "1,200 7"),
+    ("FileUpload", "multiple", "True", "of multiple [type=file]", "true"),
+    ("FileUpload", "value", "[{'name': 'a.txt', 'type': 'text/plain', 'size': 3, 'content': b'abc',"
+     " 'last_modified': dt.datetime.now(dt.timezone.utc)}]", "text button", "✓A name (1)"),
+    ("Play", "interval", "10 ** 6", "of title button", "Pause Stop Repeat"),     # it still plays
+    ("Play", "playing", "True", "of title button", "Pause Stop Repeat"),
+    ("Play", "repeat", "True", "of ariaPressed [title=Repeat]", "true"),
+    ("Play", "show_repeat", "False", "of hidden [title=Repeat]", "true"),
+    ("Output", "outputs", "({'output_type': 'stream', 'name': 'stdout', 'text': 'captured'},)",
+     "text .outputs", "captured"),
+    ("*", "readout", "False", "of hidden .w-readout", "true"),
+    ("Valid", "readout", "'is wrong'", "text .note", "is wrong"),
+    *[("ButtonStyle LabelStyle ToggleButtonStyle TextStyle HTMLStyle HTMLMathStyle CheckboxStyle",
+       trait, value, f"css {css} .w-own", seen) for trait, value, css, seen in (
+        ("background", "'rgb(4, 5, 6)'", "background-color", "rgb(4, 5, 6)"),
+        ("font_family", "'serif'", "font-family", "serif"),
+        ("font_size", "'20px'", "font-size", "20px"),
+        ("font_style", "'italic'", "font-style", "italic"),
+        ("font_variant", "'small-caps'", "font-variant", "small-caps"),
+        ("font_weight", "'bold'", "font-weight", "700"),
+        ("text_color", "'rgb(1, 2, 3)'", "color", "rgb(1, 2, 3)"),
+        ("text_decoration", "'underline'", "text-decoration-line", "underline"))],
+    ("ButtonStyle", "button_color", "'rgb(4, 5, 6)'", "css background-color button",
+     "rgb(4, 5, 6)"),
+    ("*", "description_width", "'77px'", "css width .w-label", "77px"),
+    ("SliderStyle", "handle_color", "'rgb(4, 5, 6)'", "css accent-color input", "rgb(4, 5, 6)"),
+    ("ProgressStyle", "bar_color", "'rgb(4, 5, 6)'", "css accent-color progress", "rgb(4, 5, 6)"),
+    ("ToggleButtonsStyle", "button_width", "'99px'", "css width button", "99px"),
+    ("ToggleButtonsStyle", "font_weight", "'bold'", "css font-weight button", "700"),
+    *[("Layout", trait, repr(value), f"of style.{trait.replace('_', '-')}", value)
+      for trait, value in re.findall(r"(\w+): (.+?);", """
+        align_content: space-evenly; align_items: center; align_self: flex-end; bottom: 1px;
+        border_bottom: 1px solid red; border_left: 2px solid red; border_right: 3px solid red;
+        border_top: 4px solid red; display: grid; flex: 2 1 auto; flex_flow: column wrap;
+        grid_area: 2 / 1 / 3 / 4; grid_auto_columns: 10px; grid_auto_flow: column;
+        grid_auto_rows: 11px; grid_column: 1 / 4; grid_gap: 4px; grid_row: 2 / 3;
+        grid_template_areas: "a b"; grid_template_columns: 10px 20px; grid_template_rows: 12px;
+        height: 200px; justify_content: center; justify_items: center; left: 2px; margin: 1px 2px;
+        max_height: 300px; max_width: 301px; min_height: 12px; min_width: 13px; object_fit: cover;
+        object_position: 10% 20%; order: 3; overflow: hidden; padding: 3px; right: 4px; top: 5px;
+        visibility: hidden; width: 50%;""")],
+]
+# … in a second step, where the first would hide it
+SEEN_THEN = [
+    ("Label HTML HTMLMath", "value", "''", "text .w-own", "to come"),
+    ("Label HTML HTMLMath", "placeholder", "'to come'", "text .w-own", "to come"),
+]
+
+# … and of which attributes nothing is to be seen, and why
+UNSEEN = [
+    ("*", "_model_module _model_module_version _model_name _view_module _view_module_version "
+     "_view_name", "the name of the model, which never changes"),
+    ("*", "_view_count", "counts views for the kernel, which asks for it only where it is set"),
+    ("*", "_dom_classes", "a class could match the page's own style: it is kept beside, as data"),
+    ("*", "continuous_update", "when the kernel is told: see the test of what the user does"),
+    ("*", "behavior", "whether a click or a drag moves a slider: a browser's own does both"),
+    ("Button", "description_allow_html", "ipywidgets has none"),
+    ("ToggleButton FileUpload", "description_allow_html",
+     "a button's text is text, as in ipywidgets"),
+    ("Link DirectionalLink", "source target", "seen by what they link: see the tests of links"),
+    ("Controller ControllerAxis ControllerButton", "*",
+     "a gamepad: the page reads none, and says so"),
+    ("DOMWidget", "*", "what Image, Audio and Video have in common; it has no view"),
+    ("Play", "min max step value", "seen by what they do: see the test of what the user does"),
+    ("Label HTML HTMLMath", "placeholder", "stands where there is no value: see SEEN_THEN"),
+    ("ToggleButtonStyle", "description_width", "it has no description beside it"),
+    ("Valid", "disabled", "there is nothing to use"),
+    ("Accordion Audio Box GridBox HBox HTML HTMLMath Image IntProgress "
+     "FloatProgress Label Output Stack Tab VBox Valid Video", "tabbable",
+     "there is nothing to tab to"),
+    ("FileUpload", "error", "said when a file cannot be read"),
+    ("Stack", "titles", "a stack shows no titles"),
+    ("FloatsInput IntsInput", "min max",
+     "what the user may type: see the test of what the user does"),
+    ("Output", "msg_id", "what it captures: see the tests of Output"),
+    ("Combobox", "ensure_option", "what the user may type: see the test of what the user does"),
+    ("*", "allow_duplicates", "what the user may type: see the test of what the user does"),
+]
+
+# What lies beside widgets is made with one that it belongs to.
+HOSTS = {"Layout": "Box layout", "DescriptionStyle": "Dropdown style",
+     "SliderStyle": "IntSlider style",
+         "ProgressStyle": "IntProgress style", "TextStyle": "Text style", **{
+             f"{name}Style": f"{name} style" for name in (
+                 "Button", "Checkbox", "HTML", "HTMLMath", "Label", "ToggleButton",
+     "ToggleButtons")}}
+
+
+@functools.cache
+def specification():
+    """[(model without "Model", attribute)] of the package that specifies ipywidgets' models."""
+    return [(model["model"]["name"].removesuffix("Model"), attribute["name"])
+            for model in json.loads(SCHEMA.read_text("utf-8")) for attribute in model["attributes"]]
+
+
+def rows_for(table):
+    """{(model, attribute): the last row of a table for it}, in the order of the table."""
+    found = {}
+    for models, attributes, *row in table:
+        for model, attribute in specification():
+            is_model = models == "*" or model in models.split()
+            if is_model and (attributes == "*" or attribute in attributes.split()):
+                found[model, attribute] = row
+    return found
+
+
+# Makes one of each model, shows it, and says which id it has.
+WIDGETS_MADE = """
+import base64, datetime as dt, json, ipywidgets as w
+def classes(parent=w.Widget):
+    for child in parent.__subclasses__():
+        yield child.class_traits()['_model_name'].default_value.removesuffix('Model'), child
+        yield from classes(child)
+classes, made = dict(reversed([*classes()])), {}      # of each name the first class
+for name, host in json.loads('''HOSTED'''):
+    cls = classes[host.split()[0]]
+    made[name] = cls(options=['x', 'y']) if hasattr(cls, 'options') else cls()
+    display(made[name])
+print('ids', json.dumps({name: each.model_id for name, each in made.items()}))
+"""
+WIDGETS_SET = """
+failed = []
+for name, host, attribute, value in json.loads(base64.b64decode('ROWS')):
+    target = getattr(made[name], host) if host else made[name]
+    try: setattr(target, 'options' if attribute == '_options_labels' else attribute, eval(value))
+    except Exception as error: failed.append(f'{name}.{attribute}: {error}')
+failed
+"""
+WHAT_IS_SEEN = """rows => {
+    const roots = root => [root, ...[...root.querySelectorAll('.host')].map(h => h.shadowRoot)];
+    const all = (root, selector) => !selector ? [root]
+        : roots(root).flatMap(each => [...each.querySelectorAll(selector)]);
+    const text = element => roots(element).map(each => each === element && element.localName
+        === 'style' ? '' : each.textContent).join('').trim();
+    const property = (element, name) => {
+        const [first, rest] = name.split('.');
+        if (first === 'style') return element.style.getPropertyValue(rest);
+        const value = rest ? element[first][rest] : element[first];
+        return typeof value === 'number' ? Math.round(value * 1000) / 1000 : String(value);
+    };
+    const how = {
+        text: (found, name) => found.map(text).join(' '),
+        of: (found, name) => [...new Set(found.map(each => property(each, name)))].join(' '),
+        css: ([found], name) => getComputedStyle(found).getPropertyValue(name),
+    };
+    return rows.map(([id, look]) => {
+        const root = document.querySelector(`.widget[data-model="${id}"]`);
+        const [, kind, name, selector] = look.match(/^(of|css) (\\S+) ?(.*)$/)
+            ?? [0, 'text', '', look.replace(/^text /, '')];
+        try { return how[kind](all(root, selector), name); } catch (error) { return `${error}`; }
+    });
+}"""
+
+
+@needs("ipywidgets")
+@needs_programs(SCHEMA)
+class PageWidgetAttributes(PageCase):
+    """Each attribute of each core model, by the package that specifies them."""
+
+    def make(self, *names):
+        """A tab in which one of each of these models is shown, and {name: model id}."""
+        hosted = [[name, HOSTS.get(name, name)] for name in names]
+        tab = self.open(WIDGETS_MADE.replace("HOSTED", json.dumps(hosted)))
+        tab.run(0)
+        said = tab.cell(0).locator("pre", has_text="ids {").inner_text()
+        return tab, json.loads(said.partition(" ")[2])
+
+    def put(self, tab, i, rows):
+        """Set each row's value, in cell i."""
+        sent = [[model, HOSTS.get(model, " ").split(" ")[1], attribute, value]
+                for (model, attribute), (value, _, _) in rows.items()]
+        code = base64.b64encode(json.dumps(sent).encode()).decode()
+        tab.run(i, WIDGETS_SET.replace("ROWS", code))
+        self.assertShows(tab.outputs(i), "[]")
+
+    def assertSeen(self, tab, ids, rows, when):
+        """Sooner or later each row's look finds what is to be seen."""
+        asked = [[ids[model], look] for (model, _), (_, look, _) in rows.items()]
+        wanted = [seen for _, _, seen in rows.values()]
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: tab.page.evaluate(WHAT_IS_SEEN, asked) == wanted)
+        found = tab.page.evaluate(WHAT_IS_SEEN, asked)
+        wrong = [f"{model}.{attribute} = {value}: {look} is {one!r}, not {seen!r}"
+                 for ((model, attribute), (value, look, seen)), one
+                 in zip(rows.items(), found, strict=True) if one != seen]
+        self.assertFalse(wrong, "\n".join([when, *wrong]))
+
+    def test_each_attribute_is_to_be_seen_or_named_with_the_reason(self):
+        missing = set(specification()) - set(rows_for(SEEN)) - set(rows_for(UNSEEN))
+        self.assertEqual(sorted(missing), [])
+        self.assertEqual(len(specification()), 1108)
+
+    def test_what_python_sets_is_seen_also_after_a_reload_and_without_a_kernel(self):
+        unseen, rows = rows_for(UNSEEN), rows_for(SEEN)
+        rows = {key: row for key, row in rows.items() if key not in unseen}
+        tab, ids = self.make(*dict.fromkeys(model for model, _ in rows))
+        then = rows_for(SEEN_THEN)
+        for step, (new, all_rows) in enumerate([(rows, rows), (then, {**rows, **then})], 1):
+            self.put(tab, step, new)
+            self.assertSeen(tab, ids, all_rows, f"set in Python, step {step}")
+        tab.save()
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertSeen(tab, ids, all_rows, "after a reload")
+        for session in self.server.get("/api/sessions").json:
+            self.server.delete("/api/sessions/" + session["id"])
+        tab.page.reload()
+        self.assertSeen(tab, ids, all_rows, "from the file")
+
+
+# A widget with a module of its own: it shows its value and the bytes that it holds, counts at a click,
+# calls the kernel, and hears it.
+COUNTER = '''
+import anywidget, pathlib, traitlets
+from anywidget.experimental import command
+class Counter(anywidget.AnyWidget):
+    _esm = """
+    export default {
+      initialize({ model }) { model.on("change:value", () => { document.title = "heard"; }); },
+      async render({ model, el, experimental }) {
+        const button = document.createElement("button"), said = document.createElement("p");
+        const show = () => { button.textContent = `value ${model.get("value")}, `
+          + `byte ${model.get("data").getUint8(1)}`; };
+        button.onclick = async () => {
+          model.set("value", model.get("value") + 1);
+          model.save_changes();
+          model.send({ clicked: true }, undefined, [new Uint8Array([7, 8]).buffer]);
+          const [answer, [bytes]] = await experimental.invoke("shout", "hello");
+          said.textContent = `${answer} ${bytes.getUint8(0)}`;
+        };
+        model.on("change:value", show);
+        model.on("msg:custom", (message, [bytes]) => said.append(message, bytes.getUint8(0)));
+        el.append(button, said);
+        show();
+        return () => { document.body.append("cleaned up"); };
+      },
+    };"""
+    _css = "button { color: rgb(1, 2, 3) }"
+    value, data = traitlets.Int(3).tag(sync=True), traitlets.Bytes(b"\\x01\\x02").tag(sync=True)
+    @command
+    def shout(self, message, buffers): return message.upper(), [b"\\x05"]
+heard = []
+counter = Counter()
+counter.on_msg(lambda widget, message, buffers: heard.append((message, bytes(buffers[0]))))
+counter'''
+
+
+@needs("anywidget")
+class PageAnywidget(PageCase):
+    """Widgets with a module of their own draw in frames that reach nothing but their model."""
+
+    def module(self, esm):
+        """A tab and the body of the frame of a widget whose module is this text."""
+        tab = self.open(f"import anywidget, traitlets\nclass W(anywidget.AnyWidget):\n"
+                        f"    _esm = '''{esm}'''\n    _css = ''\nwidget = W()\nwidget")
+        tab.run(0)
+        return tab, tab.page.frame_locator(".script-frame").locator("body")
+
+    def test_a_module_shows_its_model_and_both_sides_hear_each_other(self):
+        tab = self.open(COUNTER, "counter.value, [part for part in heard if 'clicked' in part[0]]",
+                        "counter.value = 40; counter.send(' and ', [b'\\x09'])")
+        tab.run(0)
+        frame = tab.page.frame_locator(".script-frame")
+        button = frame.get_by_role("button", name="value 3, byte 2")
+        self.assertEqual(button.evaluate("button => getComputedStyle(button).color"),
+                         "rgb(1, 2, 3)")
+        button.click()
+        self.assertShows(frame.locator("p"), "HELLO 5")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "(4, [({'clicked': True}, b'\\x07\\x08')])")
+        tab.run(2)
+        self.assertShows(frame.locator("button"), "value 40, byte 2")
+        self.assertShows(frame.locator("p"), "HELLO 5 and 9")
+        self.assertEqual(frame.locator("body").evaluate("() => document.title"), "heard")
+
+    def test_a_new_module_takes_the_place_of_the_old_one(self):
+        """As in development, where anywidget watches the file."""
+        tab, body = self.module("export function render({ el }) { el.append('first'); "
+                                "return () => document.body.dataset.ended = 'yes'; }")
+        self.assertShows(body, "first")
+        tab.run(1, "widget._esm = 'export default () => ({ render({ el }) { el.append(\"second\")"
+                   " } })'; widget._css = 'body { margin: 7px }'")
+        self.assertShows(body, "second")
+        self.assertNotIn("first", body.inner_text())
+        self.assertEqual(body.evaluate("body => [body.dataset.ended, body.style.margin, "
+                                       "getComputedStyle(body).marginTop]"), ["yes", "", "7px"])
+
+    def test_a_module_that_fails_says_so_in_its_output(self):
+        tab, body = self.module("export default { render() { nope(); } }")
+        self.assertShows(body, "ReferenceError: nope is not defined")
+        self.assertShows(body, "at render (_esm:1:29)")
+        for esm, words in (
+                ("export default {", "SyntaxError"), ("export const x = 1", "neither a default"),
+                ("export default { initialize() { throw Error(`early`) } }", "early"),
+                ("export default { render() { setTimeout(() => { throw Error(`late`) }) } }",
+                 "late"),
+                ("import `bare`", "SyntaxError"), ("import \"bare\"", "bare"),
+                ("export default { render({ model }) { return model.widget_manager"
+                 ".get_model(\"another\") } }", "no such model")):
+            with self.subTest(esm):
+                tab.run(1, f"widget._esm = {esm!r}")
+                self.assertShows(body, words)
+        self.problems.clear()      # the browser's own words for them
+
+    def test_a_module_reaches_neither_the_page_nor_the_server_nor_another_model(self):
+        tab, body = self.module(
+            "export default { async render({ el }) { const tried = async (name, does) => el.append("
+            "` ${name}: ${await does().then(() => \"done\", () => \"refused\")}`);"
+            "await tried(\"page\", async () => parent.document.title);"
+            "await tried(\"server\", () => fetch(\"/api/contents\"));"
+            "parent.postMessage({ model: \"other\", state: { value: 9 } }, \"*\");"
+            "el.append(` origin: ${origin}`) } }")
+        self.assertShows(body, "page: refused server: refused origin: null")
+        self.problems.clear()
 
 
 # What each text leaves in an output of each of these types that might act
