@@ -2597,6 +2597,8 @@ AFTER_IMPORT["ipykernel.comm"] = lambda module, kernel: setattr(
 def call_comm(kernel, request):
     """Run a comm's callback below its message's header; a failure is the user's to see."""
     kernel.outbox.scope.set(scope_of(request["header"]))
+    # ipywidgets' users are told of memoryviews: `upload.value[0].content.tobytes()`.
+    request["buffers"] = [memoryview(part) for part in request["buffers"]]
     try:
         getattr(kernel.comms, request["header"]["msg_type"])(request)
     except BaseException as error:

@@ -19202,6 +19202,20 @@ class PageForEveryone(PageCase):
         tab.command("contents")
         self.assertAxeFindsNothing(tab)
 
+    @needs("ipywidgets")
+    def test_a_notebook_with_widgets(self):
+        tab = self.open("from ipywidgets import *\nimport ipywidgets\n"
+                        "kinds = [kind for kind in vars(ipywidgets).values()\n"
+                        "         if isinstance(kind, type) and issubclass(kind, DOMWidget)]\n"
+                        "made = []\nfor kind in kinds:\n"
+                        "    for options in ({}, {'options': ['a', 'b']}):\n"
+                        "        try: made.append(kind(description=kind.__name__, **options))\n"
+                        "        except Exception: pass\n"
+                        "VBox([*made, Tab([Text(), Text()]), Accordion([Text()])])")
+        tab.run(0)
+        tab.page.locator("[data-widget=AccordionModel]").last.wait_for()
+        self.assertAxeFindsNothing(tab)
+
     def test_screen_readers_are_told_which_cells_are_selected(self):
         tab = self.open("a", "b", "c")
         self.assertEqual(tab.page.locator("#main").get_attribute("aria-multiselectable"), "true")
@@ -22185,7 +22199,7 @@ MIME_BUNDLES = [
     ({"text/html": "<p>x</p><scr" "ipt>1</scr" "ipt>"}, "iframe[sandbox]", ""),
     ({"text/html": "<iframe src='https://x.org'></iframe>"}, "iframe[sandbox]", ""),
     ({"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"},
-     "div", "IntSlider()An interactive widget (ipywidgets). This page shows it as text."),
+     "div", "IntSlider()An interactive widget (ipywidgets), which neither the kernel nor the file"),
     ({"application/vnd.vegalite.v5+json": {}, "text/plain": "<VegaLite>"}, "pre", "<VegaLite>"),
     ({"application/vnd.unknown+json": {"a": 1}}, "div", "application/vnd.unknown+json{1}a: 1"),
     ({"text/csv": "a,b\n1,2"}, "pre", "a,b\n1,2"),
@@ -22385,13 +22399,6 @@ class PageShowsLibraries(PageCase):
             self.assertShows(frame.frame_locator("iframe").locator("body"), "the map runs")
         self.problems.clear()      # the map's own library is not there
 
-    @needs("ipywidgets")
-    def test_a_widget_shows_its_text_and_what_it_is(self):
-        tab = self.open("import ipywidgets\nipywidgets.IntSlider(value=3)")
-        tab.run(0)
-        self.assertShows(tab.outputs(0), "IntSlider(value=3)")
-        self.assertShows(tab.outputs(0), "An interactive widget (ipywidgets)")
-
     @needs("ipywidgets", "tqdm")
     def test_the_bars_of_tqdm_move_and_go(self):
         tab = self.open("from tqdm.notebook import tqdm\nfor i in tqdm(range(30), desc='Work'):\n"
@@ -22409,6 +22416,207 @@ class PageShowsLibraries(PageCase):
         tab.run(1)
         self.assertCount(tab.outputs(1).locator("progress"), 0)
         self.assertEqual(tab.texts()[1].strip(), "")
+
+
+INTERACT = """import time
+from ipywidgets import *
+from IPython.display import clear_output, display
+seen = []
+@interact(x=(0, 100))
+def square(x=3):
+    seen.append(x)
+    print("the square is", x * x)"""
+CALLBACKS = """from traitlets import TraitError, validate
+class NoFive(IntText):
+    @validate("value")
+    def check(self, proposal):
+        if proposal["value"] == 5:
+            raise TraitError("five is refused")
+        return proposal["value"]
+number = NoFive(4, description="number")
+button = Button(description="Greet")
+button.on_click(lambda _: print("hello from the callback"))
+wrong = Button(description="Fail")
+wrong.on_click(lambda _: 1 / 0)
+upload = FileUpload(description="Data")
+VBox([number, button, wrong, upload])"""
+LINKED = """a, b = IntSlider(description="a"), IntSlider(description="b")
+c = IntText(description="c")
+link, oneway = jslink((a, "value"), (b, "value")), jsdlink((a, "value"), (c, "value"))
+play = Play(interval=1, max=7)
+forward = jslink((play, "value"), (a, "value"))
+tab = Tab([a, VBox([b, c])], titles=["left", "right"])
+VBox([tab, play])"""
+CAPTURES = """inner, outer = Output(), Output()
+with outer:
+    print("outer text")
+    display(inner)
+    with inner:
+        print("inner text")
+        display(Label("a label in it"))
+    print("outer again")
+    1 / 0
+display(outer)
+print("the cell's own")"""
+# A format, a number, and what d3-format 3 makes of it
+NUMBER_FORMATS = [
+    ("d", 3, "3"), ("d", -5, "−5"), (",d", 1234567, "1,234,567"), (".2f", 2.5, "2.50"),
+    (".3g", 1, "1.00"), (".3g", 12345, "1.23e+4"), (".0%", 0.256, "26%"), ("$,.2f", 1234.5,
+     "$1,234.50"), ("+d", 3, "+3"), ("(.1f", -2.25, "(2.3)"), ("06.1f", 3.14159, "0003.1"),
+    (".3s", 1500, "1.50k"), (".2s", 0.0042, "4.2m"), ("x", 255, "ff"), (".2e", 1234, "1.23e+3"),
+    ("", 0.5, "0.5"), (".2~f", 1.5, "1.5"), (">6d", 42, "    42"), ("^5d", 42, " 42  "),
+    ("no format at all", 1.25, "1.25"), (None, 7, "7"),
+]
+
+
+@needs("ipywidgets")
+class PageWidgets(DrawnPage):
+    """ipywidgets: what lives in the kernel, and is moved in the page."""
+
+    def widget(self, tab, name, n=0):
+        return tab.page.locator(f"[data-widget={name}Model]").nth(n)
+
+    def assertValue(self, locator, value):
+        from playwright.sync_api import expect
+        expect(locator).to_have_value(value, timeout=SECONDS * 1000)
+
+    def assertSays(self, tab, i, code, text):
+        tab.run(i, code)
+        self.assertShows(tab.outputs(i), text)
+
+    def test_interact_runs_while_the_slider_moves_and_outlives_the_page_and_the_kernel(self):
+        tab = self.open(INTERACT, "")
+        tab.run(0)
+        slider = self.widget(tab, "IntSlider").get_by_label("x")
+        self.assertShows(tab.outputs(0), "the square is 9")
+        slider.press("ArrowRight")
+        self.assertShows(tab.outputs(0), "the square is 16")
+        self.assertEqual(tab.texts()[0].count("the square"), 1)
+
+        tab.select(0)
+        tab.save()
+        second = self.reopen(self.name)
+        self.assertShows(second.outputs(0), "the square is 16")
+        self.widget(second, "IntSlider").get_by_label("x").press("ArrowRight")
+        self.assertShows(tab.outputs(0), "the square is 25")      # both pages show one model
+        self.assertValue(slider, "5")
+        self.assertSays(second, 1, "seen", "[3, 4, 5]")
+
+        tab.save()
+        second.page.evaluate("() => { view.restartNow() }")
+        self.widget(second, "IntSlider").locator("input:disabled").first.wait_for()
+        third = self.reopen(self.name)      # no kernel has it: the file has
+        self.assertShows(third.outputs(0), "the square is 25")
+        self.assertValue(self.widget(third, "IntSlider").get_by_label("x"), "5")
+        self.assertTrue(self.widget(third, "IntSlider").get_by_label("x").is_disabled())
+
+    def test_a_slider_that_is_dragged_while_a_cell_runs_sends_the_last_value(self):
+        tab = self.open(INTERACT, "input()\nprint('over')", "")
+        tab.run(0)
+        tab.select(1)
+        tab.press("Control+Enter")
+        question = tab.page.locator(".stdin input")
+        question.wait_for()
+        slider = self.widget(tab, "IntSlider").get_by_label("x")
+        for _ in range(30):
+            slider.press("ArrowRight")
+        question.press("Enter")
+        self.assertShows(tab.outputs(0), f"the square is {33 * 33}")
+        self.assertSays(tab, 2, "seen", "[3, 4, 33]")
+
+    def test_callbacks_speak_in_their_cell_and_refused_values_do_not_stay(self):
+        tab = self.open(INTERACT, CALLBACKS, "")
+        tab.run(0)
+        tab.run(1)
+        number = tab.page.get_by_label("number")
+        number.fill("5")
+        number.press("Enter")
+        self.assertShows(tab.page.locator(".notice"), "five is refused")
+        self.assertValue(number, "4")
+        tab.page.get_by_role("button", name="Greet").click()
+        self.assertShows(tab.outputs(1), "hello from the callback")
+        tab.page.get_by_role("button", name="Fail").click()
+        self.assertShows(tab.outputs(1), "ZeroDivisionError")
+        self.widget(tab, "FileUpload").locator("input").set_input_files(
+            {"name": "a.bin", "mimeType": "x/y", "buffer": b"\0\xff!"})
+        self.assertShows(self.widget(tab, "FileUpload"), "Data (1)")
+        self.assertSays(tab, 2, "upload.value[0].content.tobytes()", r"b'\x00\xff!'")
+        tab.run(2, "button.close()")
+        self.assertCount(tab.page.get_by_role("button", name="Greet"), 0)
+
+    def test_links_players_and_pages_need_no_cell_to_run(self):
+        tab = self.open(INTERACT, LINKED, "")
+        tab.run(0)
+        tab.run(1)
+        tab.page.get_by_role("button", name="Play", exact=True).click()
+        self.assertValue(tab.page.get_by_label("a", exact=True), "7")
+        tab.page.get_by_role("tab", name="left").press("ArrowRight")
+        self.assertValue(tab.page.get_by_label("b", exact=True), "7")
+        self.assertValue(tab.page.get_by_label("c", exact=True), "7")
+        tab.page.get_by_label("b", exact=True).press("ArrowLeft")
+        self.assertSays(tab, 2, "a.value, b.value, c.value, play.value, tab.selected_index",
+                        "(6, 6, 6, 6, 1)")
+
+    def test_an_output_widget_has_what_runs_below_it_and_is_cleared_alone(self):
+        tab = self.open(INTERACT, CAPTURES, "inner.clear_output()",
+                        "outer.clear_output(wait=True)\nouter.append_stdout('new')", "outer")
+        tab.run(0)
+        tab.run(1)
+        outer, inner = (self.widget(tab, "Output", n) for n in (1, 2))
+        self.assertShows(inner, "inner text")
+        self.assertShows(inner, "a label in it")
+        self.assertShows(outer, "outer again")
+        self.assertShows(outer, "ZeroDivisionError")
+        self.assertNotIn("own", outer.inner_text())
+        tab.run(4)
+        self.assertShows(tab.outputs(4), "inner text")      # shown twice
+        tab.run(2)
+        self.assertCount(tab.page.locator(".widget").get_by_text("inner text"), 0)
+        self.assertShows(tab.outputs(1), "the cell's own")
+
+    def test_what_a_widget_wishes_for_its_looks_asks_for_no_address_and_names_nothing(self):
+        tab = self.open(INTERACT, "")
+        tab.run(0, INTERACT + "\nlooks = Layout(width='123px', border='2px solid rgb(1, 2, 3)')\n"
+                "label = HTML('<b id=top>hi</b>', layout=looks)\n"
+                "label.style.background = 'url(http://x.invalid/a.png)'\n"
+                "label.style.text_color = 'rgb(4, 5, 6)'\nlabel.add_class('notice')\nlabel")
+        label = self.widget(tab, "HTML")
+        self.assertShows(label, "hi")
+        self.assertEqual(label.evaluate("""node => { const look = getComputedStyle(node);
+            const own = getComputedStyle(node.querySelector('.w-own'));
+            return [look.width, look.borderLeftColor, own.backgroundImage, own.color,
+                node.className.includes('notice'), document.querySelectorAll('#top').length] }"""),
+            ["123px", "rgb(1, 2, 3)", "none", "rgb(4, 5, 6)", False, 1])
+        tab.run(1, "looks.width = '150px'")
+        tab.page.wait_for_function("""() =>
+            document.querySelector('[data-widget=HTMLModel]').offsetWidth === 150""")
+
+    def test_numbers_are_written_as_d3_writes_them(self):
+        page = self.visit("/tree").page
+        for number_format, value, text in NUMBER_FORMATS:
+            with self.subTest(number_format):
+                self.assertEqual(page.evaluate("([format, value]) => formatNumber(format, value)",
+                                               [number_format, value]), text)
+
+    @needs("nbconvert")
+    def test_the_file_keeps_the_widgets_that_its_outputs_show_and_no_others(self):
+        import nbconvert
+        tab = self.open("from ipywidgets import *\nhidden = Text('nobody shows me')\n"
+                        "picture = Image(value=b'\\x00\\x01', format='png')\n"
+                        "VBox([IntSlider(7), picture])")
+        tab.run(0)
+        self.widget(tab, "IntSlider").wait_for()
+        tab.save()
+        kept = self.saved()["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]
+        models = {model["model_name"]: model for model in kept["state"].values()}
+        self.assertEqual(set(models), {"VBoxModel", "IntSliderModel", "ImageModel", "LayoutModel",
+                                       "SliderStyleModel"})
+        self.assertEqual(models["IntSliderModel"]["state"]["value"], 7)
+        self.assertEqual(models["ImageModel"]["buffers"],
+                         [{"data": "AAE=", "encoding": "base64", "path": ["value"]}])
+        page, _ = nbconvert.HTMLExporter().from_filename(str(self.root / self.name))
+        self.assertIn("IntSliderModel", page)
+        self.problems.clear()      # two bytes are no picture
 
 
 SCHEMA = NODE / "@jupyter-widgets" / "schema" / "jupyterwidgetmodels.latest.json"
@@ -22441,7 +22649,7 @@ SEEN = [
      "rgb(1, 2, 3)"),
     ("FileUpload", "style", "{'text_color': 'rgb(1, 2, 3)'}", "css color button", "rgb(1, 2, 3)"),
     ("*", "layout", "{'border_top': '3px solid red'}", "css border-top-width", "3px"),
-    ("*", "box_style button_style bar_style tag_style", "'info'", "of dataset.look", "info"),
+    ("*", "box_style button_style bar_style tag_style", "'info'", "of dataset.tone", "info"),
     ("*", "orientation", "'vertical'", "of dataset.orientation", "vertical"),
     ("RadioButtons", "orientation", "'horizontal'", "of dataset.orientation", "horizontal"),
     ("*", "icon", "'check'", "text .w-icon", "✓"),
@@ -22547,7 +22755,7 @@ SEEN = [
     ("Play", "repeat", "True", "of ariaPressed [title=Repeat]", "true"),
     ("Play", "show_repeat", "False", "of hidden [title=Repeat]", "true"),
     ("Output", "outputs", "({'output_type': 'stream', 'name': 'stdout', 'text': 'captured'},)",
-     "text .outputs", "captured"),
+     "text .w-outputs", "captured"),
     ("*", "readout", "False", "of hidden .w-readout", "true"),
     ("Valid", "readout", "'is wrong'", "text .note", "is wrong"),
     *[("ButtonStyle LabelStyle ToggleButtonStyle TextStyle HTMLStyle HTMLMathStyle CheckboxStyle",
@@ -22644,6 +22852,66 @@ def rows_for(table):
     return found
 
 
+# What the user does to a widget of each model, one thing after the other: where, how (a method of
+# Playwright's Locator, a key) and with what; an expression of the widget, `it`, and its value when
+# all is done, which the last row of a model tells.
+BY_HAND = [
+    ("IntSlider", "[type=range]", "press", "ArrowRight", "it.value", 1),
+    ("IntSlider", ".w-readout", "fill Enter", "1,042", "it.value", 100),     # no more than max
+    ("FloatSlider", "[type=range]", "press", "ArrowRight", "it.value", 0.1),
+    ("FloatLogSlider", "[type=range]", "press", "ArrowRight", "round(it.value, 3)", 1.259),
+    ("IntRangeSlider", "input >> nth=1", "press", "ArrowRight", "it.value", (25, 76)),
+    ("FloatRangeSlider", "input >> nth=0", "press", "ArrowRight", "it.value", (25.1, 75.0)),
+    ("SelectionSlider", "[type=range]", "press", "ArrowRight", "it.value", "y"),
+    ("SelectionRangeSlider", "input >> nth=1", "press", "ArrowRight", "it.value", ("x", "y")),
+    ("IntText", "input", "fill", "-7", "it.value", -7),
+    ("FloatText", "input", "fill", "2.5", "it.value", 2.5),
+    ("BoundedIntText", "input", "fill Enter", "700", "it.value", 100),
+    ("BoundedFloatText", "input", "fill Enter", "-1.5", "it.value", 0.0),
+    ("Text", "input", "fill", "some text", "it.value", "some text"),
+    ("Password", "input", "fill", "secret", "it.value", "secret"),
+    ("Textarea", "textarea", "fill", "two\nlines", "it.value", "two\nlines"),
+    ("Combobox", "input", "fill Enter", "neither", "it.value", ""),      # ensure_option
+    ("Checkbox", "[type=checkbox]", "check", None, "it.value", True),
+    ("ToggleButton", "button", "click", None, "it.value", True),
+    ("Button", "button", "click", None, "pressed", 1),
+    ("Dropdown", "select", "select_option", "y", "it.value", "y"),
+    ("Select", "select", "select_option", "y", "it.value", "y"),
+    ("SelectMultiple", "select", "select_option", ["x", "y"], "it.value", ("x", "y")),
+    ("RadioButtons", "input >> nth=1", "check", None, "it.value", "y"),
+    ("ToggleButtons", "button >> nth=1", "click", None, "it.value", "y"),
+    ("ColorPicker", "[type=color]", "fill", "#123456", "it.value", "#123456"),
+    ("DatePicker", "input", "fill", "2020-02-03", "str(it.value)", "2020-02-03"),
+    ("Time", "input", "fill", "12:34", "str(it.value)", "12:34:00"),
+    ("NaiveDatetime", "input", "fill", "2020-02-03T04:05", "str(it.value)", "2020-02-03 04:05:00"),
+    ("Datetime", "input", "fill", "2020-02-03T04:05", "str(it.value.astimezone())[:19]",
+     "2020-02-03 04:05:00"),
+    ("TagsInput", "[type=text]", "fill Enter", "a", "it.value", ["a"]),
+    ("TagsInput", "[type=text]", "fill Enter", "other", "it.value", ["a"]),      # not allowed
+    ("ColorsInput", "[type=text]", "fill Enter", "red", "it.value", ["red"]),
+    ("ColorsInput", "[type=text]", "fill Enter", "no colour", "it.value", ["red"]),
+    ("IntsInput", "[type=text]", "fill Enter", "7", "it.value", [7]),
+    ("IntsInput", "[type=text]", "fill Enter", "8000", "it.value", [7]),     # more than max
+    ("FloatsInput", "[type=text]", "fill Enter", "7.5", "it.value", [7.5]),
+    ("FloatsInput", "button", "click", None, "it.value", []),
+    ("FileUpload", "[type=file]", "set_input_files",
+     {"name": "a.txt", "mimeType": "text/plain", "buffer": b"abc"},
+     "[(each.name, bytes(each.content)) for each in it.value]", [("a.txt", b"abc")]),
+    ("Play", "[title=Play]", "click", None, "(it.value, it.playing)", (9, False)),
+    ("Tab", "[role=tab] >> nth=1", "click", None, "it.selected_index", 1),
+    ("Accordion", "section button", "click", None, "it.selected_index", 0),
+]
+# What they begin with, so that there is something to do, and to refuse.
+BEFORE_HANDS = """
+pressed = 0
+def press(button): global pressed; pressed += 1
+made['Button'].on_click(press)
+made['Combobox'].ensure_option, made['TagsInput'].allowed_tags = True, ['a']
+made['IntsInput'].max = 1000
+made['Play'].interval, made['Play'].step, made['Play'].max = 1, 3, 9
+for name in ('Tab', 'Accordion'): made[name].children = [w.Label('first'), w.Label('second')]
+"""
+
 # Makes one of each model, shows it, and says which id it has.
 WIDGETS_MADE = """
 import base64, datetime as dt, json, ipywidgets as w
@@ -22709,8 +22977,8 @@ class PageWidgetAttributes(PageCase):
         """Set each row's value, in cell i."""
         sent = [[model, HOSTS.get(model, " ").split(" ")[1], attribute, value]
                 for (model, attribute), (value, _, _) in rows.items()]
-        code = base64.b64encode(json.dumps(sent).encode()).decode()
-        tab.run(i, WIDGETS_SET.replace("ROWS", code))
+        sent = base64.b64encode(json.dumps(sent).encode()).decode()
+        tab.run(i, WIDGETS_SET.replace("ROWS", sent))
         self.assertShows(tab.outputs(i), "[]")
 
     def assertSeen(self, tab, ids, rows, when):
@@ -22746,6 +23014,27 @@ class PageWidgetAttributes(PageCase):
             self.server.delete("/api/sessions/" + session["id"])
         tab.page.reload()
         self.assertSeen(tab, ids, all_rows, "from the file")
+
+    def test_what_the_user_does_is_in_python(self):
+        """Each control, by hand, and what may not be set. (Links, Output: see PageWidgets.)"""
+        tab, ids = self.make(*dict.fromkeys(model for model, *_ in BY_HAND))
+        tab.run(1, BEFORE_HANDS)
+        for model, selector, acts, given, *_ in BY_HAND:
+            place = tab.page.locator(f'[data-model="{ids[model]}"]').locator(selector).first
+            act, _, key = acts.partition(" ")
+            getattr(place, act)(*[] if given is None else [given])
+            if act == "fill":
+                place.press(key or "Tab")
+        wanted = {model: (said, repr(value)) for model, _, _, _, said, value in BY_HAND}
+        tab.write(2, f"""wrong = []
+for name, (said, value) in {wanted!r}.items():
+    it = made[name]
+    if repr(eval(said)) != value:
+        wrong.append(f'{{name}}: {{eval(said)!r}}, not {{value}}')
+wrong""")
+        with contextlib.suppress(TimeoutError):      # the last of them may be under way
+            wait_until(lambda: tab.run(2) or tab.texts()[2] == "[]", 5)
+        self.assertEqual(tab.outputs(2).inner_text(), "[]")
 
 
 # A widget with a module of its own: it shows its value and the bytes that it holds, counts at a click,
