@@ -22620,6 +22620,7 @@ class PageWidgets(DrawnPage):
 
 
 SCHEMA = NODE / "@jupyter-widgets" / "schema" / "jupyterwidgetmodels.latest.json"
+HTML_MANAGER = NODE / "@jupyter-widgets" / "html-manager" / "dist" / "embed.js"
 
 # What is to be seen of the attributes of ipywidgets' models. A row: the models (* is all that have
 # it), an attribute, its value in Python, how to look, and what is seen then. Of the rows that fit a
@@ -23036,9 +23037,137 @@ wrong""")
             wait_until(lambda: tab.run(2) or tab.texts()[2] == "[]", 5)
         self.assertEqual(tab.outputs(2).inner_text(), "[]")
 
+# Widgets whose pictures are compared with those that ipywidgets' own html-manager draws of the same
+# state, and where they differ for a reason.
+DRAWN = """
+import base64, datetime as dt, ipywidgets as w
+o = ['one', 'two', 'three']
+def label(text): return w.Label(text)
+WIDGETS = [
+    w.IntSlider(3, description='An int'), w.FloatSlider(3.14159, readout_format='.1f'),
+    w.FloatSlider(3, description='No words', readout=False), w.FloatLogSlider(100),
+    w.IntSlider(1234, max=2000, readout_format=',d'),
+    w.FloatSlider(0.5, max=1, readout_format='.0%'),
+    w.IntRangeSlider(value=(2, 7), max=10, description='Range'),
+    w.FloatRangeSlider(value=(2, 7), max=10), w.SelectionSlider(options=o, value='two'),
+    w.IntProgress(30, description='Bar'), w.FloatProgress(0.25, max=1),
+    w.IntText(5, description='n'), w.FloatText(5.5), w.BoundedIntText(5), w.BoundedFloatText(5.5),
+    w.Text('hello', description='A text'), w.Textarea('hello', rows=3), w.Password(value='secret'),
+    w.Combobox(value='x', options=o), w.Checkbox(True, description='check'),
+    w.Checkbox(False, description='plain', indent=False),
+    w.ToggleButton(True, description='toggle'),
+    w.Valid(False, description='v', readout='is wrong'), w.Button(description='press'),
+    w.Dropdown(options=o, value='two', description='d'), w.RadioButtons(options=o, value='two'),
+    w.Select(options=o, value='two'), w.SelectMultiple(options=o, value=['two', 'three']),
+    w.ToggleButtons(options=o, value='two', description='t'),
+    w.HTML('<b>bold</b> text', description='h'), label('a label'),
+    w.ColorPicker(value='#ff0000', description='col'), w.DatePicker(value=dt.date(2020, 2, 3)),
+    w.TimePicker(value=dt.time(12, 30)), w.NaiveDatetimePicker(value=dt.datetime(2020, 2, 3, 4, 5)),
+    w.TagsInput(value=['a', 'b']), w.IntsInput(value=[1, 2000]), w.FloatsInput(value=[1.234, 2]),
+    w.FileUpload(description='up'), w.HBox([w.Button(description='a'), w.Button(description='b')]),
+    w.VBox([w.Button(description='a'), w.Button(description='b')]), w.Box([label('x'), label('y')]),
+    w.GridBox([label('x'), label('y'), label('z')], layout={'grid_template_columns': '50px 80px'}),
+    w.Tab([label('x'), label('y')], titles=['A', 'B'], selected_index=1),
+    w.Accordion([label('x'), label('y')], titles=['A', 'B'], selected_index=0),
+    w.Stack([label('x'), label('y')], selected_index=1),
+    w.Image(value=base64.b64decode('PIXEL'), width=50, height=40),
+    w.VBox([w.IntSlider(description='wide', layout={'width': '500px'}), label('below')]),
+]
+for each in WIDGETS: display(each)
+"""
+# What a reader sees of a widget: its texts and controls, in rows from the left to the right.
+PICTURE = """root => {
+    const seen = [];
+    const add = (place, words) => {
+        const {x, y, width, height} = place.getBoundingClientRect();
+        if (width && height && words) seen.push({x, y: y + height / 2, words: String(words)});
+    };
+    const CONTROLS = {
+        'i, style, datalist, .w-icon, .w-valid, .w-tag > button': () => '',
+        '[type=range]': e => `slider ${Number(e.value)}`,
+        '[role=slider]': e => `slider ${Number(e.ariaValueNow)}`,
+        '[type=checkbox], [type=radio]': e => e.checked ? 'chosen' : 'free',
+        'select': e => [...e.options].map(o => o.selected ? `(${o.text})` : o.text).join(' '),
+        'progress': e => `bar ${e.position}`,
+        '.progress': e => `bar ${parseFloat(e.firstChild.style.width) / 100}`,
+        '[type=color]': e => `colour ${e.value}`,
+        'input, textarea': e => e.value.replace(/(?<=:\\d\\d):00$/, ''),
+        'img': e => `picture ${e.offsetWidth} x ${e.offsetHeight}`,
+    };
+    const walk = node => {
+        if (node.nodeType === Node.TEXT_NODE) {
+            const range = document.createRange();
+            range.selectNodeContents(node);
+            return add(range, node.textContent.replace('\\u200b', '').trim());
+        }
+        if (node.nodeType !== Node.ELEMENT_NODE) return;
+        const control = Object.keys(CONTROLS).find(selector => node.matches(selector));
+        if (control) return add(node, CONTROLS[control](node));
+        for (const child of (node.shadowRoot ?? node).childNodes) walk(child);
+    };
+    walk(root);
+    seen.sort((a, b) => Math.abs(a.y - b.y) < 9 ? a.x - b.x : a.y - b.y);
+    return [root.dataset.widget, seen.map(({words}) => words).join(' | '),
+        Math.round(root.getBoundingClientRect().width)];
+}"""
+OTHER_PICTURES = {
+    "ValidModel": "its line is as long as that of others",
+    "RadioButtonsModel": "the box around them, which nobody sees, ends where they end",
+    "ImageModel": "html-manager's style keeps the proportions where a height is asked for",
+}
+AS_WIDE_AS_THE_PAGE = 1000     # pixels; how wide the page is, is no matter of the widget
 
-# A widget with a module of its own: it shows its value and the bytes that it holds, counts at a click,
-# calls the kernel, and hears it.
+
+@needs("ipywidgets")
+@needs_programs(HTML_MANAGER)
+class PageWidgetLooks(PageCase):
+    """Widgets look as ipywidgets' own html-manager draws what this page has saved."""
+
+    def reference(self, nb):
+        """A page on which html-manager draws the widgets of a saved notebook, each in its .one."""
+        state = nb["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]
+        views = [output["data"]["application/vnd.jupyter.widget-view+json"]
+                 for output in nb["cells"][0]["outputs"]]
+        script = '<script type="application/vnd.jupyter.widget-{}+json">{}</script>'
+        folder = self.folder()
+        (folder / "embed.js").write_bytes(HTML_MANAGER.read_bytes())
+        (folder / "index.html").write_text("".join([
+            '<!doctype html><meta charset="utf-8"><script src="embed.js"></script>',
+            script.format("state", json.dumps(state).replace("<", "\\u003c")),
+            *[f'<p class="one">{script.format("view", json.dumps(view))}</p>' for view in views]]))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(
+            Quiet, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        context = browser().new_context()
+        self.addCleanup(context.close)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
+        page.wait_for_function("count => document.querySelectorAll('.one .jupyter-widgets, "
+                               ".one .lm-Widget').length >= count", arg=len(views))
+        return page
+
+    def test_each_widget_shows_what_the_reference_shows(self):
+        pixel = base64.b64encode(one_red_pixel()).decode()
+        tab = self.open(DRAWN.replace("PIXEL", pixel))
+        tab.run(0)
+        tab.save()
+        reference = self.reference(self.saved())
+        ours, theirs = [page.eval_on_selector_all(selector, f"all => all.map({PICTURE})")
+                        for page, selector in ((tab.page, ".widget-place > .widget"),
+                                               (reference, ".one > div > :first-child"))]
+        for (name, words, width), (_, other_words, other_width) in zip(ours, theirs, strict=True):
+            with self.subTest(name):
+                if name not in OTHER_PICTURES:
+                    self.assertEqual(words, other_words)
+                    if max(width, other_width) < AS_WIDE_AS_THE_PAGE:
+                        self.assertAlmostEqual(width, other_width, delta=4)
+        self.assertGreater(len(ours), 45)
+
+
+# A widget with a module of its own: it shows its value and the bytes that it holds, counts at a
+# click, calls the kernel, and hears it.
 COUNTER = '''
 import anywidget, pathlib, traitlets
 from anywidget.experimental import command
