@@ -22434,7 +22434,8 @@ wrong = Button(description="Fail")
 wrong.on_click(lambda _: 1 / 0)
 upload = FileUpload(description="Data")
 VBox([number, button, wrong, upload])"""
-LINKED = """a, b, c = IntSlider(description="a"), IntSlider(description="b"), IntText(description="c")
+LINKED = """a, b = IntSlider(description="a"), IntSlider(description="b")
+c = IntText(description="c")
 link, oneway = jslink((a, "value"), (b, "value")), jsdlink((a, "value"), (c, "value"))
 play = Play(interval=1, max=7)
 forward = jslink((play, "value"), (a, "value"))
@@ -28932,13 +28933,15 @@ BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outpu
     None: {"editor": ".cell .editor", "output": ".output", "cells": ".cell",
            "text": "document.querySelector('.cell .editor').value",
            "ready": "document.body?.dataset.kernel === 'idle'",
-           "run_all": "runCommand('run-all')"},
+           "run_all": "runCommand('run-all')",
+           "slider": ".widget [type=range]:enabled"},
     notebook_7: {"editor": ".jp-Cell .cm-content", "output": ".jp-OutputArea-output",
                  "cells": ".jp-Cell",
                  "text": "document.querySelector('.jp-Cell .cm-content')?.textContent",
                  "ready": "[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')]"
                           ".some(i => i.dataset.status === 'idle')",
-                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')"},
+                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')",
+                 "slider": ".noUi-handle"},
 }
 LONG_CELL = "".join(f"""\
 def step_{number}(values, scale={number}.5):
@@ -29011,19 +29014,25 @@ def bench_notebook(server, sources, outputs=(), kernel="python3"):
         "name": kernel, "display_name": kernel, "language": "python"})
     content["cells"][0]["outputs"] = list(outputs)
     (server.root / "bench.ipynb").write_bytes(jupyter_bytes(content))
+    return bench_address(server)
+
+
+def bench_address(server):
     return f"http://127.0.0.1:{server.port}/notebooks/bench.ipynb?token={server.token}"
 
 
 class BenchPage:
-    """A notebook in a new browser profile, opened from a server of ours or of theirs."""
+    """A notebook in a new browser profile, opened from a server of ours or of theirs. Without
+    sources it is the one that the page before has left."""
 
-    def __init__(self, program, server, sources, **options):
+    def __init__(self, program, server, sources=None, **options):
         self.words = BENCH_PAGES[program]
         self.context = browser().new_context(bypass_csp=True)
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
         self.began = time.perf_counter()
-        self.page.goto(bench_notebook(server, sources, **options), wait_until="commit")
+        self.page.goto(bench_notebook(server, sources, **options) if sources
+                       else bench_address(server), wait_until="commit")
 
     def __enter__(self):
         return self
@@ -29220,6 +29229,61 @@ def bench_page(program, count):
         yield from bench_page_prints(program, server)
 
 
+BENCH_INTERACT = ("from ipywidgets import interact\n@interact(x=(0, 100))\n"
+                  "def square(x=3): print(f'the square is {x * x}.')")
+BENCH_SLIDERS = "from ipywidgets import *\nVBox([IntSlider(i) for i in range(200)])"
+KEY_TO_OUTPUT = """selector => {   // times: from a key press until the cell's text is another one
+    window.times = [];
+    const text = () => [...document.querySelectorAll(selector)].map(o => o.textContent)
+        .find(words => words.includes('the square is'))?.match(/is [0-9]+[.]/)?.[0];
+    addEventListener('keydown', () => {
+        const [pressed, before] = [performance.now(), text()];
+        const look = () => (text() ?? before) === before ? requestAnimationFrame(look)
+            : setTimeout(() => window.times.push(performance.now() - pressed));
+        requestAnimationFrame(look);
+    }, true);
+}"""
+
+
+def bench_interact(program, server, count):
+    """From a key on the slider of `interact` until its function's new output is painted."""
+    with BenchPage(program, server, [BENCH_INTERACT]) as page:
+        page.until(page.words["ready"])
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(page.is_shown("the square is 9."))
+        page.page.evaluate(KEY_TO_OUTPUT, page.words["output"])
+        slider = page.page.locator(page.words["slider"]).first
+        for n in range(count):
+            slider.press("ArrowRight")
+            page.until(f"window.times.length > {n}")
+        for milliseconds_ in page.page.evaluate("window.times"):
+            yield "page: slider of interact to output, p50", milliseconds_
+
+
+def bench_sliders(program, server):
+    """From the address of a notebook, whose kernel runs, until its 200 sliders can be moved."""
+    with BenchPage(program, server, [BENCH_SLIDERS]) as page:
+        are_shown = f"document.querySelectorAll({json.dumps(page.words['slider'])}).length === 200"
+        page.until(page.words["ready"])
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(are_shown)
+        page.page.locator(page.words["cells"]).first.press("Control+s")
+        wait_until(lambda: b"widget-view" in (server.root / "bench.ipynb").read_bytes())
+    with BenchPage(program, server) as page:
+        page.until(are_shown)
+        yield "page: 200 sliders, to use", (time.perf_counter() - page.began) * 1000
+
+
+@yields("page: slider of interact to output, p50", "page: 200 sliders, to use")
+def bench_widgets(program, count):
+    """ipywidgets, with the program's own kernel."""
+    with page_server(program) as server:
+        yield from bench_interact(program, server, count)
+        for session in server.get("/api/sessions").json:
+            server.delete("/api/sessions/" + session["id"])
+        yield from bench_sliders(program, server)
+
+
 AS_THE_PAGE = {"delay": 0, "controller_args": re.findall(
     "'(--HeartMonitor.*?)'", (HERE / "index.html").read_text("utf-8"))}
 CLUSTER_START = """
@@ -29311,6 +29375,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_console", bench_console, ["-m", "jupyter_console"]),
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
+    ("ours", "ipywidgets", bench_widgets, None),
+    ("theirs", "notebook", bench_widgets, notebook_7),
     ("ours", "playwright", bench_big_page, None),
     ("ours", "ipyparallel", bench_cluster, None),
     ("theirs", "ipyparallel", bench_cluster, CLUSTER_START),
