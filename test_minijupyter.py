@@ -1992,6 +1992,7 @@ class Listener(Frontend):
         super().__init__(ZeroMQWire(own.connection))
         self.process, self.patience = own.process, patience
         self.heard = []   # (channel, message), all of them
+        self.msg_ids = {}   # msg_id -> msg_type of what has come
 
     def ask(self, msg_type, channel="shell", header=(), **content):
         """Send a request, with more fields in its header, and return its Answer."""
@@ -2013,8 +2014,9 @@ class Listener(Frontend):
                 raise AssertionError(
                     f"A message came that is none: {problem}. Wanted: [identities, <IDS|MSG>, "
                     "signature, header, parent_header, metadata, content], the signature being the "
-                    "hex HMAC-SHA256 of the last four as they are sent, with the key of the "
-                    "connection file, and each message with a msg_id of its own.") from None
+                    "HMAC-SHA256 of the last four as they are sent (one spelling of the JSON for "
+                    "both, without the delimiter), with the key of the connection file, in 64 hex "
+                    "digits, and each message with a msg_id of its own.") from None
             except TimeoutError:
                 self.assert_alive()
         raise TimeoutError("nothing more came in time")
@@ -2025,6 +2027,11 @@ class Listener(Frontend):
 
     def file(self, channel, message):
         self.heard.append((channel, message))
+        msg_id, msg_type = message["header"].get("msg_id"), word(message)
+        if before := self.msg_ids.get(msg_id):
+            raise AssertionError("Wanted: a new msg_id in the header of each message.\n"
+                                 f"Got: {msg_id!r} in {before}, and again in {msg_type}")
+        self.msg_ids[msg_id] = msg_type
         super().file(channel, message)
 
     def replies(self, answer):
@@ -2042,7 +2049,9 @@ class Listener(Frontend):
                    for channel, message in self.replies(answer)),
                  *["on stdin: input_request"] * len(answer.questions)]
         if not self.replies(answer):
-            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}")
+            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}"
+                         + " (it was read: does the reply begin with the identities of the "
+                         "request, and leave on its socket?)" * answer.is_idle)
         return "\n     ".join(lines) + self.lost(answer)
 
     def lost(self, answer):
@@ -2236,16 +2245,23 @@ class KernelInAnyLanguage(Case):
 
     # -- verdicts in words --
 
-    def same(self, what, wanted, got):
+    def same(self, what, wanted, got, more=""):
         if wanted != got:
-            self.fail(f"Wanted {what}: {wanted}\nGot: {got}")
+            self.fail(f"Wanted {what}: {wanted}\nGot: {got}{more}")
 
     def story(self, answer, wanted):
         if answer.story != wanted:
             said = "".join(f"\n     {word(message)}: {message['content']}"[:200]
                            for message in answer.messages if word(message) not in wanted.split())
             self.fail(f"Wanted on iopub, with this request as the parent: {wanted}\n"
-                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}")
+                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}"
+                      + self.cell_of(answer))
+
+    @staticmethod
+    def cell_of(answer):
+        """The code that was run, as a line; empty when it was another request."""
+        code = answer.request["content"].get("code", "")
+        return f"\nThe cell: {code}" * bool(code)
 
     def fields(self, where, content, **kinds):
         """Each field is there and of its kind."""
@@ -2258,7 +2274,8 @@ class KernelInAnyLanguage(Case):
     def printed(self, answer, wanted, name="stdout"):
         for content in answer.of("stream"):
             self.fields("the content of stream", content, name=str, text=str)
-        self.same(f"as the text of {name}", wanted, answer.text(name).strip())
+        self.same(f"as the text of {name}", wanted, answer.text(name).strip(),
+                  self.cell_of(answer))
 
     def answered(self, answer, wanted="ok"):
         self.same("as the status of the reply", wanted, answer.reply["content"].get("status"))
@@ -2317,6 +2334,8 @@ class KernelInAnyLanguage(Case):
         for cell, text in zip(cells, ("hello", "world"), strict=True):
             self.story(cell, "busy execute_input stream idle")
             self.printed(cell, text)
+        code = self.lines("print one", "print two")
+        self.printed(self.frontend.done(self.frontend.start(code)), "one\ntwo")
 
     def test_the_value_of_a_cell_is_its_result(self):
         cell = self.cell("value")
@@ -2371,6 +2390,8 @@ class KernelInAnyLanguage(Case):
         code = self.lines("pause", "print early", "pause", "print late")
         cell = self.frontend.start(code)
         self.frontend.expect(lambda: "early" in cell.text(), "stream with `early`", cell)
+        with contextlib.suppress(TimeoutError):   # what was kept comes all at once
+            self.frontend.until(lambda: "late" in cell.text() or cell.reply, seconds=0.2)
         if "late" in cell.text() or cell.reply:
             self.fail("Wanted: a line while the cell pauses after it.\n"
                       f"Got: it came with the rest, at the end: {cell.text()!r}")
@@ -15840,6 +15861,8 @@ class ServerFromOutside(FromOutside, ServerCase):
         (self.place / "sub" / "in.txt").write_text("in")
         model = self.expect_json(200, "GET", folder)
         self.want_fields(folder, {**FILE_FIELDS, "type": "directory", "content": list}, model)
+        for each in model["content"]:
+            self.want(f"Each entry of the content of {folder}: a model, of type", dict, type(each))
         found = {each["name"]: each for each in model["content"] if "name" in each}
         self.want(f"The names in {folder}", ["a.txt", "b.ipynb", "sub"], sorted(found))
         for name, kind in (("a.txt", "file"), ("b.ipynb", "notebook"), ("sub", "directory")):
@@ -15889,12 +15912,12 @@ class ServerFromOutside(FromOutside, ServerCase):
         for name in ("none.txt", "no/such"):   # which Jupyter Server tells in plain text
             self.expect(404, "GET", f"{folder}/{name}")
         for method, path, body, status in [
+                ("GET", f"/api/kernels/{nobody}", None, 404),
+                ("GET", f"/api/sessions/{nobody}", None, 404),
+                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
                 ("DELETE", f"{folder}/none.txt", None, 404),
                 ("PATCH", f"{folder}/none.txt", {"path": f"{self.place.name}/b.txt"}, 404),
-                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
-                ("GET", f"/api/kernels/{nobody}", None, 404),
-                ("DELETE", f"/api/kernels/{nobody}", None, 404),
-                ("GET", f"/api/sessions/{nobody}", None, 404)]:
+                ("DELETE", f"/api/kernels/{nobody}", None, 404)]:
             error = self.expect_json(status, method, path, body)
             self.want_fields(f"The error of {method} {path}", {"message": str}, error)
         self.want("A file after a request that was refused", b"a", self.on_disk("a.txt"))
@@ -25556,7 +25579,8 @@ KERNEL_STAGES = [
           "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
           "a key. Bind a ZeroMQ socket (REP, in some libraries Reply) at tcp://ip:hb_port, and "
           "send back each message as it came, for ever.",
-          "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
+          "kernel.py 4, `Kernel.beat` (a loop in C, around a ROUTER); kernel.py 5, "
+          "`read_connection_file`",
           "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
           "The port is a number in the file, not one of your choice; the kernel binds, and clients "
           "connect; an echo is the same bytes, not the word pong.",
@@ -25571,7 +25595,7 @@ KERNEL_STAGES = [
           "protocol_version, implementation, implementation_version, banner, and language_info "
           "with name, version, mimetype, file_extension.",
           "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
-          "kernel.py 4, `kernel_info_request`",
+          "kernel.py 4, `kernel_info_request` (`Kernel.reply` adds status)",
           "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
           "The JSON is signed in one spelling and sent in another; the identities are lost, so "
           "that ROUTER does not know where to send it; parent_header is left empty; the reply "
@@ -25592,7 +25616,8 @@ KERNEL_STAGES = [
           "name stdout, text the text. Then reply with status ok and the same execution_count. All "
           "this has the request's header as parent, and stands between busy and idle. (The code of "
           "the checks' cells stands in the table SNIPPETS of test_minijupyter.py. From stage 9 on "
-          "output must leave while a cell runs: run cells in a thread or worker of their own.)",
+          "output must leave while a cell runs: run cells in a thread or worker of their own, in "
+          "node in worker_threads, for a cell blocks the event loop.)",
           "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
           "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
           "idle is published before the last output; execute_input is left out; the parent_header "
@@ -25623,7 +25648,10 @@ KERNEL_STAGES = [
           "process. (A client that wants a restart starts a new one.) A console that is closed may "
           "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it "
           "(not checked). "
-          "From here on `jupyter console` works with your kernel.",
+          "From here on consoles work with your kernel: first try `python minijupyter.py console "
+          "--kernel NAME`. `jupyter console` asks is_complete_request at each Enter: until that is "
+          "answered (stage 31; you may do it now) it warns once, and runs a cell after two empty "
+          "lines.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
@@ -25964,9 +25992,10 @@ SERVER_STAGES = [
           "The notebook is sent as a text; only sources are joined and outputs are forgotten.",
           ("ServerFromOutside.test_a_notebook_is_read_with_whole_strings",)),
     Stage("Say no in words",
-          "What is not there gets 404, a body that is no JSON gets 400. An error's body is JSON, "
-          "too: {\"message\": \"…\"}, which clients show to people. Kernels and sessions come "
-          "later: until then all of their ids are unknown.",
+          "What is not there gets 404, whatever is asked of it (GET, PATCH, DELETE); a body that "
+          "is no JSON gets 400. An error's body is JSON, too: {\"message\": \"…\"}, which clients "
+          "show to people. Kernels and sessions come later: until then all of their ids are "
+          "unknown.",
           "minijupyter.py 8, `Handler.send_problem`; minijupyter.py 8, `Handler.answer`",
           "Jupyter Server's REST API (api.yaml), responses; RFC 9110 15.5",
           "An exception ends the connection without an answer, or the answer is the library's page "
@@ -26389,7 +26418,9 @@ class Verdict(typing.NamedTuple):
         if self.status == PASSED:
             return f"{head}passed ({self.seconds:.1f} s)"
         status = "FAILED" if self.status == FAILED else self.status
-        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (self.status == FAILED)
+        starts = "cannot be started" not in self.words
+        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (
+            self.status == FAILED and starts)
         return f"{head}{status}\n{self.words}{hint}".replace("\n", "\n  ")
 
 
@@ -26709,6 +26740,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
               '{"status": "ok", **content}, {},', r"parent_header \{\}")],
     "Busy and idle, with the right parent": [
         Wrong(STATUS, STATUS.replace('request["header"]', "{}"), r"parent_header \{\}"),
+        Wrong("{os.getpid()}_{next(self.numbers)}", "{os.getpid()}", "a new msg_id"),
         Wrong('finally:\n            self.status("idle", request)',
               "finally:\n            pass", "(?s)status idle.*Got: .*: busy\n"),
         Wrong('self.status("busy", request)\n        try:\n            _, handler',
@@ -26792,6 +26824,8 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
         Wrong('("stderr", header)', '("err", header)', "text of stderr: two")],
     "Output in time": [
         Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5", "with the rest"),
+        Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5\n"   # each piece by itself, but late
+              "itertools.groupby = lambda keys: ((key, [key]) for key in keys)", "with the rest"),
         Wrong("if outbox.state is not gathering or len(text) > big:", "if False:",
               "with the rest"),
         Wrong("        now = monotonic()\n        self.flush_at",
@@ -27800,8 +27834,9 @@ class StageCommand(Case):
                     for test in each.tests:
                         name, method = test.split(".")
                         self.assertTrue(hasattr(globals()[name], method), test)
-                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", each.read)
-                    self.assertEqual(len(places), each.read.count("`") // 2)
+                    read = re.sub(r" \([^)]*\)", "", each.read)   # remarks
+                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", read)
+                    self.assertEqual(len(places), read.count("`") // 2)
                     for file, section, name in places:
                         self.assertTrue(is_there(name, section_of(file, int(section))), name)
 
@@ -29594,13 +29629,15 @@ BENCH_PAGES = {  # what a program calls things: its cells, its editor, its outpu
     None: {"editor": ".cell .editor", "output": ".output", "cells": ".cell",
            "text": "document.querySelector('.cell .editor').value",
            "ready": "document.body?.dataset.kernel === 'idle'",
-           "run_all": "runCommand('run-all')"},
+           "run_all": "runCommand('run-all')",
+           "slider": ".widget [type=range]:enabled"},
     notebook_7: {"editor": ".jp-Cell .cm-content", "output": ".jp-OutputArea-output",
                  "cells": ".jp-Cell",
                  "text": "document.querySelector('.jp-Cell .cm-content')?.textContent",
                  "ready": "[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')]"
                           ".some(i => i.dataset.status === 'idle')",
-                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')"},
+                 "run_all": "jupyterapp.commands.execute('notebook:run-all-cells')",
+                 "slider": ".noUi-handle"},
 }
 LONG_CELL = "".join(f"""\
 def step_{number}(values, scale={number}.5):
@@ -29673,19 +29710,25 @@ def bench_notebook(server, sources, outputs=(), kernel="python3"):
         "name": kernel, "display_name": kernel, "language": "python"})
     content["cells"][0]["outputs"] = list(outputs)
     (server.root / "bench.ipynb").write_bytes(jupyter_bytes(content))
+    return bench_address(server)
+
+
+def bench_address(server):
     return f"http://127.0.0.1:{server.port}/notebooks/bench.ipynb?token={server.token}"
 
 
 class BenchPage:
-    """A notebook in a new browser profile, opened from a server of ours or of theirs."""
+    """A notebook in a new browser profile, opened from a server of ours or of theirs. Without
+    sources it is the one that the page before has left."""
 
-    def __init__(self, program, server, sources, **options):
+    def __init__(self, program, server, sources=None, **options):
         self.words = BENCH_PAGES[program]
         self.context = browser().new_context(bypass_csp=True)
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
         self.began = time.perf_counter()
-        self.page.goto(bench_notebook(server, sources, **options), wait_until="commit")
+        self.page.goto(bench_notebook(server, sources, **options) if sources
+                       else bench_address(server), wait_until="commit")
 
     def __enter__(self):
         return self
@@ -29882,6 +29925,61 @@ def bench_page(program, count):
         yield from bench_page_prints(program, server)
 
 
+BENCH_INTERACT = ("from ipywidgets import interact\n@interact(x=(0, 100))\n"
+                  "def square(x=3): print(f'the square is {x * x}.')")
+BENCH_SLIDERS = "from ipywidgets import *\nVBox([IntSlider(i) for i in range(200)])"
+KEY_TO_OUTPUT = """selector => {   // times: from a key press until the cell's text is another one
+    window.times = [];
+    const text = () => [...document.querySelectorAll(selector)].map(o => o.textContent)
+        .find(words => words.includes('the square is'))?.match(/is [0-9]+[.]/)?.[0];
+    addEventListener('keydown', () => {
+        const [pressed, before] = [performance.now(), text()];
+        const look = () => (text() ?? before) === before ? requestAnimationFrame(look)
+            : setTimeout(() => window.times.push(performance.now() - pressed));
+        requestAnimationFrame(look);
+    }, true);
+}"""
+
+
+def bench_interact(program, server, count):
+    """From a key on the slider of `interact` until its function's new output is painted."""
+    with BenchPage(program, server, [BENCH_INTERACT]) as page:
+        page.until(page.words["ready"])
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(page.is_shown("the square is 9."))
+        page.page.evaluate(KEY_TO_OUTPUT, page.words["output"])
+        slider = page.page.locator(page.words["slider"]).first
+        for n in range(min(count, 90)):      # the slider has an end
+            slider.press("ArrowRight")
+            page.until(f"window.times.length > {n}")
+        for milliseconds_ in page.page.evaluate("window.times"):
+            yield "page: slider of interact to output, p50", milliseconds_
+
+
+def bench_sliders(program, server):
+    """From the address of a notebook, whose kernel runs, until its 200 sliders can be moved."""
+    with BenchPage(program, server, [BENCH_SLIDERS]) as page:
+        are_shown = f"document.querySelectorAll({json.dumps(page.words['slider'])}).length === 200"
+        page.until(page.words["ready"])
+        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.until(are_shown)
+        page.page.locator(page.words["cells"]).first.press("Control+s")
+        wait_until(lambda: b"widget-view" in (server.root / "bench.ipynb").read_bytes())
+    with BenchPage(program, server) as page:
+        page.until(are_shown)
+        yield "page: 200 sliders, to use", (time.perf_counter() - page.began) * 1000
+
+
+@yields("page: slider of interact to output, p50", "page: 200 sliders, to use")
+def bench_widgets(program, count):
+    """ipywidgets, with the program's own kernel."""
+    with page_server(program) as server:
+        yield from bench_interact(program, server, count)
+        for session in server.get("/api/sessions").json:
+            server.delete("/api/sessions/" + session["id"])
+        yield from bench_sliders(program, server)
+
+
 AS_THE_PAGE = {"delay": 0, "controller_args": re.findall(
     "'(--HeartMonitor.*?)'", (HERE / "index.html").read_text("utf-8"))}
 CLUSTER_START = """
@@ -29973,6 +30071,8 @@ BENCHES = [  # column, needed module, function, its arguments before the count o
     ("theirs", "jupyter_console", bench_console, ["-m", "jupyter_console"]),
     ("ours", "playwright", bench_page, None),
     ("theirs", "notebook", bench_page, notebook_7),
+    ("ours", "ipywidgets", bench_widgets, None),
+    ("theirs", "notebook", bench_widgets, notebook_7),
     ("ours", "playwright", bench_big_page, None),
     ("ours", "ipyparallel", bench_cluster, None),
     ("theirs", "ipyparallel", bench_cluster, CLUSTER_START),
