@@ -23294,6 +23294,27 @@ class PageAnywidget(PageCase):
         self.assertShows(body, "page: refused server: refused origin: null")
         self.problems.clear()
 
+    def test_a_widget_of_a_library_that_the_page_has_not_says_which_and_what_it_holds(self):
+        tab = self.open("import ipywidgets, traitlets\nclass Globe(ipywidgets.DOMWidget):\n"
+                        "    _model_name = traitlets.Unicode('GlobeModel').tag(sync=True)\n"
+                        "    _model_module = traitlets.Unicode('globes').tag(sync=True)\n"
+                        "    _view_name = traitlets.Unicode('GlobeView').tag(sync=True)\n"
+                        "    radius = traitlets.Int(6371).tag(sync=True)\nGlobe()")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "A widget of globes")
+        tab.outputs(0).get_by_text("What it holds").click()
+        self.assertShows(tab.outputs(0), "radius: 6371")
+
+    def test_ten_thousand_models_leave_the_page_usable(self):
+        tab = self.open("import ipywidgets as w\nmany = [w.IntSlider(n, max=10**4, description=f'n{n}') "
+                        "for n in range(3333)]      # each has a layout and a style\n"
+                        "w.VBox(many[::33])", "many[99].value", "")
+        tab.run(0)
+        slider = tab.outputs(0).get_by_label("n99", exact=True)
+        slider.press("ArrowRight")
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "100")
+
 
 # What each text leaves in an output of each of these types that might act
 WHAT_ACTS = r"""async ([texts, types]) => {
