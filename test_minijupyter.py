@@ -23090,10 +23090,13 @@ WIDGETS = [
     w.FileUpload(description='up'), w.HBox([w.Button(description='a'), w.Button(description='b')]),
     w.VBox([w.Button(description='a'), w.Button(description='b')]), w.Box([label('x'), label('y')]),
     w.GridBox([label('x'), label('y'), label('z')], layout={'grid_template_columns': '50px 80px'}),
+    w.GridBox([w.Label(each, layout={'grid_area': each}) for each in 'abc'],
+              layout={'grid_template_areas': '"b b" "c a"', 'width': '300px'}),
     w.Tab([label('x'), label('y')], titles=['A', 'B'], selected_index=1),
     w.Accordion([label('x'), label('y')], titles=['A', 'B'], selected_index=0),
     w.Stack([label('x'), label('y')], selected_index=1),
     w.Image(value=base64.b64decode('DOT'), width=50, height=40),
+    w.Image(value=base64.b64decode('DOT'), layout={'width': '70px', 'height': '30px'}),
     w.VBox([w.IntSlider(description='wide', layout={'width': '500px'}), label('below')]),
 ]
 for each in WIDGETS: display(each)
