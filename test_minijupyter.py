@@ -26580,9 +26580,9 @@ def stage_options(words):
     """The options of `stage`: what to check, and `command`, the words behind `--`."""
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        prog="test_minijupyter.py stage", usage=argparse.SUPPRESS, description=STAGE_HELP,
+        prog="test_minijupyter.py stage", usage=argparse.SUPRESS, description=STAGE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("what", nargs="*", help=argparse.SUPRESS)
     parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
                         help="how long a check waits for what must come (default: %(default)s)")
@@ -28752,7 +28752,7 @@ def run_clinic(words):
 class Sheets(Case):
     """The README's sheets and the checks are about the same labs, and what a sheet says is so."""
 
-    FIELDS = ("You learn", "Read", "Predict", "Do", "Check", "Explain", "In real Jupyter")
+    FIELDS = ("You learn", "Predict", "Read", "Do", "Check", "Explain", "In real Jupyter")
     MADE = re.compile(r"magic_hello|%name|%hello.*|.*\"%hello\"|text/csv|run-ten-times|"
                       r"lab\d+\.\w+|<b>|2 3 4 \+ \*|[\w.]+:123")   # by the student
 
@@ -29769,6 +29769,14 @@ class BenchPage:
         self.page.keyboard.type(text)
         self.until(f"({self.words['text']} ?? '').includes({json.dumps(text)})")
 
+    def run_first_cell(self):
+        """Notebook 7 asks for a kernel when one is quicker than its kernel: so type, as a user."""
+        self.until(self.words["ready"])
+        self.page.locator(self.words["editor"]).first.click()
+        self.page.keyboard.press("Control+End")
+        self.page.keyboard.type("  # typed", delay=30)
+        self.page.keyboard.press("Shift+Enter")
+
     def time_of_lines(self):
         """Milliseconds from the key press until the last of many printed lines is shown."""
         self.until(self.words["ready"])
@@ -29952,7 +29960,7 @@ def bench_page(program, count):
 BENCH_INTERACT = ("from ipywidgets import interact\n@interact(x=(0, 100))\n"
                   "def square(x=3): print(f'the square is {x * x}.')")
 BENCH_SLIDERS = "from ipywidgets import *\nVBox([IntSlider(i) for i in range(200)])"
-KEY_TO_OUTPUT = """selector => {   // times: from a key press until the cell's text is another one
+KEY_TO_OUTPUT = """selector => {   // times: from a key until the cell's text is another one
     window.times = [];
     const text = () => [...document.querySelectorAll(selector)].map(o => o.textContent)
         .find(words => words.includes('the square is'))?.match(/is [0-9]+[.]/)?.[0];
@@ -29968,8 +29976,7 @@ KEY_TO_OUTPUT = """selector => {   // times: from a key press until the cell's t
 def bench_interact(program, server, count):
     """From a key on the slider of `interact` until its function's new output is painted."""
     with BenchPage(program, server, [BENCH_INTERACT]) as page:
-        page.until(page.words["ready"])
-        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.run_first_cell()
         page.until(page.is_shown("the square is 9."))
         page.page.evaluate(KEY_TO_OUTPUT, page.words["output"])
         slider = page.page.locator(page.words["slider"]).first
@@ -29977,15 +29984,14 @@ def bench_interact(program, server, count):
             slider.press("ArrowRight")
             page.until(f"window.times.length > {n}")
         for milliseconds_ in page.page.evaluate("window.times"):
-            yield "page: slider of interact to output, p50", milliseconds_
+            yield "page: slider key to output, p50", milliseconds_
 
 
 def bench_sliders(program, server):
     """From the address of a notebook, whose kernel runs, until its 200 sliders can be moved."""
     with BenchPage(program, server, [BENCH_SLIDERS]) as page:
         are_shown = f"document.querySelectorAll({json.dumps(page.words['slider'])}).length === 200"
-        page.until(page.words["ready"])
-        page.page.evaluate(f"() => {{ {page.words['run_all']} }}")
+        page.run_first_cell()
         page.until(are_shown)
         page.page.locator(page.words["cells"]).first.press("Control+s")
         wait_until(lambda: b"widget-view" in (server.root / "bench.ipynb").read_bytes())
@@ -29994,11 +30000,12 @@ def bench_sliders(program, server):
         yield "page: 200 sliders, to use", (time.perf_counter() - page.began) * 1000
 
 
-@yields("page: slider of interact to output, p50", "page: 200 sliders, to use")
+@yields("page: slider key to output, p50", "page: 200 sliders, to use")
 def bench_widgets(program, count):
     """ipywidgets, with the program's own kernel."""
     with page_server(program) as server:
-        yield from bench_interact(program, server, count)
+        if program is None:      # Notebook 7's slider takes no arrow keys
+            yield from bench_interact(program, server, count)
         for session in server.get("/api/sessions").json:
             server.delete("/api/sessions/" + session["id"])
         yield from bench_sliders(program, server)
