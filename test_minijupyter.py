@@ -137,6 +137,7 @@ OURS = [sys.executable, str(HERE / "kernel.py"), "-f", "{connection_file}"]
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
              "-f", "{connection_file}"]
 WORKERS = 2  # processes that share the tests
+MOST_SECOND_TRIES = 3   # of a run; see Result.try_again
 MOST_SECONDS = 150  # a test that takes longer has failed
 SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
 MOST_PRINTED = 1 << 26  # characters kept of what a program prints: one may print without end
@@ -1990,6 +1991,7 @@ class Listener(Frontend):
         super().__init__(ZeroMQWire(own.connection))
         self.process, self.patience = own.process, patience
         self.heard = []   # (channel, message), all of them
+        self.msg_ids = {}   # msg_id -> msg_type of what has come
 
     def ask(self, msg_type, channel="shell", header=(), **content):
         """Send a request, with more fields in its header, and return its Answer."""
@@ -2011,8 +2013,9 @@ class Listener(Frontend):
                 raise AssertionError(
                     f"A message came that is none: {problem}. Wanted: [identities, <IDS|MSG>, "
                     "signature, header, parent_header, metadata, content], the signature being the "
-                    "hex HMAC-SHA256 of the last four as they are sent, with the key of the "
-                    "connection file, and each message with a msg_id of its own.") from None
+                    "HMAC-SHA256 of the last four as they are sent (one spelling of the JSON for "
+                    "both, without the delimiter), with the key of the connection file, in 64 hex "
+                    "digits, and each message with a msg_id of its own.") from None
             except TimeoutError:
                 self.assert_alive()
         raise TimeoutError("nothing more came in time")
@@ -2023,6 +2026,11 @@ class Listener(Frontend):
 
     def file(self, channel, message):
         self.heard.append((channel, message))
+        msg_id, msg_type = message["header"].get("msg_id"), word(message)
+        if before := self.msg_ids.get(msg_id):
+            raise AssertionError("Wanted: a new msg_id in the header of each message.\n"
+                                 f"Got: {msg_id!r} in {before}, and again in {msg_type}")
+        self.msg_ids[msg_id] = msg_type
         super().file(channel, message)
 
     def replies(self, answer):
@@ -2040,7 +2048,9 @@ class Listener(Frontend):
                    for channel, message in self.replies(answer)),
                  *["on stdin: input_request"] * len(answer.questions)]
         if not self.replies(answer):
-            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}")
+            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}"
+                         + " (it was read: does the reply begin with the identities of the "
+                         "request, and leave on its socket?)" * answer.is_idle)
         return "\n     ".join(lines) + self.lost(answer)
 
     def lost(self, answer):
@@ -2163,16 +2173,19 @@ class KernelInAnyLanguage(Case):
         return self.shared
 
     def await_listener(self, own, channel):
-        """Wait until the program listens at the address for a channel."""
-        address, patience = minijupyter.endpoint(own.connection, channel), 4 * self.patience
-        deadline = time.monotonic() + patience
+        """Wait until the program listens at the address for a channel; announce a long wait."""
+        patience, start, is_announced = 4 * self.patience, time.monotonic(), False
+        wanted = (f"somebody who listens at {minijupyter.endpoint(own.connection, channel)}, the "
+                  f"{kernel.port_name(channel)} of the connection file")
         while not is_listening(own.connection, channel):
             if own.process.popen.poll() is not None:
                 raise Ended(how_it_ended(own.process))
-            if time.monotonic() > deadline:
-                name = kernel.port_name(channel)
-                self.fail(f"Wanted within {patience:g} s: somebody who listens at {address}, the "
-                          f"{name} of the connection file.\nGot: nobody. {last_words(own.process)}")
+            if time.monotonic() > start + patience:
+                self.fail(f"Wanted within {patience:g} s: {wanted}.\n"
+                          f"Got: nobody. {last_words(own.process)}")
+            if not is_announced and time.monotonic() > start + patience / 8:
+                is_announced = True
+                print(f"waiting {patience:g} s at most for {wanted}", file=sys.stderr, flush=True)
             time.sleep(0.02)
 
     def connect(self, own):
@@ -2231,16 +2244,23 @@ class KernelInAnyLanguage(Case):
 
     # -- verdicts in words --
 
-    def same(self, what, wanted, got):
+    def same(self, what, wanted, got, more=""):
         if wanted != got:
-            self.fail(f"Wanted {what}: {wanted}\nGot: {got}")
+            self.fail(f"Wanted {what}: {wanted}\nGot: {got}{more}")
 
     def story(self, answer, wanted):
         if answer.story != wanted:
             said = "".join(f"\n     {word(message)}: {message['content']}"[:200]
                            for message in answer.messages if word(message) not in wanted.split())
             self.fail(f"Wanted on iopub, with this request as the parent: {wanted}\n"
-                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}")
+                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}"
+                      + self.cell_of(answer))
+
+    @staticmethod
+    def cell_of(answer):
+        """The code that was run, as a line; empty when it was another request."""
+        code = answer.request["content"].get("code", "")
+        return f"\nThe cell: {code}" * bool(code)
 
     def fields(self, where, content, **kinds):
         """Each field is there and of its kind."""
@@ -2253,7 +2273,8 @@ class KernelInAnyLanguage(Case):
     def printed(self, answer, wanted, name="stdout"):
         for content in answer.of("stream"):
             self.fields("the content of stream", content, name=str, text=str)
-        self.same(f"as the text of {name}", wanted, answer.text(name).strip())
+        self.same(f"as the text of {name}", wanted, answer.text(name).strip(),
+                  self.cell_of(answer))
 
     def answered(self, answer, wanted="ok"):
         self.same("as the status of the reply", wanted, answer.reply["content"].get("status"))
@@ -2312,6 +2333,8 @@ class KernelInAnyLanguage(Case):
         for cell, text in zip(cells, ("hello", "world"), strict=True):
             self.story(cell, "busy execute_input stream idle")
             self.printed(cell, text)
+        code = self.lines("print one", "print two")
+        self.printed(self.frontend.done(self.frontend.start(code)), "one\ntwo")
 
     def test_the_value_of_a_cell_is_its_result(self):
         cell = self.cell("value")
@@ -2344,6 +2367,7 @@ class KernelInAnyLanguage(Case):
             own = self.start_own()
             frontend = self.connect_own(own)
             frontend.greet()
+            self.await_listener(own, "control")
             answer = frontend.ask("shutdown_request", "control", restart=restart)
             frontend.expect(lambda answer=answer: answer.reply,
                             "shutdown_reply on control", answer)
@@ -2365,6 +2389,8 @@ class KernelInAnyLanguage(Case):
         code = self.lines("pause", "print early", "pause", "print late")
         cell = self.frontend.start(code)
         self.frontend.expect(lambda: "early" in cell.text(), "stream with `early`", cell)
+        with contextlib.suppress(TimeoutError):   # what was kept comes all at once
+            self.frontend.until(lambda: "late" in cell.text() or cell.reply, seconds=0.2)
         if "late" in cell.text() or cell.reply:
             self.fail("Wanted: a line while the cell pauses after it.\n"
                       f"Got: it came with the rest, at the end: {cell.text()!r}")
@@ -15834,6 +15860,8 @@ class ServerFromOutside(FromOutside, ServerCase):
         (self.place / "sub" / "in.txt").write_text("in")
         model = self.expect_json(200, "GET", folder)
         self.want_fields(folder, {**FILE_FIELDS, "type": "directory", "content": list}, model)
+        for each in model["content"]:
+            self.want(f"Each entry of the content of {folder}: a model, of type", dict, type(each))
         found = {each["name"]: each for each in model["content"] if "name" in each}
         self.want(f"The names in {folder}", ["a.txt", "b.ipynb", "sub"], sorted(found))
         for name, kind in (("a.txt", "file"), ("b.ipynb", "notebook"), ("sub", "directory")):
@@ -15883,12 +15911,12 @@ class ServerFromOutside(FromOutside, ServerCase):
         for name in ("none.txt", "no/such"):   # which Jupyter Server tells in plain text
             self.expect(404, "GET", f"{folder}/{name}")
         for method, path, body, status in [
+                ("GET", f"/api/kernels/{nobody}", None, 404),
+                ("GET", f"/api/sessions/{nobody}", None, 404),
+                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
                 ("DELETE", f"{folder}/none.txt", None, 404),
                 ("PATCH", f"{folder}/none.txt", {"path": f"{self.place.name}/b.txt"}, 404),
-                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
-                ("GET", f"/api/kernels/{nobody}", None, 404),
-                ("DELETE", f"/api/kernels/{nobody}", None, 404),
-                ("GET", f"/api/sessions/{nobody}", None, 404)]:
+                ("DELETE", f"/api/kernels/{nobody}", None, 404)]:
             error = self.expect_json(status, method, path, body)
             self.want_fields(f"The error of {method} {path}", {"message": str}, error)
         self.want("A file after a request that was refused", b"a", self.on_disk("a.txt"))
@@ -24688,9 +24716,10 @@ class Wrong(typing.NamedTuple):
 KERNEL_STAGES = [
     Stage("Connection file and heartbeat",
           "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
-          "a key. Bind a ZeroMQ socket (REP will do) at tcp://ip:hb_port, and send back each "
-          "message as it came, for ever.",
-          "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
+          "a key. Bind a ZeroMQ socket (REP, in some libraries Reply) at tcp://ip:hb_port, and "
+          "send back each message as it came, for ever.",
+          "kernel.py 4, `Kernel.beat` (a loop in C, around a ROUTER); kernel.py 5, "
+          "`read_connection_file`",
           "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
           "The port is a number in the file, not one of your choice; the kernel binds, and clients "
           "connect; an echo is the same bytes, not the word pong.",
@@ -24705,7 +24734,7 @@ KERNEL_STAGES = [
           "protocol_version, implementation, implementation_version, banner, and language_info "
           "with name, version, mimetype, file_extension.",
           "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
-          "kernel.py 4, `kernel_info_request`",
+          "kernel.py 4, `kernel_info_request` (`Kernel.reply` adds status)",
           "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
           "The JSON is signed in one spelling and sent in another; the identities are lost, so "
           "that ROUTER does not know where to send it; parent_header is left empty; the reply "
@@ -24724,7 +24753,10 @@ KERNEL_STAGES = [
           "Answer execute_request. Count the cell, publish `execute_input` with its code and "
           "execution_count, and run the code. Catch what it prints, and publish it as `stream`: "
           "name stdout, text the text. Then reply with status ok and the same execution_count. All "
-          "this has the request's header as parent, and stands between busy and idle.",
+          "this has the request's header as parent, and stands between busy and idle. (The code of "
+          "the checks' cells stands in the table SNIPPETS of test_minijupyter.py. From stage 9 on "
+          "output must leave while a cell runs: run cells in a thread or worker of their own, in "
+          "node in worker_threads, for a cell blocks the event loop.)",
           "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
           "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
           "idle is published before the last output; execute_input is left out; the parent_header "
@@ -24747,15 +24779,18 @@ KERNEL_STAGES = [
           "kernel.py 3, `Interpreter.fail`",
           "Messaging in Jupyter, “Execution errors”",
           "traceback is one string; the error is told in the reply only, so that nobody sees it, "
-          "or on iopub only, so that clients take the cell for a success; `exit()` in a cell ends "
-          "the kernel.",
+          "or on iopub only, so that clients take the cell for a success.",
           ("KernelInAnyLanguage.test_an_error_is_told_on_iopub_and_in_the_reply",)),
     Stage("Shutdown and restart",
           "Bind control_port, a ROUTER like shell, and wait for both (zmq.Poller). Answer "
           "shutdown_request on control: reply with the `restart` that was asked for, and end the "
           "process. (A client that wants a restart starts a new one.) A console that is closed may "
-          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it. "
-          "From here on `jupyter console` works with your kernel.",
+          "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it "
+          "(not checked). "
+          "From here on consoles work with your kernel: first try `python minijupyter.py console "
+          "--kernel NAME`. `jupyter console` asks is_complete_request at each Enter: until that is "
+          "answered (stage 31; you may do it now) it warns once, and runs a cell after two empty "
+          "lines.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
@@ -25096,9 +25131,10 @@ SERVER_STAGES = [
           "The notebook is sent as a text; only sources are joined and outputs are forgotten.",
           ("ServerFromOutside.test_a_notebook_is_read_with_whole_strings",)),
     Stage("Say no in words",
-          "What is not there gets 404, a body that is no JSON gets 400. An error's body is JSON, "
-          "too: {\"message\": \"…\"}, which clients show to people. Kernels and sessions come "
-          "later: until then all of their ids are unknown.",
+          "What is not there gets 404, whatever is asked of it (GET, PATCH, DELETE); a body that "
+          "is no JSON gets 400. An error's body is JSON, too: {\"message\": \"…\"}, which clients "
+          "show to people. Kernels and sessions come later: until then all of their ids are "
+          "unknown.",
           "minijupyter.py 8, `Handler.send_problem`; minijupyter.py 8, `Handler.answer`",
           "Jupyter Server's REST API (api.yaml), responses; RFC 9110 15.5",
           "An exception ends the connection without an answer, or the answer is the library's page "
@@ -25521,7 +25557,9 @@ class Verdict(typing.NamedTuple):
         if self.status == PASSED:
             return f"{head}passed ({self.seconds:.1f} s)"
         status = "FAILED" if self.status == FAILED else self.status
-        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (self.status == FAILED)
+        starts = "cannot be started" not in self.words
+        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (
+            self.status == FAILED and starts)
         return f"{head}{status}\n{self.words}{hint}".replace("\n", "\n  ")
 
 
@@ -25841,6 +25879,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
               '{"status": "ok", **content}, {},', r"parent_header \{\}")],
     "Busy and idle, with the right parent": [
         Wrong(STATUS, STATUS.replace('request["header"]', "{}"), r"parent_header \{\}"),
+        Wrong("{os.getpid()}_{next(self.numbers)}", "{os.getpid()}", "a new msg_id"),
         Wrong('finally:\n            self.status("idle", request)',
               "finally:\n            pass", "(?s)status idle.*Got: .*: busy\n"),
         Wrong('self.status("busy", request)\n        try:\n            _, handler',
@@ -25924,6 +25963,8 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
         Wrong('("stderr", header)', '("err", header)', "text of stderr: two")],
     "Output in time": [
         Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5", "with the rest"),
+        Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5\n"   # each piece by itself, but late
+              "itertools.groupby = lambda keys: ((key, [key]) for key in keys)", "with the rest"),
         Wrong("if outbox.state is not gathering or len(text) > big:", "if False:",
               "with the rest"),
         Wrong("        now = monotonic()\n        self.flush_at",
@@ -26932,8 +26973,9 @@ class StageCommand(Case):
                     for test in each.tests:
                         name, method = test.split(".")
                         self.assertTrue(hasattr(globals()[name], method), test)
-                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", each.read)
-                    self.assertEqual(len(places), each.read.count("`") // 2)
+                    read = re.sub(r" \([^)]*\)", "", each.read)   # remarks
+                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", read)
+                    self.assertEqual(len(places), read.count("`") // 2)
                     for file, section, name in places:
                         self.assertTrue(is_there(name, section_of(file, int(section))), name)
 
@@ -27276,13 +27318,14 @@ def lab_3(lab):
     frontend = lab.frontend(own)
     listener = Process([sys.executable, script, own.file], cwd=HERE)
     lab.stack.callback(listener.end)
+    types = ("status", "execute_input", "stream", "execute_result")
     deadline = time.monotonic() + SECONDS
-    while "execute_input" not in listener.output and not listener.ended \
-            and time.monotonic() < deadline:   # it may not have subscribed yet
+    while not all(map(listener.output.count, types)) and not listener.ended \
+            and time.monotonic() < deadline:   # it may not have subscribed yet, or be behind
         lab.run(frontend, "print('secret of the cell'); 6 * 7")
     lab.expect("lab3.py CONNECTION_FILE runs on while there is something to hear",
                not listener.ended, f"It says: {last_lines(listener.output)}")
-    for msg_type in ("status", "execute_input", "stream", "execute_result"):
+    for msg_type in types:
         lab.expect(f"it prints each {msg_type}", msg_type in listener.output,
                    f"It says: {last_lines(listener.output)}")
     source = script.read_text("utf-8")
@@ -27648,6 +27691,7 @@ Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
 
     python {folder}/minijupyter.py {folder}
 
+(Your own copy may run beside it: each server takes a port of its own and prints its address.)
 Then answer, in this order and in writing:
 
 1. What do you see in the page, and what should be there?
@@ -27681,11 +27725,9 @@ def judge(number, place):
     """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
     patient = CLINIC[number - 1]
     file, line = read_place(place)
-    if file != patient.file:
-        print(f"No: {file} is healthy. Which end of the first wrong arrow is its sender?")
-        return 1
-    if line not in patient.lines(text_of(file)):
-        print(f"No: line {line} does its work. The file is the right one.")
+    if file != patient.file or line not in patient.lines(text_of(file)):   # not which of both
+        print(f"No: line {line} of {file} does its work. Which end of the first wrong arrow is its "
+              "sender?")
         return 1
     print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
           f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
@@ -28180,7 +28222,7 @@ class Clinic(Case):
             lines = patient.lines(text_of(patient.file))
             other = next(name for name in FILES[:3] if name != patient.file)
             for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
-                                 (f"{other}:{lines[0]}", f"^No: {other} is healthy"),
+                                 (f"{other}:{lines[0]}", "^No: line .* does its work"),
                                  (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
                 code, said = self.clinic(folder, number, "--answer", place)
                 with self.subTest(place):
@@ -29167,6 +29209,7 @@ class Result(unittest.TestResult):
     def __init__(self):
         super().__init__()
         self.passed, self.broken, self.skips = 0, {}, []
+        self.second = {}   # what failed beside another process, and passed alone
         self.began = time.monotonic()
 
     def startTest(self, test):
@@ -29208,12 +29251,28 @@ class Result(unittest.TestResult):
         self.broken.update(broken)
         self.skips += skips
 
+    def try_again(self, suites):
+        """Run what failed while two processes shared the machine once more, alone: a busy machine
+        may have been too slow for a test's patience. The first failure is reported all the same,
+        for it may be a race in the program. When many have failed, no machine is to blame."""
+        tests = {str(test): test for suite in suites for test in suite}
+        again = [name for name in self.broken if name in tests]
+        for name in again if len(again) <= MOST_SECOND_TRIES else []:
+            alone = Result()
+            unittest.TestSuite([tests[name]]).run(alone)
+            if alone.passed:
+                self.passed += 1
+                self.second[name] = self.broken.pop(name)
+
     def report(self):
-        for name, texts in self.broken.items():
-            print(f"\n---- {name} " + "-" * max(0, 80 - len(name)))
-            print("\n".join(texts))
+        for mark, findings in (("second try: ", self.second), ("", self.broken)):
+            for name, texts in findings.items():
+                print(f"\n---- {mark}{name} " + "-" * max(0, 80 - len(mark + name)))
+                print("\n".join(texts))
         skipped = len([name for name, _ in self.skips if name not in self.broken])
         print(f"\n{time.monotonic() - self.began:.0f} s")
+        if self.second:
+            print(f"{len(self.second)} of those that passed needed a second try, alone")
         print(f"{self.passed} passed, {len(self.broken)} failed"
               + (f", {skipped} skipped" if skipped else ""))
         return 1 if self.broken else 0
@@ -29228,11 +29287,11 @@ class Queue(unittest.TestSuite):
         super().__init__(suites)
         self.numbers, end = os.pipe()
         with open(end, "wb") as numbers:
-            numbers.write(bytes(range(len(suites))))
+            numbers.write(struct.pack(f"{len(suites)}H", *range(len(suites))))
 
     def __iter__(self):
-        while number := os.read(self.numbers, 1):
-            yield self._tests[number[0]]
+        while number := os.read(self.numbers, 2):
+            yield self._tests[int.from_bytes(number, sys.byteorder)]
 
 
 def run_in_worker(queue):
@@ -29280,6 +29339,7 @@ def run_tests(suites):
     finally:
         for pid in workers:
             os.waitpid(pid, 0)
+    result.try_again(suites)
     return result
 
 
