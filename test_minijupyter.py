@@ -16665,15 +16665,30 @@ class Tab:
         self.wait_for(saved="true")
 
 
+# A list that opens while a test types would take its Esc. (Some frames keep nothing.)
+WITHOUT_OFFERS = """() => {
+    try { localStorage['minijupyter.completion'] ??= 'off'; } catch { }
+}"""
+
+
 @needs("playwright")
 @unittest.skipUnless(CHROMIUM, "needs chromium on the PATH")
 class PageCase(ServerCase):
     """Tests that share one browser profile, which is emptied after each of them."""
 
+    HAS_OFFERS = False   # completion while typing
+
+    @classmethod
+    def new_profile(cls):
+        profile = browser().new_context()
+        if not cls.HAS_OFFERS:
+            profile.add_init_script(f"({WITHOUT_OFFERS})()")
+        return profile
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.profile = browser().new_context()   # costs as much as opening two notebooks
+        cls.profile = cls.new_profile()   # costs as much as opening two notebooks
         cls.addClassCleanup(cls.profile.close)
         cls.broom = cls.profile.new_cdp_session(cls.profile.new_page())
 
@@ -16690,7 +16705,7 @@ class PageCase(ServerCase):
 
     def use_own_profile(self):
         """For a test that changes what cannot be changed back: the clock, a script in each page."""
-        context = browser().new_context()
+        context = self.new_profile()
         self.addCleanup(context.close)
         self.use(context)
 
@@ -18285,6 +18300,215 @@ SOFT_KEYWORDS = [  # a line, and the first keyword in it, or None
     ("x = match(y)", None), ("case = {1: 2}", None), ("print(case)", None), ("type(x)", None),
     ("type = 1", None), ("a.type x", None), ("case in x", "in"), ("match - x", None),
     ("match if a else b", "if"), ("type is x", "is"), ("match(", None)]
+
+
+OFFERED_FOR = [  # text before the caret -> what is asked for
+    ("os.", "name"), ("os.pa", "name"), ("f(1).", "name"), ("d[0].", "name"), ("abc", "name"),
+    ("x = größe", "name"), ("@functools.", "name"), ("import os.", "name"), ("%mat", "name"),
+    ("f'{os.", "name"), ('print(f"at {thing.', "name"), ("f'''\n{d[", "key"), ("'a'; abc", "name"),
+    ("d[", "key"), ("d['", "key"), ('d["al', "key"), ("d[1, ", "key"), ("f(d[b'", "key"),
+    ("f(", "call"), ("f(1, ", "call"), ("f(key=", "call"), ("f('(', ", "call"), ("f\"{g(", "call"),
+    ("ab", ""), ("1.", ""), ("x = 1_0.", ""), ("# os.pa", ""), ("x  # abc", ""), ("'os.pa", ""),
+    ("'''\nabc", ""), ("f'abc", ""), ("f'{{os.", ""), ("f'{x:abc", ""), ("r'os.pa", ""),
+    ("!ls abc", ""), ("def abc", ""), ("class Abc", ""), ("import x as abc", ""), ("x = [", "")]
+
+
+class PageHelpsWhileTyping(PageCase):
+    """Completion and signatures that nobody has asked for, and that take nothing from the text."""
+
+    HAS_OFFERS = True
+    SETUP = ("import os\nconf = {'alpha one': 1, 'beta': 2}\nclass Thing:\n"
+             "    def method(self, first, second=2, *, key=3):\n        'What it does.'\n"
+             "thing = Thing()")
+
+    def opened(self):
+        """A tab on a notebook that has run SETUP, and its list of offers."""
+        tab = self.open(self.SETUP, "")
+        tab.run(0)
+        return tab, tab.page.get_by_role("listbox", name="Completions").get_by_role("option")
+
+    def type(self, tab, text):
+        tab.write(1, "")
+        tab.cell(1).locator("textarea.editor").focus()
+        tab.page.keyboard.type(text)
+
+    def test_what_is_offered_is_seen_from_the_text_before_the_caret(self):
+        found = self.open("").page.evaluate("""texts => texts.map(text => {
+            const context = contextOf(text, 'python');
+            return context ? offerFor(context) : '';
+        })""", [text for text, _ in OFFERED_FOR])
+        self.assertEqual([*zip([text for text, _ in OFFERED_FOR], found, strict=True)], OFFERED_FOR)
+
+    def test_names_and_keys_are_offered_and_enter_takes_only_what_was_chosen(self):
+        tab, options = self.opened()
+        for text, offer, keys, left in [
+                ("thing.", "method", "Enter", "thing.\n"),
+                ("thing.m", "method", "Tab", "thing.method"),
+                ("x = thi", "thing", "ArrowDown Enter", "x = thing"),
+                ("f'{thing.", "method", "Tab", "f'{thing.method'"),
+                ("os.pathc", "pathconf", "ArrowUp Enter", "os.pathconf_names"),
+                ("conf['", "alpha one", "Tab", "conf['alpha one']"),
+                ("conf[", "'alpha one'", "Tab", "conf['alpha one']")]:
+            with self.subTest(text):
+                self.type(tab, text)
+                self.assertShows(options.first, offer)
+                self.assertCount(tab.page.locator("li[aria-selected=true]"), 0)
+                tab.press(*keys.split())
+                self.assertCount(options, 0)
+                self.assertEqual(tab.sources()[1], left)
+
+    def test_escape_closes_the_offer_and_none_comes_until_the_next_word(self):
+        tab, options = self.opened()
+        self.type(tab, "os.pathc")
+        options.first.wait_for()
+        tab.press("Escape")
+        self.assertCount(options, 0)
+        tab.page.keyboard.type("o")
+        tab.page.evaluate("() => view.active.editor.help()")     # as after the pause
+        self.assertEqual(tab.page.evaluate("[askedAt, state.mode]"), [float("-inf"), "edit"])
+        tab.page.keyboard.type(" + thing.me")
+        self.assertShows(options.first, "method")
+        tab.page.keyboard.type("thod")      # all of it: there is nothing more to offer
+        self.assertCount(options, 0)
+
+    def test_the_signature_of_the_open_call_stands_above_it_until_it_is_closed(self):
+        tab, _ = self.opened()
+        line, due = tab.page.locator(".call"), tab.page.locator(".call .due")
+        self.type(tab, "thing.method(")
+        self.assertShows(line, "thing.method(first, second=2, *, key=3)")
+        self.assertShows(line, "What it does.")
+        for typed, parameter in [("", "first"), ("[1, 2],", "second=2"), (" key=", "key=3")]:
+            tab.page.keyboard.type(typed)
+            self.assertShows(due, parameter)
+        self.assertLess(line.bounding_box()["y"], tab.cell(1).bounding_box()["y"])
+        tab.page.keyboard.type("3)")
+        self.assertCount(line, 0)
+        for leaving in ("Escape", "Home", "Shift+Enter"):
+            self.type(tab, "print(")
+            self.assertShows(line, "Prints the values to a stream")
+            tab.press(leaving)
+            self.assertCount(line, 0)
+
+    def test_a_kernel_that_does_not_answer_is_asked_once_and_late_answers_are_dropped(self):
+        tab, options = self.opened()
+        tab.page.evaluate("""() => {
+            window.asked = [];
+            view.ask = (type, content) => new Promise(
+                resolve => asked.push({ type, content, resolve }));
+            window.answer = n => asked[n].resolve({ status: 'ok', cursor_start: 0, cursor_end: 3,
+                matches: ['abcde', 'abcdf'], metadata: {} });
+        }""")
+        self.type(tab, "abc")
+        tab.page.wait_for_function("() => asked.length === 1")
+        tab.page.keyboard.type("d")
+        tab.page.wait_for_function("() => isDue")      # the next pause has come
+        self.assertEqual(tab.page.evaluate("asked.length"), 1)
+        tab.page.evaluate("answer(0)")
+        self.assertShows(options.first, "abcde")      # the word has only grown
+        self.type(tab, "abc")
+        tab.page.wait_for_function("() => asked.length === 2")
+        tab.page.keyboard.type(" + 1")
+        self.assertIsNone(tab.page.evaluate("answer(1)"))
+        self.assertCount(options, 0)
+        tab.page.evaluate("() => Object.assign(view, { implementation: 'other' })")
+        self.type(tab, "xyz")
+        tab.page.wait_for_function("() => asked.length === 3")      # another kernel that is idle
+        tab.page.evaluate("() => { answer(2); state.kernel = 'busy'; view.active.editor.help(); }")
+        self.assertEqual(tab.page.evaluate("asked.length"), 3)
+
+    def test_switched_off_it_asks_nothing_and_tab_still_completes(self):
+        tab, options = self.opened()
+        tab.page.evaluate("chooseSetting('completion', 'off')")
+        self.type(tab, "thing.")
+        self.assertEqual(tab.page.evaluate("pause"), 0)
+        tab.press("Tab")
+        tab.page.wait_for_function("() => view.active.editor.value === 'thing.method'")
+
+
+class PageKeepsSettings(PageCase):
+    """Settings are chosen in a dialog, kept in the browser, and in force in all its pages."""
+
+    def test_what_is_chosen_is_in_force_at_once_in_all_pages_and_after_a_reload(self):
+        tab = self.open("x = 1\ny = 2", "3", name="one.ipynb")
+        other = self.open("4", "5", name="two.ipynb")
+        files = self.visit("/tree")
+        tab.select(0)
+        tab.press("Control+,")
+        dialog = tab.page.get_by_role("dialog", name="Settings")
+        self.assertEqual(dialog.locator("select").count(), 5)
+        for label, value in [("Width of the page", "wide"), ("Colours", "dark"),
+                             ("Line numbers in notebooks", "on"), ("Autosave", "off")]:
+            dialog.get_by_label(label).select_option(value)
+        for each in (tab, other, files):
+            each.page.wait_for_function("""() => document.documentElement.dataset.width === 'wide'
+                && document.documentElement.style.colorScheme === 'dark'""")
+        self.assertCount(other.page.locator(".numbers:visible"), 2)
+        other.page.evaluate("chooseSetting('width', 'normal')")
+        tab.page.wait_for_function(
+            "() => document.getElementById('setting-width').value === 'normal'")
+        tab.choose("Close")
+        tab.select(1)
+        tab.press("b")
+        self.assertCount(tab.page.locator(".numbers:visible"), 3)
+        tab.press("Shift+L")
+        self.assertCount(other.page.locator(".numbers:visible"), 0)
+        other.page.evaluate("localStorage['minijupyter.theme'] = 'plaid'")      # no row names it
+        other.page.reload()
+        other.wait_for(kernel="idle")
+        self.assertEqual(other.page.evaluate("['autosave', 'width', 'theme'].map(setting)"),
+                         ["off", "normal", "light dark"])
+
+    def test_a_wide_page_gives_its_width_to_code_and_outputs_and_stays_at_its_cell(self):
+        tab = self.open(*[f"print({i})" for i in range(60)])
+        tab.page.set_viewport_size({"width": 1800, "height": 800})
+        tab.cell(40).locator("textarea.editor").click()
+        place = "document.querySelectorAll('.cell')[40].getBoundingClientRect()"
+        top = tab.at_rest(f"{place}.top")
+        tab.command("width")
+        self.assertGreater(tab.page.evaluate(f"{place}.width"), 1700)
+        self.assertAlmostEqual(tab.at_rest(f"{place}.top"), top, delta=2)
+        self.assertFalse(tab.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+    def test_without_autosave_nothing_is_written_unasked_and_leaving_warns(self):
+        tab = self.open("old")
+        tab.page.evaluate("chooseSetting('autosave', 'off')")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.page.keyboard.type("new ")
+        self.assertShows(tab.page.locator("#save-state"), "autosave is off")
+        tick = """async () => {
+            view.file.changedAt = 0;
+            view.file.tick();
+            await nextFrame();
+            return view.file.isSaved || Boolean(view.file.saving);
+        }"""
+        self.assertFalse(tab.page.evaluate(tick))
+        with tab.page.expect_event("dialog") as asked:
+            tab.page.close(run_before_unload=True)
+        self.assertEqual(asked.value.type, "beforeunload")
+        asked.value.dismiss()
+        tab.page.bring_to_front()
+        tab.save()
+        self.assertShows(tab.page.locator("#save-state"), "Saved")
+        tab.page.evaluate("chooseSetting('autosave', 'on')")
+        tab.cell(0).locator("textarea.editor").focus()
+        tab.page.keyboard.type("er")
+        self.assertTrue(tab.page.evaluate(tick))
+        tab.wait_for(saved="true")
+
+    def test_the_head_of_a_table_in_a_folded_box_stays_and_the_box_begins_with_it(self):
+        rows = "'<table><thead><tr><th>head</thead>' + '<tr><td>cell</td></tr>' * 30 + '</table>'"
+        tab = self.open(f"from IPython.display import HTML\nimport time\nfor n in range(4):\n"
+                        f"    display(HTML({rows}))\n    time.sleep(.05)\nprint('end')")
+        tab.run(0)
+        box = tab.page.locator(".outputs.folded")
+        box.wait_for()
+        self.assertEqual(box.evaluate("box => box.scrollTop"), 0)
+        gap = """box => document.querySelector('.host').shadowRoot.querySelector('thead')
+            .getBoundingClientRect().top - box.getBoundingClientRect().top"""
+        box.evaluate("box => { box.scrollTop = 300; }")
+        self.assertAlmostEqual(box.evaluate(gap), 0, delta=1)
+        box.locator(".output").first.evaluate("output => output.style.width = '200px'")
+        self.assertEqual(box.evaluate("box => box.scrollLeft"), 0)
 
 
 class PageKeys(PageCase):
