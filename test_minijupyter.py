@@ -29040,6 +29040,17 @@ KEY_COST = """() => {   // of handlers and layout, without the wait for a frame
         times.push(performance.now() - pressed);
     }));
 }"""
+KEY_TO_OFFERS = """() => new Promise(done => {   // from the pause's end until the list is painted
+    let pressed;
+    addEventListener('keydown', () => { pressed = performance.now() }, true);
+    new MutationObserver((_, observer) => {
+        if (!document.querySelector('.completions li')) return;
+        observer.disconnect();
+        requestAnimationFrame(() => setTimeout(
+            () => done(performance.now() - pressed - PAUSE_MS)));
+    }).observe(ui.main, { childList: true, subtree: true });
+    console.log('listening');
+})"""
 LONGEST_FRAME = """() => setTimeout(() => {   // in a moment: by then nobody watches
     let longest = 0;
     let last = performance.now();
@@ -29220,6 +29231,21 @@ def bench_page_work(program, server, count):
             yield "page: work of a key in 1,000 cells, p50", milliseconds_
 
 
+def bench_page_offers(program, server, count):
+    """Completion while typing in a long notebook: what comes after the pause of 150 ms."""
+    with BenchPage(program, server, ["", *[f"x = {i}" for i in range(999)]]) as page:
+        page.until(page.words["ready"])
+        page.page.locator(page.words["editor"]).first.click()
+        for _ in range(count):
+            with page.page.expect_console_message(lambda message: message.text == "listening"):
+                page.page.evaluate(f"() => {{ window.offered = ({KEY_TO_OFFERS})() }}")
+            page.page.keyboard.type("str.is", delay=20)
+            yield "page: pause to completions, p50", page.page.evaluate("() => window.offered")
+            page.page.keyboard.press("Escape")
+            page.page.keyboard.press("Control+a")
+            page.page.keyboard.press("Delete")
+
+
 @contextlib.contextmanager
 def chromium_process(address):
     """A Chromium that shows a page. Yields a function: with it one can look at the page."""
@@ -29259,12 +29285,14 @@ def bench_page_burst(server):
 
 @yields("page: 1,000 cells, JSON to paint", "page: 5,000 cells, JSON to paint",
         "page: 100,000 lines, JSON to paint", "page: work of a key in 1,000 cells, p50",
+        "page: pause to completions, p50",
         "page: longest frame at 10,000 messages/s")
 def bench_big_page(program, count):
     """Big work in the page, which has its targets in milliseconds."""
     with page_server(program) as server:
         yield from bench_page_draws(program, server)
         yield from bench_page_work(program, server, count)
+        yield from bench_page_offers(program, server, count)
         yield from bench_page_burst(server)
 
 
