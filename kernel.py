@@ -3353,6 +3353,16 @@ def symbols():
     return {**letters, **LATEX_LETTERS}
 
 
+def letter_called(name):
+    """The letter of this name in Unicode, "GREEK SMALL LETTER ALPHA", if a Python name may have
+    it; else None."""
+    try:
+        letter = own("unicodedata").lookup(name)
+    except KeyError:
+        return None
+    return letter if f"a{letter}".isidentifier() else None
+
+
 @EXTRAS.append
 def have_magics(kernel):
     sys.breakpointhook = breakpoint_here
@@ -3388,6 +3398,7 @@ STRING = re.compile(   # one that no quote ends has an empty `end`
     r"(?P<text>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)|$)")
 FIELD_END = re.compile(r"\{([^{}]*)$")
 SYMBOL_END = re.compile(r"\\([A-Za-z]{2,})$")
+UNICODE_END = re.compile(r"\\([A-Z][A-Z0-9 -]+)$")
 LATEX_LETTERS = {   # which HTML has under another name or not at all; the last ones go on a letter
     "epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ", "hbar": "ħ", "hat": "\u0302",
     "bar": "\u0304", "dot": "\u0307", "ddot": "\u0308", "tilde": "\u0303", "vec": "\u20d7"}
@@ -3539,9 +3550,10 @@ def complete(code, cursor, namespace, magics=()):
     """
     before = code[:cursor]
     line = before.rpartition("\n")[2][-MOST_CHAIN:]   # the patterns below are slow on long lines
-    match = SYMBOL_END.search(line)
-    if match and match[1] in symbols():
-        return [symbols()[match[1]]], cursor - len(match[0]), ["symbol"]
+    match = SYMBOL_END.search(line) or UNICODE_END.search(line)
+    letter = match and (symbols().get(match[1]) or letter_called(match[1]))
+    if letter:
+        return [letter], cursor - len(match[0]), ["symbol"]
     for find in (complete_magic, complete_symbol, complete_import, complete_key, complete_path,
                  complete_name):
         found = find(before, line, namespace, magics)

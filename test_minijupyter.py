@@ -3430,10 +3430,13 @@ class KernelQuestions(KernelCase):
 
     def test_a_letter_is_typed_by_its_name(self):
         for code, letter, start in [("\\alpha", "α", 0), ("x = \\Delta", "Δ", 4),
-                                    ("\\varphi", "φ", 0), ("x\\hat", "\u0302", 1)]:
+                                    ("\\varphi", "φ", 0), ("x\\hat", "\u0302", 1),
+                                    ("x\\GREEK SMALL LETTER ETA", "η", 1)]:
             with self.subTest(code=code):
                 self.assertEqual(self.complete(code), ([letter], start, len(code)))
         self.assertIn("\\alpha", self.complete("\\al")[0])
+        self.assertEqual(self.complete("\\NO SUCH LETTER")[0], [])
+        self.assertNotIn("→", self.complete("\\RIGHTWARDS ARROW")[0])   # in no name
 
     def test_twenty_thousand_names_complete_at_once(self):
         names = {f"name_{number}": number for number in range(20_000)}
