@@ -28094,7 +28094,7 @@ def run_clinic(words):
 class Sheets(Case):
     """The README's sheets and the checks are about the same labs, and what a sheet says is so."""
 
-    FIELDS = ("You learn", "Read", "Predict", "Do", "Check", "Explain", "In real Jupyter")
+    FIELDS = ("You learn", "Predict", "Read", "Do", "Check", "Explain", "In real Jupyter")
     MADE = re.compile(r"magic_hello|%name|%hello.*|.*\"%hello\"|text/csv|run-ten-times|"
                       r"lab\d+\.\w+|<b>|2 3 4 \+ \*|[\w.]+:123")   # by the student
 
