@@ -16,7 +16,7 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Stalled subscribers
 · 20 Windows · 21 Interrupts that were lost · 22 Patience at the start · 23 The parent's end
 · 24 Passwords · 25 Clients that have gone · 26 Leaving · 27 Encryption · 28 Usage and addresses
-· 29 Less collecting · 30 Faster JSON · 31 Install.
+· 29 Less collecting · 30 Faster JSON · 31 Variables · 32 Install.
 
 Part I's extension points, and what Part II does with them:
 
@@ -50,7 +50,7 @@ Threads: *main* runs the user's code, one cell at a time, inside one asyncio loo
 go on between cells and a SIGINT reaches the code; *io* owns every socket but the heartbeat's,
 because ZeroMQ sockets are not thread-safe, and waits for them, for the outbox and for the pipes
 behind descriptors 1 and 2; *heartbeat* echoes without Python. Part II adds *helper*, which answers
-questions about code while a cell runs, and one thread for each subshell.
+questions about code while a cell runs, *variables*, and one thread for each subshell.
 Sources: the Jupyter messaging specification 5.5 with JEP 65 (welcome) and JEP 91 (subshells),
 https://jupyter-client.readthedocs.io/en/stable/messaging.html, and Python's own documentation.
 """
@@ -1918,7 +1918,8 @@ def main():
 #    28 Usage and addresses         HANDLERS
 #    29 Less collecting             EXTRAS
 #    30 Faster JSON                 ENCODERS
-#    31 Install                     COMMANDS
+#    31 Variables                   HANDLERS, kernel.workers, FEATURES
+#    32 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -2597,6 +2598,8 @@ AFTER_IMPORT["ipykernel.comm"] = lambda module, kernel: setattr(
 def call_comm(kernel, request):
     """Run a comm's callback below its message's header; a failure is the user's to see."""
     kernel.outbox.scope.set(scope_of(request["header"]))
+    # ipywidgets' users are told of memoryviews: `upload.value[0].content.tobytes()`.
+    request["buffers"] = [memoryview(part) for part in request["buffers"]]
     try:
         getattr(kernel.comms, request["header"]["msg_type"])(request)
     except BaseException as error:
@@ -3353,6 +3356,16 @@ def symbols():
     return {**letters, **LATEX_LETTERS}
 
 
+def letter_called(name):
+    """The letter of this name in Unicode, "GREEK SMALL LETTER ALPHA", if a Python name may have
+    it; else None."""
+    try:
+        letter = own("unicodedata").lookup(name)
+    except KeyError:
+        return None
+    return letter if f"a{letter}".isidentifier() else None
+
+
 @EXTRAS.append
 def have_magics(kernel):
     sys.breakpointhook = breakpoint_here
@@ -3388,6 +3401,7 @@ STRING = re.compile(   # one that no quote ends has an empty `end`
     r"(?P<text>(?:\\.|(?!(?P=quote)).)*)(?P<end>(?P=quote)|$)")
 FIELD_END = re.compile(r"\{([^{}]*)$")
 SYMBOL_END = re.compile(r"\\([A-Za-z]{2,})$")
+UNICODE_END = re.compile(r"\\([A-Z][A-Z0-9 -]+)$")
 LATEX_LETTERS = {   # which HTML has under another name or not at all; the last ones go on a letter
     "epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ", "hbar": "ħ", "hat": "\u0302",
     "bar": "\u0304", "dot": "\u0307", "ddot": "\u0308", "tilde": "\u0303", "vec": "\u20d7"}
@@ -3539,9 +3553,10 @@ def complete(code, cursor, namespace, magics=()):
     """
     before = code[:cursor]
     line = before.rpartition("\n")[2][-MOST_CHAIN:]   # the patterns below are slow on long lines
-    match = SYMBOL_END.search(line)
-    if match and match[1] in symbols():
-        return [symbols()[match[1]]], cursor - len(match[0]), ["symbol"]
+    match = SYMBOL_END.search(line) or UNICODE_END.search(line)
+    letter = match and (symbols().get(match[1]) or letter_called(match[1]))
+    if letter:
+        return [letter], cursor - len(match[0]), ["symbol"]
     for find in (complete_magic, complete_symbol, complete_import, complete_key, complete_path,
                  complete_name):
         found = find(before, line, namespace, magics)
@@ -5378,7 +5393,561 @@ if json.encoder.c_make_encoder:
     ENCODERS.append(lambda value: "".join(encode_pieces(value, 0)))
 
 
-# ---- 31. Install -------------------------------------------------------------------------------
+# ---- 31. Variables -----------------------------------------------------------------------------
+#
+# What the notebook's variables are and hold, for a panel of the page, also while a cell runs. The
+# page asks our kernel by a `variables_request`. It sends this section, up to "in this kernel", as
+# a program to other Python kernels; so that part uses nothing of this file but its imports. A
+# request is a small dict, and so is the answer:
+#
+#     asked                                   answered
+#     {}                                      names: a row for each variable
+#     path: [name, n, …]                      what that is; a table's columns, a text
+#     path, items: [from, to]                 rows: a row for each thing in it, for a tree
+#     path, rows: [from, to], columns: [from, to], sort: [column, is_descending], at: [n, …],
+#     edition                                 cells: a table's; with the label of each row first
+#     anything that cannot be answered        problem: in words
+#
+# A row is [label, type, size in words, how many, text, kind, is hidden], and a kind is what a click
+# on it opens: "table", "tree" or "text". A path leads by positions to things in things. `at` names
+# a plane of an array with more than two dimensions. `edition` is the page's word for what it has
+# read at one time: for as long a table is sorted once only.
+#
+#     V1 nothing changes    no name, no history, no counter; of an object only its length, its shape
+#                           and its `__repr__` are asked for; no big data are copied
+#     V2 nothing hangs      a `__repr__` that raises or takes SLOW_SECONDS costs its own row its
+#                           text; its thread is asked to end. (While C code holds the interpreter's
+#                           lock, nobody can answer anything.)
+
+SLOW_SECONDS = 0.3      # for the text of one value
+NAMES_SECONDS = 1.5     # for all names; then no more `__repr__` of classes that we do not know
+TABLE_SECONDS = 5       # to sort a table, at most
+MOST_BRIEF = 120         # characters of a value in its row
+MOST_CELL = 500         # characters of a table's cell
+MOST_WHOLE = 100_000    # characters of a text that was opened
+MOST_COLUMNS = 2_000    # of a table that are told
+FEW_ITEMS = 8           # of a container that stand in its row
+SAMPLE = 200            # dicts of a list in which columns are looked for
+PLAIN_TYPES = {int, float, complex, bool, type(None)}
+ENDS = {list: "[]", tuple: "()", set: "{}", frozenset: ("frozenset({", "})"), dict: "{}",
+        collections.deque: ("deque([", "])"), type({}.keys()): ("dict_keys([", "])"),
+        type({}.values()): ("dict_values([", "])"), type({}.items()): ("dict_items([", "])")}
+DEFINITIONS = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+SHELL_NAMES = {"In", "Out", "exit", "quit", "get_ipython"}   # which IPython has put there
+WITH_SHAPES = {"numpy", "pandas", "polars", "torch", "tensorflow", "jax", "jaxlib", "xarray",
+               "scipy", "cupy", "dask", "pyarrow"}
+
+
+class Abandoned(BaseException):
+    """Raised in a thread for whose work nobody waits any more."""
+
+
+class Worker:
+    """Runs `work(worker)` in a thread of its own, until it makes no progress. The work calls `step`
+    before each thing that may take long."""
+
+    def __init__(self, work):
+        self.work, self.answer, self.error = work, None, None
+        self.at, self.steps, self.is_abandoned = None, 0, False
+        self.is_done = threading.Event()
+        context = contextvars.copy_context()   # what a `__repr__` prints is no output of a cell
+        self.thread = threading.Thread(target=context.run, args=(self.run,), daemon=True)
+        self.thread.start()
+
+    def run(self):
+        try:
+            self.answer = self.work(self)
+        except (Exception, Abandoned) as error:
+            self.error = error
+        self.is_done.set()
+
+    def step(self, at):
+        if self.is_abandoned:
+            raise Abandoned
+        self.at, self.steps = at, self.steps + 1
+
+    def wait(self, seconds):
+        """True when the work is done; False when one step took so many seconds: then the thread is
+        asked to end, by an exception that Python raises as soon as the thread runs Python code."""
+        steps = None
+        while not self.is_done.wait(seconds):
+            if steps == self.steps:
+                self.is_abandoned = True
+                with contextlib.suppress(ImportError, AttributeError):   # no CPython
+                    import ctypes
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(self.thread.ident), ctypes.py_object(Abandoned))
+                return False
+            steps = self.steps
+        return True
+
+
+# -- texts --
+
+def shortened(text, most=MOST_BRIEF):
+    """The beginning of a text, on one line, without half a surrogate pair."""
+    text = text[:most + 1].replace("\n", " ") if most == MOST_BRIEF else text
+    text = text if len(text) <= most else text[:most] + "…"
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def is_sliced(cls):
+    """Has such a value a part of the same type, so that not all of it need be written?"""
+    return cls in (str, bytes, bytearray) or cls.__module__ == "array"
+
+
+def written_like(cls):
+    """The container whose `__repr__` a subclass has, such as an OrderedDict; or None. It would be
+    written as a whole, and in C: nothing else could run meanwhile."""
+    for base in ENDS:
+        if issubclass(cls, base):
+            is_same = cls.__repr__ is base.__repr__ or cls.__module__ == "collections"
+            return base if is_same else None
+    return None
+
+
+def brief(value, depth=2):
+    """A value as a short text, without looking at all of what it holds."""
+    cls = type(value)
+    if is_sliced(cls):
+        return shortened(repr(value[:MOST_BRIEF]) + "…" * (len(value) > MOST_BRIEF))
+    if cls is int and value.bit_length() > 1000:   # Python refuses to write more than 4,300 digits
+        return f"about {'-' * (value < 0)}1e{int(value.bit_length() * 0.30103)}"
+    if depth < 2 and (size := how_many(value)[0]) and cls.__module__.split(".")[0] in WITH_SHAPES:
+        return f"{cls.__name__} {size}"   # a table within something
+    container = cls if cls in ENDS else written_like(cls)
+    if not container or not depth:
+        return "…" if container and len(value) else shortened(repr(value))
+    begin, end = ENDS[container]
+    is_dict = container is dict
+    items = [*itertools.islice(dict.items(value) if is_dict else value, FEW_ITEMS)]
+    texts = [f"{brief(key, depth - 1)}: {brief(item, depth - 1)}" for key, item in items] \
+        if is_dict else [brief(item, depth - 1) for item in items]
+    return shortened(begin + ", ".join(texts) + ", …" * (len(value) > FEW_ITEMS) + end)
+
+
+def whole_text(value):
+    """A value that was opened as a text."""
+    if type(value) is int:
+        return brief(value) if value.bit_length() > 10_000 else str(value)
+    if is_sliced(type(value)):
+        part = value[:MOST_WHOLE + 1]
+        return shortened(part if isinstance(part, str) else repr(part), MOST_WHOLE)
+    return shortened(repr(value), MOST_WHOLE)
+
+
+def brief_safely(value):
+    """The same, or what is wrong with its `__repr__`."""
+    try:
+        table = table_of(value)
+        return shortened(table.brief() if table else brief(value))
+    except Abandoned:
+        raise
+    except BaseException as error:   # a `__repr__` is the user's, and may even raise SystemExit
+        return f"its __repr__ raises {type(error).__name__}"
+
+
+def cell_text(value):
+    """A value in a table, as its own `str`. A line end of it is kept."""
+    try:
+        return shortened(value if type(value) is str else str(value), MOST_CELL)
+    except Exception as error:
+        return f"raises {type(error).__name__}"
+
+
+def label_text(label):
+    """The label of a row or a column; those of several levels are tuples."""
+    return " / ".join(map(cell_text, label)) if isinstance(label, tuple) else cell_text(label)
+
+
+# -- what is in a value, for a tree --
+
+def pairs_of(value):
+    """(an iterable of (label, thing), how many) of what a value holds; (), 0 when it is whole."""
+    cls = type(value)
+    if issubclass(cls, dict):
+        return ((brief(key), item) for key, item in dict.items(value)), dict.__len__(value)
+    if issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
+        return zip(cls._fields, value, strict=False), len(value)
+    if issubclass(cls, (*ENDS, range)):
+        return ((str(n), item) for n, item in enumerate(value)), len(value)
+    if issubclass(cls, (*PLAIN_TYPES, str, bytes, *DEFINITIONS)):
+        return (), 0
+    found = attributes_of(value)
+    return found.items(), len(found)
+
+
+def attributes_of(value):
+    """{name: value} of what an object itself holds: no property is called."""
+    found = {}
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            with contextlib.suppress(AttributeError, KeyError):   # nothing is in it; mangled
+                found["." + name] = cls.__dict__[name].__get__(value)
+    with contextlib.suppress(AttributeError, TypeError):
+        names = object.__getattribute__(value, "__dict__")
+        found.update({f".{name}": item for name, item in names.items()})
+    return found
+
+
+def how_many(value):
+    """(size in words, a number to sort by) of a value; ("", -1) when it has none."""
+    cls = type(value)
+    if cls in PLAIN_TYPES:
+        return "", -1
+    if cls.__module__.partition(".")[0] in WITH_SHAPES:
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape and all(type(n) is int for n in shape):
+            return " × ".join(map(str, shape)), math.prod(shape)
+    if not hasattr(cls, "__len__") or isinstance(value, type):
+        return "", -1
+    try:
+        return str(len(value)), len(value)
+    except Exception:   # an array without dimensions, a class that is odd
+        return "", -1
+
+
+# -- tables: each has `count` rows, and tells heads, an order, cells by position --
+
+class PandasTable:
+    """A DataFrame. A Series or an Index is one of a single column."""
+
+    def __init__(self, value, at):
+        how = {} if hasattr(value, "iloc") else {"index": False}   # an Index is not its own index
+        self.frame = value if value.ndim == 2 else value.to_frame(**how)
+        self.count, self.width = self.frame.shape
+        self.is_single = value.ndim == 1
+
+    def heads(self):
+        numeric = [getattr(dtype, "kind", "O") in "iufc" for dtype in self.frame.dtypes]
+        names = [""] if self.is_single and self.frame.columns[0] == 0 else self.frame.columns
+        index = self.frame.index
+        return [label_text(tuple(name or "" for name in index.names) if index.nlevels > 1
+                           else index.name or ""),
+                *([label_text(name), str(dtype), is_number] for name, dtype, is_number
+                  in zip([*names][:MOST_COLUMNS], self.frame.dtypes, numeric, strict=False))]
+
+    def order(self, column, is_descending):
+        index = self.frame.index
+        series = self.frame.iloc[:, column] if column >= 0 else index.to_series()
+        if column < 0 and index.nlevels > 1:
+            return index.argsort()[::-1 if is_descending else 1]
+        series = series.reset_index(drop=True)
+        how = {"ascending": not is_descending, "kind": "stable"}
+        try:
+            return series.sort_values(**how).index.to_numpy()
+        except TypeError:   # of several types, which Python cannot compare
+            return series.astype(str).sort_values(**how).index.to_numpy()
+
+    def cells(self, rows, columns):
+        part = self.frame.iloc[rows, columns]
+        texts = [map(cell_text, part.iloc[:, n].array) for n in range(part.shape[1])]
+        return [[*row] for row in zip(map(label_text, part.index), *texts, strict=False)]
+
+    def brief(self):
+        if self.is_single:
+            return ", ".join(map(cell_text, self.frame.iloc[:FEW_ITEMS, 0].array))
+        return ", ".join(map(label_text, self.frame.columns[:FEW_ITEMS]))
+
+
+class PolarsTable:
+    """A DataFrame of polars, or a Series."""
+
+    def __init__(self, value, at):
+        self.is_single = len(value.shape) == 1
+        self.frame = value.to_frame() if self.is_single else value
+        self.count, self.width = self.frame.shape
+
+    def heads(self):
+        kinds = self.frame.dtypes[:MOST_COLUMNS]
+        return ["", *([name, str(kind), kind.is_numeric()]
+                      for name, kind in zip(self.frame.columns, kinds, strict=False))]
+
+    def order(self, column, is_descending):
+        if column < 0:
+            return [*range(self.count)][::-1 if is_descending else 1]
+        series = self.frame.to_series(column)
+        return series.arg_sort(descending=is_descending, nulls_last=True).to_list()
+
+    def cells(self, rows, columns):
+        numbers = range(*rows.indices(self.count)) if isinstance(rows, slice) else rows
+        part = self.frame[rows, columns]
+        texts = [map(cell_text, series.to_list()) for series in part.get_columns()]
+        return [[*row] for row in zip(map(str, numbers), *texts, strict=False)]
+
+    def brief(self):
+        if self.is_single:
+            return ", ".join(map(cell_text, self.frame.to_series(0)[:FEW_ITEMS].to_list()))
+        return ", ".join(self.frame.columns[:FEW_ITEMS])
+
+
+class ArrayTable:
+    """An array of numpy: of its last two dimensions a plane, the others are fixed by `at`."""
+
+    def __init__(self, value, at):
+        self.value = value
+        fixed = tuple((*at, *[0] * value.ndim)[:max(0, value.ndim - 2)])
+        plane = value[fixed] if fixed else value
+        self.names = plane.dtype.names if plane.ndim == 1 else None
+        self.plane = plane if plane.ndim == 2 or self.names else plane[:, None]
+        self.count, self.width = len(plane), len(self.names or range(self.plane.shape[1]))
+
+    def heads(self):
+        names = self.names or ([""] if self.value.ndim == 1 else range(self.width))
+        kinds = [self.plane.dtype[name] for name in self.names] if self.names \
+            else itertools.repeat(self.plane.dtype)
+        return ["", *([str(name), str(kind), kind.kind in "iufc"] for name, kind
+                      in zip([*names][:MOST_COLUMNS], kinds, strict=False))]
+
+    def order(self, column, is_descending):
+        """NaN stays at the end, whichever way."""
+        values = self.plane[self.names[column]] if self.names and column >= 0 \
+            else self.plane[:, column] if column >= 0 else None
+        if values is None:
+            return [*range(self.count)][::-1 if is_descending else 1]
+        order = values.argsort(kind="stable")
+        if not is_descending:
+            return order
+        known = self.count - int((values != values).sum())
+        return [*order[:known][::-1].tolist(), *order[known:].tolist()]
+
+    def cells(self, rows, columns):
+        numbers = range(*rows.indices(self.count)) if isinstance(rows, slice) else rows
+        part = self.plane[rows] if self.names else self.plane[rows, columns]
+        lines = ([*row][columns] if self.names else row for row in part)
+        return [[str(n), *map(cell_text, line)] for n, line in zip(numbers, lines, strict=False)]
+
+    def brief(self):
+        items = [cell_text(item) for item in itertools.islice(self.value.flat, FEW_ITEMS)]
+        return f"[{', '.join(items)}{', …' * (self.value.size > FEW_ITEMS)}]"
+
+
+class RecordsTable:
+    """A list of dicts, as JSON has them."""
+
+    def __init__(self, value, at):
+        self.value, self.count = value, len(value)
+        self.names = [*dict.fromkeys(name for row in value[:SAMPLE] for name in row)]
+        self.width = len(self.names)
+
+    def column(self, n, rows):
+        return [row.get(self.names[n], "") if isinstance(row, dict) else row for row in rows]
+
+    def heads(self):
+        sample = self.value[:SAMPLE]
+        kinds = [{type(item) for item in self.column(n, sample)} for n in range(self.width)]
+        return ["", *([cell_text(name), ", ".join(sorted(kind.__name__ for kind in kinds)),
+                       kinds <= {int, float, bool}]
+                      for name, kinds in zip(self.names[:MOST_COLUMNS], kinds, strict=False))]
+
+    def order(self, column, is_descending):
+        positions = range(self.count)
+        if column < 0:
+            return [*positions][::-1 if is_descending else 1]
+        items = self.column(column, self.value)
+        try:
+            return sorted(positions, key=items.__getitem__, reverse=is_descending)
+        except TypeError:   # of several types, which Python cannot compare
+            return sorted(positions, key=lambda n: str(items[n]), reverse=is_descending)
+
+    def cells(self, rows, columns):
+        numbers = range(*rows.indices(self.count)) if isinstance(rows, slice) else rows
+        part = [self.value[n] for n in numbers]
+        texts = [map(cell_text, self.column(n, part)) for n in range(self.width)[columns]]
+        return [[*row] for row in zip(map(str, numbers), *texts, strict=False)]
+
+    def brief(self):
+        return ", ".join(map(cell_text, self.names[:FEW_ITEMS]))
+
+
+TABLES = [("pandas", "DataFrame", PandasTable), ("pandas", "Series", PandasTable),
+          ("pandas", "Index", PandasTable), ("polars", "DataFrame", PolarsTable),
+          ("polars", "Series", PolarsTable), ("numpy", "ndarray", ArrayTable)]
+
+
+def table_of(value, at=()):
+    """A value as a table, or None. A library that nobody has imported has made no value."""
+    cls = type(value)
+    if cls.__module__ == "builtins" and cls is not list:
+        return None
+    if cls is list:
+        are_dicts = value and all(type(item) is dict for item in value[:FEW_ITEMS])
+        return RecordsTable(value, at) if are_dicts else None
+    for library, name, make in TABLES:
+        known = getattr(sys.modules.get(library), name, None)
+        if isinstance(known, type) and issubclass(cls, known):
+            is_scalar = make is ArrayTable and value.ndim == 0
+            return None if is_scalar else make(value, at)
+    return None
+
+
+# -- answers --
+
+class Variables:
+    """The variables of a namespace, for who asks for them: see the head of the section."""
+
+    def __init__(self, namespace):
+        self.namespace = namespace
+        self.slow = collections.Counter()   # (name, id of its value) -> how often it was too slow
+        self.sorted = (None, None)   # (what for, the order) of the latest table that was sorted
+
+    def answer(self, ask):
+        try:
+            if "path" not in ask:
+                return {"names": self.names()}
+            worker = Worker(lambda worker: self.look(ask))
+            if not worker.wait(TABLE_SECONDS / 2):
+                return {"problem": f"It takes more than {TABLE_SECONDS} s."}
+            if worker.error:
+                raise worker.error
+            return worker.answer
+        except Exception as error:
+            return {"problem": f"{type(error).__name__}: {shortened(str(error), MOST_CELL)}"}
+
+    def names(self):
+        """A row for each name, in the order in which they were made."""
+        items, rows = self.namespace.copy(), {}
+        until = monotonic() + NAMES_SECONDS
+        while True:
+            worker = Worker(lambda worker: self.tell_names(worker, items, rows, until))
+            if worker.wait(SLOW_SECONDS / 2):
+                break
+            name = worker.at
+            self.slow[name, id(items[name])] += 1
+            rows.setdefault(name, self.row(name, items[name], is_slow=True))
+        if worker.error:
+            raise worker.error
+        return [*rows.values()]
+
+    def tell_names(self, worker, items, rows, until):
+        """In the worker's thread: the rows of those names that have none yet."""
+        for name, value in items.items():
+            if name in rows:
+                continue
+            worker.step(name)
+            # Once may be chance: a cell has computed in C meanwhile.
+            is_slow = self.slow[name, id(value)] > 1 or monotonic() > until
+            row = self.row(name, value, is_slow)
+            rows.setdefault(name, row)
+
+    def row(self, label, value, is_slow=False):
+        cls = type(value)
+        label = str(label)
+        if cls in PLAIN_TYPES:
+            return [label, cls.__name__, "", -1, brief(value), "text", label[:1] == "_"]
+        is_hidden = label[:1] == "_" or issubclass(cls, DEFINITIONS) or label in SHELL_NAMES
+        is_ours = cls in ENDS or cls in (str, bytes)
+        size, count = how_many(value) if is_ours or not is_slow else ("", -1)
+        text = "its __repr__ takes too long" if is_slow else brief_safely(value)
+        return [label, cls.__name__, size, count, text, opens_as(value), is_hidden]
+
+    def look(self, ask):
+        value = self.value_at(ask["path"])
+        if "items" in ask:
+            pairs, count = pairs_of(value)
+            found = itertools.islice(pairs, *ask["items"])
+            return {"rows": [self.row(label, item) for label, item in found], "count": count}
+        table = table_of(value, ask.get("at") or ())
+        if "rows" in ask:
+            return {"cells": self.cells(table, ask), "count": table.count}
+        label, kind, size, count, text, opens, _ = self.row(ask["path"][-1], value)
+        about = {"type": kind, "size": size, "count": count, "text": text, "opens": opens}
+        if table:
+            index, *columns = table.heads()
+            shape = [int(n) for n in getattr(value, "shape", ())]
+            return {**about, "count": table.count, "width": table.width, "index": index,
+                    "columns": columns, "shape": shape}
+        if opens == "tree":
+            return {**about, "count": pairs_of(value)[1]}
+        return {**about, "whole": whole_text(value)}
+
+    def value_at(self, path):
+        name, *positions = path
+        if name not in self.namespace:
+            raise LookupError(f"there is no variable {name} any more")
+        value = self.namespace[name]
+        for n in positions:
+            pairs, _ = pairs_of(value)
+            found = [*itertools.islice(pairs, n, n + 1)]
+            if not found:
+                raise LookupError("it has changed, and that is not in it any more")
+            value = found[0][1]
+        return value
+
+    def cells(self, table, ask):
+        start, end = ask["rows"]
+        rows = slice(start, end)
+        if ask.get("sort"):
+            key = [ask["edition"], ask["path"], ask.get("at"), ask["sort"]]
+            if self.sorted[0] != key:
+                self.sorted = key, table.order(*ask["sort"])
+            rows = [int(n) for n in self.sorted[1][start:end]]
+        return table.cells(rows, slice(*ask["columns"]))
+
+
+def opens_as(value):
+    """What a click on a value opens."""
+    cls = type(value)
+    if cls in PLAIN_TYPES or cls in (str, bytes):
+        return "text"
+    try:
+        return "table" if table_of(value) else "tree" if pairs_of(value)[1] else "text"
+    except Exception:   # an object that is odd
+        return "text"
+
+
+class Told:
+    """An answer as a value that any kernel shows as JSON."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __repr__(self):
+        return "<variables>"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"application/json": self.answer}
+
+
+def told(namespace, ask):
+    """The answer of a namespace whose Variables are kept for the next question."""
+    if KEPT.get("namespace") is not namespace:
+        KEPT.update(namespace=namespace, variables=Variables(namespace))
+    return Told(KEPT["variables"].answer(json.loads(ask)))
+
+
+KEPT = {}
+
+
+# -- in this kernel --
+
+FEATURES.append("minijupyter variables")
+
+
+@EXTRAS.append
+def have_variables(kernel):
+    """A thread answers, one question after the other."""
+    questions = queue.SimpleQueue()
+
+    def answer():
+        HERE.imports = 1   # all imports of this thread are the kernel's own
+        while True:
+            kernel.answer(questions.get())
+
+    kernel.workers["variables"] = questions.put
+    kernel.variables = Variables(kernel.interpreter.namespace)
+    threading.Thread(target=answer, name="variables", daemon=True).start()
+
+
+@handles("variables")
+def variables_request(kernel, request):
+    """Not in the specification: see the head of the section."""
+    kernel.outbox.scope.set(scope_of(request["header"]))   # what a `__repr__` prints is no cell's
+    return {"status": "ok", **kernel.variables.answer(request["content"])}
+
+
+# ---- 32. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""

@@ -3324,7 +3324,9 @@ def serve(server):
 #    58 A trace that is kept                     OPTIONS, AT_START                 needs 47
 #    59 Markdown files as notebooks              ROUTES                            needs 54
 #    60 A lecture                                OPTIONS, AT_START, SERVERS
-#    61 A quick start                            run_as_module
+#    61 Tables of text                           ROUTES
+#    62 Variables of other kernels               ROUTES
+#    63 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -5298,6 +5300,8 @@ class Journal:
             return
         for part in request.json_parts[2:]:   # they will be shown to other pages, within their JSON
             json.loads(part)
+        if isinstance(request.content, dict) and request.content.get("silent") is True:
+            return   # a program's question, such as a page's for variables: no file will hold it
         shown = request
         if request.msg_type == "input_reply":
             with self.kernel.pages_lock:
@@ -9022,7 +9026,9 @@ NOT_FOR_READING = (
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
-    "Other clients of the kernel", "Texts as notebooks")
+    "Other clients of the kernel", "Texts as notebooks", "Tables of any size", "Variables",
+    "CSV and Markdown files",
+    "Completion while typing", "Settings")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
@@ -10983,7 +10989,298 @@ OPTIONS.append((["--lecture"], {"action": "store_true", "help":
 AT_START.append(prepare_lecture)
 
 
-# ---- 61. A quick start -------------------------------------------------------------------------
+# ---- 61. Tables of text: CSV and the like, a page of rows at a time ------------------------------
+#
+# `GET /api/table/PATH?from=0&to=200` gives rows of a file that is a table in text, parsed by
+# Python's csv: quotes, line ends in quotes. What separates its fields, whether its first row is a
+# head and which columns are numbers is guessed from its beginning. A file may be larger than the
+# memory. So only the place of each row is kept, and only as far as somebody has asked:
+#
+#     state      what is known                     what leads on
+#     begun      the first rows, and how they are  each question reads on for READ_SECONDS
+#     whole      the place of each row             the file changes: it is begun anew
+#
+# In the answer `count` is how many rows are known, `bytes` how far the file was read, of `size`.
+
+READ_SECONDS = 0.25             # of reading on, for one question
+MOST_TABLES = 4                 # files whose rows are known; the one not asked for longest goes
+MOST_GIVEN = 1_000              # rows, and columns, in one answer
+MOST_SORTED = 3_000_000         # rows that are sorted
+MOST_RECODED = 1 << 26          # bytes of a file in another encoding: it is read as a whole
+MOST_FIELD = 500                # characters of a field in an answer
+FIELD_LIMIT = 1 << 24           # characters of a field: no quote has closed a longer one
+GUESS_BYTES, GUESS_ROWS = 1 << 16, 200
+SEPARATORS = ",;\t|"
+NUMBER = re.compile(r"\s*[-+]?(?:[0-9][0-9.,'_ ]*|[.,][0-9]+)(?:[eE][-+]?[0-9]+)?\s*%?\s*")
+
+
+class TextTable:
+    """A file as a table: rows by number, and in an order. Raises Problem for what is no table."""
+
+    def __init__(self, path, name):
+        import csv
+        self.csv, self.path, self.name = csv, path, name
+        csv.field_size_limit(FIELD_LIMIT)
+        self.lock, self.encoding = threading.Lock(), None
+        self.size, self.note = os.path.getsize(path), ""
+
+    def begin(self, encoding):
+        """From the start, in an encoding whose line ends are bytes 10."""
+        import array
+        self.encoding, self.recoded = encoding, None
+        with open(self.path, "rb") as file:
+            head = file.read(GUESS_BYTES)
+        coding = "utf-16" if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else encoding
+        has_old_ends = b"\r" in head and b"\n" not in head
+        if coding == "utf-16" or has_old_ends:
+            head = self.recode(coding)[:GUESS_BYTES]
+        elif b"\0" in head:
+            raise Problem(400, f"{self.name} is not a text: it holds a byte 0")
+        self.skip = len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8)
+        self.starts, self.position = array.array("Q"), self.skip
+        self.is_whole, self.width, self.sorted = False, 0, (None, None)
+        text = head[self.skip:].decode(self.encoding, "replace")
+        self.separator = guessed_separator(self.csv, text, self.name)
+        self.has_head = False
+        sample = self.rows(0, GUESS_ROWS)
+        self.has_head = is_head(sample)
+        self.names = sample[0] if self.has_head else []
+        self.kinds = kinds_of(sample[self.has_head:])
+
+    def recode(self, coding):
+        """The whole file as UTF-8 with usual line ends, in the memory."""
+        if self.size > MOST_RECODED:
+            raise Problem(400, f"{self.name} is too large for its encoding. Save it as UTF-8")
+        with open(self.path, encoding=coding, errors="replace", newline=None) as file:
+            self.recoded = file.read().encode("utf-8", "replace")
+        self.encoding, self.size = "utf-8", len(self.recoded)
+        return self.recoded
+
+    def open(self):
+        return io.BytesIO(self.recoded) if self.recoded is not None else open(self.path, "rb")
+
+    def lines(self, file):
+        """Its lines as text; `position` is where the next one begins."""
+        for line in file:
+            self.position += len(line)
+            yield line.decode(self.encoding)
+
+    def read_on(self, until_row, seconds=READ_SECONDS):
+        """Find where rows begin, for so long, and until this row at least."""
+        deadline = time.monotonic() + seconds
+        with self.open() as file:
+            file.seek(self.position)
+            reader = self.csv.reader(self.lines(file), delimiter=self.separator)
+            while not self.is_whole and (len(self.starts) < until_row
+                                         or time.monotonic() < deadline):
+                self.read_some(reader)
+
+    def read_some(self, reader, count=500):
+        """The next rows. An empty line is none."""
+        for _ in range(count):
+            start = self.position
+            row = next(reader, None)
+            if row is None:
+                self.is_whole = True
+                return
+            if row:
+                self.starts.append(start)
+                self.width = max(self.width, len(row))
+
+    def rows(self, start, end):
+        """The fields of rows, by number, the head being one of them."""
+        self.read_on(end, 0)
+        numbers = range(*slice(start, end).indices(len(self.starts)))
+        if not numbers:
+            return []
+        last = self.starts[numbers[-1] + 1] if numbers[-1] + 1 < len(self.starts) else self.position
+        with self.open() as file:
+            file.seek(self.starts[numbers[0]])
+            text = file.read(last - self.starts[numbers[0]]).decode(self.encoding)
+        return [row for row in self.parsed(text) if row]
+
+    def parsed(self, text):
+        return self.csv.reader(io.StringIO(text, newline=""), delimiter=self.separator)
+
+    def order(self, column, is_descending):
+        """The numbers of all rows, in the order of a column; what is empty comes last."""
+        while not self.is_whole and len(self.starts) <= MOST_SORTED:
+            self.read_on(0, 1)
+        if not self.is_whole:
+            raise Problem(400, f"{self.name} has more than {MOST_SORTED:,} rows: too many to sort")
+        if self.sorted[0] != (column, is_descending):
+            self.sorted = (column, is_descending), self.sort(column, is_descending)
+        return self.sorted[1]
+
+    def sort(self, column, is_descending):
+        with self.open() as file:
+            file.seek(self.skip)
+            text = io.TextIOWrapper(file, self.encoding, newline="")
+            rows = filter(None, self.csv.reader(text, delimiter=self.separator))
+            fields = [row[column] if column < len(row) else "" for row in rows]
+        numbers = range(self.has_head, len(fields))
+        is_number = column < len(self.kinds) and self.kinds[column] == "number"
+        has_commas = self.separator != ","   # then a comma may be the decimal point
+        keys = [number_of(field, has_commas) for field in fields] if is_number else fields
+        given = [n for n in numbers if keys[n] not in ("", None)]
+        missing = [n for n in numbers if keys[n] in ("", None)]
+        return sorted(given, key=keys.__getitem__, reverse=is_descending) + missing
+
+    def page(self, start, end, columns, sort):
+        """What is asked for, as the endpoint answers it. One question at a time."""
+        with self.lock:
+            try:
+                if not self.encoding:
+                    self.begin("utf-8")
+                return self.told(start, end, columns, sort)
+            except UnicodeDecodeError:
+                if self.encoding != "utf-8":
+                    raise
+                self.note = "not UTF-8: read as Windows-1252"
+                self.begin("cp1252" if is_decodable(self.path, "cp1252") else "latin-1")
+                return self.told(start, end, columns, sort)
+            except self.csv.Error as problem:
+                raise Problem(400, f"{self.name} is no table: after row {len(self.starts):,}, "
+                              f"{problem}. Open it with Edit") from None
+
+    def told(self, start, end, columns, sort):
+        self.read_on(end + self.has_head)
+        if sort:
+            chosen = self.order(*sort)[start:end]
+            rows = [self.rows(n, n + 1)[0] for n in chosen]
+        else:
+            chosen = range(start + self.has_head, end + self.has_head)
+            rows = self.rows(chosen.start, chosen.stop)
+        names = [*self.names, *[""] * (self.width - len(self.names))]
+        kinds = [*self.kinds, *["text"] * (self.width - len(self.kinds))]
+        heads = [[name or str(n + 1), kind, kind == "number"]
+                 for n, (name, kind) in enumerate(zip(names, kinds, strict=False))]
+        cells = [[f"{n + 1 - self.has_head}", *map(shown_field, row[columns])]
+                 for n, row in zip(chosen, rows, strict=False)]
+        return {"cells": cells, "columns": heads, "count": len(self.starts) - self.has_head,
+                "width": self.width, "is_whole": self.is_whole, "bytes": self.position,
+                "size": self.size, "separator": self.separator, "note": self.note}
+
+
+def shown_field(field):
+    return field if len(field) <= MOST_FIELD else field[:MOST_FIELD] + "…"
+
+
+def guessed_separator(csv, text, name):
+    """The sign that divides most rows into equally many fields, more than one; of a .tsv the
+    tab."""
+    if name.lower().endswith((".tsv", ".tab")):
+        return "\t"
+    lines = text.splitlines(True)
+    lines = lines[:-1] or lines   # the last one may be cut off
+
+    def quality(separator):
+        rows = itertools.islice(csv.reader(lines, delimiter=separator), GUESS_ROWS)
+        try:
+            widths = collections.Counter(len(row) for row in rows if row)
+        except csv.Error:   # a quote that the sample does not close
+            return 0, 0
+        width, count = max(widths.items(), key=lambda item: (item[1], item[0]), default=(1, 0))
+        return (count / widths.total() if width > 1 else 0), width
+
+    return max(SEPARATORS, key=quality)
+
+
+def is_head(rows):
+    """Has the first row names, where the others have values? All are there, and none is a
+    number."""
+    first = rows[0] if len(rows) > 1 else []
+    return bool(first) and all(field.strip() and not NUMBER.fullmatch(field) for field in first)
+
+
+def kinds_of(rows):
+    """"number" or "text" for each column."""
+    columns = itertools.zip_longest(*rows, fillvalue="")
+    filled = ([field for field in column if field.strip()] for column in columns)
+    return ["number" if fields and all(map(NUMBER.fullmatch, fields)) else "text"
+            for fields in filled]
+
+
+def number_of(field, has_decimal_commas):
+    """A field as a number, whatever stands between its thousands; None when it is none."""
+    text = re.sub(r"[\s'_%]", "", field)
+    if has_decimal_commas and text.count(",") == 1 and text.rfind(",") > text.rfind("."):
+        text = text.replace(".", "").replace(",", ".")
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def is_decodable(path, encoding):
+    """Whether a file's beginning is text in this encoding."""
+    with open(path, "rb") as file:
+        try:
+            return bool(file.read(GUESS_BYTES).decode(encoding)) or True
+        except UnicodeDecodeError:
+            return False
+
+
+TABLES = collections.OrderedDict()   # (path, its version) -> TextTable, oldest first
+TABLES_LOCK = threading.Lock()
+
+
+def text_table(handler, path):
+    """Rows of a file: from, to; columns=FIRST,END; sort=COLUMN, descending."""
+    absolute, info = handler.server.contents.look(path)
+    if info is None or stat.S_ISDIR(info.st_mode):
+        raise Problem(404, f"No such file: {path}")
+    number = functools.partial(asked_number, handler)
+    start, first = number("from", 0), number("first", 0)
+    end, last = (min(number(name, begin + 100), begin + MOST_GIVEN)
+                 for name, begin in (("to", start), ("last", first)))
+    sort = (number("sort", 0), "descending" in handler.query) if "sort" in handler.query else None
+    key = absolute, info.st_mtime_ns, info.st_size
+    with TABLES_LOCK:
+        table = TABLES.pop(key, None)
+    table = table or TextTable(absolute, os.path.basename(path))
+    with TABLES_LOCK:
+        TABLES[key] = table
+        while len(TABLES) > MOST_TABLES:
+            TABLES.popitem(last=False)
+    return table.page(start, end, slice(first, last), sort)
+
+
+def asked_number(handler, name, default):
+    text = handler.query.get(name, [str(default)])[0]
+    if not DIGITS.fullmatch(text):
+        raise Problem(400, f"{name} must be a number, not {text!r}")
+    return int(text)
+
+
+ROUTES += [("GET", r"/table(?:/.*)?", "page"), ("GET", r"/preview(?:/.*)?", "page"),
+           ("GET", r"/api/table/(.+)", text_table)]
+
+
+# ---- 62. Variables of other kernels -------------------------------------------------------------
+#
+# Our kernel tells the page what its variables are. Other Python kernels are sent the same code, as
+# a program: the section of kernel.py, as far as it uses nothing else of that file.
+
+VARIABLES_SECTION = re.compile(r"(?s)# ---- \d+\. Variables -.*?(?=\n# -- in this kernel --)")
+VARIABLES_IMPORTS = ("collections", "contextlib", "contextvars", "itertools", "json", "math",
+                     "sys", "threading", "types")
+
+
+def variables_program(handler):
+    path = os.path.join(HERE, "kernel.py")
+    with open(path, encoding="utf-8") as file:
+        section = VARIABLES_SECTION.search(file.read())
+    if not section:
+        raise Problem(404, f"{path} has no section Variables")
+    imports = "".join(f"import {name}\n" for name in VARIABLES_IMPORTS)
+    return {"program": f"{imports}from time import monotonic\n\n{section[0]}\n"}
+
+
+ROUTES.append(("GET", "/api/variables", variables_program))
+
+
+# ---- 63. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not
