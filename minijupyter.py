@@ -9023,7 +9023,7 @@ NOT_FOR_READING = (
     "Locked cells and graded ones", "How runs end, in words", "Answers to questions",
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
-    "Other clients of the kernel", "Texts as notebooks")
+    "Other clients of the kernel", "Texts as notebooks", "Missing packages", "Variables are gone")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
