@@ -1991,6 +1991,7 @@ class Listener(Frontend):
         super().__init__(ZeroMQWire(own.connection))
         self.process, self.patience = own.process, patience
         self.heard = []   # (channel, message), all of them
+        self.msg_ids = {}   # msg_id -> msg_type of what has come
 
     def ask(self, msg_type, channel="shell", header=(), **content):
         """Send a request, with more fields in its header, and return its Answer."""
@@ -2012,8 +2013,9 @@ class Listener(Frontend):
                 raise AssertionError(
                     f"A message came that is none: {problem}. Wanted: [identities, <IDS|MSG>, "
                     "signature, header, parent_header, metadata, content], the signature being the "
-                    "hex HMAC-SHA256 of the last four as they are sent, with the key of the "
-                    "connection file, and each message with a msg_id of its own.") from None
+                    "HMAC-SHA256 of the last four as they are sent (one spelling of the JSON for "
+                    "both, without the delimiter), with the key of the connection file, in 64 hex "
+                    "digits, and each message with a msg_id of its own.") from None
             except TimeoutError:
                 self.assert_alive()
         raise TimeoutError("nothing more came in time")
@@ -2024,6 +2026,11 @@ class Listener(Frontend):
 
     def file(self, channel, message):
         self.heard.append((channel, message))
+        msg_id, msg_type = message["header"].get("msg_id"), word(message)
+        if before := self.msg_ids.get(msg_id):
+            raise AssertionError("Wanted: a new msg_id in the header of each message.\n"
+                                 f"Got: {msg_id!r} in {before}, and again in {msg_type}")
+        self.msg_ids[msg_id] = msg_type
         super().file(channel, message)
 
     def replies(self, answer):
@@ -2041,7 +2048,9 @@ class Listener(Frontend):
                    for channel, message in self.replies(answer)),
                  *["on stdin: input_request"] * len(answer.questions)]
         if not self.replies(answer):
-            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}")
+            lines.insert(1, f"on {answer.channel}: no reply with parent_header.msg_id {msg_id}"
+                         + " (it was read: does the reply begin with the identities of the "
+                         "request, and leave on its socket?)" * answer.is_idle)
         return "\n     ".join(lines) + self.lost(answer)
 
     def lost(self, answer):
@@ -2235,16 +2244,23 @@ class KernelInAnyLanguage(Case):
 
     # -- verdicts in words --
 
-    def same(self, what, wanted, got):
+    def same(self, what, wanted, got, more=""):
         if wanted != got:
-            self.fail(f"Wanted {what}: {wanted}\nGot: {got}")
+            self.fail(f"Wanted {what}: {wanted}\nGot: {got}{more}")
 
     def story(self, answer, wanted):
         if answer.story != wanted:
             said = "".join(f"\n     {word(message)}: {message['content']}"[:200]
                            for message in answer.messages if word(message) not in wanted.split())
             self.fail(f"Wanted on iopub, with this request as the parent: {wanted}\n"
-                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}")
+                      f"Got: {answer.story}{said}{self.frontend.lost(answer)}"
+                      + self.cell_of(answer))
+
+    @staticmethod
+    def cell_of(answer):
+        """The code that was run, as a line; empty when it was another request."""
+        code = answer.request["content"].get("code", "")
+        return f"\nThe cell: {code}" * bool(code)
 
     def fields(self, where, content, **kinds):
         """Each field is there and of its kind."""
@@ -2257,7 +2273,8 @@ class KernelInAnyLanguage(Case):
     def printed(self, answer, wanted, name="stdout"):
         for content in answer.of("stream"):
             self.fields("the content of stream", content, name=str, text=str)
-        self.same(f"as the text of {name}", wanted, answer.text(name).strip())
+        self.same(f"as the text of {name}", wanted, answer.text(name).strip(),
+                  self.cell_of(answer))
 
     def answered(self, answer, wanted="ok"):
         self.same("as the status of the reply", wanted, answer.reply["content"].get("status"))
@@ -2316,6 +2333,8 @@ class KernelInAnyLanguage(Case):
         for cell, text in zip(cells, ("hello", "world"), strict=True):
             self.story(cell, "busy execute_input stream idle")
             self.printed(cell, text)
+        code = self.lines("print one", "print two")
+        self.printed(self.frontend.done(self.frontend.start(code)), "one\ntwo")
 
     def test_the_value_of_a_cell_is_its_result(self):
         cell = self.cell("value")
@@ -2370,6 +2389,8 @@ class KernelInAnyLanguage(Case):
         code = self.lines("pause", "print early", "pause", "print late")
         cell = self.frontend.start(code)
         self.frontend.expect(lambda: "early" in cell.text(), "stream with `early`", cell)
+        with contextlib.suppress(TimeoutError):   # what was kept comes all at once
+            self.frontend.until(lambda: "late" in cell.text() or cell.reply, seconds=0.2)
         if "late" in cell.text() or cell.reply:
             self.fail("Wanted: a line while the cell pauses after it.\n"
                       f"Got: it came with the rest, at the end: {cell.text()!r}")
@@ -16002,6 +16023,8 @@ class ServerFromOutside(FromOutside, ServerCase):
         (self.place / "sub" / "in.txt").write_text("in")
         model = self.expect_json(200, "GET", folder)
         self.want_fields(folder, {**FILE_FIELDS, "type": "directory", "content": list}, model)
+        for each in model["content"]:
+            self.want(f"Each entry of the content of {folder}: a model, of type", dict, type(each))
         found = {each["name"]: each for each in model["content"] if "name" in each}
         self.want(f"The names in {folder}", ["a.txt", "b.ipynb", "sub"], sorted(found))
         for name, kind in (("a.txt", "file"), ("b.ipynb", "notebook"), ("sub", "directory")):
@@ -16051,12 +16074,12 @@ class ServerFromOutside(FromOutside, ServerCase):
         for name in ("none.txt", "no/such"):   # which Jupyter Server tells in plain text
             self.expect(404, "GET", f"{folder}/{name}")
         for method, path, body, status in [
+                ("GET", f"/api/kernels/{nobody}", None, 404),
+                ("GET", f"/api/sessions/{nobody}", None, 404),
+                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
                 ("DELETE", f"{folder}/none.txt", None, 404),
                 ("PATCH", f"{folder}/none.txt", {"path": f"{self.place.name}/b.txt"}, 404),
-                ("PUT", f"{folder}/a.txt", "{no JSON", 400),
-                ("GET", f"/api/kernels/{nobody}", None, 404),
-                ("DELETE", f"/api/kernels/{nobody}", None, 404),
-                ("GET", f"/api/sessions/{nobody}", None, 404)]:
+                ("DELETE", f"/api/kernels/{nobody}", None, 404)]:
             error = self.expect_json(status, method, path, body)
             self.want_fields(f"The error of {method} {path}", {"message": str}, error)
         self.want("A file after a request that was refused", b"a", self.on_disk("a.txt"))
@@ -24957,7 +24980,8 @@ KERNEL_STAGES = [
           "A program that is started with `-f FILE`. FILE is JSON: five ports, an ip, a transport, "
           "a key. Bind a ZeroMQ socket (REP, in some libraries Reply) at tcp://ip:hb_port, and "
           "send back each message as it came, for ever.",
-          "kernel.py 4, `Kernel.beat`; kernel.py 5, `read_connection_file`",
+          "kernel.py 4, `Kernel.beat` (a loop in C, around a ROUTER); kernel.py 5, "
+          "`read_connection_file`",
           "Messaging in Jupyter, “Heartbeat for kernels”; Making kernels, “Connection files”",
           "The port is a number in the file, not one of your choice; the kernel binds, and clients "
           "connect; an echo is the same bytes, not the word pong.",
@@ -24972,7 +24996,7 @@ KERNEL_STAGES = [
           "protocol_version, implementation, implementation_version, banner, and language_info "
           "with name, version, mimetype, file_extension.",
           "kernel.py 1, `Session.message`; kernel.py 1, `Session.pack`; "
-          "kernel.py 4, `kernel_info_request`",
+          "kernel.py 4, `kernel_info_request` (`Kernel.reply` adds status)",
           "Messaging in Jupyter, “The wire protocol”, “Kernel info”",
           "The JSON is signed in one spelling and sent in another; the identities are lost, so "
           "that ROUTER does not know where to send it; parent_header is left empty; the reply "
@@ -24993,7 +25017,8 @@ KERNEL_STAGES = [
           "name stdout, text the text. Then reply with status ok and the same execution_count. All "
           "this has the request's header as parent, and stands between busy and idle. (The code of "
           "the checks' cells stands in the table SNIPPETS of test_minijupyter.py. From stage 9 on "
-          "output must leave while a cell runs: run cells in a thread or worker of their own.)",
+          "output must leave while a cell runs: run cells in a thread or worker of their own, in "
+          "node in worker_threads, for a cell blocks the event loop.)",
           "kernel.py 4, `execute_request`; kernel.py 2, `Stream`",
           "Messaging in Jupyter, “Execute”, “Code inputs”, “Streams (stdout, stderr, etc)”",
           "idle is published before the last output; execute_input is left out; the parent_header "
@@ -25024,7 +25049,10 @@ KERNEL_STAGES = [
           "process. (A client that wants a restart starts a new one.) A console that is closed may "
           "not manage to ask: so kernels watch the process JPY_PARENT_PID, too, and go with it "
           "(not checked). "
-          "From here on `jupyter console` works with your kernel.",
+          "From here on consoles work with your kernel: first try `python minijupyter.py console "
+          "--kernel NAME`. `jupyter console` asks is_complete_request at each Enter: until that is "
+          "answered (stage 31; you may do it now) it warns once, and runs a cell after two empty "
+          "lines.",
           "kernel.py 4, `shutdown_request`",
           "Messaging in Jupyter, “Kernel shutdown”",
           "The process ends before the reply has left (mind ZeroMQ's linger); a thread keeps it "
@@ -25365,9 +25393,10 @@ SERVER_STAGES = [
           "The notebook is sent as a text; only sources are joined and outputs are forgotten.",
           ("ServerFromOutside.test_a_notebook_is_read_with_whole_strings",)),
     Stage("Say no in words",
-          "What is not there gets 404, a body that is no JSON gets 400. An error's body is JSON, "
-          "too: {\"message\": \"…\"}, which clients show to people. Kernels and sessions come "
-          "later: until then all of their ids are unknown.",
+          "What is not there gets 404, whatever is asked of it (GET, PATCH, DELETE); a body that "
+          "is no JSON gets 400. An error's body is JSON, too: {\"message\": \"…\"}, which clients "
+          "show to people. Kernels and sessions come later: until then all of their ids are "
+          "unknown.",
           "minijupyter.py 8, `Handler.send_problem`; minijupyter.py 8, `Handler.answer`",
           "Jupyter Server's REST API (api.yaml), responses; RFC 9110 15.5",
           "An exception ends the connection without an answer, or the answer is the library's page "
@@ -25790,7 +25819,9 @@ class Verdict(typing.NamedTuple):
         if self.status == PASSED:
             return f"{head}passed ({self.seconds:.1f} s)"
         status = "FAILED" if self.status == FAILED else self.status
-        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (self.status == FAILED)
+        starts = "cannot be started" not in self.words
+        hint = f"\nWhat usually goes wrong: {self.stage.goes_wrong}" * (
+            self.status == FAILED and starts)
         return f"{head}{status}\n{self.words}{hint}".replace("\n", "\n  ")
 
 
@@ -26110,6 +26141,7 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
               '{"status": "ok", **content}, {},', r"parent_header \{\}")],
     "Busy and idle, with the right parent": [
         Wrong(STATUS, STATUS.replace('request["header"]', "{}"), r"parent_header \{\}"),
+        Wrong("{os.getpid()}_{next(self.numbers)}", "{os.getpid()}", "a new msg_id"),
         Wrong('finally:\n            self.status("idle", request)',
               "finally:\n            pass", "(?s)status idle.*Got: .*: busy\n"),
         Wrong('self.status("busy", request)\n        try:\n            _, handler',
@@ -26193,6 +26225,8 @@ WRONG_KERNELS = {   # title of a stage -> [Wrong]
         Wrong('("stderr", header)', '("err", header)', "text of stderr: two")],
     "Output in time": [
         Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5", "with the rest"),
+        Wrong("GATHER_SECONDS = 0.002", "GATHER_SECONDS = 5\n"   # each piece by itself, but late
+              "itertools.groupby = lambda keys: ((key, [key]) for key in keys)", "with the rest"),
         Wrong("if outbox.state is not gathering or len(text) > big:", "if False:",
               "with the rest"),
         Wrong("        now = monotonic()\n        self.flush_at",
@@ -27201,8 +27235,9 @@ class StageCommand(Case):
                     for test in each.tests:
                         name, method = test.split(".")
                         self.assertTrue(hasattr(globals()[name], method), test)
-                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", each.read)
-                    self.assertEqual(len(places), each.read.count("`") // 2)
+                    read = re.sub(r" \([^)]*\)", "", each.read)   # remarks
+                    places = re.findall(r"(\w+\.\w+) (\d+), `([\w.]+)`", read)
+                    self.assertEqual(len(places), read.count("`") // 2)
                     for file, section, name in places:
                         self.assertTrue(is_there(name, section_of(file, int(section))), name)
 
