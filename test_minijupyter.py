@@ -4022,7 +4022,8 @@ class KernelSubshells(KernelCase):
 class WithoutIPython(KernelCase):
     """A kernel where IPython and what needs it are not installed."""
 
-    HIDDEN = ("ipython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm", "debugpy")
+    HIDDEN = ("ipython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm", "debugpy",
+              "anywidget", "nbformat")
 
     @classmethod
     def setUpClass(cls):
