@@ -16,7 +16,7 @@ PART I is a whole kernel and runs alone: 1 The wire · 2 Output · 3 The interpr
 · 16 Children · 17 Cells taken back · 18 What a cell has broken · 19 Stalled subscribers
 · 20 Windows · 21 Interrupts that were lost · 22 Patience at the start · 23 The parent's end
 · 24 Passwords · 25 Clients that have gone · 26 Leaving · 27 Encryption · 28 Usage and addresses
-· 29 Less collecting · 30 Faster JSON · 31 Variables · 32 Install.
+· 29 Less collecting · 30 Faster JSON · 31 Automagic · 32 Packages · 33 Install.
 
 Part I's extension points, and what Part II does with them:
 
@@ -1919,7 +1919,9 @@ def main():
 #    29 Less collecting             EXTRAS
 #    30 Faster JSON                 ENCODERS
 #    31 Variables                   HANDLERS, kernel.workers, FEATURES
-#    32 Install                     COMMANDS
+#    32 Automagic                   EXTRAS, OFFERS
+#    33 Packages                    EXTRAS, OFFERS, STAND_INS
+#    34 Install                     COMMANDS
 #
 # The tables by which one section serves another, and two finders on `sys.meta_path`: a few
 # libraries must know that they run in a notebook, but nothing is imported before the user does.
@@ -2096,6 +2098,7 @@ CAUSE = "The above exception was the direct cause of the following one:"
 CONTEXT = "During handling of the above exception, another one occurred:"
 FRAMES_SHOWN = 6   # of a deep recursion, at either end: enough to see the cycle
 ERRORS_SHOWN = 15  # of a long chain of causes, at either end; of a group, as in Python's own
+MOST_NEAR = 2_000  # names among which one is looked for that was meant
 GROUPS_SHOWN = 10  # levels of groups within groups; as in Python's own
 EXIT_NOTE = "An exception has occurred, use %tb to see the full traceback.\n"   # as in ipykernel
 RED, GREEN, CYAN, DIM, BOLD, RESET = (
@@ -2230,7 +2233,30 @@ def last_lines(error):
             lines = traceback.format_exception_only(type(error_alone), error_alone)
     if lines and lines[0].startswith("  File "):
         lines[0] = f"{CYAN}{place(text_of(error.filename), error.lineno)}{RESET}"
-    return "\n".join(line.rstrip("\n") for line in lines or [named(error)]).split("\n")
+    lines = lines or [named(error)]
+    with contextlib.suppress(Exception):   # `dir` of an odd object
+        lines[0] = lines[0].rstrip("\n") + hint(error, lines)
+    return "\n".join(line.rstrip("\n") for line in lines).split("\n")
+
+
+def hint(error, lines):
+    """`. Did you mean: 'x'?`, as Python itself adds it to a message; '' where it has done so, or
+    nothing is near. (`traceback` knows it for few errors, and not before Python 3.12.)"""
+    name = attribute(error, "name", str)
+    if not name or any(". Did you" in line for line in lines):
+        return ""
+    if issubclass(type(error), NameError):
+        *_, (frame, _) = traceback.walk_tb(traceback_of(error))
+        if name in sys.stdlib_module_names:
+            return f". Did you forget to import '{name}'?"
+        near = {**vars(builtins), **frame.f_globals, **frame.f_locals}
+    elif issubclass(type(error), AttributeError):
+        near = dir(attribute(error, "obj", object))
+    else:
+        return ""
+    near = [each for each in near if each[:1] != "_" or name[:1] == "_"][:MOST_NEAR]
+    found = own("difflib").get_close_matches(name, near, 1, 0.7)
+    return f". Did you mean: '{found[0]}'?" if found else ""
 
 
 def named(error):
@@ -2256,9 +2282,11 @@ def format_frame(entry):
     lines = [f"{CYAN}{place(entry.filename, entry.lineno)}{GREEN}{where}{RESET}"]
     for number in range(entry.lineno - around, entry.lineno + around + 1):
         text = linecache.getline(entry.filename, number).rstrip("\n")
+        if not text.strip():
+            continue   # also where the source is not there, as of compiled modules
         if number == entry.lineno:
             lines.append(f"{GREEN}----> {number}{RESET} {underlined(entry, text)}")
-        elif text:
+        else:
             lines.append(f"{DIM}{number:7d}{RESET} {coloured(text)}")
     return lines
 
@@ -2395,10 +2423,10 @@ class NotebookInterpreter(Interpreter):
 
     def parse(self, code, name):
         with contextlib.suppress(SyntaxError, ValueError):   # perhaps it has magics in it
-            return super().parse(code, name)
+            return with_lone_magics(super().parse(code, name), code)
         for translate_source in TRANSLATORS:
             code = translate_source(code)
-        return super().parse(code, name)
+        return with_lone_magics(super().parse(code, name), code)
 
     def tell_error(self, error, content):
         if not offered("has_quit", error):   # the end of a debugger is nothing to show
@@ -2464,6 +2492,11 @@ class NotebookInterpreter(Interpreter):
             [SESSION_NUMBER, number,
              [text, self.results.get(number)] if wish.get("output") else text]
             for number, text in entries]}
+
+
+def with_lone_magics(tree, code):
+    """The tree of a cell, in which a lone `ls` or `ls -l` may call a magic: see section 32."""
+    return offered("lone_magics", tree, code) or tree
 
 
 INTERPRETERS["python"] = NotebookInterpreter
@@ -2681,7 +2714,7 @@ def translate_line(lines, at):
     while lines[end].endswith("\\") and end + 1 < len(lines):
         end += 1
     text = "\n".join(lines[at:end + 1])
-    call = magic_call(text)
+    call = magic_call(text) or offered("automagic", lines, at)
     if call is None:
         return False
     lines[at:end + 1] = [call] + [""] * (end - at)
@@ -2691,6 +2724,8 @@ def translate_line(lines, at):
 def magic_call(text):
     """The Python for one magic line, or None when it is none."""
     text = text.replace("\\\n", " ")
+    if text.strip() == "?":
+        return "__shell__.line('quickref', '')"
     if match := re.match(r"\s*%{1,2}([\w.]+)(\?{1,2})\s*$", text):
         return f"__shell__.pinfo('%{match[1]}', {len(match[2])})"
     if match := ASSIGNED_COMMAND.match(text):
@@ -2839,9 +2874,20 @@ class Captured:
     show = __call__
 
 
-# `python -m pip` would import from the notebook's folder.
-RUN_PIP = ("import sys; sys.path[:] = filter(None, sys.path); import runpy; "
-           "runpy.run_module('pip', run_name='__main__', alter_sys=True)")
+QUICK_REFERENCE = """What a cell may have beside Python:
+
+name?           what it is, its signature and its documentation; name?? its source
+pr*?            the names that fit a pattern
+%lsmagic        the magics; %name? describes one; %% begins a cell for one
+%pip install X  a package, into the Python of this kernel
+%time f()       how long it takes; %timeit f() many times, on average
+%who            your names; %whos with their values; %reset forgets them
+!command        a command of the system; lines = !command keeps what it prints
+_, __, _5       the last value, the one before, that of cell 5; In and Out have all
+;               at the end of a cell mutes its value
+
+A magic needs no % where its line would be no Python: `ls`, `cd data`, `time f()`.
+"""
 
 
 class Magics:
@@ -2957,7 +3003,12 @@ class Magics:
 
     def system(self, command):
         """Run a shell command; what it prints comes through descriptors 1 and 2."""
-        self.run_visibly(self.expand(command))
+        self.run_command(self.expand(command))
+
+    def run_command(self, command):
+        """Run a shell command, filled in already; one that installs packages is `%pip`'s."""
+        if not offered("install_instead", command):
+            self.run_visibly(command)
 
     def run_visibly(self, command):
         """Run a shell command, filled in already, and show what it prints."""
@@ -3022,19 +3073,6 @@ class Magics:
 
     magic_sx = magic_system
 
-    def magic_pip(self, line, cell):
-        """Run pip in this kernel's environment: `%pip install NAME`; uv where there is no pip."""
-        python, uv = f'"{sys.executable}"', own("shutil").which("uv")
-        if importlib.machinery.PathFinder.find_spec("pip", PYTHON_PATH) or not uv:
-            self.run_visibly(f'{python} {" ".join(SAFE_PATH)} -c "{RUN_PIP}" {line}')
-        else:
-            task, _, arguments = line.partition(" ")
-            self.run_visibly(f'"{uv}" pip {task} --python {python} {arguments}')
-        with own_imports():
-            importlib.invalidate_caches()
-        if code := self.user_ns["_exit_code"]:
-            raise own("subprocess").CalledProcessError(code, f"pip {line}")
-
     def magic_cd(self, line, cell):
         """Change the working directory."""
         os.chdir(os.path.expanduser(line.strip("\"'") or "~"))
@@ -3072,6 +3110,10 @@ class Magics:
         """Show text in the frontend's pager."""
         self.interpreter.payload.append(
             {"source": "page", "data": {"text/plain": text}, "start": 0})
+
+    def magic_quickref(self, line, cell):
+        """What can be written in a cell beside Python: the same as `?`."""
+        self.page(QUICK_REFERENCE)
 
     def magic_pinfo(self, line, cell):
         """Describe an object: the same as `NAME?`."""
@@ -4553,7 +4595,7 @@ def shell_class(interpreter):
 
         def system(self, command):
             """Ours: IPython uses a terminal, which swallows interrupts and ends lines in \\r\\n."""
-            interpreter.magics.run_visibly(self.var_expand(command, depth=1))
+            interpreter.magics.run_command(self.var_expand(command, depth=1))
 
         system_piped = system_raw = system
 
@@ -4650,7 +4692,9 @@ def hand_over_hooks(interpreter, shell):
         shell.register_magic_function(lambda line, command=command: shell.page(
             shell.getoutput(command.format(line), split=False)), magic_name=name)
     shell.register_magic_function(lambda line: shell.system("clear"), magic_name="clear")
-    shell.register_magic_function(lambda line: magics.magic_pip(line, None), magic_name="pip")
+    for name in ("pip", "uv", "conda"):
+        if method := getattr(magics, f"magic_{name}", None):
+            shell.register_magic_function(functools.partial(method, cell=None), magic_name=name)
     shell.register_magic_function(lambda line: None, magic_name="autosave")   # the page's own
     if "matplotlib" not in sys.modules and importlib.util.find_spec("matplotlib_inline"):
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -5947,7 +5991,273 @@ def variables_request(kernel, request):
     return {"status": "ok", **kernel.variables.answer(request["content"])}
 
 
-# ---- 32. Install -------------------------------------------------------------------------------
+# ---- 32. Automagic -----------------------------------------------------------------------------
+#
+# `ls`, `cd data`, `time f()`: a magic without its %, as in IPython, where Python would fail anyway.
+# A line is taken for a magic when its first word is the name of one, nothing has bound that name,
+# the line begins a statement at the left edge of the cell, and
+#
+#     cd data, time f()   it is no Python, or
+#     ls, ls -l, cd /a    it is a lone name, or one with an option or a path: in Python a NameError
+#
+# IPython looks at cells of one line only; here a cell may go on, as below `pip install pandas`. To
+# switch it off, run `%automagic off`.
+
+LONE_LINE = re.compile(r"([^\W\d]\w*)(?:[ \t]+(?:--?|/)\w[^=]*)?[ \t]*")
+# What follows a word that Python must have meant otherwise: operators, and the words of a sentence
+NO_ARGUMENTS = re.compile(r"\s*(?:$|[,:]|[-+*/%@&|^<>=!]*=|(?:is|in|not|and|or|if|else|for)\b)")
+BINDING = (ast.Store, ast.Del)
+
+
+class Automagic:
+    """Finds the lines of a cell that call a magic without its %."""
+
+    def __init__(self, magics):
+        self.magics, self.is_on = magics, True
+        magics.magic_automagic, magics.lone = self.switch, self.lone
+
+    def switch(self, line, cell):
+        """Let a magic be called without its %: `%automagic on`, `%automagic off`, or the other."""
+        self.is_on = {"on": True, "1": True, "true": True, "off": False, "0": False,
+                      "false": False}.get(line.strip().lower(), not self.is_on)
+        print(f"Automagic is {'on' if self.is_on else 'off'}: a magic "
+              f"{'needs no' if self.is_on else 'needs its'} % before its name.")
+
+    def is_magic(self, name):
+        """Is this the name of a line magic, and of nothing else?"""
+        magics = self.magics
+        cells = (*magics.CELL_ONLY, *magics.RICH_CELLS, *magics.SCRIPT_CELLS)
+        return self.is_on and not self.is_bound(name) and name not in cells \
+            and name in magics.names()
+
+    def is_bound(self, name):
+        return name in self.magics.user_ns or name in vars(builtins)
+
+    def call(self, lines, at):
+        """The Python for line `at`, at which the parser has stopped; None when it is no magic."""
+        line = lines[at].rstrip()
+        name, rest = re.match(r"(\w*)(.*)", line, re.S).groups()
+        is_install = self.is_on and not self.is_bound(name) and offered("is_install", line)
+        if not is_install and (NO_ARGUMENTS.match(rest) or not self.is_magic(name)
+                               or not is_balanced(rest)):
+            return None
+        if self.magics.shell and len(lines) > 1:   # IPython would not take it
+            return None
+        return magic_call(f"{'!' if is_install else '%'}{line}") if self.begins(lines, at) else None
+
+    def begins(self, lines, at):
+        """Does line `at` begin a statement, and do those before it not bind its first word?"""
+        name = re.match(r"\w*", lines[at])[0]
+        try:
+            tree = compile("\n".join(lines[:at]), "<automagic>", "exec",
+                           ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
+        except (SyntaxError, ValueError):
+            return False
+        return not any(isinstance(node, ast.Name) and isinstance(node.ctx, BINDING)
+                       and node.id == name or isinstance(node, ast.alias)
+                       and name in (node.name, node.asname) for node in ast.walk(tree))
+
+    def lone_magics(self, tree, code):
+        """The tree of a cell, its statements such as `ls` or `cd /a` replaced by calls of `lone`.
+        It decides when it runs: by then, the cell may have bound the name."""
+        for statement in tree.body:
+            name = first_name(statement)
+            if name is None or self.is_bound(name) or not self.is_magic(name):
+                continue
+            line = code.split("\n")[statement.lineno - 1].rstrip()
+            if LONE_LINE.fullmatch(line.lstrip()):
+                call = ast.parse(f"__shell__.lone({line.strip()!r})").body[0].value
+                for node in ast.walk(call):
+                    ast.copy_location(node, statement)
+                statement.value = call
+        return tree
+
+    def lone(self, line):
+        """The value of a line such as `ls`, if its name is bound by now; else the magic's."""
+        names, (name, _, rest) = callers_names(self.magics.user_ns), line.partition(" ")
+        if name in names:
+            return eval(line, names)
+        return self.magics.line(name, rest.strip())
+
+
+def first_name(statement):
+    """The name that a statement such as `ls` or `ls -l` begins with; None of another statement."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    while isinstance(value, ast.BinOp):
+        value = value.left
+    return value.id if isinstance(value, ast.Name) else None
+
+
+def is_balanced(text):
+    """Is each bracket closed? Else the statement goes on in the next line."""
+    return all(text.count(opened) == text.count(closed) for opened, closed in ("()", "[]", "{}"))
+
+
+@EXTRAS.append
+def have_automagic(kernel):
+    if magics := getattr(kernel.interpreter, "magics", None):
+        automagic = Automagic(magics)
+        OFFERS.update(automagic=automagic.call, lone_magics=automagic.lone_magics)
+
+
+# ---- 33. Packages ------------------------------------------------------------------------------
+#
+# `%pip install X` installs into the Python that runs this kernel, with what there is:
+#
+#     pip is there       python -m pip …
+#     no pip, but uv     uv pip … --python PYTHON      (as in environments that uv has made)
+#     neither            python -m ensurepip, then the first
+#
+# A shell's `pip` may belong to another Python. So `!pip install X`, or `pip install X` alone, is
+# done by `%pip`, and a line says so. An installation that fails is an error of its cell. What was
+# imported before it was changed stays as it is in memory: then a line says that, too.
+
+# `python -m pip` would import from the notebook's folder.
+RUN_PIP = ("import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+           "runpy.run_module('pip', run_name='__main__', alter_sys=True)")
+SHELL_PIP = re.compile(r"\s*(?:\"?[^\s\"]*python[\d.]*\"?\s+-m\s+|uv\s+)?pip[\d.]*\s+"
+                       r"(?=(?:un)?install\s)")
+NO_PIP = ("{} has no pip, its ensurepip has failed, and there is no uv. Install uv "
+          "(https://docs.astral.sh/uv/), or start the kernel from a virtual environment.")
+CONDA_CHANGES = ("install", "update", "upgrade", "remove", "uninstall")
+NBFORMAT = "5.10.4"   # plotly and others look for nbformat's version, and for nothing else of it
+
+
+class Installer:
+    """The magics `%pip`, `%uv` and `%conda`."""
+
+    def __init__(self, magics):
+        self.magics, self.python = magics, f'"{sys.executable}"'
+        for name in ("pip", "uv", "conda"):
+            setattr(magics, f"magic_{name}", getattr(self, name))
+
+    def pip(self, line, cell):
+        """Run pip in this kernel's environment: `%pip install NAME`; uv where there is no pip."""
+        __tracebackhide__ = True
+        if not has_pip() and not uv_program():
+            self.magics.run_visibly(f"{self.python} -I -m ensurepip --default-pip")
+            importlib.invalidate_caches()
+            if not has_pip():
+                raise RuntimeError(NO_PIP.format(sys.executable))
+        if not has_pip():
+            return self.uv(f"pip {line}", cell)
+        if line.startswith("uninstall ") and not re.search(r"\s(?:-y|--yes)\b", line):
+            line += " --yes"   # nobody could answer its question
+        command = f'{self.python} {" ".join(SAFE_PATH)} -c "{RUN_PIP}" {line}'
+        return self.run(f"pip {line}", command)
+
+    def uv(self, line, cell):
+        """Run uv: `%uv pip install NAME` installs into this kernel's environment."""
+        if not (uv := uv_program()):
+            raise RuntimeError("There is no uv here: %pip install uv")
+        words = re.match(r"pip\s+(\S+)(.*)", line, re.S)
+        arguments = f"pip {words[1]} --python {self.python}{words[2]}" if words else line
+        self.run(f"uv {line}", f'"{uv}" {arguments}')
+
+    def conda(self, line, cell):
+        """Run Conda for this kernel's environment: `%conda install NAME`."""
+        programs = filter(None, map(own("shutil").which, ("conda", "mamba", "micromamba")))
+        program = os.environ.get("CONDA_EXE") or next(programs, None)
+        if not os.path.isdir(os.path.join(sys.prefix, "conda-meta")) or not program:
+            raise RuntimeError("This kernel runs in no Conda environment: use %pip install")
+        task, _, arguments = line.partition(" ")
+        if task in CONDA_CHANGES:
+            task += f' --yes --prefix "{sys.prefix}"'
+        self.run(f"conda {line}", f'"{program}" {task} {arguments}')
+
+    def run(self, name, command):
+        """Run it, then let Python find what is new. Raises CalledProcessError when it fails."""
+        __tracebackhide__ = True   # so IPython leaves out frames of ours
+        before = distributions()
+        self.magics.run_visibly(command)
+        self.find_new()
+        if code := self.magics.user_ns["_exit_code"]:
+            raise own("subprocess").CalledProcessError(code, name)
+        if changed := ", ".join(changed_in_memory(before)):
+            print(f"Restart the kernel to use what is new of {changed}: it was imported before.")
+
+    def find_new(self):
+        """Python has remembered which folders had which files; and where only the user's own folder
+        of packages can be written, it may not have been there when the kernel started."""
+        with own_imports():
+            importlib.invalidate_caches()
+        site = own("site")
+        folder = site.getusersitepackages() if site.ENABLE_USER_SITE else ""
+        if os.path.isdir(folder) and folder not in sys.path:
+            site.addsitedir(folder)
+
+    def instead(self, command):
+        """Do what a shell command would install, by `%pip`; False for any other command."""
+        __tracebackhide__ = True
+        if not (match := SHELL_PIP.match(command)):
+            return False
+        line = command[match.end():]
+        print(f"Run as %pip {line.strip()}, for the Python of this kernel.", flush=True)
+        self.pip(line, None)
+        return True
+
+
+def has_pip():
+    return importlib.machinery.PathFinder.find_spec("pip", PYTHON_PATH) is not None
+
+
+def uv_program():
+    """The path of uv; `uv run` tells its own."""
+    return os.environ.get("UV") or own("shutil").which("uv")
+
+
+def distributions():
+    """{`numpy-2.4.0.dist-info`: its path} of all that this Python finds."""
+    return {name: os.path.join(entry, name) for entry in reversed(sys.path)
+            for name in (os.listdir(entry) if os.path.isdir(entry) else ())
+            if name.endswith(".dist-info")}
+
+
+def changed_in_memory(before):
+    """The modules that were imported, and belong to a distribution that has another version than
+    `before`, or was missing then, so that a stand-in took its place."""
+    known, changed = {name.partition("-")[0] for name in before}, set()
+    for name, path in distributions().items():
+        if name not in before:
+            has_version = name.partition("-")[0] in known
+            changed.update(module for module in modules_of(path) & sys.modules.keys()
+                           if has_version or is_stand_in(sys.modules[module]))
+    return sorted(changed)
+
+
+def modules_of(path):
+    """The names of the modules, not those in packages, of a distribution with this path."""
+    with contextlib.suppress(OSError, ValueError), \
+            open(os.path.join(path, "RECORD"), encoding="utf-8") as file:
+        return {re.match(r"\w*", line)[0] for line in file}
+    return set()
+
+
+def is_stand_in(module):
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), StandIns)
+
+
+def fill_nbformat(module, kernel):
+    """Make a stand-in for nbformat, which plotly and others look for, and do not use."""
+    def missing(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModuleNotFoundError("No module named 'nbformat'", name="nbformat")
+
+    module.__version__, module.__getattr__ = NBFORMAT, missing
+
+
+@EXTRAS.append
+def have_packages(kernel):
+    if magics := getattr(kernel.interpreter, "magics", None):
+        OFFERS["install_instead"] = Installer(magics).instead
+
+
+OFFERS["is_install"] = SHELL_PIP.match
+STAND_INS["nbformat"] = fill_nbformat
+
+
+# ---- 34. Install -------------------------------------------------------------------------------
 
 def install(arguments):
     """`kernel.py install`: write a kernel spec (JEP 105); every Jupyter then lists this kernel."""

@@ -37,7 +37,7 @@ Part I's extension points, and what is plugged in there:
     HANDLERS, SERVERS      subclasses of both, the last used       slow clients, strangers
     CODINGS                transfer coding -> its reader           bodies in chunks
     CHECKS, SPEC_CHECKS    what a body and a kernel.json may say   bad wishes
-    SPEC_FOLDERS           where kernel specs are looked for       `jupyter --paths`
+    SPEC_FOLDERS, OWN_SPECS   kernel specs: where to look; ours    `jupyter --paths`, .venv
     BEFORE, AFTER          functions of the handler                Under the hood, strangers
     ADMITTED               functions of the handler                strangers, activity
     TAPS                   who hears of bytes at the edge          Under the hood
@@ -876,19 +876,19 @@ def usual_folders():
 
 
 SPEC_FOLDERS = [usual_folders]   # functions: the last one is used
+OWN_SPECS = [lambda: {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}]   # all are used
 
 
 def find_specs():
     """{name: (spec, folder)}; ours is `python3`, an installed one of that name comes beside it."""
-    specs = {DEFAULT_KERNEL: (our_kernel.kernel_spec("Python 3"), None)}
+    specs = {name: found for own in OWN_SPECS for name, found in own().items()}
     for folder in SPEC_FOLDERS[-1]():
         for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             name = entry.lower()
             key = name if name != DEFAULT_KERNEL else f"{DEFAULT_KERNEL}-installed"
             if key in specs or not re.fullmatch(r"[a-z0-9._-]+", name):
                 continue
-            spec = read_spec(os.path.join(folder, entry, "kernel.json"))
-            if spec:
+            if spec := read_spec(os.path.join(folder, entry, "kernel.json")):
                 specs[key] = (spec, os.path.join(folder, entry))
     return specs
 
@@ -3326,7 +3326,8 @@ def serve(server):
 #    60 A lecture                                OPTIONS, AT_START, SERVERS
 #    61 Tables of text                           ROUTES
 #    62 Variables of other kernels               ROUTES
-#    63 A quick start                            run_as_module
+#    63 Environments of the folder               OWN_SPECS, AT_START
+#    64 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -9027,8 +9028,8 @@ NOT_FOR_READING = (
     "Drafts, and one tab that writes", "What differs", "Names, copies, checkpoints", "Metadata",
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
     "Other clients of the kernel", "Texts as notebooks", "Tables of any size", "Variables",
-    "CSV and Markdown files",
-    "Completion while typing", "Settings")
+    "CSV and Markdown files", "Completion while typing", "Settings", "Missing packages",
+    "Variables are gone")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
@@ -11280,7 +11281,84 @@ def variables_program(handler):
 ROUTES.append(("GET", "/api/variables", variables_program))
 
 
-# ---- 63. A quick start -------------------------------------------------------------------------
+# ---- 63. Environments of the folder ------------------------------------------------------------
+#
+# A virtual environment in the served folder (`.venv`, `venv`, `env`) is offered as a kernel: our
+# kernel.py, run by its Python. That needs pyzmq there; without it, the process that is started says
+# with which command it comes.
+#
+# A page starts the kernel that a notebook names when it is opened. A stranger's folder may hold a
+# program that poses as a Python, and a notebook that names it. So the name has a part that only
+# this machine can know, and such a kernel starts after somebody has chosen it here.
+
+ENVIRONMENTS = (".venv", "venv", "env")
+PYTHON_IN_ENVIRONMENT = os.path.join(*("bin", "python") if POSIX else ("Scripts", "python.exe"))
+OLDEST_PYTHON = (3, 10)   # that kernel.py runs on
+NEEDS_PYZMQ = ("The environment {name} has no pyzmq, which our kernel needs. Run this in a "
+               "terminal, then start the kernel again:  {command}")
+
+
+def environment_specs(root):
+    """{name: (spec, None)} of the virtual environments in this folder."""
+    found = {}
+    for name in ENVIRONMENTS:
+        folder = os.path.join(root, name)
+        version, python = python_version(folder), os.path.join(folder, PYTHON_IN_ENVIRONMENT)
+        if version and os.path.exists(python):
+            spec = environment_spec(name, folder, python, version)
+            found[f"{name}-{known_here(root)}"] = (spec, None)
+    return found
+
+
+def python_version(folder):
+    """(3, 12) of a virtual environment that can run kernel.py; None for any other folder. PEP 405
+    says where it stands; uv and virtualenv call it version_info."""
+    try:
+        with open(os.path.join(folder, "pyvenv.cfg"), encoding="utf-8") as file:
+            match = re.search(r"(?m)^version(?:_info)?\s*=\s*(\d+)\.(\d+)", file.read())
+    except (OSError, ValueError):
+        return None
+    version = match and (int(match[1]), int(match[2]))
+    return version if version and version >= OLDEST_PYTHON else None
+
+
+def known_here(root):
+    """Eight digits that a folder has on this machine, and nobody else can tell."""
+    secret = f"{uuid.getnode()} {os.stat(root).st_ino} {os.path.realpath(root)}"
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def environment_spec(name, folder, python, version):
+    """The kernel spec of a virtual environment."""
+    spec = our_kernel.kernel_spec(f"Python {version[0]}.{version[1]} ({name})")
+    options = [word for word in spec["argv"][1:] if word != "-P" or version >= (3, 11)]
+    if not has_module(folder, version, "zmq"):
+        has_pip = has_module(folder, version, "pip")
+        command = f'"{python}" -m pip install pyzmq' if has_pip else \
+            f'uv pip install --python "{python}" pyzmq'
+        options = ["-c", f"raise SystemExit({NEEDS_PYZMQ.format(name=name, command=command)!r})"]
+    programs = os.path.dirname(python).replace("$", "$$")   # `$` begins a variable in a spec
+    return {**spec, "argv": [python, *options], "env": {
+        "VIRTUAL_ENV": folder.replace("$", "$$"), "PATH": f"{programs}{os.pathsep}$PATH"}}
+
+
+def has_module(folder, version, name):
+    """Is this module installed in a virtual environment? Unknown, so maybe, where it uses the
+    packages of the Python that it was made with as well."""
+    with open(os.path.join(folder, "pyvenv.cfg"), encoding="utf-8") as file:
+        is_open = re.search(r"include-system-site-packages\s*=\s*true", file.read(), re.I)
+    inner = ("lib", f"python{version[0]}.{version[1]}") if POSIX else ("Lib",)
+    return bool(is_open) or os.path.isdir(os.path.join(folder, *inner, "site-packages", name))
+
+
+def offer_environments(server, arguments):
+    OWN_SPECS.append(lambda: environment_specs(server.contents.root))
+
+
+AT_START.append(offer_environments)
+
+
+# ---- 64. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not

@@ -3320,6 +3320,33 @@ def python_without(folder, *hidden):
     return [sys.executable, "-S"], clean_environment(folder, PYTHONPATH=str(folder))
 
 
+def wheel(folder, name, version):
+    """A tiny package for pip, in a file in this folder: one module, which knows its version."""
+    about = f"{name}-{version}.dist-info"
+    files = {f"{name}.py": f"version = '{version}'\n",
+             f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+             f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    with zipfile.ZipFile(Path(folder, f"{name}-{version}-py3-none-any.whl"), "w") as file:
+        for path, text in files.items():
+            file.writestr(path, text)
+        file.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in files))
+
+
+def bare_environment(folder, *packages):
+    """The Python of a new virtual environment without pip, with these packages of ours in it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = Path(folder, "bin", "python")
+    (site,) = Path(folder).glob("lib/*/site-packages")
+    ours = Path(zmq.__file__).parent.parent
+    for entry in ours.iterdir():
+        if entry.name.partition("-")[0].removesuffix(".libs") in packages:
+            (site / entry.name).symlink_to(entry)
+    return str(python)
+
+
+PYZMQ = ("zmq", "pyzmq")   # the folders of its wheel
+
+
 def plain_text(text):
     """Text without ANSI colours."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
@@ -4141,7 +4168,8 @@ class KernelSubshells(KernelCase):
 class WithoutIPython(KernelCase):
     """A kernel where IPython and what needs it are not installed."""
 
-    HIDDEN = ("ipython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm", "debugpy")
+    HIDDEN = ("ipython", "ipykernel", "matplotlib_inline", "ipywidgets", "comm", "debugpy",
+              "anywidget", "nbformat")
 
     @classmethod
     def setUpClass(cls):
@@ -4423,6 +4451,104 @@ class KernelMagics(WithoutIPython):
                       self.run_cell("%pip install thing").text())
 
 
+class KernelAutomagic(WithoutIPython):
+    """A magic needs no % where Python could only fail."""
+
+    def setUp(self):
+        super().setUp()
+        self.run_cell(f"%automagic on\n%cd {self.kernel.folder.name}\n%reset -f")
+
+    def assertSays(self, code, expected):
+        with self.subTest(code=code):
+            cell = self.run_cell(code)
+            self.assertEqual(cell.status, "ok", cell)
+            self.assertIn(expected, cell.text() + str(cell.result))
+
+    def test_a_line_that_is_no_python_calls_a_magic(self):
+        for code, expected in [
+                ("ls", "connection.json"), ("ls -a", ".."), ("ls -la", "total"), ("pwd", "kernel-"),
+                ("cd ..", "/"), ("cd /usr/lib\nimport os\nos.getcwd()", "/usr/lib"),
+                ("time sum([20, 22])", "Wall time"), ("a_name = 1\nwho", "a_name"),
+                ("whos", "a_name"), ("cd ..\nls\n'end'", "lib\n"), ("pip --version", "pip "),
+                ("env A_B=1", "env: A_B=1"), ("lsmagic", "%timeit"), ("automagic", "is off")]:
+            self.assertSays(code, expected)
+        self.assertFails(self.run_cell("ls"), "NameError")
+
+    def test_python_stays_python(self):
+        for code, result in [
+                ("ls = 3; ls", "3"), ("ls = 3\nls", "3"), ("ls - 1", "2"), ("ls -1", "2"),
+                ("exec('who = 7')\nwho", "7"), ("who -1", "6"), ("from os import sep as pwd\npwd",
+                                                                 "'/'"),
+                ('f"""\ncd x\n"""', r"'\ncd x\n'")]:
+            self.assertSays(code, result)
+
+    def test_what_is_neither_fails_as_python_says(self):
+        for code, name in [
+                ("foo", "NameError"), ("foo bar", "SyntaxError"), ("cd = 3\ncd x", "SyntaxError"),
+                ("f(1,\ncd x", "SyntaxError"), ("if x:\n    y\n  cd z", "IndentationError"),
+                ("time is money", "NameError"), ("time (", "SyntaxError"),
+                ("cd += = 1", "SyntaxError"), ("del who", "NameError"), ("pwd.x", "NameError"),
+                ("pwd()", "NameError"), ("f = [pwd]", "NameError"), ("def f():\n  cd x",
+                                                                    "SyntaxError")]:
+            with self.subTest(code=code):
+                self.assertFails(self.run_cell(code), name)
+
+    def test_a_console_is_told_that_the_line_is_whole(self):
+        for code, status in [("cd x", "complete"), ("time f(", "invalid"), ("ls", "complete"),
+                             ("foo bar", "invalid"), ("x = 1\npip install y", "complete")]:
+            with self.subTest(code=code):
+                reply = self.request("is_complete_request", code=code).reply
+                self.assertEqual(reply["content"]["status"], status)
+
+    def test_a_question_mark_alone_tells_what_can_be_written(self):
+        (page,) = self.run_cell("?").reply["content"]["payload"]
+        self.assertIn("%pip install", page["data"]["text/plain"])
+
+
+class KernelPackages(Case):
+    """`%pip install` in an environment that has nothing but pyzmq."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.home = cls.enterClassContext(tempfile.TemporaryDirectory())
+        python = bare_environment(f"{cls.home}/env", *PYZMQ)
+        for version in ("1.0", "2.0"):
+            wheel(cls.home, "tinything", version)
+        programs = Path(cls.home, "programs")
+        programs.mkdir()
+        env = clean_environment(cls.home, PATH=f"{programs}:/usr/bin:/bin", PIP_NO_INDEX="1",
+                                PIP_FIND_LINKS=cls.home, PIP_DISABLE_PIP_VERSION_CHECK="1")
+        cls.kernel = KernelProcess([python, *OURS[1:]], env=env)
+        cls.addClassCleanup(cls.kernel.end)
+        cls.frontend = cls.kernel.connect()
+        cls.addClassCleanup(cls.frontend.wire.close)
+
+    run_cell = KernelCase.run_cell
+
+    def test_what_is_missing_is_brought_installed_and_what_is_in_memory_is_told(self):
+        cell = self.run_cell("%pip install tinything==1.0\nimport tinything\ntinything.version", 60)
+        self.assertEqual(cell.result, "'1.0'", cell)   # ensurepip has brought pip
+        cell = self.run_cell("pip install tinything==2.0\ntinything.version")
+        self.assertIn("Run as %pip install tinything==2.0", cell.text())
+        self.assertIn("Restart the kernel to use what is new of tinything", cell.text())
+        cell = self.run_cell("!pip uninstall tinything\nlines = !echo pip install x")
+        self.assertIn("Successfully uninstalled tinything", cell.text())
+        cell = self.run_cell("%env PIP_NO_INDEX=0\n!pip install --retries 0 "
+                             "--index-url http://127.0.0.1:9 no-such-thing")
+        self.assertFails(cell, "CalledProcessError")
+        self.assertIn("/no-such-thing/", cell.text("stderr"))   # the address, and why
+        cell = self.run_cell("%conda install x")
+        self.assertIn("use %pip install", cell.error["evalue"])
+
+    def test_libraries_find_nbformats_version_and_people_that_it_is_missing(self):
+        cell = self.run_cell("import nbformat\nnbformat.__version__ > '4.2'")
+        self.assertEqual(cell.result, "True")
+        for code in ("nbformat.read", "from nbformat import read"):
+            error = self.run_cell(code).error
+            self.assertEqual((error["ename"], error["evalue"]),
+                             ("ModuleNotFoundError", "No module named 'nbformat'"))
+
+
 class KernelDebugger(KernelCase):
     """Python's debugger, over the stdin channel."""
 
@@ -4541,6 +4667,14 @@ class KernelTracebacks(KernelCase):
     def test_notes_are_shown(self):
         cell = self.run_cell("error = ValueError('x')\nerror.add_note('look here')\nraise error")
         self.assertIn("look here", cell.traceback)
+
+    def test_an_unknown_name_comes_with_the_one_that_was_meant(self):
+        for code, hint in [
+                ("pint(1)", ". Did you mean: 'print'?"), ("'a'.uper()", ". Did you mean: 'upper'?"),
+                ("height = 1\nheigth", ". Did you mean: 'height'?"), ("xyzzyx", " is not defined"),
+                ("math.pi", ". Did you forget to import 'math'?")]:
+            with self.subTest(code=code):
+                self.assertTrue(plain_text(self.run_cell(code).traceback).endswith(hint))
 
     def test_a_deep_recursion_is_cut_short(self):
         cell = self.run_cell("def f(n): return f(n + 1)\nf(0)")
@@ -13324,6 +13458,36 @@ FOREIGN = {   # kernel -> command and fields of its spec, then cells and what co
         "endless": "cat('ready\\n'); flush(stdout()); Sys.sleep(1000)"}}
 
 
+class EnvironmentsOfTheFolder(ServerCase):
+    """A virtual environment in the served folder is a kernel."""
+
+    def specs(self):
+        specs = self.server.get("/api/kernelspecs").json["kernelspecs"]
+        return {spec["spec"]["display_name"]: name for name, spec in specs.items()}
+
+    def test_it_is_offered_by_name_and_runs_or_says_what_it_needs(self):
+        self.assertFalse([name for name in self.specs() if "env)" in name])
+        bare_environment(self.root / ".venv", *PYZMQ)
+        bare_environment(self.root / "env")
+        (self.root / "venv").mkdir()   # a folder of that name, and nothing more
+        version = ".".join(map(str, sys.version_info[:2]))
+        found = {label: name for label, name in self.specs().items() if "env)" in label}
+        self.assertEqual([*found], [f"Python {version} (.venv)", f"Python {version} (env)"])
+        kernel_id, frontend, _ = self.start_kernel(name=found[f"Python {version} (.venv)"])
+        cell = frontend.finish(frontend.start("import os, sys\nsys.prefix, os.environ['PATH'][:9]"))
+        self.assertIn(str(self.root / ".venv"), cell.result)
+        reply = self.server.post("/api/kernels", {"name": found[f"Python {version} (env)"]})
+        model = f"/api/kernels/{reply.json['id']}"
+        self.addCleanup(self.server.delete, model)
+        wait_until(lambda: "uv pip install --python" in self.server.get(model).body.decode())
+
+    def test_its_name_cannot_be_told_by_a_strangers_notebook(self):
+        folders = [self.folder(), self.folder()]
+        names = {minijupyter.known_here(folder) for folder in folders}
+        self.assertEqual(len(names), 2)
+        self.assertEqual({minijupyter.known_here(folder) for folder in folders}, names)
+
+
 class ForeignKernels(ServerCase):
     """Real kernels of other languages, by other people, under our server."""
 
@@ -17750,6 +17914,106 @@ class PageRuns(PageCase):
                 self.tearDown()      # or the next page would find the same kernel
 
 
+class PageForBeginners(PageCase):
+    """Errors that can be read, packages that install, a restart that is told."""
+
+    def test_an_error_shows_the_users_lines_and_folds_those_of_libraries(self):
+        tab = self.open("import json\ndef f():\n    return json.loads('{')\nf()", "1/0", "x =")
+        tab.run(0)
+        first = tab.outputs(0)
+        self.assertShows(first.locator(".title"), "json.decoder.JSONDecodeError: Expecting")
+        self.assertShows(first.locator(".frames summary"), "3 frames in json")
+        self.assertFalse(first.get_by_text("_default_decoder.decode").is_visible())
+        self.assertTrue(first.get_by_text("----> 4 f()").is_visible())
+        first.locator(".frames summary").press("Enter")
+        first.get_by_text("_default_decoder.decode").wait_for()
+        tab.run(1)
+        self.assertShows(tab.outputs(1), "ZeroDivisionError: division by zero")
+        self.assertEqual(tab.texts()[1].count("1/0") + tab.texts()[1].count("Cell In"), 0)
+        tab.run(2)
+        self.assertShows(tab.outputs(2), "^")
+        tab.save()
+        (kept,) = self.saved()["cells"][1]["outputs"]   # other clients find all of it
+        self.assertIn("----> 1 1/0", plain_text("\n".join(kept["traceback"])))
+
+    def test_frames_of_ipython_fold_too_and_those_without_code_are_left_out(self):
+        traceback = ["\x1b[31m" + "-" * 75 + "\x1b[39m", "KeyError          "
+                     "                        Traceback (most recent call last)",
+                     "Cell \x1b[32mIn[5]\x1b[39m, line 2\n      1 x = 1\n----> 2 df['b']\n",
+                     "File ~/lib/python3.12/site-packages/pandas/core/frame.py:41, in f(self)\n"
+                     "     40 if x:\n---> 41     y\n     (...)\n     99 z\n",
+                     "File pandas/_libs/index.pyx:167, in pandas._libs.get_loc()\n",
+                     "KeyError: 'b'"]
+        tab = self.open("")
+        shown = tab.page.evaluate("""traceback => {
+            const outputs = new Outputs(view.cells[0], document.createElement('div'));
+            const error = { output_type: 'error', ename: 'KeyError', evalue: "'b'", traceback };
+            outputs.show([error]);
+            return [...outputs.node.querySelectorAll('summary, pre')].map(n => n.textContent);
+        }""", traceback)
+        self.assertEqual(shown[:3], ["KeyError: 'b'", "Cell In[5], line 2\n      1 x = 1\n"
+                                     "----> 2 df['b']", "One frame in pandas"])
+        self.assertEqual(len(shown), 4)
+
+    def test_a_missing_package_is_installed_by_a_button_and_the_cell_runs_again(self):
+        folder = self.folder()
+        wheel(folder, "tinything", "1.0")
+        (self.root / "beside.ipynb").write_text("")
+        tab = self.open(f"import os, sys\nsys.path.append(place := {str(folder)!r})\n"
+                        "os.environ.update(PIP_NO_INDEX='1', PIP_TARGET=place, "
+                        "PIP_FIND_LINKS=place, PIP_DISABLE_PIP_VERSION_CHECK='1')",
+                        "import tinything", "import nothere.x", "import winreg", "import beside",
+                        "import json.nothing")
+        for i in range(6):
+            tab.run(i)
+        tab.outputs(2).get_by_role("button", name="Install nothere").wait_for()
+        self.assertCount(tab.page.locator(".install"), 2)
+        tab.outputs(2).get_by_role("button", name="Install nothere").click()
+        self.assertShows(tab.outputs(3), "It was not installed")
+        tab.outputs(1).get_by_role("button", name="Install tinything").click()
+        tab.outputs(2).get_by_role("button", name="Run this cell again").click()
+        tab.wait_until_done()
+        self.assertEqual(tab.sources()[1:3], ["%pip install tinything", "import tinything"])
+        self.assertEqual(tab.texts()[2], "")
+
+    def test_what_is_installed_has_the_name_that_the_index_knows(self):
+        tab = self.open("")
+        names = tab.page.evaluate("""() => words('sklearn cv2 PIL yaml bs4 skimage Crypto dateutil '
+            + 'dotenv serial usb fitz docx pptx OpenSSL win32api pandas tkinter _x x_ constructor')
+            .map(name => wantedBy({ ename: 'ModuleNotFoundError',
+                evalue: `No module named '${name}'` })?.wanted ?? null)""")
+        self.assertEqual(names, [
+            "scikit-learn", "opencv-python", "pillow", "pyyaml", "beautifulsoup4", "scikit-image",
+            "pycryptodome", "python-dateutil", "python-dotenv", "pyserial", "pyusb", "pymupdf",
+            "python-docx", "python-pptx", "pyopenssl", "pywin32", "pandas", None, None, None,
+            "constructor"])
+
+    def test_after_a_restart_a_line_tells_that_variables_are_gone_until_they_are_back(self):
+        tab = self.open("x = 1", "y = 2", "x + y")
+        for i in range(3):
+            tab.run(i)
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.run(2)
+        self.assertShows(tab.cell(2).locator(".gone"), "Variables are gone")
+        tab.save()
+        self.assertNotIn("Variables are gone", (self.root / self.name).read_text())
+        tab.page.get_by_role("button", name="Run them").click()
+        self.assertCount(tab.page.locator(".gone"), 0)
+        tab.run(2)
+        self.assertShows(tab.outputs(2), "3")
+        self.assertCount(tab.page.locator(".gone"), 0)
+
+    def test_a_death_is_an_error_of_its_cell_and_in_the_file(self):
+        tab = self.open("import os\nos._exit(3)")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "DeadKernelError: The kernel process ended")
+        tab.save()
+        (output,) = self.saved()["cells"][0]["outputs"]
+        self.assertEqual((output["output_type"], output["ename"]), ("error", "DeadKernelError"))
+
+
 class PageKeepsQuestions(PageCase):
     """A program that asks waits for its answer, whatever becomes of its cell."""
 
@@ -18988,7 +19252,7 @@ class PageKeys(PageCase):
         self.assertAlmostEqual(tab.at_rest(place), before, delta=2)
 
     def test_shift_enter_runs_also_after_a_click_into_the_output(self):
-        tab = self.open("1/0", "'next'")
+        tab = self.open("x = 1\n1/0", "'next'")
         tab.run(0)
         tab.cell(0).locator("summary").click()
         tab.press("Shift+Enter")
