@@ -3327,7 +3327,9 @@ def serve(server):
 #    61 Tables of text                           ROUTES
 #    62 Variables of other kernels               ROUTES
 #    63 Environments of the folder               OWN_SPECS, AT_START
-#    64 A quick start                            run_as_module
+#    64 The trash                                ROUTES                            needs 21
+#    65 Welcome                                  ROUTES
+#    66 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -9029,7 +9031,7 @@ NOT_FOR_READING = (
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
     "Other clients of the kernel", "Texts as notebooks", "Tables of any size", "Variables",
     "CSV and Markdown files", "Completion while typing", "Settings", "Missing packages",
-    "Variables are gone")
+    "Variables are gone", "Tools at a cell", "Files that are moved", "Welcome")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
@@ -11358,7 +11360,177 @@ def offer_environments(server, arguments):
 AT_START.append(offer_environments)
 
 
-# ---- 64. A quick start -------------------------------------------------------------------------
+# ---- 64. The trash: what a page deletes can come back -------------------------------------------
+#
+# `GET /api/trash/PATH` tells whether a file can go to the desktop's trash, and what that is called
+# there ("" for no); `POST` of the same moves it. `DELETE /api/contents/PATH` deletes for good:
+# programs ask for that, too, and what they clean up is of no use in a trash.
+#
+#     the server runs on                     the file is             it goes
+#     Linux or the like, without a desktop   anywhere                for good: nobody would look
+#     Linux or the like, with one            on the home's disk      to the trash of freedesktop.org
+#                                            on another disk         where send2trash takes it
+#     Windows, macOS                         anywhere                where send2trash takes it
+#
+# Without send2trash (`pip install send2trash`) its rows are "for good". Moving to the trash is one
+# rename; a trash on another file system would be a copy, of any size.
+
+TRASH_NAMES = {"win32": "Recycle Bin", "darwin": "Trash"}   # sys.platform -> what users call it
+
+
+def home_trash():
+    """The folder of the user's trash; None where there is no desktop, and has been none."""
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    trash = os.path.join(data, "Trash")
+    return trash if os.environ.get("XDG_CURRENT_DESKTOP") or os.path.isdir(trash) else None
+
+
+def send2trash_way():
+    try:
+        from send2trash import send2trash
+    except ImportError:
+        return None
+    return send2trash
+
+
+def put_into(trash, absolute):
+    """Move a file or a folder into a trash (freedesktop.org's specification 1.0): first what tells
+    where it was, under a name that is free, then itself."""
+    for kind in ("info", "files"):
+        os.makedirs(os.path.join(trash, kind), mode=0o700, exist_ok=True)
+    stem, extension = os.path.splitext(os.path.basename(absolute))
+    told = (f"[Trash Info]\nPath={quote(os.fsencode(absolute))}\n"
+            f"DeletionDate={datetime.now():%Y-%m-%dT%H:%M:%S}\n")
+    for number in itertools.count(1):
+        name = f"{stem}{f' {number}' if number > 1 else ''}{extension}"
+        info, place = (os.path.join(trash, "info", f"{name}.trashinfo"),
+                       os.path.join(trash, "files", name))
+        with contextlib.suppress(FileExistsError), open(info, "x", encoding="ascii") as file:
+            file.write(told)
+            break
+    try:
+        refuse_existing(place)   # without its information: of a program that was killed
+        os.rename(absolute, place)
+    except OSError:
+        os.remove(info)
+        raise
+
+
+def trash_way(absolute):
+    """The function that moves this file to a trash; None when there is none."""
+    if sys.platform in TRASH_NAMES:
+        return send2trash_way()
+    trash = home_trash()
+    if trash is None:
+        return None
+    known = trash
+    while not os.path.isdir(known):   # the first file makes it
+        known = os.path.dirname(known)
+    is_beside = os.lstat(absolute).st_dev == os.stat(known).st_dev
+    return functools.partial(put_into, trash) if is_beside else send2trash_way()
+
+
+def tell_trash(handler, path):
+    way = trash_way(handler.server.contents.existing(path))
+    return {"name": TRASH_NAMES.get(sys.platform, "trash") if way else ""}
+
+
+def move_to_trash(handler, path):
+    contents = handler.server.contents
+    absolute, checkpoint = contents.existing(path), contents.checkpoint_of(path)
+    if os.path.realpath(absolute) == contents.root:
+        raise Problem(400, "The root folder stays")
+    contents.refuse_private(path, absolute)
+    way = trash_way(absolute)
+    if way is None:
+        raise Problem(400, f"{path} was not deleted: this machine has no trash for it")
+    way(absolute)
+    if os.path.isfile(checkpoint):   # else the next file of this name would have it
+        os.remove(checkpoint)
+    return 204, None
+
+
+ROUTES += [("GET", "/api/trash/(.+)", tell_trash), ("POST", "/api/trash/(.+)", move_to_trash)]
+
+
+# ---- 65. Welcome: a notebook that shows what one can do -----------------------------------------
+#
+# The page puts a copy of it into the user's folder, when it is asked to. Its cells run on a Python
+# that has pyzmq and nothing else.
+
+WELCOME_CELLS = (   # type, source
+    ("markdown", """\
+# Welcome to MiniJupyter
+
+A notebook is text and code in cells. The code runs, and what comes of it stays below. This one is
+yours: change it, break it, delete it.
+
+**Click into the next cell and press `Shift`+`Enter`.** (Or rest the mouse on it, and press ▶.)"""),
+    ("code", '6 * 7'),
+    ("markdown", """\
+## Two modes
+
+- **`Enter`**, or a click into a cell: you write. `Tab` completes, `Shift`+`Tab` explains.
+- **`Esc`**: letters are commands. `A` adds a cell above, `B` below, `D` `D` deletes, `Z` brings
+  back, `M` makes it text.
+
+`H` shows all keys. For the mouse there are tools at each cell, and *+ Code* between two."""),
+    ("code", """\
+import time
+
+for step in range(1, 6):
+    print("step", step, "of 5")
+    time.sleep(0.4)   # while it runs, ■ stops it"""),
+    ("markdown", """\
+## Pictures
+
+What a cell ends with is shown, pictures, too. This one needs nothing installed. For plots as you
+know them, run `%pip install matplotlib` in a cell of its own."""),
+    ("code", """\
+from math import sin
+
+from IPython.display import SVG
+
+wave = " ".join(f"{x},{60 - 45 * sin(x / 25) * sin(x / 190):.1f}" for x in range(601))
+SVG(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 120" width="600" height="120">'
+    f'<polyline points="{wave}" fill="none" stroke="#4f7fe8" stroke-width="3"/></svg>')"""),
+    ("markdown", """\
+## Sliders
+
+With ipywidgets a function gets controls, and runs again at each move."""),
+    ("code", """\
+try:
+    from ipywidgets import interact
+except ImportError:
+    print("Sliders need ipywidgets. Run this in a cell of its own:  %pip install ipywidgets")
+else:
+    interact(lambda n: print("★" * n), n=(1, 40))"""),
+    ("markdown", """\
+## Under the hood
+
+Press `Esc`, then `U`, and run the next cell: each arrow is a message between browser, server and
+kernel. A click on one shows it down to its bytes, and the line of the program that sent it."""),
+    ("code", 'print("on its way")'),
+    ("markdown", """\
+## And now
+
+*Help*, **Open README as a notebook** tells how all of it works, in programs short enough to read.
+*Help*, **All commands…** (`P`) finds everything else by name."""),
+)
+
+
+def welcome(handler):
+    """The notebook, for the page that asks for it."""
+    made = {"code": {"execution_count": None, "outputs": []}}
+    return {**new_notebook(), "cells": [
+        {"cell_type": kind, "id": f"welcome-{number}", "metadata": {}, "source": source,
+         **made.get(kind, {})} for number, (kind, source) in enumerate(WELCOME_CELLS, 1)]}
+
+
+ROUTES.append(("GET", "/api/welcome", welcome))
+
+
+# ---- 66. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not

@@ -239,8 +239,10 @@ def cpu_seconds(pid):
 def clean_environment(folder, **variables):
     """The environment with every Jupyter folder moved below `folder`."""
     own = {name: str(Path(folder) / name.lower()) for name in (
-        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
-    outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR",
+        "XDG_DATA_HOME")}   # the last one is where the trash is
+    outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE",
+               "XDG_CURRENT_DESKTOP")
     kept = {name: value for name, value in os.environ.items() if name not in outside}
     return {**kept, **own, **variables}
 
@@ -17233,7 +17235,7 @@ class PageFiles(PageCase):
         tab.press("Enter")
         self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "after.txt")
         tab.page.locator("[data-command=delete]").click()
-        tab.choose("Delete")
+        tab.choose("Delete for good")
         self.assertCount(tab.page.get_by_text("after.txt"), 0)
         self.assertFalse((self.root / "before.txt").exists() or (self.root / "after.txt").exists())
 
@@ -17243,7 +17245,7 @@ class PageFiles(PageCase):
         tab = self.visit("/tree")
         tab.page.get_by_label("Select full").check()
         tab.page.locator("[data-command=delete]").click()
-        tab.choose("Delete")
+        tab.choose("Delete for good")
         self.assertShows(tab.page.locator("dialog[open]"), "not empty")
         self.assertTrue((self.root / "full" / "inside.txt").exists())
         tab.choose("Delete all")
@@ -17451,7 +17453,7 @@ class PageFiles(PageCase):
             tab.page.get_by_label(f"Select {name}").uncheck()
         tab.page.get_by_role("link", name="full").focus()
         tab.press("Delete")
-        tab.choose("Delete")
+        tab.choose("Delete for good")
         self.assertShows(tab.page.locator("dialog[open]"), "not empty")
         tab.press("Enter")
         tab.page.locator("dialog").wait_for(state="detached")
@@ -17499,23 +17501,25 @@ class PageFiles(PageCase):
                 self.assertNotIn("<", told)
         self.problems.clear()      # the browser notes each of them
 
-    def test_files_that_are_moved_to_a_folder_that_is_not_there_can_be_moved_elsewhere(self):
-        (self.root / "there").mkdir()
-        for name in ("one.txt", "two.txt"):
-            (self.root / name).write_text("")
+    def test_files_that_cannot_be_moved_to_one_folder_can_be_moved_to_another_one(self):
+        for folder in ("taken", "there"):
+            (self.root / folder).mkdir()
+        for name in ("one.txt", "two.txt", "taken/two.txt"):
+            (self.root / name).write_text(name)
         tab = self.visit("/tree/")
         for name in ("one.txt", "two.txt"):
             tab.page.get_by_label(f"Select {name}").check()
         tab.command("move")
         dialog = tab.page.locator("dialog[open]")
-        dialog.get_by_role("textbox").fill("nowhere")
+        dialog.get_by_role("treeitem", name="taken").click()
         tab.choose("Move")
-        self.assertShows(dialog, "No such folder")
-        dialog.get_by_role("textbox").fill("there")
+        self.assertShows(dialog, "already")
+        dialog.get_by_role("treeitem", name="there").click()
         tab.choose("Move")
         self.assertCount(dialog, 0)
-        self.assertEqual(sorted(p.name for p in (self.root / "there").iterdir()),
-                         ["one.txt", "two.txt"])
+        self.assertEqual([(self.root / name).read_text() for name in
+                          ("taken/one.txt", "taken/two.txt", "there/two.txt")],
+                         ["one.txt", "taken/two.txt", "two.txt"])
 
     def test_save_as_with_a_name_that_cannot_be_leaves_the_file_where_it_is(self):
         (self.root / "here.txt").write_text("text")
@@ -19696,7 +19700,7 @@ class PageLosesNothing(PageCase):
         tab.page.get_by_label("Select stays.txt").check()
         self.context.route("**/stays.txt?*", lambda route: route.abort())
         tab.page.locator("[data-command=delete]").click()
-        tab.choose("Delete")
+        tab.choose("Delete for good")
         self.assertShows(tab.page.locator("#notices"), "“stays.txt” was not deleted")
         self.context.unroute_all()
         tab.page.get_by_role("button", name="Try again").click()
@@ -19712,12 +19716,12 @@ class PageLosesNothing(PageCase):
         for _ in range(2):      # that it fails again is told once
             delete.click()
             with tab.page.expect_event("requestfailed"):
-                tab.choose("Delete")
+                tab.choose("Delete for good")
             self.assertShows(tab.page.locator("#notices"), "“later.txt” was not deleted")
             self.assertCount(tab.page.locator(".notice"), 1)
         self.context.unroute_all()
         delete.click()
-        tab.choose("Delete")
+        tab.choose("Delete for good")
         self.assertCount(tab.page.get_by_text("later.txt"), 0)
         self.assertCount(tab.page.locator(".notice"), 0)
         self.problems.clear()
@@ -21936,9 +21940,9 @@ class PageMoves(PageCase):
         tab.page.locator("[data-command=move]").click()
         tab.choose("Cancel")
         tab.page.locator("[data-command=move]").click()
-        tab.page.locator("dialog input").fill("")
+        tab.page.get_by_role("treeitem", name="Files").locator("span").first.click()
         tab.choose("Move")
-        self.assertCount(tab.page.get_by_text("stays.txt"), 0)
+        self.assertCount(tab.page.locator("[data-path='inner/stays.txt']"), 0)
         self.assertTrue((self.root / "stays.txt").exists())
 
 
