@@ -10184,6 +10184,94 @@ class HttpRequests(ServerCase):
         loud.process.wait_for(r"404 GET /\\x9b31m\n404 GET /\\u2028\\u202e\n404 GET /\\x85\n")
 
 
+class Trash(ServerCase):
+    """What a page deletes can come back, where there is a desktop."""
+
+    options = {"env": {"XDG_CURRENT_DESKTOP": "any"}}
+
+    def setUp(self):
+        self.trash = Path(self.server.folder.name, "xdg_data_home", "Trash")
+
+    def to_trash(self, path, server=None):
+        return (server or self.server).post(f"/api/trash/{quote(path)}")
+
+    def test_a_file_lies_in_the_trash_as_freedesktop_says_and_its_checkpoint_is_gone(self):
+        (self.root / "a ü%.txt").write_text("dear")
+        self.server.post(f"/api/contents/{quote('a ü%.txt')}/checkpoints")
+        self.assertEqual(self.server.get(f"/api/trash/{quote('a ü%.txt')}").json, {"name": "trash"})
+        self.assertReply(self.to_trash("a ü%.txt"), 204)
+        self.assertEqual((self.trash / "files" / "a ü%.txt").read_text(), "dear")
+        head, path, date = (self.trash / "info" / "a ü%.txt.trashinfo").read_text().splitlines()
+        self.assertEqual((head, unquote(path)), ("[Trash Info]", f"Path={self.root / 'a ü%.txt'}"))
+        self.assertNotIn("ü", path)
+        time.strptime(date, "DeletionDate=%Y-%m-%dT%H:%M:%S")
+        self.assertEqual([*(self.root / ".ipynb_checkpoints").iterdir()], [])
+
+    def test_what_has_the_same_name_there_stays(self):
+        for text in ("one", "two"):
+            (self.root / "same.txt").write_text(text)
+            self.assertReply(self.to_trash("same.txt"), 204)
+        self.assertEqual([(self.trash / "files" / name).read_text()
+                          for name in ("same.txt", "same 2.txt")], ["one", "two"])
+        (self.trash / "files" / "left.txt").write_text("nobody tells where this was")
+        (self.root / "left.txt").write_text("stays")
+        self.assertReply(self.to_trash("left.txt"), range(400, 500))
+        self.assertEqual((self.root / "left.txt").read_text(), "stays")
+        self.assertFalse((self.trash / "info" / "left.txt.trashinfo").exists())
+
+    def test_a_folder_goes_with_all_that_is_in_it(self):
+        (self.root / "full" / ".hidden").mkdir(parents=True)
+        (self.root / "full" / "inside.txt").write_text("x")
+        self.assertReply(self.to_trash("full"), 204)
+        self.assertTrue((self.trash / "files" / "full" / "inside.txt").exists())
+        self.assertTrue((self.trash / "files" / "full" / ".hidden").exists())
+
+    def test_what_nobody_may_delete_does_not_get_there(self):
+        (self.root / ".hidden").write_text("x")
+        self.assertReply(self.to_trash("nothing"), 404)
+        self.assertReply(self.to_trash(".hidden"), 404)
+        self.assertReply(self.to_trash("../root"), 404)
+        (self.root / "itself").symlink_to(self.root)
+        self.assertReply(self.to_trash("itself"), 400)
+
+    def test_without_a_desktop_there_is_none_and_nothing_is_lost(self):
+        server = self.own_server()
+        (server.root / "kept.txt").write_text("x")
+        self.assertEqual(server.get("/api/trash/kept.txt").json, {"name": ""})
+        reply = self.assertReply(self.to_trash("kept.txt", server), 400)
+        self.assertIn("no trash", reply.json["message"])
+        self.assertTrue((server.root / "kept.txt").exists())
+
+
+class Welcome(ServerCase):
+    """The notebook that an empty folder offers."""
+
+    def test_all_its_cells_run_on_a_python_that_has_pyzmq_alone(self):
+        folder = Path(self.folder())
+        python, env = bare_python(folder)
+        install_kernelspec(folder, "bare", [*python, *OURS[1:]],
+                           env={"PYTHONPATH": env["PYTHONPATH"]})
+        path = folder / "welcome.ipynb"
+        path.write_text(json.dumps(self.server.get("/api/welcome").json))
+        ran = subprocess.run([sys.executable, *OUR_RUN, path, "--kernel", "bare"],
+                             env=clean_environment(self.folder(), JUPYTER_DATA_DIR=str(folder)),
+                             capture_output=True, text=True, timeout=60)
+        self.assertEqual(ran.returncode, 0, ran.stderr)
+        shown = json.dumps([cell.get("outputs") for cell in json.loads(path.read_text())["cells"]])
+        for words in ("42", "step 5 of 5", "image/svg+xml", "%pip install ipywidgets", "way"):
+            self.assertIn(words, shown)
+
+    def test_it_is_short_and_names_commands_and_keys_that_the_page_has(self):
+        cells = self.server.get("/api/welcome").json["cells"]
+        self.assertIn(len(cells), range(8, 13))
+        text = "".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+        for name in ("Open README as a notebook", "All commands…"):
+            self.assertIn(name, text)
+            self.assertIn(f"'{name}'", PAGE_SOURCE)
+        for key in re.findall(r"`([A-Z])`", text):
+            self.assertRegex(PAGE_SOURCE, rf"[' ]c:{key}[+' ]")
+
+
 class Access(ServerCase):
     ENDPOINTS = [("GET", "/api/contents"), ("PUT", "/api/contents/x"), ("POST", "/api/contents"),
                  ("PATCH", "/api/contents/x"), ("DELETE", "/api/contents/x"),
@@ -17511,7 +17599,7 @@ class PageFiles(PageCase):
             tab.page.get_by_label(f"Select {name}").check()
         tab.command("move")
         dialog = tab.page.locator("dialog[open]")
-        dialog.get_by_role("treeitem", name="taken").click()
+        dialog.get_by_role("treeitem", name="taken", exact=True).click()
         tab.choose("Move")
         self.assertShows(dialog, "already")
         dialog.get_by_role("treeitem", name="there").click()
@@ -20011,6 +20099,20 @@ class PageForEveryone(PageCase):
             tab.page.locator(f"main {place}").first.wait_for()
             self.assertAxeFindsNothing(tab)
 
+    def test_tools_at_a_cell_and_folders_to_choose_from(self):
+        for name in ("somewhere", "elsewhere"):
+            (self.root / name).mkdir()
+        tab = self.open("a", "b")
+        tab.cell(1).hover()
+        tab.page.mouse.move(300, tab.cell(1).bounding_box()["y"] + 2)
+        tab.page.locator("#between").wait_for()
+        self.assertAxeFindsNothing(tab)
+        tab = self.visit("/tree")
+        tab.page.get_by_label("Select somewhere").check()
+        tab.page.locator("[data-command=move]").click()
+        tab.page.get_by_role("treeitem").nth(1).wait_for()
+        self.assertAxeFindsNothing(tab)
+
     def test_popups_of_a_notebook(self):
         tab = self.open("import os", "os.path.", "input('name? ')")
         tab.run(0)
@@ -20339,7 +20441,7 @@ class PageForEveryone(PageCase):
         tab.press("ArrowDown", "Enter")
         tab.page.wait_for_url("**/tree/a%20folder")
         self.assertShows(tab.page.locator("main"), "This folder is empty")
-        self.assertEqual(self.go_to(tab, "New")[-3:], ["a folder", "Upload", "New"])
+        self.assertEqual(self.go_to(tab, "New")[-3:], ["Filter names", "Upload", "New"])
         tab.press("Enter")
         with self.context.expect_page() as opened:
             tab.page.locator("#menu-new button:focus").press("Enter")
@@ -21944,6 +22046,274 @@ class PageMoves(PageCase):
         tab.choose("Move")
         self.assertCount(tab.page.locator("[data-path='inner/stays.txt']"), 0)
         self.assertTrue((self.root / "stays.txt").exists())
+
+
+class PageMouse(PageCase):
+    """What one does with the mouse, and on a touch screen."""
+
+    def edge(self, tab, i):
+        """The mouse goes to the upper edge of a cell, coming from the middle of it."""
+        tab.cell(i).hover(position={"x": 300, "y": 15})
+        box = tab.cell(i).bounding_box()
+        tab.page.mouse.move(300, box["y"] + 2)
+        return tab.page.locator("#between")
+
+    def active(self, tab):
+        return tab.page.evaluate("view.active.place")
+
+    def test_hover_shows_one_set_of_tools_and_shifts_nothing(self):
+        tab = self.open(*"abcdef")
+        boxes = ("JSON.stringify([...document.querySelectorAll('.cell, .input, .prompt')]"
+                 ".map(node => node.getBoundingClientRect()))")
+        before = tab.at_rest(boxes)
+        for i in (3, 5):
+            tab.cell(i).hover()
+            tab.cell(i).get_by_label("Run this cell").wait_for()
+            tab.cell(i).get_by_label("Delete cells").wait_for()
+        self.assertEqual(tab.page.evaluate(boxes), before)
+        for part in (".cell-run", ".cell-tools", "#between"):
+            self.assertCount(tab.page.locator(part), 1)
+        tab.page.mouse.move(1, 1)
+        tab.cell(0).get_by_label("Run this cell").wait_for()      # of the selected cell
+
+    def test_the_button_in_the_gutter_runs_its_cell_and_stops_it(self):
+        tab = self.open("1", "print('ran')", "import time\ntime.sleep(600)")
+        tab.cell(1).hover()
+        tab.cell(1).get_by_label("Run this cell").click()
+        self.assertShows(tab.outputs(1), "ran")
+        self.assertEqual(self.active(tab), 1)
+        tab.cell(2).hover()
+        tab.cell(2).get_by_label("Run this cell").click()
+        tab.cell(2).locator(".cell-run").get_by_label("Interrupt").click()
+        self.assertShows(tab.outputs(2), "KeyboardInterrupt")
+
+    def test_the_caret_stays_where_one_types_and_typing_hides_the_tools(self):
+        tab = self.open("6 * 7", "")
+        tab.cell(0).locator("textarea.editor").click()
+        tools = tab.cell(0).locator(".cell-tools")
+        tools.get_by_label("Delete cells").wait_for()
+        tab.press("Control+End", "0")
+        tab.page.mouse.move(1, 1)
+        self.assertCount(tools.locator("button:visible"), 0)
+        tab.cell(0).hover()
+        tab.cell(0).get_by_label("Run this cell").click()
+        self.assertShows(tab.outputs(0), "420")
+        tab.page.keyboard.type("1")
+        self.assertEqual(tab.sources()[0], "6 * 701")
+
+    def test_text_that_is_open_is_shown_and_edited_again(self):
+        tab = self.open("# Title")
+        tab.select(0)
+        tab.press("m", "Enter")
+        tab.cell(0).hover()
+        tab.cell(0).get_by_label("Run this cell").click()
+        tab.cell(0).locator("h1").wait_for()
+        self.assertCount(tab.cell(0).locator(".cell-run button:visible"), 0)
+        tab.cell(0).get_by_label("Edit the cell").click()
+        tab.wait_for(mode="edit")
+
+    def test_a_cell_that_is_moved_stays_under_the_mouse(self):
+        tab = self.open(*[f"cell {i}\n" * 4 for i in range(12)])
+        tab.cell(4).hover()
+        box = tab.cell(4).get_by_label("Move cells down").bounding_box()
+        tab.page.mouse.move(box["x"] + 9, box["y"] + 9)
+        for _ in range(2):
+            tab.page.mouse.down()
+            tab.page.mouse.up()
+        self.assertTrue(tab.sources()[6].startswith("cell 4"))
+
+    def test_a_cell_is_duplicated_and_deleted_and_comes_back(self):
+        tab = self.open("a", "b")
+        tab.cell(1).hover()
+        tab.cell(1).get_by_label("Duplicate cells").click()
+        self.assertEqual(tab.sources(), ["a", "b", "b"])
+        tab.cell(0).hover()
+        tab.cell(0).get_by_label("Delete cells").click()
+        self.assertEqual(tab.sources(), ["b", "b"])
+        tab.page.locator(".notice").get_by_role("button", name="Undo").click()
+        self.assertEqual(tab.sources(), ["a", "b", "b"])
+        ids = tab.page.eval_on_selector_all(".cell", "all => all.map(cell => cell.dataset.id)")
+        self.assertEqual(len({*ids}), 3)
+
+    def test_a_locked_cell_stays_and_says_why(self):
+        nb = notebook("a", "b")
+        nb["cells"][1]["metadata"] = {"deletable": False}
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        tab.cell(1).hover()
+        tab.cell(1).get_by_label("Delete cells").click()
+        self.assertShows(tab.page.locator(".notice"), "deletable: false")
+        self.assertEqual(tab.sources(), ["a", "b"])
+
+    def test_between_two_cells_are_buttons_for_a_new_one(self):
+        tab = self.open("a", "b")
+        self.edge(tab, 1).get_by_text("+ Markdown").click()
+        tab.page.keyboard.type("between")
+        self.assertEqual((tab.sources(), tab.types()[1]), (["a", "between", "b"], "markdown"))
+        self.edge(tab, 0).get_by_text("+ Code").click()
+        tab.page.keyboard.type("first")
+        self.assertEqual(tab.sources()[:2], ["first", "a"])
+        tab.cell(0).hover(position={"x": 300, "y": 15})
+        self.assertFalse(tab.page.locator("#between").is_visible())
+
+    def test_a_click_below_the_last_cell_adds_one_that_is_needed(self):
+        tab = self.open("a")
+        below = tab.page.locator("#below")
+        for _ in range(2):      # the second one finds an empty cell there
+            below.click(position={"x": 500, "y": 60})
+            tab.wait_for(mode="edit")
+            self.assertEqual(tab.sources(), ["a", ""])
+        tab.page.keyboard.type("b")
+        below.locator("> button", has_text="Markdown").click()
+        self.assertEqual(tab.types(), ["code", "code", "markdown"])
+
+    def test_a_click_below_that_ends_a_selection_of_text_adds_nothing(self):
+        tab = self.open("print('words')")
+        tab.run(0)
+        tab.outputs(0).locator("pre").dblclick(position={"x": 9, "y": 9})
+        self.assertEqual(tab.page.evaluate("`${getSelection()}`"), "words")
+        tab.page.locator("#below").click(position={"x": 500, "y": 60})
+        self.assertEqual(len(tab.sources()), 2)      # Shift+Enter has added one
+
+    def test_ctrl_and_shift_and_a_click_select_cells_also_by_their_text(self):
+        tab = self.open(*"abcd")
+        tab.select(0)
+        tab.cell(2).locator("textarea.editor").click(modifiers=["ControlOrMeta"])
+        self.assertCount(tab.page.locator(".cell.selected"), 2)
+        tab.select(0)
+        tab.cell(2).locator("textarea.editor").click(modifiers=["Shift"])
+        self.assertCount(tab.page.locator(".cell.selected"), 3)
+
+    def test_every_tool_says_its_name_and_run_all_is_one_of_them(self):
+        tab = self.open("print('all')", "print('of them')")
+        tools = "#title, #kernel, #top button:has(> svg)"
+        titles = tab.page.eval_on_selector_all(tools, "all => all.map(tool => tool.title)")
+        self.assertNotIn("", titles)
+        for word in ("Commands", "Contents", "Hood"):
+            tab.page.locator("#toolbar").get_by_text(word).wait_for()
+        tab.page.locator("#toolbar").get_by_label("Run all", exact=True).click()
+        self.assertShows(tab.outputs(1), "of them")
+
+    def test_on_a_touch_screen_the_selected_cell_has_the_tools(self):
+        phone = browser().new_context(has_touch=True, is_mobile=True,
+                                      viewport={"width": 390, "height": 700})
+        self.addCleanup(phone.close)
+        self.use(phone)
+        tab = self.open("print('a')", "print('touched')")
+        tab.cell(1).locator("textarea.editor").tap()
+        tab.cell(1).get_by_label("Run this cell").tap()
+        self.assertShows(tab.outputs(1), "touched")
+        tab.cell(1).get_by_label("Duplicate cells").tap()
+        self.assertEqual(len(tab.sources()), 3)
+        tab.page.locator("#below > button", has_text="Code").tap()
+        self.assertEqual(len(tab.sources()), 4)
+
+
+class PageMovesFiles(PageCase):
+    """Files by mouse and keyboard: where they go, how they are found, how they come back."""
+
+    options = {"env": {"XDG_CURRENT_DESKTOP": "any"}}
+
+    def folder_with(self, *names):
+        """A folder of this test's own, and a tab that shows it."""
+        self.place = self.root / self._testMethodName[5:30]
+        for name in names:
+            path = self.place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir() if name.endswith("/") else path.write_text(name)
+        tab = self.visit(f"/tree/{self.place.name}")
+        tab.page.locator("table.files").wait_for()
+        return tab
+
+    def row(self, tab, name):
+        return tab.page.locator(f"[data-path='{self.place.name}/{name}']")
+
+    def test_a_filter_shows_names_with_a_text_and_unchecks_the_others(self):
+        tab = self.folder_with("Apple.txt", "pear.txt", "grapple.py")
+        tab.page.get_by_label("Select pear.txt").check()
+        tab.press("/")
+        tab.page.keyboard.type("APPLE")
+        self.assertShows(tab.page.locator(".actions"), "2 of 3")
+        self.assertCount(tab.page.locator("tbody tr"), 2)
+        self.assertEqual(tab.page.evaluate("view.checked.length"), 0)
+        tab.press("Enter")
+        self.assertShows(tab.page.locator(":focus"), "Apple.txt")
+        tab.press("/")
+        tab.page.keyboard.type("plum")
+        self.assertShows(tab.page.locator("#file-list"), "No name here has “plum” in it.")
+        tab.press("Escape")
+        self.assertCount(tab.page.locator("tbody tr"), 3)
+
+    def test_files_are_dragged_onto_a_folder_and_onto_the_path_and_come_back(self):
+        tab = self.folder_with("into/", "one.txt", "two.txt")
+        for name in ("one.txt", "two.txt"):
+            tab.page.get_by_label(f"Select {name}").check()
+        self.row(tab, "one.txt").locator("a").drag_to(self.row(tab, "into"))
+        self.assertCount(self.row(tab, "two.txt"), 0)
+        self.assertEqual(len([*(self.place / "into").iterdir()]), 2)
+        tab.page.locator(".notice").get_by_role("button", name="Undo").click()
+        self.assertCount(tab.page.locator("tbody :checked"), 2)
+        self.row(tab, "into").locator("a").drag_to(tab.page.locator(".crumbs a").first)
+        self.assertCount(self.row(tab, "into"), 0)
+        self.assertTrue((self.root / "into").is_dir())
+
+    def test_a_file_that_is_there_already_is_not_written_over_by_a_drag(self):
+        tab = self.folder_with("into/same.txt", "same.txt")
+        self.row(tab, "same.txt").locator("a").drag_to(self.row(tab, "into"))
+        self.assertShows(tab.page.locator(".notice.bad"), "“same.txt” was not moved")
+        self.assertEqual((self.place / "into" / "same.txt").read_text(), "into/same.txt")
+        self.assertEqual((self.place / "same.txt").read_text(), "same.txt")
+
+    def test_the_folder_is_chosen_from_a_tree_by_keys(self):
+        tab = self.folder_with("data/raw/", "other/", "file.txt")
+        tab.page.get_by_label("Select file.txt").check()
+        tab.page.locator("[data-command=move]").click()
+        tree = tab.page.get_by_role("tree")
+        tree.locator(f":focus[data-path='{self.place.name}']").wait_for()
+        tab.press("ArrowRight", "ArrowRight")
+        tree.locator("[data-path$='data/raw']").wait_for()
+        tab.press("ArrowDown")
+        tree.locator(":focus[data-path$='data/raw']").wait_for()
+        tab.press("ArrowLeft", "ArrowLeft")
+        self.assertFalse(tree.locator("[data-path$='data/raw']").is_visible())
+        tab.press("ArrowRight", "ArrowRight", "Enter")
+        self.assertShows(tab.page.locator(".notice"), "to “raw”")
+        self.assertTrue((self.place / "data" / "raw" / "file.txt").exists())
+
+    def test_a_folder_cannot_be_moved_into_itself(self):
+        tab = self.folder_with("outer/inner/")
+        tab.page.get_by_label("Select outer").check()
+        tab.page.locator("[data-command=move]").click()
+        tree = tab.page.get_by_role("tree")
+        tree.locator(f":focus[data-path='{self.place.name}']").wait_for()
+        self.assertCount(tree.locator("[data-path$=outer]"), 0)
+
+    def test_delete_asks_for_the_trash_and_cancel_is_what_enter_means(self):
+        tab = self.folder_with("full/inside.txt")
+        self.row(tab, "full").locator("a").focus()
+        tab.press("Delete")
+        self.assertShows(tab.page.locator("dialog[open]"), "Move “full” to the trash?")
+        tab.press("Enter")
+        self.assertTrue((self.place / "full" / "inside.txt").exists())
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertCount(self.row(tab, "full"), 0)
+        trash = Path(self.server.folder.name, "xdg_data_home", "Trash", "files")
+        self.assertTrue((trash / "full" / "inside.txt").exists())
+
+    def test_an_empty_folder_offers_a_welcome_which_opens_as_its_reader_left_it(self):
+        (self.root / "fresh").mkdir()
+        tab = self.visit("/tree/fresh")
+        with self.context.expect_page() as opened:
+            tab.page.get_by_role("button", name="Open “Welcome to MiniJupyter”").click()
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        self.assertShows(new.page.locator(".cell h1"), "Welcome to MiniJupyter")
+        new.write(1, "1 + 1")
+        new.save()
+        with self.context.expect_page() as again:
+            new.command("welcome")
+        self.assertShows(again.value.locator(".cell .code").nth(1), "1 + 1")
 
 
 @needs("nbclient", "nbformat", "ipykernel")
@@ -26304,7 +26674,8 @@ class Documentation(Case):
         sections = {int(BANNER.match(second[at])[1]): without_strings("".join(second[at:stop]))
                     for at, stop in sections_of(second).values()}
         method = re.compile(r"(?m)^  (?:async |get )*([a-z]\w+)\(.*\) \{")
-        others = {"close", "find", "home", "join", "scrolled", "split", "tell",     # of others, too
+        # (others have these, too)
+        others = {"close", "find", "home", "join", "rename", "scrolled", "split", "tell",
                   *method.findall("".join(first))}
         needs = needs_of(second)
         for owner, text in sections.items():
