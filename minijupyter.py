@@ -3327,7 +3327,8 @@ def serve(server):
 #    61 Tables of text                           ROUTES
 #    62 Variables of other kernels               ROUTES
 #    63 Environments of the folder               OWN_SPECS, AT_START
-#    64 A quick start                            run_as_module
+#    64 The trash                                CONTENTS, ROUTES                  needs 23
+#    65 A quick start                            run_as_module
 
 
 # ---- 10. Byte for byte: a save changes what was changed ----------------------------------------
@@ -11358,7 +11359,89 @@ def offer_environments(server, arguments):
 AT_START.append(offer_environments)
 
 
-# ---- 64. A quick start -------------------------------------------------------------------------
+# ---- 64. The trash -----------------------------------------------------------------------------
+#
+# What a person deletes in the page goes to the trash of the server's desktop where there is one, as
+# in a file manager, and can be brought back from there. Without a package that is the trash of
+# freedesktop.org, when a desktop has made one on the disk of the files; on other systems send2trash
+# does it, when it is installed. The page asks first, and says which. Clients that send DELETE
+# delete, as in Jupyter without a trash.
+
+def trash_folder(root):
+    """The folder of this user's trash, or None when no desktop has made one on the disk of `root`
+    (freedesktop.org, Trash specification 1.0)."""
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    folder = os.path.join(data, "Trash")
+    try:
+        return folder if os.stat(folder).st_dev == os.stat(root).st_dev else None
+    except OSError:
+        return None
+
+
+def find_trash(root):
+    """A function that puts a path into the trash, or None when there is no trash."""
+    if folder := trash_folder(root):
+        return functools.partial(move_to_trash, folder)
+    if sys.platform in ("win32", "darwin"):
+        with contextlib.suppress(ImportError):
+            return __import__("send2trash").send2trash
+    return None
+
+
+def move_to_trash(folder, path):
+    """Move a file or a folder there, with a note that tells a file manager where it was."""
+    for name in ("info", "files"):
+        os.makedirs(os.path.join(folder, name), mode=0o700, exist_ok=True)
+    stem, ending = os.path.splitext(os.path.basename(path))
+    for number in itertools.count(1):
+        name = f"{stem}{f' {number}' if number > 1 else ''}{ending}"
+        place, note = (os.path.join(folder, "files", name),
+                       os.path.join(folder, "info", f"{name}.trashinfo"))
+        if not os.path.lexists(place):
+            with contextlib.suppress(FileExistsError), open(note, "x", encoding="utf-8") as file:
+                file.write(f"[Trash Info]\nPath={quote(path)}\n"
+                           f"DeletionDate={datetime.now():%Y-%m-%dT%H:%M:%S}\n")
+                break   # the note is ours, and so is the name
+    try:
+        os.rename(path, place)
+    except OSError:
+        os.remove(note)
+        raise
+
+
+class ContentsWithTrash(CONTENTS[-1]):
+    """Files can be put into the trash: only such as could be deleted."""
+
+    def trash(self, path):
+        """Problem 409 when there is no trash."""
+        self.refuse_hidden("delete", path)
+        absolute = self.existing(path)
+        if os.path.realpath(absolute) == self.root:
+            raise Problem(400, "The root folder stays")
+        self.refuse_private(path, absolute)
+        put = find_trash(self.root)
+        if put is None:
+            raise Problem(409, "There is no trash here: delete the file instead")
+        put(absolute)
+
+
+def show_trash(handler):
+    return 200, {"available": find_trash(handler.server.contents.root) is not None}
+
+
+def put_into_trash(handler):
+    path = handler.json_body().get("path")
+    if not isinstance(path, str):
+        raise Problem(400, "The body must name the path")
+    handler.server.contents.trash(path)
+    return 204, None
+
+
+CONTENTS.append(ContentsWithTrash)
+ROUTES += [("GET", r"/api/trash", show_trash), ("POST", r"/api/trash", put_into_trash)]
+
+
+# ---- 65. A quick start -------------------------------------------------------------------------
 #
 # Python keeps a script's syntax tree for as long as it runs (7 MB here), but loads a module from
 # the bytecode cache. So the server starts itself again as a module, except under a debugger. (Not

@@ -19296,9 +19296,9 @@ class PageKeys(PageCase):
                 item.dataset.command ?? '|')].join(' '))""")
         self.assertEqual([menu.split()[0] for menu in menus],
                          ["File", "Edit", "View", "Insert", "Cell", "Kernel", "Help"])
-        self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents close-section "
-                         "open-section | hide-code collapse-output scroll-output | hood theme "
-                         "width settings")
+        self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents variables "
+                         "close-section open-section | hide-code collapse-output "
+                         "scroll-output | hood theme width settings")
         self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
 
     def test_match_case_and_type_are_keywords_where_nothing_else_is_meant(self):
