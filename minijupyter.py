@@ -9030,7 +9030,7 @@ NOT_FOR_READING = (
     "Download as", "The file browser", "Clusters", "The text editor", "Under the hood", "A lecture",
     "Other clients of the kernel", "Texts as notebooks", "Tables of any size", "Variables",
     "CSV and Markdown files", "Completion while typing", "Settings", "Missing packages",
-    "Variables are gone", "By mouse")
+    "Variables are gone", "By mouse", "Welcome")
 # Where a section of the page begins: one of a script, or of the style
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"

@@ -9800,6 +9800,47 @@ class Files(ServerCase):
         self.assertEqual({save.result().status for save in saves}, {200})
 
 
+class Trash(ServerCase):
+    """What a page deletes goes to the desktop's trash, where there is one."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="minijupyter-trash-")
+        self.addCleanup(folder.cleanup)
+        self.trash = Path(folder.name, "Trash")
+        mock = unittest.mock.patch.dict(os.environ, XDG_DATA_HOME=folder.name)
+        mock.start()
+        self.addCleanup(mock.stop)
+        self.place = Path(folder.name, "files")
+        self.place.mkdir()
+        self.contents = minijupyter.CONTENTS[-1](str(self.place))
+
+    def test_without_a_trash_the_file_stays_and_that_is_said(self):
+        (self.place / "a.txt").write_text("a")
+        with self.assertRaises(minijupyter.Problem) as caught:
+            self.contents.trash("a.txt")
+        self.assertEqual(caught.exception.status, 409)
+        self.assertTrue((self.place / "a.txt").exists())
+
+    def test_files_of_one_name_lie_there_side_by_side_with_where_they_were(self):
+        self.trash.mkdir()
+        for text in "ab":
+            (self.place / "ä b.txt").write_text(text)
+            self.contents.trash("ä b.txt")
+        self.assertEqual([(self.trash / "files" / name).read_text() for name in
+                          ("ä b.txt", "ä b 2.txt")], ["a", "b"])
+        note = (self.trash / "info" / "ä b.txt.trashinfo").read_text("utf-8")
+        self.assertIn(f"Path={quote(str(self.place.resolve() / 'ä b.txt'))}\n", note)
+        self.assertRegex(note, r"DeletionDate=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\n")
+
+    def test_what_may_not_be_deleted_is_not_put_there_either(self):
+        self.trash.mkdir()
+        (self.place / ".hidden").write_text("x")
+        for path, status in (("", 400), (".hidden", 400), ("none.txt", 404), ("../Trash", 404)):
+            with self.subTest(path), self.assertRaises(minijupyter.Problem) as caught:
+                self.contents.trash(path)
+            self.assertEqual(caught.exception.status, status)
+
+
 # ---- 7. HTTP, access, kernels and sessions ----------------------------------------
 #
 # Who may talk to the server, and what becomes of the kernels it starts. Every error is a
@@ -17180,6 +17221,134 @@ class PageCase(ServerCase):
         expect(locator).to_have_count(count, timeout=SECONDS * 1000)
 
 
+class PageByMouse(PageCase):
+    """What a hand on the mouse finds where it is; each of these has a command, too."""
+
+    def test_a_tool_at_the_left_runs_a_cell_and_stops_it(self):
+        tab = self.open("6 * 7", "import time\nwhile True: time.sleep(0.01)")
+        tab.cell(0).hover()
+        tab.page.locator(".runner [data-command=run-in-place]").click()
+        self.assertShows(tab.outputs(0), "42")
+        tab.cell(1).hover()
+        tab.page.locator(".runner [data-command=run-in-place]").click()
+        tab.wait_for(kernel="busy")
+        tab.page.locator(".runner [data-command=interrupt]").click()
+        self.assertShows(tab.outputs(1), "KeyboardInterrupt")
+
+    def test_tools_in_the_corner_move_double_and_delete_the_cell_they_are_at(self):
+        tab = self.open("1", "2", "3")
+        for command, wanted in (("move-down", ["2", "1", "3"]),
+                                ("duplicate-cells", ["2", "2", "1", "3"]),
+                                ("delete", ["2", "1", "3"])):
+            with self.subTest(command):
+                tab.cell(0).hover()
+                tab.page.locator(f".corner [data-command={command}]").click()
+                self.assertEqual(tab.sources(), wanted)
+        ids = tab.page.evaluate("view.cells.map(cell => cell.id)")
+        self.assertEqual(len({*ids}), 3)
+
+    def test_between_two_cells_and_below_the_last_one_a_cell_is_added(self):
+        tab = self.open("1", "2")
+        box = tab.cell(0).bounding_box()
+        tab.page.mouse.move(box["x"] + 200, box["y"] + box["height"] - 3)
+        tab.page.locator("#add-between").get_by_text("+ Markdown").click()
+        tab.page.keyboard.type("between")
+        tab.page.locator("#add-below").get_by_text("+ Code").click()
+        tab.page.keyboard.type("last")
+        self.assertEqual(tab.sources(), ["1", "between", "2", "last"])
+        self.assertEqual(tab.page.evaluate("view.cells[1].type"), "markdown")
+        box = tab.page.locator("#add-below").bounding_box()
+        tab.page.mouse.click(box["x"] + 20, box["y"] + 120)   # the empty page
+        tab.page.keyboard.type("one more")
+        self.assertEqual(tab.sources()[-1], "one more")
+
+    def test_there_is_one_of_each_tool_and_none_takes_the_focus_or_the_tab_key(self):
+        tab = self.open(*"abc")
+        tab.select(0)
+        for n in range(3):
+            tab.cell(n).hover()
+        self.assertEqual(tab.page.locator(".runner").count(), 1)
+        self.assertEqual(tab.page.locator(".corner").count(), 1)
+        tools = tab.page.locator(".at-hand button, .adders button")
+        self.assertEqual({each.get_attribute("tabindex") for each in tools.all()}, {"-1"})
+        self.assertEqual(tab.page.evaluate("document.activeElement.cell?.place"), 0)
+
+    def test_a_locked_cell_is_not_deleted_and_all_cells_are_run_from_the_toolbar(self):
+        tab = self.open("1 + 1", "2 + 2")
+        tab.page.evaluate("view.cells[0].model.metadata.deletable = false")
+        tab.cell(0).hover()
+        self.assertTrue(tab.page.locator(".corner [data-command=delete]").is_disabled())
+        tab.page.locator("#toolbar [data-command=run-all]").click()
+        self.assertShows(tab.outputs(1), "4")
+        self.assertShows(tab.outputs(0), "2")
+        words = tab.page.locator("#toolbar .word").all_text_contents()
+        self.assertEqual(words, ["Commands", "Contents", "Hood"])
+
+
+class PageFilesByHand(PageCase):
+    """Files are dragged, chosen folders for, filtered, and put into the trash."""
+
+    def setUp(self):
+        super().setUp()
+        for name in ("one.txt", "two.txt", "three.csv"):
+            (self.root / name).write_text(name)
+        (self.root / "data" / "raw").mkdir(parents=True, exist_ok=True)
+        self.tab = self.visit("/tree")
+        self.row("one.txt").wait_for()
+
+    def row(self, path):
+        return self.tab.page.locator(f'tr[data-path="{path}"]')
+
+    def test_a_file_is_dragged_onto_a_folder_and_brought_back(self):
+        self.row("one.txt").locator("td").nth(2).drag_to(self.row("data").locator("td.name"))
+        wait_until((self.root / "data" / "one.txt").exists)
+        self.tab.page.get_by_text("Undo").click()
+        wait_until((self.root / "one.txt").exists)
+        self.assertFalse((self.root / "data" / "one.txt").exists())
+
+    def test_move_shows_the_folders_to_choose_from(self):
+        self.tab.page.get_by_label("Select two.txt").check()
+        self.tab.page.locator("[data-command=move]").click()
+        self.tab.page.locator(".folders button", has_text="data").click()
+        self.tab.page.locator(".folders button", has_text="raw").click()
+        self.tab.choose("Move")
+        wait_until((self.root / "data" / "raw" / "two.txt").exists)
+
+    def test_a_filter_shows_the_files_that_have_a_text_in_their_names(self):
+        self.tab.press("/")
+        self.tab.page.keyboard.type("ONE")
+        self.assertShows(self.tab.page.locator("main"), "have “ONE” in their names")
+        self.assertCount(self.row("three.csv"), 0)
+        self.assertCount(self.row("one.txt"), 1)
+        self.tab.press("Escape")
+        self.assertCount(self.tab.page.locator("main [role=status]"), 0)
+
+    def test_an_empty_folder_offers_a_welcome_that_runs_and_is_not_written_over(self):
+        (self.root / "empty").mkdir()
+        tab = self.visit("/tree/empty")
+        with self.context.expect_page() as opened:
+            tab.page.locator("[data-command=welcome]").click()
+        Tab(opened.value).wait_for(kernel="idle")
+        file = self.root / "empty" / "Welcome to MiniJupyter.ipynb"
+        frontend = self.bare_kernel()
+        for cell in json.loads(file.read_text("utf-8"))["cells"]:
+            code = "".join(cell["source"])
+            if cell["cell_type"] == "code":
+                with self.subTest(code):
+                    run = frontend.start("name = 'Ada'" if "input(" in code else code)
+                    self.assertEqual(frontend.finish(run).status, "ok")
+        file.write_bytes(jupyter_bytes(notebook("'mine'")))
+        opened.value.evaluate("openWelcome('empty')")
+        self.assertIn("mine", file.read_text("utf-8"))
+
+    def bare_kernel(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        return frontend
+
+
 class PageFiles(PageCase):
     def test_the_printed_address_shows_the_files_and_hides_the_token(self):
         (self.root / "shown.ipynb").write_bytes(jupyter_bytes(notebook()))
@@ -22758,9 +22927,9 @@ class PageUnderTheHood(PageCase):
         self.assertCount(self.rows(tab, "ping"), 0)
         tab.page.get_by_label("heartbeats").check()
         self.rows(tab, "ping").first.wait_for()     # at most one heartbeat later
-        tab.page.get_by_label("Filter").fill("ZMQ busy")
+        tab.page.get_by_label("Filter", exact=True).fill("ZMQ busy")
         self.assertEqual(self.labels(tab), [["iopub", "Server", "status busy"]])
-        tab.page.get_by_label("Filter").fill("")
+        tab.page.get_by_label("Filter", exact=True).fill("")
         tab.page.get_by_label("table", exact=True).check()
         self.assertTrue(self.rows(tab).first.locator(".who").first.is_visible())
 
@@ -23167,7 +23336,7 @@ class PageShowsEveryType(DrawnPage):
             .filter(image => image.naturalWidth === 1).length === 4""")
         self.assertEqual(
             page.eval_on_selector_all(".rendered a", "all => all.map(a => a.getAttribute('href'))"),
-            [self.address("/notebooks/a%20b/other.ipynb#X"), self.address("/files/a%20b/data.csv"),
+            [self.address("/notebooks/a%20b/other.ipynb#X"), self.address("/table/a%20b/data.csv"),
              self.address("/tree/a%20b/"), "#X", "http://x.org"])
 
     def test_math_is_typeset_in_html_too_but_no_prices(self):
@@ -27459,9 +27628,9 @@ def stage_options(words):
     """The options of `stage`: what to check, and `command`, the words behind `--`."""
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        prog="test_minijupyter.py stage", usage=argparse.SUPRESS, description=STAGE_HELP,
+        prog="test_minijupyter.py stage", usage=argparse.SUPPRESS, description=STAGE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=argparse.SUPRESS)
+    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
                         help="how long a check waits for what must come (default: %(default)s)")
