@@ -10251,7 +10251,7 @@ class Welcome(ServerCase):
         python, env = bare_python(folder)
         install_kernelspec(folder, "bare", [*python, *OURS[1:]],
                            env={"PYTHONPATH": env["PYTHONPATH"]})
-        path = folder / "welcome.ipynb"
+        path = self.folder() / "welcome.ipynb"
         path.write_text(json.dumps(self.server.get("/api/welcome").json))
         ran = subprocess.run([sys.executable, *OUR_RUN, path, "--kernel", "bare"],
                              env=clean_environment(self.folder(), JUPYTER_DATA_DIR=str(folder)),
@@ -19388,9 +19388,9 @@ class PageKeys(PageCase):
                 item.dataset.command ?? '|')].join(' '))""")
         self.assertEqual([menu.split()[0] for menu in menus],
                          ["File", "Edit", "View", "Insert", "Cell", "Kernel", "Help"])
-        self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents close-section "
-                         "open-section | hide-code collapse-output scroll-output | hood theme "
-                         "width settings")
+        self.assertEqual(menus[2], "View line-numbers all-line-numbers | contents variables "
+                         "close-section open-section | hide-code collapse-output "
+                         "scroll-output | hood theme width settings")
         self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
 
     def test_match_case_and_type_are_keywords_where_nothing_else_is_meant(self):
@@ -22063,6 +22063,7 @@ class PageMouse(PageCase):
 
     def test_hover_shows_one_set_of_tools_and_shifts_nothing(self):
         tab = self.open(*"abcdef")
+        tab.select(0)
         boxes = ("JSON.stringify([...document.querySelectorAll('.cell, .input, .prompt')]"
                  ".map(node => node.getBoundingClientRect()))")
         before = tab.at_rest(boxes)
@@ -22075,6 +22076,8 @@ class PageMouse(PageCase):
             self.assertCount(tab.page.locator(part), 1)
         tab.page.mouse.move(1, 1)
         tab.cell(0).get_by_label("Run this cell").wait_for()      # of the selected cell
+        stops = "[...document.querySelectorAll('main button')].filter(b => b.tabIndex >= 0).length"
+        self.assertEqual(tab.page.evaluate(f"[document.activeElement.cell.place, {stops}]"), [0, 0])
 
     def test_the_button_in_the_gutter_runs_its_cell_and_stops_it(self):
         tab = self.open("1", "print('ran')", "import time\ntime.sleep(600)")
@@ -23132,9 +23135,9 @@ class PageUnderTheHood(PageCase):
         self.assertCount(self.rows(tab, "ping"), 0)
         tab.page.get_by_label("heartbeats").check()
         self.rows(tab, "ping").first.wait_for()     # at most one heartbeat later
-        tab.page.get_by_label("Filter").fill("ZMQ busy")
+        tab.page.get_by_label("Filter", exact=True).fill("ZMQ busy")
         self.assertEqual(self.labels(tab), [["iopub", "Server", "status busy"]])
-        tab.page.get_by_label("Filter").fill("")
+        tab.page.get_by_label("Filter", exact=True).fill("")
         tab.page.get_by_label("table", exact=True).check()
         self.assertTrue(self.rows(tab).first.locator(".who").first.is_visible())
 
@@ -23541,7 +23544,7 @@ class PageShowsEveryType(DrawnPage):
             .filter(image => image.naturalWidth === 1).length === 4""")
         self.assertEqual(
             page.eval_on_selector_all(".rendered a", "all => all.map(a => a.getAttribute('href'))"),
-            [self.address("/notebooks/a%20b/other.ipynb#X"), self.address("/files/a%20b/data.csv"),
+            [self.address("/notebooks/a%20b/other.ipynb#X"), self.address("/table/a%20b/data.csv"),
              self.address("/tree/a%20b/"), "#X", "http://x.org"])
 
     def test_math_is_typeset_in_html_too_but_no_prices(self):
@@ -27834,9 +27837,9 @@ def stage_options(words):
     """The options of `stage`: what to check, and `command`, the words behind `--`."""
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        prog="test_minijupyter.py stage", usage=argparse.SUPRESS, description=STAGE_HELP,
+        prog="test_minijupyter.py stage", usage=argparse.SUPPRESS, description=STAGE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=argparse.SUPRESS)
+    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--all", action="store_true", help="go on after a stage that failed")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
                         help="how long a check waits for what must come (default: %(default)s)")
