@@ -11362,9 +11362,9 @@ AT_START.append(offer_environments)
 
 # ---- 64. The trash: what a page deletes can come back -------------------------------------------
 #
-# `GET /api/trash/PATH` tells whether a file can go to the desktop's trash, and what that is called
-# there ("" for no); `POST` of the same moves it. `DELETE /api/contents/PATH` deletes for good:
-# programs ask for that, too, and what they clean up is of no use in a trash.
+# `GET /api/trash/FOLDER` tells whether files in it can go to the desktop's trash, and what that is
+# called there ("" for no); `POST /api/trash/PATH` moves one. `DELETE /api/contents/PATH` deletes
+# for good: programs ask for that, too, and what they clean up is of no use in a trash.
 #
 #     the server runs on                     the file is             it goes
 #     Linux or the like, without a desktop   anywhere                for good: nobody would look
@@ -11430,8 +11430,8 @@ def trash_way(absolute):
     return functools.partial(put_into, trash) if is_beside else send2trash_way()
 
 
-def tell_trash(handler, path):
-    way = trash_way(handler.server.contents.existing(path))
+def tell_trash(handler, folder):
+    way = trash_way(handler.server.contents.existing(folder or ""))
     return {"name": TRASH_NAMES.get(sys.platform, "trash") if way else ""}
 
 
@@ -11443,14 +11443,15 @@ def move_to_trash(handler, path):
     contents.refuse_private(path, absolute)
     way = trash_way(absolute)
     if way is None:
-        raise Problem(400, f"{path} was not deleted: this machine has no trash for it")
+        raise Problem(400, f"{path} was not deleted: this machine has no trash for it", "no trash")
     way(absolute)
     if os.path.isfile(checkpoint):   # else the next file of this name would have it
         os.remove(checkpoint)
     return 204, None
 
 
-ROUTES += [("GET", "/api/trash/(.+)", tell_trash), ("POST", "/api/trash/(.+)", move_to_trash)]
+ROUTES += [("GET", "/api/trash(?:/(.*))?", tell_trash),
+           ("POST", "/api/trash/(.+)", move_to_trash)]
 
 
 # ---- 65. Welcome: a notebook that shows what one can do -----------------------------------------

@@ -10198,7 +10198,7 @@ class Trash(ServerCase):
     def test_a_file_lies_in_the_trash_as_freedesktop_says_and_its_checkpoint_is_gone(self):
         (self.root / "a ü%.txt").write_text("dear")
         self.server.post(f"/api/contents/{quote('a ü%.txt')}/checkpoints")
-        self.assertEqual(self.server.get(f"/api/trash/{quote('a ü%.txt')}").json, {"name": "trash"})
+        self.assertEqual(self.server.get("/api/trash/").json, {"name": "trash"})
         self.assertReply(self.to_trash("a ü%.txt"), 204)
         self.assertEqual((self.trash / "files" / "a ü%.txt").read_text(), "dear")
         head, path, date = (self.trash / "info" / "a ü%.txt.trashinfo").read_text().splitlines()
@@ -10237,7 +10237,7 @@ class Trash(ServerCase):
     def test_without_a_desktop_there_is_none_and_nothing_is_lost(self):
         server = self.own_server()
         (server.root / "kept.txt").write_text("x")
-        self.assertEqual(server.get("/api/trash/kept.txt").json, {"name": ""})
+        self.assertEqual(server.get("/api/trash/").json, {"name": ""})
         reply = self.assertReply(self.to_trash("kept.txt", server), 400)
         self.assertIn("no trash", reply.json["message"])
         self.assertTrue((server.root / "kept.txt").exists())
@@ -22303,6 +22303,19 @@ class PageMovesFiles(PageCase):
         self.assertCount(self.row(tab, "full"), 0)
         trash = Path(self.server.folder.name, "xdg_data_home", "Trash", "files")
         self.assertTrue((trash / "full" / "inside.txt").exists())
+
+    def test_what_the_trash_does_not_take_is_deleted_after_one_more_question(self):
+        tab = self.folder_with("other disk.txt")
+        answer = json.dumps({"message": "no", "reason": "no trash"})
+        self.context.route("**/api/trash/*/**", lambda route: route.fulfill(
+            status=400, content_type="application/json", body=answer))
+        self.row(tab, "other disk.txt").locator("a").focus()
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertShows(tab.page.locator("dialog[open]"), "cannot go to the trash")
+        tab.choose("Delete for good")
+        self.assertCount(self.row(tab, "other disk.txt"), 0)
+        self.assertFalse((self.place / "other disk.txt").exists())
 
     def test_an_empty_folder_offers_a_welcome_which_opens_as_its_reader_left_it(self):
         (self.root / "fresh").mkdir()
