@@ -3327,7 +3327,7 @@ def serve(server):
 #    61 Tables of text                           ROUTES
 #    62 Variables of other kernels               ROUTES
 #    63 Environments of the folder               OWN_SPECS, AT_START
-#    64 The trash                                CONTENTS, ROUTES                  needs 23
+#    64 The trash                                CONTENTS, ROUTES                  needs 21 23
 #    65 A quick start                            run_as_module
 
 
@@ -11399,7 +11399,7 @@ def move_to_trash(folder, path):
                        os.path.join(folder, "info", f"{name}.trashinfo"))
         if not os.path.lexists(place):
             with contextlib.suppress(FileExistsError), open(note, "x", encoding="utf-8") as file:
-                file.write(f"[Trash Info]\nPath={quote(path)}\n"
+                file.write(f"[Trash Info]\nPath={quote(os.fsencode(path))}\n"
                            f"DeletionDate={datetime.now():%Y-%m-%dT%H:%M:%S}\n")
                 break   # the note is ours, and so is the name
     try:
@@ -11419,10 +11419,12 @@ class ContentsWithTrash(CONTENTS[-1]):
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         self.refuse_private(path, absolute)
-        put = find_trash(self.root)
+        put, checkpoint = find_trash(self.root), self.checkpoint_of(path)
         if put is None:
             raise Problem(409, "There is no trash here: delete the file instead")
         put(absolute)
+        if os.path.isfile(checkpoint):   # else the next file of this name would have it
+            os.remove(checkpoint)
 
 
 def show_trash(handler):

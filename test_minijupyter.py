@@ -9832,6 +9832,23 @@ class Trash(ServerCase):
         self.assertIn(f"Path={quote(str(self.place.resolve() / 'ä b.txt'))}\n", note)
         self.assertRegex(note, r"DeletionDate=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\n")
 
+    def test_its_checkpoint_is_not_left_to_the_next_file_of_the_name(self):
+        self.trash.mkdir()
+        (self.place / "a.txt").write_text("a")
+        saved = minijupyter.Checkpoints(self.contents)
+        saved.create("a.txt")
+        self.contents.trash("a.txt")
+        (self.place / "a.txt").write_text("new")
+        self.assertEqual(saved.list("a.txt"), [])
+
+    @unittest.skipUnless(sys.platform == "linux", "needs names that are no text")
+    def test_a_name_that_is_no_text_can_be_put_there(self):
+        self.trash.mkdir()
+        name = os.fsdecode(b"\xff.txt")
+        (self.place / name).write_text("a")
+        minijupyter.find_trash(str(self.place))(str(self.place / name))
+        self.assertEqual([*(self.trash / "files").iterdir()], [self.trash / "files" / name])
+
     def test_what_may_not_be_deleted_is_not_put_there_either(self):
         self.trash.mkdir()
         (self.place / ".hidden").write_text("x")
