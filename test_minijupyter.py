@@ -237,9 +237,10 @@ def cpu_seconds(pid):
 
 
 def clean_environment(folder, **variables):
-    """The environment with every Jupyter folder moved below `folder`."""
+    """The environment with every folder of Jupyter, and of the desktop, moved below `folder`."""
     own = {name: str(Path(folder) / name.lower()) for name in (
-        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
+        "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR",
+        "XDG_DATA_HOME")}   # the last one for the desktop's trash
     outside = ("JUPYTER_PATH", "JUPYTER_TOKEN", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if name not in outside}
     return {**kept, **own, **variables}
@@ -21860,7 +21861,7 @@ class PageMoves(PageCase):
                 (3, ".gutter", "Shift", "acde"), (1, ".gutter", None, "b"),
                 (1, ".gutter", "Control", "b")):
             tab.cell(i).locator(part).click(modifiers=[key] if key else [],
-                                            position={"x": 20, "y": 8})
+                                            position={"x": 40, "y": 8})
             self.assertEqual(self.selected(tab), expected)
 
     def test_cells_that_are_no_neighbours_are_deleted_changed_and_moved_together(self):
