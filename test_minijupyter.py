@@ -25364,7 +25364,9 @@ class PageFromOutside(FromOutside, PageCase):
         self.becomes("The text in the .outputs of a stream and of a result",
                      [f"out\n{evil}", f"a\n{evil}"], lambda: self.cells(tab, "shown")[:2])
         self.becomes("Does an error show its traceback, without escape sequences", True,
-                     lambda: "Traceback\nE: v" in self.cells(tab, "shown")[2])
+                     lambda: all((word in self.cells(tab, "shown")[2]) == is_wanted for
+                                 word, is_wanted in (("Traceback", True), ("E: v", True),
+                                                     ("[31m", False))))
         self.want("Has a script in an output changed the page's title", False,
                   tab.page.title() == "broken")
 
