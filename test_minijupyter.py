@@ -29313,7 +29313,8 @@ def lab_5(lab):
 
 
 @sheet("Order",
-       "The test is one of those that run Part I alone: `python test_minijupyter.py core`.",
+       "The test is one of those that run Part I alone: `python test_minijupyter.py core`, or "
+       "for the kernel alone CoreOfTheKernel. The outermost line of the traceback names it.",
        "What a child process prints comes through a pipe. Whoever reads the pipe before `idle` is "
        "queued keeps promise I2.",
        "Search kernel.py for catch_up: a section of Part II sets it, and publish calls it.")
@@ -29325,7 +29326,8 @@ def lab_6(lab):
                "code has them as Class.test_….")
     tries = (run_beside(HERE, name) for _ in range(LUCKY_TRIES))
     done = next((done for done in tries if done.returncode), None)
-    lab.expect("it fails with your kernel.py", done, "It passes: is the call to drain in "
+    lab.expect("it fails with your kernel.py", done, "It passes, as all do that run Part II, too: "
+               "which test of CoreOf… has called it? If that passes, is the call to drain in "
                "Cells.leave gone, and is one behind kernel.finish in Cells.execute?")
     lab.expect("it fails because something came after idle", re.search(
         r"idle stream|!= 'c\\n'", done.stdout), last_lines(done.stdout))
