@@ -22150,7 +22150,7 @@ class PageMouse(PageCase):
         (self.root / self.name).write_bytes(jupyter_bytes(nb))
         tab = self.reopen(self.name)
         tab.cell(1).hover()
-        tab.cell(1).get_by_label("Delete cells").click()
+        tab.cell(1).locator(".locked[aria-label='Delete cells']").click()
         self.assertShows(tab.page.locator(".notice"), "deletable: false")
         self.assertEqual(tab.sources(), ["a", "b"])
 
