@@ -11217,10 +11217,12 @@ def number_of(field, has_decimal_commas):
 def is_decodable(path, encoding):
     """Whether a file's beginning is text in this encoding."""
     with open(path, "rb") as file:
-        try:
-            return bool(file.read(GUESS_BYTES).decode(encoding)) or True
-        except UnicodeDecodeError:
-            return False
+        head = file.read(GUESS_BYTES)
+    try:
+        head.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 TABLES = collections.OrderedDict()   # (path, its version) -> TextTable, oldest first
@@ -11362,29 +11364,34 @@ AT_START.append(offer_environments)
 # ---- 64. The trash -----------------------------------------------------------------------------
 #
 # What a person deletes in the page goes to the trash of the server's desktop where there is one, as
-# in a file manager, and can be brought back from there. Without a package that is the trash of
-# freedesktop.org, when a desktop has made one on the disk of the files; on other systems send2trash
-# does it, when it is installed. The page asks first, and says which. Clients that send DELETE
-# delete, as in Jupyter without a trash.
+# in a file manager, and can be brought back from there. The page asks first, and says which.
+# Clients that send DELETE delete, as in Jupyter without a trash.
+#
+#     the server runs on   the trash is                        for files
+#     Linux or the like    freedesktop.org's, when a desktop   on its disk: moving is one rename
+#                          has made one
+#     Windows, macOS       where send2trash puts things, when  all
+#                          that is installed
 
-def trash_folder(root):
-    """The folder of this user's trash, or None when no desktop has made one on the disk of `root`
+def trash_folder(path):
+    """The folder of this user's trash, or None when no desktop has made one on the disk of `path`
     (freedesktop.org, Trash specification 1.0)."""
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     folder = os.path.join(data, "Trash")
     try:
-        return folder if os.stat(folder).st_dev == os.stat(root).st_dev else None
+        return folder if os.stat(folder).st_dev == os.lstat(path).st_dev else None
     except OSError:
         return None
 
 
-def find_trash(root):
-    """A function that puts a path into the trash, or None when there is no trash."""
-    if folder := trash_folder(root):
+def find_trash(path):
+    """The function that puts this path into the trash, or None when there is no trash for it."""
+    if folder := trash_folder(path):
         return functools.partial(move_to_trash, folder)
     if sys.platform in ("win32", "darwin"):
         with contextlib.suppress(ImportError):
-            return __import__("send2trash").send2trash
+            from send2trash import send2trash
+            return send2trash
     return None
 
 
@@ -11413,22 +11420,22 @@ class ContentsWithTrash(CONTENTS[-1]):
     """Files can be put into the trash: only such as could be deleted."""
 
     def trash(self, path):
-        """Problem 409 when there is no trash."""
+        """Problem 409 when there is no trash for it."""
         self.refuse_hidden("delete", path)
         absolute = self.existing(path)
         if os.path.realpath(absolute) == self.root:
             raise Problem(400, "The root folder stays")
         self.refuse_private(path, absolute)
-        put, checkpoint = find_trash(self.root), self.checkpoint_of(path)
+        put, checkpoint = find_trash(absolute), self.checkpoint_of(path)
         if put is None:
-            raise Problem(409, "There is no trash here: delete the file instead")
+            raise Problem(409, f"There is no trash for {path}: delete it for good instead")
         put(absolute)
         if os.path.isfile(checkpoint):   # else the next file of this name would have it
             os.remove(checkpoint)
 
 
 def show_trash(handler):
-    return 200, {"available": find_trash(handler.server.contents.root) is not None}
+    return {"available": find_trash(handler.server.contents.root) is not None}
 
 
 def put_into_trash(handler):

@@ -9850,6 +9850,13 @@ class Trash(ServerCase):
         minijupyter.find_trash(str(self.place))(str(self.place / name))
         self.assertEqual([*(self.trash / "files").iterdir()], [self.trash / "files" / name])
 
+    @unittest.skipUnless(os.path.isdir("/dev/shm"), "needs a second disk")
+    def test_a_file_on_another_disk_has_no_trash(self):
+        self.trash.mkdir()
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            self.assertIsNone(minijupyter.find_trash(file.name))
+        self.assertIsNotNone(minijupyter.find_trash(str(self.place)))
+
     def test_what_may_not_be_deleted_is_not_put_there_either(self):
         self.trash.mkdir()
         (self.place / ".hidden").write_text("x")
@@ -17360,7 +17367,11 @@ class PageFilesByHand(PageCase):
         self.assertIn("mine", file.read_text("utf-8"))
 
     def bare_kernel(self):
-        own = KernelProcess()
+        """Of a Python that has pyzmq and no other package."""
+        folder = tempfile.TemporaryDirectory(prefix="minijupyter-bare-")
+        self.addCleanup(folder.cleanup)
+        python, env = bare_python(folder.name)
+        own = KernelProcess([*python, *OURS[1:]], env=env)
         self.addCleanup(own.end)
         frontend = own.connect()
         self.addCleanup(frontend.wire.close)
@@ -26528,6 +26539,10 @@ class Documentation(Case):
             with self.subTest(name):
                 self.assertEqual(found, [title for title in titles if title in found])
                 self.assertGreater(len(found), 2)
+
+    def test_no_rule_of_the_style_depends_on_all_of_the_page(self):
+        """With body:has(…), each change of a notebook of 1,000 cells takes longer."""
+        self.assertNotRegex(PAGE_SOURCE, r"(?m)^[^/*]*\b(?:body|html|:root|main):has\([^{}]*\{")
 
     def test_the_pages_extension_points_and_news_are_those_of_its_head(self):
         first, second, _ = map("".join, parts(PAGE_SOURCE))
