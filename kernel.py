@@ -5471,7 +5471,7 @@ if json.encoder.c_make_encoder:
 SLOW_SECONDS = 0.3      # for the text of one value
 NAMES_SECONDS = 1.5     # for all names; then no more `__repr__` of classes that we do not know
 TABLE_SECONDS = 5       # to sort a table, at most
-MOST_BRIEF = 120         # characters of a value in its row
+MOST_BRIEF = 120        # characters of a value in its row
 MOST_CELL = 500         # characters of a table's cell
 MOST_WHOLE = 100_000    # characters of a text that was opened
 MOST_COLUMNS = 2_000    # of a table that are told
