@@ -1898,7 +1898,7 @@ def main():
 #     8 The notebook's interpreter  INTERPRETERS, HANDLERS: history_request
 #     9 Comms                       HANDLERS, kernel.comms
 #    10 Magics                      TRANSLATORS, EXTRAS
-#    11 Questions about code        HANDLERS, kernel.workers: the helper thread
+#    11 Questions about code        HANDLERS, EXTRAS: the helper thread
 #    12 IPython.display in small    STAND_INS
 #    13 IPython                     AFTER_IMPORT
 #    14 matplotlib                  AFTER_IMPORT, STAND_INS
@@ -1918,7 +1918,7 @@ def main():
 #    28 Usage and addresses         HANDLERS
 #    29 Less collecting             EXTRAS
 #    30 Faster JSON                 ENCODERS
-#    31 Variables                   HANDLERS, kernel.workers, FEATURES
+#    31 Variables                   HANDLERS, EXTRAS, FEATURES
 #    32 Automagic                   EXTRAS, OFFERS
 #    33 Packages                    EXTRAS, OFFERS, STAND_INS
 #    34 Install                     COMMANDS
@@ -2002,6 +2002,19 @@ class own_imports:
 
     def __exit__(self, *error):
         HERE.imports = self.before
+
+
+def answer_in_thread(kernel, name):
+    """A thread answers the requests of the handlers that name it, one after the other."""
+    questions = queue.SimpleQueue()
+
+    def answer():
+        HERE.imports = 1   # all imports of this thread are the kernel's own
+        while True:
+            kernel.answer(questions.get())
+
+    kernel.workers[name] = questions.put
+    threading.Thread(target=answer, name=name, daemon=True).start()
 
 
 class FolderFinder(importlib.machinery.PathFinder):
@@ -4006,15 +4019,7 @@ def translated(code):
 
 @EXTRAS.append
 def have_helper(kernel):
-    questions = queue.SimpleQueue()
-
-    def help():
-        HERE.imports = 1   # all imports of this thread are the kernel's own
-        while True:
-            kernel.answer(questions.get())
-
-    kernel.workers["helper"] = questions.put
-    threading.Thread(target=help, name="helper", daemon=True).start()
+    answer_in_thread(kernel, "helper")
 
 
 def in_time(handler):
@@ -5466,7 +5471,7 @@ if json.encoder.c_make_encoder:
 SLOW_SECONDS = 0.3      # for the text of one value
 NAMES_SECONDS = 1.5     # for all names; then no more `__repr__` of classes that we do not know
 TABLE_SECONDS = 5       # to sort a table, at most
-MOST_BRIEF = 120         # characters of a value in its row
+MOST_BRIEF = 120        # characters of a value in its row
 MOST_CELL = 500         # characters of a table's cell
 MOST_WHOLE = 100_000    # characters of a text that was opened
 MOST_COLUMNS = 2_000    # of a table that are told
@@ -5971,17 +5976,8 @@ FEATURES.append("minijupyter variables")
 
 @EXTRAS.append
 def have_variables(kernel):
-    """A thread answers, one question after the other."""
-    questions = queue.SimpleQueue()
-
-    def answer():
-        HERE.imports = 1   # all imports of this thread are the kernel's own
-        while True:
-            kernel.answer(questions.get())
-
-    kernel.workers["variables"] = questions.put
     kernel.variables = Variables(kernel.interpreter.namespace)
-    threading.Thread(target=answer, name="variables", daemon=True).start()
+    answer_in_thread(kernel, "variables")
 
 
 @handles("variables")

@@ -11218,10 +11218,12 @@ def number_of(field, has_decimal_commas):
 def is_decodable(path, encoding):
     """Whether a file's beginning is text in this encoding."""
     with open(path, "rb") as file:
-        try:
-            return bool(file.read(GUESS_BYTES).decode(encoding)) or True
-        except UnicodeDecodeError:
-            return False
+        head = file.read(GUESS_BYTES)
+    try:
+        head.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 TABLES = collections.OrderedDict()   # (path, its version) -> TextTable, oldest first

@@ -835,6 +835,12 @@ class Case(unittest.TestCase):
         self.addCleanup(context.__exit__, None, None, None)
         return value
 
+    @classmethod
+    def enterClassContext(cls, context):   # the same
+        value = context.__enter__()
+        cls.addClassCleanup(context.__exit__, None, None, None)
+        return value
+
     def assertMessages(self, answer, story):
         """The types of the messages on iopub are these, in this order."""
         self.assertEqual(answer.story, story, answer)
@@ -13120,11 +13126,6 @@ class Autobahn(Case):
         # The suite takes an echo for text when it comes back uncompressed; so all are compressed.
         cls.enterClassContext(
             unittest.mock.patch.object(minijupyter, "WORTH_DEFLATING", 0))
-
-    @classmethod
-    def enterClassContext(cls, context):   # TestCase has it from Python 3.11 on
-        context.__enter__()
-        cls.addClassCleanup(context.__exit__, None, None, None)
 
     def assertPasses(self, *cases):
         """Each case ends as the RFC demands; a failed one raises what went wrong."""
