@@ -23720,6 +23720,15 @@ class PageShowsLibraries(PageCase):
         self.assertEqual(tab.texts()[1].strip(), "")
 
 
+STOPPABLE = """
+import time
+from ipywidgets import Button
+stop, stopped = Button(description='Stop'), []
+stop.on_click(stopped.append)
+display(stop)
+while not stopped: time.sleep(0.01)
+print('stopped by a callback')
+"""
 INTERACT = """import time
 from ipywidgets import *
 from IPython.display import clear_output, display
@@ -23812,19 +23821,33 @@ class PageWidgets(DrawnPage):
         self.assertValue(self.widget(third, "IntSlider").get_by_label("x"), "5")
         self.assertTrue(self.widget(third, "IntSlider").get_by_label("x").is_disabled())
 
-    def test_a_slider_that_is_dragged_while_a_cell_runs_sends_the_last_value(self):
-        tab = self.open(INTERACT, "input()\nprint('over')", "")
+    def test_a_slider_that_is_dragged_while_its_function_works_sends_the_last_value(self):
+        gate = self.folder() / "open"
+        tab = self.open(INTERACT + f"""
+    import os.path
+    while len(seen) == 2 and not os.path.exists({str(gate)!r}): time.sleep(0.01)""", "")
         tab.run(0)
-        tab.select(1)
-        tab.press("Control+Enter")
-        question = tab.page.locator(".stdin input")
-        question.wait_for()
         slider = self.widget(tab, "IntSlider").get_by_label("x")
         for _ in range(30):
             slider.press("ArrowRight")
-        question.press("Enter")
+        gate.touch()
         self.assertShows(tab.outputs(0), f"the square is {33 * 33}")
-        self.assertSays(tab, 2, "seen", "[3, 4, 33]")
+        self.assertSays(tab, 1, "seen", "[3, 4, 33]")
+
+    def test_widgets_answer_while_a_cell_runs(self):
+        tab = self.open(INTERACT, STOPPABLE, "")
+        tab.run(0)
+        tab.select(1)
+        tab.press("Control+Enter")
+        tab.page.get_by_role("button", name="Stop").wait_for()
+        self.widget(tab, "IntSlider").get_by_label("x").press("ArrowRight")
+        self.assertShows(tab.outputs(0), "the square is 16")
+        second = self.reopen(self.name)
+        self.assertValue(self.widget(second, "IntSlider").get_by_label("x"), "4")
+        second.page.get_by_role("button", name="Stop").click()
+        self.assertShows(tab.outputs(1), "stopped by a callback")
+        self.assertShows(second.outputs(1), "stopped by a callback")
+        self.assertSays(tab, 2, "seen", "[3, 4]")
 
     def test_callbacks_speak_in_their_cell_and_refused_values_do_not_stay(self):
         tab = self.open(INTERACT, CALLBACKS, "")
@@ -29299,14 +29322,15 @@ CORE += (StagesOfTheServerAreTrue, StagesOfThePageAreTrue)
 #
 # The README's sheets are done in a copy of the five files, and checked in that copy, because these
 # tests run beside the sources that they check: `lab N` does from outside what the sheet asks for
-# and says in words what is missing; `--hint` shows one hint more each time. `clinic N` writes a
-# copy in which one line is spoiled, with its case file; `clinic N --answer FILE:LINE` judges a
-# diagnosis.
+# and says in words what is missing; `--hint` shows one hint more each time, `--explain` an answer
+# to compare one's own with. `clinic N` writes a copy in which one line is spoiled, with its case
+# file; `clinic N --answer FILE:LINE` judges a diagnosis.
 #
-# To add a lab, write a function `lab_N(lab)` below `@sheet(title, three hints)`, and a sheet of
-# that title. To add a case, add a row to CLINIC. What would tell an answer is no clear text:
-# spoiled lines, and the work of the student that the tests make up, are in ROT13, as on Usenet (in
-# vim, `g?` reads it); answers to questions are kept as `sealed` gives them.
+# To add a lab, write a function `lab_N(lab)` below `@sheet(title, three hints)`, a sheet of that
+# title, and in EXPLAINED what could be said to its *Explain*. To add a case, add a row to CLINIC.
+# What would tell an answer is no clear text: explanations, spoiled lines, and the work of the
+# student that the tests make up, are in ROT13, as on Usenet (in vim, `g?` reads it); answers to
+# questions are kept as `sealed` gives them.
 
 LABS = {}          # number -> (title, function of a Lab, hints)
 MEMORY = ".labs.json"   # {"hints": {number: how many were shown}, "solved": [cases]}
@@ -29406,16 +29430,20 @@ class Lab:
                           f"{SECONDS} s they are {', '.join(tab.states())}.") from None
 
     def ask(self, question, *answers):
-        """Put a question whose answer is one of `answers`, which are `sealed`."""
-        answer = self.answer(question)
-        self.expect("that is right", sealed(self.number, answer) in answers,
-                    f"{answer!r} is not the answer. Look again, in the page and in the source.")
+        """Put a question whose answer is one of `answers`, which are `sealed`, until it gets one.
+        Raises Missing at the end of the input."""
+        while sealed(self.number, answer := self.answer(question)) not in answers:
+            self.say(f"no       {answer!r} is not the answer. Look again, in the page and in the "
+                     "source; the question waits here.")
+        self.say("ok       that is the answer")
 
 
 def sealed(number, answer):
     """A short hash of an answer to a question of lab `number`; case, quotes and ends do not
-    count. For a new question: python -c "import test_minijupyter as t; print(t.sealed(4, 'x'))"."""
-    words = re.sub(r"[^\w\[\]* ]", "", answer.lower().removesuffix("()")).split()
+    count, nor does the class before a method, nor what it is that was counted. For a new question:
+    python -c "import test_minijupyter as t; print(t.sealed(4, 'x'))"."""
+    answer = re.sub(r"\b\w+\.(?=\w)", "", answer.lower().removesuffix("()"))
+    words = re.sub(r"[^\w\[\]* ]| messages?\b", "", answer).split()
     return hashlib.sha256(f"lab {number}: {' '.join(words)}".encode()).hexdigest()[:12]
 
 
@@ -29514,7 +29542,7 @@ def lab_4(lab):
     lab.ask("What does the kernel log about it? (the five words in quotation marks)",
             "4b8bb29fc577")
     lab.ask("How many messages does the kernel send back to the forger?",
-            "bbdf74300c19", "ecd2d8f152db")
+            "bbdf74300c19", "ecd2d8f152db", "69ec877bc32f", "1163f0d6c36a")
     lab.ask("And the true message, sent again: which word does the kernel log?", "0f3f6db38027")
     lab.ask("Which method of Session refuses that one?", "2a077f527951")
 
@@ -29524,7 +29552,8 @@ def lab_4(lab):
        "While the button is pressed, look at the prompt left of the cell for two seconds.",
        "The first line of Execution.settle names the two fields that it asks for.")
 def lab_5(lab):
-    lab.ask("iopub is late. Which message of the cell reaches the browser first?", "ae9b45c4845f")
+    lab.ask("iopub is late. Which message of the cell reaches the browser first?", "ae9b45c4845f",
+            "d2a368670c7c")
     lab.ask("What does the cell's prompt show meanwhile, brackets included?", "a94b1c0e9013")
     lab.ask("Which field of Execution is still null then?", "5a9ccfbbe4a8")
     lab.ask("Which message sets it? (msg_type and state)", "8a3497ff7b55", "a4fe6e2fcc8a")
@@ -29717,6 +29746,54 @@ def lab_12(lab):
                    match in content.get("matches", ()), f"The reply: {content or 'none came'}")
         place = content.get("cursor_start"), content.get("cursor_end")
         lab.expect(f"cursor_start and cursor_end are {start} and {at}", place == (start, at), place)
+
+
+EXPLAINED = {   # lab -> an answer to its sheet's Explain, in ROT13
+    1: "Zntvpf ybbxf sbe n zrgubq bs gur anzr zntvp_uryyb jura gur yvar ehaf (trgngge): gur "
+        "anzr vf gur ertvfgengvba, naq vgf qbpfgevat gur uryc. Gur cnefre bs Clguba fgbcf ng "
+        "`%uryyb Nqn`, juvpu vf ab Clguba, naq bayl gurer qbrf gur xreary ybbx; `grkg = "
+        "\"%uryyb\"` vf Clguba, fb abobql ybbxf.",
+    2: "Bs gur sbezf gung n ohaqyr unf, gur cntr qenjf gur bar jvgu gur ybjrfg enax. grkgAbqr "
+        "gnxrf nyy bs grkg/ (101): n ebj oruvaq vg vf arire nfxrq. Orsber UGZY, lbhe gnoyr "
+        "jbhyq uvqr jung vf evpure. `u` chgf gur svryq va nf n grkg abqr: ab cnefre bs UGZY "
+        "rire ernqf vg.",
+    3: "Gur xrl fvtaf, vg qbrf abg uvqr: jubrire pna pbaarpg urnef rirelguvat va pyrne, naq "
+        "arrqf ab xrl gb ernq vg. Ur pnaabg znxr n zrffntr gung gur xreary npprcgf. Jvgubhg "
+        "--genafcbeg gpc gur fbpxrgf ner svyrf va n sbyqre gung bayl vgf bjare znl ragre.",
+    4: "Gb cnefr vf gb jbex sbe fbzrobql jubz bar qbrf abg xabj lrg, naq WFBA pna or jevggra "
+        "va znal jnlf (oynaxf, beqre, rfpncrf): gur fvtangher vf bs olgrf, fb gung obgu fvqrf "
+        "arrq abg jevgr nyvxr. Na nafjre jbhyq gryy gur sbetre gung fbzrobql vf gurer, naq "
+        "juvpu gel pnzr pybfre; gur gehr pyvrag unf nfxrq abguvat.",
+    5: "Ol gur ercyl nybar gur pryy ybbxf svavfurq, naq vgf bhgchg pbzrf yngre, creuncf orybj "
+        "n pryy gung nyernql ehaf. Ol vqyr nybar, ahzore, fgnghf naq cnlybnq znl or zvffvat, "
+        "naq gur cntr jbhyq abg xabj jurgure vg snvyrq. Nabgure cntr trgf vqyr, nf nyy qb ba "
+        "vbcho; gur ercyl tbrf gb jub nfxrq. (Gung gur pryy jnf 'dhrhrq' zrnajuvyr: ohfl "
+        "geniryf ba vbcho, gbb.)",
+    6: "N guernq ernqf gur cvcr naq vf bsgra dhvpx rabhtu ol vgfrys: n enpr, fb gur grfg vf "
+        "yhpxl abj naq gura. Jvgu Cneg VV rirel zrffntr ba vbcho svefg pnyyf pngpu_hc, juvpu "
+        "ernqf gur cvcr. Gur yvar vf abg fhcresyhbhf: Cneg V xrrcf cebzvfr V2 nybar, naq "
+        "jvgubhg vg n ernqre jbhyq abg frr jul gur beqre ubyqf.",
+    7: "Bar JroFbpxrg, bar furyy fbpxrg naq bar dhrhr bs pryyf: rnpu xrrcf vgf beqre. Nsgre na "
+        "reebe gur xreary nobegf gubfr gung jnvg (fgbc_ba_reebe): gurve ercyvrf fnl nobegrq, "
+        "naq gur cntr chgf gurve cebzcgf onpx.",
+    8: "Xreary ernqf gur pbaarpgvba svyr naq gur fbpxrgf, nafjref xreary_vasb_erdhrfg naq "
+        "fuhgf qbja; Xreary.fgnghf fnlf ohfl naq vqyr, Xreary.svavfu ercyvrf; Pryyf.rkrphgr "
+        "gnxrf bar pryy nsgre gur bgure; Vagrecergre.rkrphgr pbhagf naq gheaf jung jnf envfrq "
+        "vagb na reebe; Vagrecergre.qvfcynlubbx choyvfurf gur inyhr.",
+    9: "Ol cnerag_urnqre.zft_vq. Abguvat vf zvffvat jura fgnghf vqyr bs gung cnerag vf gurer: "
+        "gur xreary choyvfurf vg ynfg (cebzvfr V2) naq bar fbpxrg xrrcf vgf beqre, sebz gur "
+        "zbzrag ba ng juvpu gur fhofpevcgvba unf neevirq; orsber vg, jung vf choyvfurq vf ybfg "
+        "jvgubhg n fvta.",
+    10: "Nfx rnpu yvar: jung zhfg gur ivpgvz unir qbar? Sbe zbfg vg vf rabhtu gung gur freire "
+        "ehaf naq gung ur bcraf n cntr bs gur nggnpxre'f va gur fnzr oebjfre. Jurer gjb yvarf "
+        "fgbc n synj (Bevtva naq Frp-Srgpu-Fvgr, sbe bar), gur purpx svaqf abguvat jura bar vf "
+        "gnxra bhg: gung vf zrnag fb.",
+    11: "Gurer vf ab nafjre ohg lbhef. Zbfg crbcyr ner yrq nfgenl ol gur cntr, juvpu vf gur "
+        "ynfg fgngvba, naq ner chg evtug ol gur svefg neebj gung qvssref sebz n urnygul pbcl'f.",
+    12: "Gung frpgvba pbzcyrgrf nggevohgrf, xrlf oruvaq [, anzrf bs nethzragf, svyrf vafvqr "
+        "fgevatf, vzcbegf naq zntvpf, naq fnlf bs rnpu zngpu jung vg vf; vg ehaf abar bs gur "
+        "hfre'f pbqr sbe vg jurer gung pna or unq jvgubhg. Bs gur jbeqf bs Cneg V, jubrire "
+        "zvffrf abar unf sbhaq jung vf jbegu vgf yvarf."}
 
 
 # -- the clinic --
@@ -29978,17 +30055,19 @@ def number_among(words, table):
 
 
 def run_lab(words):
-    """`lab N`: check a student's work. `lab N --hint`: show one hint more."""
+    """`lab N`: check a student's work. `--hint`: show one hint more. `--explain`: an answer."""
     try:
         number = number_among(words, {n: title for n, (title, *_) in sorted(LABS.items())})
-        if words[1:] not in ([], ["--hint"]):
-            raise Missing(f"behind the number there may be --hint\n         This is {words[1:]}.")
+        does = {(): check_lab, ("--hint",): show_hint, ("--explain",): explain}.get((*words[1:],))
+        if does is None:
+            raise Missing("behind the number there may be --hint or --explain\n         This is "
+                          f"{words[1:]}.")
     except Missing as problem:
-        print(f"usage: python test_minijupyter.py lab N [--hint]\nmissing  {problem}",
-              file=sys.stderr)
+        print("usage: python test_minijupyter.py lab N [--hint | --explain]\n"
+              f"missing  {problem}", file=sys.stderr)
         return 2
     try:
-        return show_hint(number) if words[1:] else check_lab(number)
+        return does(number)
     finally:
         unittest.doModuleCleanups()   # the browser's
 
@@ -30003,6 +30082,11 @@ def show_hint(number):
     return 0
 
 
+def explain(number):
+    print(textwrap.fill(rot13(EXPLAINED[number]), 100))
+    return 0
+
+
 def check_lab(number):
     """Check lab `number`; returns the exit code."""
     title, check, _ = LABS[number]
@@ -30014,7 +30098,7 @@ def check_lab(number):
     except Missing as problem:
         print(f"missing  {problem}\n`python test_minijupyter.py lab {number} --hint` helps.")
         return 1
-    print(f"Lab {number} is done. Now explain it, as the sheet asks.")
+    print(f"Lab {number} is done. Now explain it, as the sheet asks; then compare: --explain.")
     return 0
 
 
@@ -30259,8 +30343,24 @@ qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
             answers = rot13(self.ANSWERS[number])
             with self.subTest(number):
                 self.assertDone(self.lab(folder, number, answers=answers))
-                self.assertMissing(self.lab(folder, number, answers="x\n" + answers), "is right")
+                code, said = self.lab(folder, number, answers="x\n" + answers)
+                self.assertIn("'x' is not the answer", said)      # and the question waits
+                self.assertEqual(code, 0)
+                self.assertMissing(self.lab(folder, number, answers="x\n"), "gets an answer")
                 self.assertMissing(self.lab(folder, number), "each question gets an answer")
+
+    def test_an_answer_may_be_said_in_other_words(self):
+        for number, answer, other in ((4, "Irevsl", "Frffvba.irevsl()"), (4, "0", "0 zrffntrf"),
+                                      (5, "vqyrNg", "guvf.vqyrNg"), (5, "[*]", "`[*]`")):
+            with self.subTest(other):
+                self.assertEqual(sealed(number, rot13(answer)), sealed(number, rot13(other)))
+
+    def test_each_lab_has_something_to_compare_ones_explanation_with(self):
+        self.assertEqual(sorted(EXPLAINED), sorted(LABS))
+        for number in LABS:
+            with self.subTest(number), contextlib.redirect_stdout(io.StringIO()) as shown:
+                self.assertEqual(main(["lab", str(number), "--explain"]), 0)
+                self.assertRegex(shown.getvalue(), r"(?s)^[A-Z].{150,}[.)]\n$")
 
     def test_the_lab_on_order_wants_the_test_that_fails(self):
         folder = self.student()
@@ -30324,7 +30424,8 @@ qrs pbzcyrgr_erdhrfg(xreary, erdhrfg):
         for words in ([], ["13"], ["x"], ["1", "--hin"]):
             with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as said:
                 self.assertEqual(run_lab(words), 2)
-                self.assertRegex(said.getvalue(), r"^usage: .*lab N \[--hint\]\nmissing  ")
+                self.assertRegex(said.getvalue(),
+                                 r"^usage: .*lab N \[--hint \| --explain\]\nmissing  ")
         with contextlib.redirect_stderr(io.StringIO()) as said:
             run_lab([])
         self.assertIn("12 Grow Part I", said.getvalue())
@@ -31664,7 +31765,11 @@ def main(names):
     """Obey a command, or run the parts alone, the tests whose name contains a name, or all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if names and names[0] in COMMANDS:
-        return COMMANDS[names[0]](names[1:])
+        try:
+            return COMMANDS[names[0]](names[1:])
+        except BrokenPipeError:   # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
     if names == ["core"]:
         names = [f"{case.__name__}." for case in CORE]
     if hasattr(signal, "alarm"):
