@@ -23834,6 +23834,18 @@ class PageWidgets(DrawnPage):
         self.assertShows(tab.outputs(0), f"the square is {33 * 33}")
         self.assertSays(tab, 1, "seen", "[3, 4, 33]")
 
+    def test_a_cell_sees_what_was_set_before_it_was_asked_for(self):
+        """Also while an update is under way, behind which other values wait."""
+        tab = self.open(INTERACT, "seen")
+        tab.run(0)
+        self.widget(tab, "IntSlider").get_by_label("x").wait_for()
+        tab.page.evaluate("""() => {
+            const model = [...widgets.values()].find(({ name }) => name === 'IntSliderModel');
+            for (const value of [4, 5, 6, 7]) model.set({ value });
+            view.run([view.cells[1]]);
+        }""")
+        self.assertShows(tab.outputs(1), "[3, 4, 7]")
+
     def test_widgets_answer_while_a_cell_runs(self):
         tab = self.open(INTERACT, STOPPABLE, "")
         tab.run(0)
@@ -23842,7 +23854,7 @@ class PageWidgets(DrawnPage):
         tab.page.get_by_role("button", name="Stop").wait_for()
         self.widget(tab, "IntSlider").get_by_label("x").press("ArrowRight")
         self.assertShows(tab.outputs(0), "the square is 16")
-        second = self.reopen(self.name)
+        second = self.visit(f"/notebooks/{self.name}")
         self.assertValue(self.widget(second, "IntSlider").get_by_label("x"), "4")
         second.page.get_by_role("button", name="Stop").click()
         self.assertShows(tab.outputs(1), "stopped by a callback")
