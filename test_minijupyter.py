@@ -29347,6 +29347,7 @@ CORE += (StagesOfTheServerAreTrue, StagesOfThePageAreTrue)
 LABS = {}          # number -> (title, function of a Lab, hints)
 MEMORY = ".labs.json"   # {"hints": {number: how many were shown}, "solved": [cases]}
 ENOUGH_CASES = 3   # that lab 11 asks for
+NEAR_LINES = 12    # to the spoiled line: so near a wrong answer is nearly right
 LUCKY_TRIES = 5    # of a test that fails most often
 HEALTHY = ("Bridge.test_a_cell_runs_through_the_server",     # what a server must go on to do
            "Contents.test_text_and_binary_files_are_read_and_saved")
@@ -29721,14 +29722,20 @@ def lab_10(lab):
 
 @sheet("The bug clinic",
        "First make it go wrong twice. Then run the same cell in your own copy beside it, and "
-       "compare the two ladders arrow by arrow: which is the first that differs?",
-       "`grep -n Journey kernel.py minijupyter.py index.html` gives the line of that station; the "
-       "tab Source of the arrow gives it as well.",
-       "Read the function that the station stands in as if you had never seen it, word by word.")
+       "compare the arrows of that cell, one channel at a time (shell and iopub have no common "
+       "order: lab 5): which is the first that differs, or is missing? Look at its fields, too. If "
+       "none is, what is left?",
+       "`grep -n \"Journey [0-9]\" kernel.py minijupyter.py index.html` gives the lines of the "
+       "stations; the tab Source of the arrow shows the one that sent it. What it says may have "
+       "been made some calls before.",
+       "The mark of the station is where you begin. Read its function as if you had never seen it, "
+       "word by word, then those that it calls, and those that made what it is handed: search for "
+       "the wrong word.")
 def lab_11(lab):
     solved = remembered().get("solved", [])
     lab.expect(f"{ENOUGH_CASES} cases of the clinic are solved", len(solved) >= ENOUGH_CASES,
-               f"Solved here: {solved or 'none'}. `python test_minijupyter.py clinic` lists them.")
+               f"So far: {', '.join(map(str, solved)) or 'none'}. `python test_minijupyter.py "
+               "clinic` lists them.")
 
 
 @sheet("Grow Part I",
@@ -29847,14 +29854,17 @@ CLINIC = [
             "pbhag sebz gur xrl cerff."),
     Patient("Done too early",
             "Over a slow network a cell looks finished, its number in the prompt, and its "
-            "output comes a while later. (Press *Delay iopub* to have such a network.)",
+            "output comes a while later; then the prompt says [*], and goes on saying so. (Press "
+            "*Delay iopub* to have such a network.)",
             ["for i in range(3): print(i)"],
             "PageUnderTheHood.test_messages_are_held_and_let_pass_one_by_one",
             "index.html",
             "vs (guvf.ercyl === ahyy || guvf.vqyrNg === ahyy || guvf.vfFrggyrq) erghea;",
             "vs (guvf.ercyl === ahyy || guvf.vfFrggyrq) erghea;",
             "Fgngvba 12: gur cntr nfxf sbe gur ercyl nybar. Ercyl naq bhgchg geniry ba gjb "
-            "fbpxrgf, fb gung rvgure znl pbzr svefg; vqyr fnlf gung nyy bhgchg vf va."),
+            "fbpxrgf, fb gung rvgure znl pbzr svefg; vqyr fnlf gung nyy bhgchg vf va. (Jung pbzrf "
+            "oruvaq frgf gur pryy ehaavat bapr zber, naq abobql frggyrf vg n frpbaq gvzr. N fnir "
+            "zrnajuvyr, naq jung vg gryyf gur freire gb sbetrg, sbyybj sebz gung oryvrs, gbb.)"),
     Patient("It runs on",
             "*Run all* does not stop at an error: the cells behind it run, on values that are "
             "not there.",
@@ -29957,10 +29967,12 @@ Start it, open the notebook, press `U` for Under the hood, and make it go wrong:
 Then answer, in this order and in writing:
 
 1. What do you see in the page, and what should be there?
-2. Under the hood, which is the first arrow that is missing, wrong, or at a wrong place? (Run the
-   same cell in your own copy, beside it.) Which arrows are as they should be?
-3. So between which two stations of the journey does it go wrong? (`grep -n Journey *.py *.html`) Or
-   is it on another way than a cell's, and on which?
+2. Under the hood, which is the first arrow of the cell that is missing, or has a wrong field? (Run
+   the same cell in your own copy, beside it. The order of arrows on shell and iopub to each other
+   is chance.) Which arrows are as they should be? If all are, what follows from that?
+3. So between which two stations of the journey does it go wrong, or behind the last one? (`grep -n
+   "Journey [0-9]" index.html minijupyter.py kernel.py`) Or is it on another way than a cell's, and
+   on which?
 4. What did you believe first, and which observation has refuted it?
 5. Which line is it? From your own copy of the five files:
 
@@ -29983,13 +29995,25 @@ def admit_patient(number, folder):
     return text
 
 
+def way_on(distance):
+    """What may help after a wrong answer; `distance` is in lines, False in another file."""
+    if distance is False:
+        return "Page, server or kernel: which sent the first wrong arrow, or drew it wrongly?"
+    if distance > NEAR_LINES:
+        return "The program is the right one. What hands its value to this line, or takes it?"
+    return "You are near: read the lines around it once more, word by word."
+
+
 def judge(number, place):
     """Say whether a diagnosis, FILE:LINE, is right; returns the exit code."""
     patient = CLINIC[number - 1]
     file, line = read_place(place)
-    if file != patient.file or line not in patient.lines(text_of(file)):   # not which of both
-        print(f"No: line {line} of {file} does its work. Which end of the first wrong arrow is its "
-              "sender?")
+    if line > (count := text_of(file).count("\n")):
+        raise Missing(f"{file} has {count:,} lines\n         This is line {line}.")
+    lines = patient.lines(text_of(file))
+    if file != patient.file or line not in lines:
+        print(f"No: line {line} of {file} does its work. " + way_on(file == patient.file and min(
+            abs(line - other) for other in lines)))
         return 1
     print(f"Yes. The line was\n\n    {patient.was.strip()}\n\nand had become\n\n"
           f"    {patient.now.strip()}\n\n{patient.because}\nA test sees it: {patient.shown_by}.")
@@ -30115,7 +30139,13 @@ def check_lab(number):
 
 
 def run_clinic(words):
-    """`clinic N`: write a case. `clinic N --answer FILE:LINE`: judge a diagnosis."""
+    """`clinic`: list the cases. `clinic N`: write one. `clinic N --answer FILE:LINE`: judge a
+    diagnosis."""
+    if not words:
+        solved = remembered().get("solved", [])
+        for n, each in enumerate(CLINIC, 1):
+            print(f"{n:2} {each.title}{' (solved)' * (n in solved)}")
+        return 0
     try:
         number = number_among(words, {n: each.title for n, each in enumerate(CLINIC, 1)})
         if words[1:2] == ["--answer"] and len(words) == 3:
@@ -30127,8 +30157,12 @@ def run_clinic(words):
         print("usage: python test_minijupyter.py clinic N [--answer FILE:LINE]\n"
               f"missing  {problem}", file=sys.stderr)
         return 2
-    folder = tempfile.mkdtemp(prefix=f"minijupyter-clinic-{number}-")
+    prefix = f"minijupyter-clinic-{number}-"
+    earlier = sorted(map(str, Path(tempfile.gettempdir()).glob(prefix + "*")))
+    folder = tempfile.mkdtemp(prefix=prefix)
     print(admit_patient(number, folder))
+    if earlier:
+        print(f"(Folders from before, for you to delete: {', '.join(earlier)})")
     print(f"This stands in {Path(folder) / 'CASE.md'}")
     return 0
 
@@ -30507,8 +30541,9 @@ class Clinic(Case):
         for number, patient in enumerate(CLINIC[:ENOUGH_CASES], 1):
             lines = patient.lines(text_of(patient.file))
             other = next(name for name in FILES[:3] if name != patient.file)
-            for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* does its work"),
-                                 (f"{other}:{lines[0]}", "^No: line .* does its work"),
+            for place, words in ((f"{patient.file}:{lines[0] - 1}", "^No: line .* You are near"),
+                                 (f"{patient.file}:1", "^No: .* The program is the right one"),
+                                 (f"{other}:1", "^No: .* Page, server or kernel"),
                                  (f"/some/where/{patient.file}:{lines[-1]}", "^Yes.")):
                 code, said = self.clinic(folder, number, "--answer", place)
                 with self.subTest(place):
@@ -30527,12 +30562,20 @@ class Clinic(Case):
         self.assertEqual(code, 0)
 
     def test_what_is_no_case_or_no_place_is_answered_in_words(self):
-        for words in ([], ["0"], ["99"], ["1", "--answer"], ["1", "--answer", "kernel.py"],
-                      ["1", "--answer", "README.md:3"], ["1", "--anser", "kernel.py:3"]):
+        for words in (["0"], ["99"], ["1", "--answer"], ["1", "--answer", "kernel.py"],
+                      ["1", "--answer", "README.md:3"], ["1", "--anser", "kernel.py:3"],
+                      ["1", "--answer", "kernel.py:99999"]):
             with self.subTest(words):
                 code, said = self.clinic(HERE, *words)
                 self.assertEqual(code, 2)
                 self.assertRegex(said, "^usage: .*clinic N")
+
+    def test_alone_it_lists_the_cases_and_which_are_solved(self):
+        folder = self.folder()
+        (folder / ".labs.json").write_text('{"solved": [2]}')
+        code, said = self.clinic(folder)
+        self.assertEqual(code, 0)
+        self.assertRegex(said, r"(?m)^ 2 Done too early \(solved\)\n 3 It runs on$")
 
 
 # ---- 13. Bench ----------------------------------------------------------------------
