@@ -29787,8 +29787,9 @@ EXPLAINED = {   # lab -> an answer to its sheet's Explain, in ROT13
         "jbhyq uvqr jung vf evpure. `u` chgf gur svryq va nf n grkg abqr: ab cnefre bs UGZY "
         "rire ernqf vg.",
     3: "Gur xrl fvtaf, vg qbrf abg uvqr: jubrire pna pbaarpg urnef rirelguvat va pyrne, naq "
-        "arrqf ab xrl gb ernq vg. Ur pnaabg znxr n zrffntr gung gur xreary npprcgf. Jvgubhg "
-        "--genafcbeg gpc gur fbpxrgf ner svyrf va n sbyqre gung bayl vgf bjare znl ragre.",
+        "arrqf ab xrl gb ernq vg. Ohg jvgubhg gur xrl abobql pna znxr n zrffntr gung gur xreary "
+        "npprcgf. Jvgubhg --genafcbeg gpc gur fbpxrgf ner svyrf va n sbyqre gung bayl vgf bjare "
+        "znl ragre.",
     4: "Gb cnefr vf gb jbex sbe fbzrobql jubz bar qbrf abg xabj lrg, naq WFBA pna or jevggra "
         "va znal jnlf (oynaxf, beqre, rfpncrf): gur fvtangher vf bs olgrf, fb gung obgu fvqrf "
         "arrq abg jevgr nyvxr. Na nafjre jbhyq gryy gur sbetre gung fbzrobql vf gurer, naq "
@@ -29813,16 +29814,16 @@ EXPLAINED = {   # lab -> an answer to its sheet's Explain, in ROT13
         "gur xreary choyvfurf vg ynfg (cebzvfr V2) naq bar fbpxrg xrrcf vgf beqre, sebz gur "
         "zbzrag ba ng juvpu gur fhofpevcgvba unf neevirq; orsber vg, jung vf choyvfurq vf ybfg "
         "jvgubhg n fvta.",
-    10: "Nfx rnpu yvar: jung zhfg gur ivpgvz unir qbar? Sbe zbfg vg vf rabhtu gung gur freire "
-        "ehaf naq gung ur bcraf n cntr bs gur nggnpxre'f va gur fnzr oebjfre. Jurer gjb yvarf "
-        "fgbc n synj (Bevtva naq Frp-Srgpu-Fvgr, sbe bar), gur purpx svaqf abguvat jura bar vf "
-        "gnxra bhg: gung vf zrnag fb.",
-    11: "Gurer vf ab nafjre ohg lbhef. Zbfg crbcyr ner yrq nfgenl ol gur cntr, juvpu vf gur "
-        "ynfg fgngvba, naq ner chg evtug ol gur svefg neebj gung qvssref sebz n urnygul pbcl'f.",
+    10: "Nfx bs rnpu yvar: jung zhfg gur ivpgvz unir qbar? Sbe zbfg vg vf rabhtu gung gur "
+        "freire ehaf naq gung n cntr bs gur nggnpxre'f vf bcra va gur fnzr oebjfre. Jurer gjb "
+        "yvarf fgbc n synj (Bevtva naq Frp-Srgpu-Fvgr, sbe bar), gur purpx svaqf abguvat jura "
+        "bar bs gurz vf gnxra bhg, naq gung vf gur checbfr bs gjb.",
+    11: "Gurer vf ab nafjre ohg lbhef. Zbfg crbcyr ner yrq nfgenl ol gur cntr, gur ynfg "
+        "fgngvba, naq ner chg evtug ol gur svefg neebj gung qvssref sebz n urnygul pbcl'f.",
     12: "Gung frpgvba pbzcyrgrf nggevohgrf, xrlf oruvaq [, anzrf bs nethzragf, svyrf vafvqr "
-        "fgevatf, vzcbegf naq zntvpf, naq fnlf bs rnpu zngpu jung vg vf; vg ehaf abar bs gur "
-        "hfre'f pbqr sbe vg jurer gung pna or unq jvgubhg. Bs gur jbeqf bs Cneg V, jubrire "
-        "zvffrf abar unf sbhaq jung vf jbegu vgf yvarf."}
+        "fgevatf, vzcbegf naq zntvpf, naq fnlf bs rnpu zngpu jung vg vf; jurer vg pna, vg ehaf "
+        "abar bs gur hfre'f pbqr sbe gung. Jung lbh jbhyq zvff bs vg va n qnl'f jbex vf jung "
+        "vgf yvarf ner jbegu."}
 
 
 # -- the clinic --
