@@ -22700,6 +22700,18 @@ class PageVariables(PageCase):
     def row(self, name):
         return self.list.locator(".grid-row", has_text=name)
 
+    def test_the_panel_is_there_again_after_a_reload_and_takes_no_focus(self):
+        tab = self.open("found_again = 1")
+        tab.run(0)
+        self.open_panel(tab)
+        tab.page.reload()
+        self.row("found_again").wait_for()
+        tab.page.locator(".cell:focus").wait_for()
+        tab.command("variables")
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertFalse(tab.page.locator("#variables").is_visible())
+
     def test_the_list_follows_each_cell_is_filtered_sorted_and_asked_while_one_runs(self):
         tab = self.open("big, small, _under = [0] * 7000, [1], 1", "import time\nstep = 'first'\n"
                         "while step != 'end': time.sleep(0.01)", "1 / 0")
