@@ -3199,7 +3199,9 @@ def parse_arguments():
         parser.add_argument(*names, **about)
     arguments = parser.parse_args()
     if not os.path.isdir(arguments.folder):
-        parser.error(f"there is no folder {arguments.folder}")
+        is_file, name = os.path.exists(arguments.folder), arguments.folder
+        parser.error(f"{name} is a file, and the server shows a folder" if is_file else
+                     f'there is no folder {name}. To make it: mkdir "{name}"')
     token = default_token() if arguments.token is None else arguments.token
     arguments.token = token.strip()
     if not arguments.token or not arguments.token.isprintable():
@@ -3311,7 +3313,7 @@ def serve(server):
 #    45 Idle kernels                             OPTIONS, AT_START
 #    46 What few clients ask for                 ROUTES, CHECKS, ADMITTED, HANDLERS, SERVERS
 #    47 Under the hood                           TAPS, BEFORE, AFTER, KERNEL_EXTRAS, ROUTES
-#    48 Other servers                            COMMANDS, AT_START
+#    48 Other servers                            COMMANDS, AT_START, SERVERS
 #    49 Other clients of a kernel                ROUTES
 #    50 Pages of other sites                     OPTIONS, AT_START, HANDLERS, SERVERS needs 46
 #    51 Parameters                               TRANSLATORS
@@ -6865,10 +6867,10 @@ AFTER.append(end_exchange)
 
 
 # ---- 48. Other servers: list, stop -------------------------------------------------------------
-
 #
 # Every running server leaves a file in Jupyter's runtime folder, so that `jupyter server list`
-# finds it, and `list` below: its address, its process, its token (only its owner may read it).
+# finds it, and `list` below: its address, its process, its token (only its owner may read it). A
+# second one that was to have the same port says where the first one is.
 
 STOP_SECONDS = 15          # that a server may take to end its kernels
 MOST_ANSWER = 1 << 20      # bytes of an answer; what answers may be anything
@@ -6906,21 +6908,27 @@ def read_server_info(path):
     return info if re.match("https?://", info["url"]) else None
 
 
-def running_servers():
-    """What the files in the runtime folder say, of those servers that answer."""
+def running_servers(port=None):
+    """What the files in the runtime folder say, of those servers that answer; with `port`, of the
+    one that has it."""
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(RUNTIME)):
             is_ours = re.fullmatch(r"jpserver-\d+\.json", name)
             info = read_server_info(os.path.join(RUNTIME, name)) if is_ours else None
-            if info and call(info, "GET", "api"):
+            if info and port in (None, info["port"]) and call(info, "GET", "api"):
                 yield info
+
+
+def address_of(info):
+    """Where a browser opens a running server."""
+    return f"{info['url']}?token={quote(info['token'])}"
 
 
 def list_servers(words):
     """`list`: show the servers that run."""
     servers = list(running_servers())
     for info in servers:
-        print(f"{info['url']}?token={quote(info['token'])} :: {info['root_dir']}")
+        print(f"{address_of(info)} :: {info['root_dir']}")
     if not servers:
         print("No server runs.")
 
@@ -6957,8 +6965,25 @@ def remove_if_there(path):
         os.unlink(path)
 
 
+class NamingServer(SERVERS[-1]):
+    """A server that cannot have its port says which one of the same user has it."""
+
+    def server_bind(self):
+        try:
+            super().server_bind()
+        except OSError as problem:
+            port = self.server_address[1]
+            for info in running_servers(port):
+                problem.strerror = (
+                    f"{problem.strerror}.\nA server of yours is there already, with the folder "
+                    f"{info['root_dir']}:\n\n    {address_of(info)}\n\nTo stop it: "
+                    f"python minijupyter.py stop {port}")
+            raise
+
+
 COMMANDS.update(list=list_servers, stop=stop_server)
 AT_START.append(announce)
+SERVERS.append(NamingServer)
 
 
 # ---- 49. Other clients of a kernel -------------------------------------------------------------

@@ -11959,6 +11959,22 @@ class ServerLife(ServerCase):
         self.assertIn(str(self.server.port), again.output)
         self.assertNotIn("Traceback", again.output)
 
+    def test_a_server_of_the_same_user_on_a_taken_port_is_named_with_how_to_stop_it(self):
+        port = str(self.server.port)
+        told = self.command(str(self.server.root), "--port", port, "--no-browser").stderr
+        self.assertIn(f"Cannot listen on 127.0.0.1:{port}: Address already in use", told)
+        self.assertIn(f"http://127.0.0.1:{port}/?token={self.server.token}", told)
+        self.assertIn(f"python minijupyter.py stop {port}", told)
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        port = str(listener.getsockname()[1])
+        told = self.command(str(self.server.root), "--port", port, "--no-browser").stderr
+        self.assertNotIn("stop", told)
+
+    def test_a_folder_that_is_not_there_is_refused_with_the_command_that_makes_it(self):
+        told = self.command("not there").stderr
+        self.assertIn('there is no folder not there. To make it: mkdir "not there"', told)
+        self.assertIn("is a file", self.command(str(HERE / "README.md")).stderr)
+
     def test_without_pyzmq_one_line_says_what_to_install(self):
         env = clean_environment(self.folder())
         for program in ("minijupyter.py", "kernel.py"):
@@ -22328,8 +22344,9 @@ class PageMovesFiles(PageCase):
         self.assertCount(self.row(tab, "other disk.txt"), 0)
         self.assertFalse((self.place / "other disk.txt").exists())
 
-    def test_an_empty_folder_offers_a_welcome_which_opens_as_its_reader_left_it(self):
+    def test_a_folder_without_a_notebook_offers_a_welcome_that_opens_as_its_reader_left_it(self):
         (self.root / "fresh").mkdir()
+        (self.root / "fresh" / "data.csv").write_text("a\n1\n")
         tab = self.visit("/tree/fresh")
         with self.context.expect_page() as opened:
             tab.page.get_by_role("button", name="Open “Welcome to MiniJupyter”").click()
@@ -22341,6 +22358,20 @@ class PageMovesFiles(PageCase):
         with self.context.expect_page() as again:
             new.command("welcome")
         self.assertShows(again.value.locator(".cell .code").nth(1), "1 + 1")
+        tab.page.reload()
+        self.assertShows(tab.page.locator("#file-list"), "Welcome to MiniJupyter.ipynb")
+        self.assertCount(tab.page.get_by_role("button", name="Open “Welcome to"), 0)
+
+    def test_the_files_have_a_help_menu_with_keys_welcome_and_readme(self):
+        tab = self.folder_with("a.txt")
+        tab.page.get_by_role("button", name="Help", exact=True).click()
+        items = tab.page.locator("#menu-help button:visible span:first-child")
+        self.assertEqual(items.all_text_contents()[:3], [
+            "Keys", "Welcome to MiniJupyter", "Open README as a notebook"])
+        tab.page.locator("#menu-help").get_by_text("Keys").click()
+        keys = tab.page.locator("dialog[open]")
+        self.assertShows(keys, "Rename")
+        self.assertShows(keys.locator("kbd", has_text="F2"), "F2")
 
 
 @needs("nbclient", "nbformat", "ipykernel")
