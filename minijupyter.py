@@ -91,6 +91,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 import weakref
 import zlib
 from datetime import datetime, timezone
@@ -9070,7 +9071,7 @@ READING_POLICY = (
 class Export:
     """A notebook that is to become something else, and where it is.
 
-    cells = its cells as far as they are to be shown
+    cells = its cells as far as they are to be shown: without empty ones at the end
     contents = the Contents that its path is of: for the pictures beside it; None: there are none
     """
 
@@ -9079,6 +9080,8 @@ class Export:
         self.folder, _, name = path.rpartition("/")
         self.stem = os.path.splitext(name)[0] or "notebook"
         self.cells = [*filter(None, (shown(cell, with_code) for cell in notebook["cells"]))]
+        while self.cells and is_empty(self.cells[-1]):
+            self.cells.pop()
 
     @property
     def language(self):
@@ -9142,6 +9145,11 @@ def shown(cell, with_code=True):
     return cell
 
 
+def is_empty(cell):
+    """Does it show neither a text nor an output?"""
+    return not cell["source"].strip() and not cell.get("outputs")
+
+
 def bundle(output):
     """The MIME bundle of an output, maybe an empty one."""
     return output["data"] if isinstance(output.get("data"), dict) else {}
@@ -9153,16 +9161,63 @@ def export_notebook(export):
     return {f"{export.stem}.ipynb": write_notebook(export.notebook).data}
 
 
+# Magics that a Python kernel knows without their %, too, beside those that MAGICS has
+BARE_MAGIC = re.compile(
+    r"(?:alias|autoreload|bookmark|conda|config|debug|dhist|dirs|doctest_mode|edit|env|gui|history"
+    r"|less|load|load_ext|lsmagic|magic|mamba|man|matplotlib|more|page|pdb|pdef|pdoc|pfile|pinfo|pip"
+    r"|popd|prun|psearch|psource|pushd|pwd|pycat|pylab|recall|reload_ext|rerun|reset|run|save"
+    r"|set_env|store|sx|system|tb|time|timeit|unalias|unload_ext|uv|who|who_ls|whos|xdel|xmode"
+    r"|python[\d.]*[ ]-m[ ]pip)(?:[ \t]|$)")
+NOT_SHOWN = "<downloaded>"   # where warnings would say that a cell is from
+
+
 def export_script(export):
     """The program of the notebook's language. Of a language that is not in PROGRAMS, the sign of a
-    comment is taken to be #."""
+    comment is taken to be #. In Python, all that only a kernel understands is a comment."""
     info = export.notebook["metadata"].get("language_info")
     told = str(info.get("file_extension") or "") if isinstance(info, dict) else ""
     by_language = {language.lower(): extension for extension, (language, _) in PROGRAMS.items()}
     extension = by_language.get(export.language.lower(), told)
     program = Program(extension if extension in PROGRAMS else ".sh")
-    text = program.write(export.notebook)
+    cells = export.notebook["cells"]
+    if program.language == "python":
+        cells = [{**cell, "source": signed(program, str(join(cell.get("source", ""))))}
+                 if cell["cell_type"] == "code" else cell for cell in cells]
+    text = program.write({**export.notebook, "cells": cells})
     return {f"{export.stem}{extension or '.txt'}": encode_text(text)}
+
+
+def signed(program, source):
+    """A cell of Python whose lines that only a kernel understands can be told by their sign, and be
+    comments: `pip install x` has its %, `    !ls` is `    pass  # !ls`, because a block must not
+    become empty, and what stands below `%%writefile`, and is no Python, is a comment already."""
+    if (magic := re.match(r"%%(\S+)", source)) and CELL_LANGUAGES.fullmatch(magic[1]):
+        return source
+    lines = source.split("\n")
+    lines = [re.sub(r"^([ \t]+)(?=[%!]\S)", r"\1pass  # ", line) if line != bare else line
+             for line, bare in zip(lines, program.changed_magics(lines, str.strip), strict=True)]
+    while (at := first_fault(program.changed_magics(lines, program.as_comment))) is not None:
+        if not BARE_MAGIC.match(lines[at]):
+            return "\n".join([lines[0], *program.commented(lines[1:])]
+                             if lines[0].startswith("%%") else lines)
+        lines[at] = f"%{lines[at]}"
+    return "\n".join(lines)
+
+
+def first_fault(lines):
+    """The number of the line at which Python's parser stops, or None."""
+    import ast
+    try:
+        compile("\n".join(lines), NOT_SHOWN, "exec",
+                ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
+    except SyntaxError as error:
+        return min(max(error.lineno or 1, 1), len(lines)) - 1
+    except (ValueError, RecursionError, MemoryError):   # a byte 0, or brackets without end
+        return 0
+    return None
+
+
+warnings.filterwarnings("ignore", module=re.escape(NOT_SHOWN))
 
 
 # -- Markdown

@@ -8902,6 +8902,29 @@ class DownloadAs(ServerCase):
                 self.assertFile(reply, name, "text/plain; charset=utf-8")
                 self.assertTrue(reply.body.decode().startswith(text), reply)
 
+    def test_a_script_in_python_is_python_whatever_only_a_kernel_understands(self):
+        for source, written in (
+                ("pip install x\nimport x", "# %pip install x\nimport x"),
+                ("ls\nls -l\ncd data\ntime f()", "# ls\n# ls -l\n# cd data\n# %time f()"),
+                ("if x:\n    !ls\nelse:\n    %time f()", "if x:\n    pass  # !ls\nelse:\n"
+                                                         "    pass  # %time f()"),
+                ("%%writefile a.txt\nno python", "# %%writefile a.txt\n# no python"),
+                ("%%time\npip list", "# %%time\n# %pip list"),
+                ("s = '''\npip install x\n'''", "s = '''\npip install x\n'''"),
+                ("pip = 1\npip + 1\ntime = 2", "pip = 1\npip + 1\ntime = 2")):
+            with self.subTest(source):
+                text = self.export("script", code(source)).body.decode()
+                self.assertEqual(text, f"# %%\n{written}\n")
+                compile(text, "a.py", "exec")
+        text = self.export("script", code("%%html\n<b>")).body.decode()
+        self.assertEqual(text, '# %% language="html"\n# <b>\n')
+
+    def test_what_is_to_be_read_ends_with_the_last_cell_that_shows_something(self):
+        cells = [code(""), code("1"), code(" ", outputs=[]), markdown("")]
+        kept = self.enclosed(self.export("html", *cells))["content"]["cells"]
+        self.assertEqual([cell["source"] for cell in kept], ["", "1"])
+        self.assertEqual(len(self.export("notebook", *cells).json["cells"]), 4)
+
     def test_markdown_comes_with_its_pictures_in_a_zip(self):
         pixel = base64.b64encode(one_red_pixel()).decode()
         (self.root / "near.png").write_bytes(one_red_pixel())
@@ -20757,6 +20780,16 @@ class PageDownloads(PageCase):
         self.assertIn("x = 1", Path(download.value.path()).read_text())
         tab.page.evaluate("void downloadAs(view, 'nothing')")
         self.assertShows(tab.page.locator(".notice.bad"), "There is no format nothing")
+
+    def test_the_tools_of_a_downloaded_page_stand_side_by_side_in_its_bar(self):
+        page = self.page("1")
+        boxes = [page.locator(f"#toolbar [data-command={name}]").bounding_box()
+                 for name in ("palette", "contents")]
+        bar = page.locator("#controls").bounding_box()
+        self.assertLess(boxes[0]["x"] + boxes[0]["width"], boxes[1]["x"] + 3)
+        for word in page.locator("#toolbar .word").all():
+            box = word.bounding_box()
+            self.assertLess(box["y"] + box["height"], bar["y"] + bar["height"])
 
     def page(self, *sources, cells=()):
         """The downloaded page, opened from the disk; what asks for the network is a problem."""
