@@ -3319,7 +3319,7 @@ def serve(server):
 #    50 Pages of other sites                     OPTIONS, AT_START, HANDLERS, SERVERS needs 46
 #    51 Parameters                               TRANSLATORS
 #    52 Run a notebook without a page            COMMANDS                          needs 51 55
-#    53 Clusters                                 ROUTES, SERVERS, OPTIONS, AT_START
+#    53 Clusters                                 ROUTES, SERVERS, OPTIONS, AT_START needs 63
 #    54 Programs as notebooks                    CONTENTS
 #    55 Download as                              ROUTES                            needs 54
 #    56 A terminal on a kernel                   COMMANDS                          needs 33 48
@@ -7923,11 +7923,10 @@ class Driver:
         problem = Problem(answer["status"], answer["problem"], answer["reason"])
         problem.more = answer["more"]
         if problem.reason == NO_IPYPARALLEL:
-            python = " ".join(self.python)
             problem.message = (
-                f"ipyparallel is not installed for the kernel {self.spec['display_name']}. Run "
-                "`%pip install ipyparallel` in a notebook with that kernel, or in a terminal "
-                f"`{python} -m pip install ipyparallel`")
+                f"ipyparallel is not installed for the kernel {self.spec['display_name']}. In a "
+                "notebook with that kernel, run  %pip install ipyparallel  or in a terminal  "
+                f"{answer['more']['command']}")
         raise problem
 
     def close(self):
@@ -8119,7 +8118,10 @@ def drive_clusters(keeps):
     try:
         import ipyparallel.cluster  # noqa: F401
     except ImportError as problem:
-        answer(0, problem=str(problem), status=501, reason=NO_IPYPARALLEL, more={})
+        import importlib.util
+        command = install_command(sys.executable, importlib.util.find_spec("pip"), "ipyparallel")
+        answer(0, problem=str(problem), status=501, reason=NO_IPYPARALLEL,
+               more={"command": command})
         return
     answer(0, value="ready")
     asyncio.run(Conductor(answer, keeps).run())
@@ -9381,17 +9383,17 @@ EXPORTERS.update(
 REMEDIES = (   # what nbconvert says when something is missing -> what it is, and how to get it
     ("PandocMissing|pandoc wasn't found",
      "pandoc, which is not installed: see https://pandoc.org/installing.html "
-     "(`apt install pandoc`, `brew install pandoc`)"),
+     "(apt install pandoc, brew install pandoc)"),
     ("latex not found|bibtex not found",
-     "TeX, which is not installed: see https://tug.org/texlive (`apt install texlive-xetex "
-     "texlive-fonts-recommended texlive-plain-generic`)"),
+     "TeX, which is not installed: see https://tug.org/texlive (apt install texlive-xetex "
+     "texlive-fonts-recommended texlive-plain-generic)"),
     ("Playwright is not installed|No module named 'playwright'",
-     "playwright, which is not installed: `pip install 'nbconvert[webpdf]'`, then `playwright "
-     "install chromium`"),
+     "playwright, which is not installed: pip install 'nbconvert[webpdf]', then playwright install "
+     "chromium"),
     ("No suitable chromium|Executable doesn't exist",
-     "a Chromium that playwright finds: `playwright install chromium`"),
+     "a Chromium that playwright finds: playwright install chromium"),
     ("PyQtWebEngine",
-     "Qt's web engine, which is not installed: `pip install 'nbconvert[qtpdf]'`"))
+     "Qt's web engine, which is not installed: pip install 'nbconvert[qtpdf]'"))
 
 
 class Nbconvert:
@@ -9513,7 +9515,7 @@ def exporter(format):
     if format in others:
         return others[format], functools.partial(NBCONVERT.export, format)
     known = ", ".join(dict.fromkeys([*EXPORTERS, *others]))
-    more = "" if others else "; others need nbconvert: `pip install nbconvert`"
+    more = "" if others else "; others need nbconvert: pip install nbconvert"
     raise Problem(404, f"There is no format {format}. There are {known}{more}")
 
 
@@ -11369,7 +11371,7 @@ ROUTES.append(("GET", "/api/variables", variables_program))
 #
 # A virtual environment in the served folder (`.venv`, `venv`, `env`) is offered as a kernel: our
 # kernel.py, run by its Python. That needs pyzmq there; without it, the process that is started says
-# with which command it comes.
+# with which command it comes: by pip, uv or ensurepip, whichever there is.
 #
 # A page starts the kernel that a notebook names when it is opened. A stranger's folder may hold a
 # program that poses as a Python, and a notebook that names it. So the name has a part that only
@@ -11380,6 +11382,16 @@ PYTHON_IN_ENVIRONMENT = os.path.join(*("bin", "python") if POSIX else ("Scripts"
 OLDEST_PYTHON = (3, 10)   # that kernel.py runs on
 NEEDS_PYZMQ = ("The environment {name} has no pyzmq, which our kernel needs. Run this in a "
                "terminal, then start the kernel again:  {command}")
+
+
+def install_command(python, has_pip, package):
+    """What installs a package into a Python, for a terminal of this machine."""
+    run, pip = f'"{python}" -m', f"pip install {package}"
+    if has_pip:
+        return f"{run} {pip}"
+    if os.environ.get("UV") or shutil.which("uv"):   # `uv run` names its own
+        return f'uv pip install --python "{python}" {package}'
+    return f"{run} ensurepip && {run} {pip}"
 
 
 def environment_specs(root):
@@ -11417,9 +11429,7 @@ def environment_spec(name, folder, python, version):
     spec = our_kernel.kernel_spec(f"Python {version[0]}.{version[1]} ({name})")
     options = [word for word in spec["argv"][1:] if word != "-P" or version >= (3, 11)]
     if not has_module(folder, version, "zmq"):
-        has_pip = has_module(folder, version, "pip")
-        command = f'"{python}" -m pip install pyzmq' if has_pip else \
-            f'uv pip install --python "{python}" pyzmq'
+        command = install_command(python, has_module(folder, version, "pip"), "pyzmq")
         options = ["-c", f"raise SystemExit({NEEDS_PYZMQ.format(name=name, command=command)!r})"]
     programs = os.path.dirname(python).replace("$", "$$")   # `$` begins a variable in a spec
     return {**spec, "argv": [python, *options], "env": {

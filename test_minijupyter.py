@@ -12408,7 +12408,10 @@ class ClustersWithoutIpyparallel(ServerCase):
         server = self.own_server(env={"JUPYTER_PATH": str(folder)})
         reply = self.assertReply(server.get("/ipyparallel/clusters?kernel_name=bare"), 501)
         self.assertIn("not installed for the kernel bare.", reply.json["message"])
-        self.assertIn("`%pip install ipyparallel` in a notebook", reply.json["message"])
+        message = reply.json["message"]
+        self.assertIn("run  %pip install ipyparallel  or in a terminal", message)
+        self.assertRegex(message, r'" -m (ensurepip && .*)?pip install|uv pip install --python')
+        self.assertNotIn("`", message)
 
 
 # ---- 8. WebSocket frames and the bridge --------------------------------------------
@@ -13617,7 +13620,20 @@ class EnvironmentsOfTheFolder(ServerCase):
         reply = self.server.post("/api/kernels", {"name": found[f"Python {version} (env)"]})
         model = f"/api/kernels/{reply.json['id']}"
         self.addCleanup(self.server.delete, model)
-        wait_until(lambda: "uv pip install --python" in self.server.get(model).body.decode())
+        wait_until(lambda: "-m pip install pyzmq" in self.server.get(model).body.decode())
+
+    def test_the_command_that_installs_is_one_that_this_python_has(self):
+        folder = self.folder()
+        uv = folder / "uv"
+        uv.write_text("")
+        uv.chmod(0o755)
+        shown = [minijupyter.install_command("/p", True, "x")]
+        for path in (str(folder), ""):
+            with unittest.mock.patch.dict(os.environ, PATH=path):
+                os.environ.pop("UV", None)
+                shown.append(minijupyter.install_command("/p", False, "x"))
+        self.assertEqual(shown, ['"/p" -m pip install x', 'uv pip install --python "/p" x',
+                                 '"/p" -m ensurepip && "/p" -m pip install x'])
 
     def test_its_name_cannot_be_told_by_a_strangers_notebook(self):
         folders = [self.folder(), self.folder()]
