@@ -11086,6 +11086,9 @@ AT_START.append(prepare_lecture)
 #     whole      the place of each row             the file changes: it is begun anew
 #
 # In the answer `count` is how many rows are known, `bytes` how far the file was read, of `size`.
+# With `filter=TEXT`, the rows are those that have the text in a field, in large letters or small
+# ones. Each question looks through more rows for READ_SECONDS; `count` is how many have it, `of`
+# how many rows there are.
 
 READ_SECONDS = 0.25             # of reading on, for one question
 MOST_TABLES = 4                 # files whose rows are known; the one not asked for longest goes
@@ -11094,6 +11097,7 @@ MOST_SORTED = 3_000_000         # rows that are sorted
 MOST_RECODED = 1 << 26          # bytes of a file in another encoding: it is read as a whole
 MOST_FIELD = 500                # characters of a field in an answer
 FIELD_LIMIT = 1 << 24           # characters of a field: no quote has closed a longer one
+SEARCHED_AT_ONCE = 2_000        # rows that are looked through for a text
 GUESS_BYTES, GUESS_ROWS = 1 << 16, 200
 SEPARATORS = ",;\t|"
 NUMBER = re.compile(r"\s*[-+]?(?:[0-9][0-9.,'_ ]*|[.,][0-9]+)(?:[eE][-+]?[0-9]+)?\s*%?\s*")
@@ -11124,6 +11128,8 @@ class TextTable:
         self.skip = len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8)
         self.starts, self.position = array.array("Q"), self.skip
         self.is_whole, self.width, self.sorted = False, 0, (None, None)
+        self.search = None           # for the text that was asked for last
+        self.narrowed = None, None   # (the order, the text), and the rows with this text in it
         text = head[self.skip:].decode(self.encoding, "replace")
         self.separator = guessed_separator(self.csv, text, self.name)
         self.has_head = False
@@ -11172,17 +11178,20 @@ class TextTable:
                 self.starts.append(start)
                 self.width = max(self.width, len(row))
 
-    def rows(self, start, end):
-        """The fields of rows, by number, the head being one of them."""
+    def text_of(self, start, end):
+        """(the text of rows, their numbers): as many of them as there are."""
         self.read_on(end, 0)
         numbers = range(*slice(start, end).indices(len(self.starts)))
         if not numbers:
-            return []
+            return "", numbers
         last = self.starts[numbers[-1] + 1] if numbers[-1] + 1 < len(self.starts) else self.position
         with self.open() as file:
             file.seek(self.starts[numbers[0]])
-            text = file.read(last - self.starts[numbers[0]]).decode(self.encoding)
-        return [row for row in self.parsed(text) if row]
+            return file.read(last - self.starts[numbers[0]]).decode(self.encoding), numbers
+
+    def rows(self, start, end):
+        """The fields of rows, by number, the head being one of them."""
+        return [row for row in self.parsed(self.text_of(start, end)[0]) if row]
 
     def parsed(self, text):
         return self.csv.reader(io.StringIO(text, newline=""), delimiter=self.separator)
@@ -11211,27 +11220,46 @@ class TextTable:
         missing = [n for n in numbers if keys[n] in ("", None)]
         return sorted(given, key=keys.__getitem__, reverse=is_descending) + missing
 
-    def page(self, start, end, columns, sort):
+    def found(self, text, seconds=READ_SECONDS):
+        """The numbers of rows that have a text in a field, as far as they are found in so long."""
+        if not self.search or self.search.text != text:
+            self.search = RowSearch(self, text)
+        deadline = time.monotonic() + seconds
+        while not self.search.is_over and time.monotonic() < deadline:
+            self.search.go_on()
+        return self.search.rows
+
+    def page(self, *wish):
         """What is asked for, as the endpoint answers it. One question at a time."""
         with self.lock:
             try:
                 if not self.encoding:
                     self.begin("utf-8")
-                return self.told(start, end, columns, sort)
+                return self.told(*wish)
             except UnicodeDecodeError:
                 if self.encoding != "utf-8":
                     raise
                 self.note = "not UTF-8: read as Windows-1252"
                 self.begin("cp1252" if is_decodable(self.path, "cp1252") else "latin-1")
-                return self.told(start, end, columns, sort)
+                return self.told(*wish)
             except self.csv.Error as problem:
                 raise Problem(400, f"{self.name} is no table: after row {len(self.starts):,}, "
                               f"{problem}. Open it with Edit") from None
 
-    def told(self, start, end, columns, sort):
+    def chosen(self, sort, text):
+        """The numbers of the rows in an order, of those with a text, or of both."""
+        if not sort:
+            return self.found(text)
+        order = self.order(*sort)
+        if text and self.narrowed[0] != (sort, text):
+            found = {*self.found(text, math.inf)}
+            self.narrowed = (sort, text), [n for n in order if n in found]
+        return self.narrowed[1] if text else order
+
+    def told(self, start, end, columns, sort, text):
         self.read_on(end + self.has_head)
-        if sort:
-            chosen = self.order(*sort)[start:end]
+        if sort or text:
+            chosen = self.chosen(sort, text)[start:end]
             rows = [self.rows(n, n + 1)[0] for n in chosen]
         else:
             chosen = range(start + self.has_head, end + self.has_head)
@@ -11242,9 +11270,44 @@ class TextTable:
                  for n, (name, kind) in enumerate(zip(names, kinds, strict=False))]
         cells = [[f"{n + 1 - self.has_head}", *map(shown_field, row[columns])]
                  for n, row in zip(chosen, rows, strict=False)]
-        return {"cells": cells, "columns": heads, "count": len(self.starts) - self.has_head,
-                "width": self.width, "is_whole": self.is_whole, "bytes": self.position,
-                "size": self.size, "separator": self.separator, "note": self.note}
+        count = len(self.starts) - self.has_head
+        known = {"count": count, "is_whole": self.is_whole, "bytes": self.position}
+        return {"cells": cells, "columns": heads, "of": count, "width": self.width,
+                "size": self.size, "separator": self.separator, "note": self.note,
+                **(self.search.known if text else known)}
+
+
+class RowSearch:
+    """The rows of a TextTable that have a text in a field, as far as it has looked."""
+
+    def __init__(self, table, text):
+        import array
+        self.table, self.text, self.rows = table, text, array.array("Q")
+        self.next = table.has_head   # the row to look at next
+        self.wanted = text.casefold()
+        self.is_plain = '"' not in text and "\n" not in text   # such a text stands so in the file
+
+    @property
+    def is_over(self):
+        return self.table.is_whole and self.next >= len(self.table.starts)
+
+    @property
+    def known(self):
+        """The same as a table tells of all its rows."""
+        starts = self.table.starts
+        place = self.table.position if self.next >= len(starts) else starts[self.next]
+        return {"count": len(self.rows), "is_whole": self.is_over, "bytes": place}
+
+    def go_on(self):
+        """Look at the next rows. Where the text does not stand at all, no field can have it."""
+        table, start = self.table, self.next
+        text, numbers = table.text_of(start, start + SEARCHED_AT_ONCE)
+        self.next += len(numbers)
+        if self.is_plain and self.wanted not in text.casefold():
+            return
+        rows = filter(None, table.parsed(text))
+        self.rows.extend(n for n, row in zip(numbers, rows, strict=True)
+                         if any(self.wanted in field.casefold() for field in row))
 
 
 def shown_field(field):
@@ -11313,7 +11376,7 @@ TABLES_LOCK = threading.Lock()
 
 
 def text_table(handler, path):
-    """Rows of a file: from, to; columns=FIRST,END; sort=COLUMN, descending."""
+    """Rows of a file: from, to; columns=FIRST,END; sort=COLUMN, descending; filter=TEXT."""
     absolute, info = handler.server.contents.look(path)
     if info is None or stat.S_ISDIR(info.st_mode):
         raise Problem(404, f"No such file: {path}")
@@ -11330,7 +11393,7 @@ def text_table(handler, path):
         TABLES[key] = table
         while len(TABLES) > MOST_TABLES:
             TABLES.popitem(last=False)
-    return table.page(start, end, slice(first, last), sort)
+    return table.page(start, end, slice(first, last), sort, handler.asked("filter", ""))
 
 
 def asked_number(handler, name, default):

@@ -9173,6 +9173,24 @@ class TextTables(ServerCase):
         (self.root / "n.csv").write_text("n;m\n9;\n1.000,5;\n2,5;\n")
         self.assertEqual([row[0] for row in self.rows("n.csv", sort=0)], ["2,5", "9", "1.000,5"])
 
+    def test_a_filter_finds_a_text_in_any_field_of_any_size_and_says_of_how_many(self):
+        count = 100_000
+        (self.root / "found.csv").write_text("n,text\n" + "".join(
+            f'{n},"Straße ""{n}"" A\nb"\n' for n in range(count)))
+
+        def found(text, **query):
+            told = wait_until(lambda: (told := self.table(
+                "found.csv", filter=text, **query).json)["is_whole"] and told)
+            return told["count"], told["of"], [row[1] for row in told["cells"]]
+
+        self.assertEqual(found("nowhere"), (0, count, []))
+        self.assertEqual(found("STRASSE \"29999\""), (1, count, ["29999"]))
+        self.assertEqual(found("29999,"), (0, count, []))   # in the file, but in no field
+        self.assertEqual(found("a\nB", to=2), (count, count, ["0", "1"]))
+        self.assertEqual(found("9999", sort=0, descending=1, to=2),
+                         (19, count, ["99999", "99998"]))
+        self.assertEqual(found("text")[0], 0)   # the head is no row
+
     def test_a_file_that_was_written_anew_is_read_anew(self):
         file = self.root / "new.csv"
         for text in ("a\n1\n", "b\n22\n33\n"):
@@ -22899,6 +22917,40 @@ class PageReadsFiles(PageCase):
         self.assertShows(table.page.locator(".grid-row").first, 'a "2999"')
         table.page.get_by_role("link", name="Edit").click()
         self.assertShows(table.page.locator(".plain .code"), 'name;n')
+
+    def test_a_filter_on_a_table_shows_the_rows_with_a_text_and_ctrl_f_goes_to_it(self):
+        (self.root / "cities.csv").write_text("city,n\n" + "".join(
+            f"{city} {n},{n}\n" for n in range(9000) for city in ("Oslo", "Rome")))
+        tab = self.visit("/table/cities.csv")
+        note = tab.page.locator(".actions .note")
+        self.assertShows(note, "18,000 rows")
+        tab.page.locator(".grid-head [data-column='1']").click(click_count=2)
+        self.assertShows(tab.page.locator(".grid-head"), "↓")
+        tab.press("Control+f")
+        tab.page.keyboard.type("rOME 8")
+        self.assertShows(note, "1,111 of 18,000 rows")
+        self.assertShows(tab.page.locator(".grid-row").first, "Rome 8999")
+        tab.press("ArrowDown", "Control+End")
+        self.assertShows(tab.page.locator(".grid-row").last, "Rome 8")
+        tab.press("Control+f")
+        tab.page.keyboard.type("nowhere")
+        self.assertShows(note, "0 of 18,000 rows")
+        tab.press("Escape")
+        self.assertShows(note, "18,000 rows")
+        self.assertShows(tab.page.locator(".grid-row").first, "Oslo 8999")
+        self.assertTrue(tab.page.locator(".grid").evaluate(
+            "grid => grid === document.activeElement"))
+
+    def test_the_numbers_of_rows_are_whole_when_the_file_grows_under_them(self):
+        (self.root / "grows.csv").write_text("n,text\n" + "".join(
+            f"{n},{'x' * 60}\n" for n in range(1_200_000)))
+        tab = self.visit("/table/grows.csv")
+        self.assertShows(tab.page.locator(".actions .note"), "1,200,000 rows, 2")
+        tab.page.locator(".grid").focus()
+        tab.press("Control+End")
+        label = tab.page.locator(".grid-row .label", has_text="1200000")
+        label.wait_for()
+        self.assertTrue(label.evaluate("label => label.scrollWidth <= label.clientWidth"))
 
     def test_a_markdown_file_opens_as_a_preview_with_links_pictures_and_headings(self):
         (self.root / "docs").mkdir()
