@@ -22354,6 +22354,53 @@ class PageMovesFiles(PageCase):
         self.assertCount(self.row(tab, "into"), 0)
         self.assertTrue((self.root / "into").is_dir())
 
+    def test_a_filter_ends_when_it_would_hide_the_copies(self):
+        tab = self.folder_with("chart.png", "other.txt")
+        tab.press("/")
+        tab.page.keyboard.type("chart.png")
+        tab.page.get_by_label("Select chart.png").check()
+        tab.page.locator("[data-command=duplicate]").click()
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "chart-Copy1.png")
+        self.assertCount(tab.page.locator("tbody tr"), 3)
+
+    def test_f2_renames_the_row_that_was_clicked_and_what_is_checked(self):
+        tab = self.folder_with("one.txt", "two.txt")
+        self.row(tab, "two.txt").locator("td").last.click()
+        tab.press("F2")
+        tab.page.get_by_label("Name of two.txt").wait_for()
+        tab.press("Escape")
+        tab.page.get_by_label("Select two.txt").check()
+        tab.page.get_by_role("button", name="Upload").focus()
+        tab.press("F2")
+        tab.page.get_by_label("Name of two.txt").wait_for()
+
+    def test_files_are_moved_into_a_new_folder_that_is_named_when_they_are(self):
+        tab = self.folder_with("data/", "file.txt")
+        tab.page.get_by_label("Select file.txt").check()
+        tab.page.locator("[data-command=move]").click()
+        tab.page.get_by_role("tree").locator("[data-path$='/data']").click()
+        tab.page.get_by_label("New folder in it").fill("raw")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator(".notice"), "to “raw”")
+        self.assertTrue((self.place / "data" / "raw" / "file.txt").exists())
+
+    def test_a_list_that_could_not_be_read_again_says_how_old_it_is(self):
+        self.folder_with("a.txt")
+        (self.place / "empty").mkdir()
+        tab = self.visit(f"/tree/{self.place.name}/empty")
+        self.assertShows(tab.page.locator("#file-list"), "This folder is empty")
+        tab.page.evaluate("view.readAt -= 60_000")
+        self.context.route("**/api/**", lambda route: route.abort())
+        tab.page.evaluate("dispatchEvent(new Event('focus'))")
+        self.assertShows(tab.page.locator("#file-list"), "This list is as it was 1 min ago")
+        self.assertCount(tab.page.get_by_text("This folder is empty"), 0)
+        self.problems.clear()   # the browser notes what did not come
+        self.context.unroute_all()
+        (self.place / "empty" / "new.txt").write_text("x")
+        tab.page.evaluate("dispatchEvent(new Event('focus'))")
+        self.assertShows(tab.page.locator("tbody"), "new.txt")
+        self.assertCount(tab.page.get_by_text("as it was"), 0)
+
     def test_a_file_that_is_there_already_is_not_written_over_by_a_drag(self):
         tab = self.folder_with("into/same.txt", "same.txt")
         self.row(tab, "same.txt").locator("a").drag_to(self.row(tab, "into"))
