@@ -23019,6 +23019,44 @@ class PageReadsFiles(PageCase):
             self.assertEqual(tab.page.get_by_role("link", name=label).get_attribute("href"),
                              f"/{page}/docs/a.md")
 
+    def test_the_editor_finds_and_replaces_as_a_notebook_does(self):
+        (self.root / "words.py").write_text("cat = 1\ndog = 2\nCat = cat\n")
+        tab = self.visit("/edit/words.py")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        tab.press("Control+f")
+        tab.page.keyboard.type("cat")
+        count = tab.page.locator("#find-count")
+        self.assertShows(count, "3")
+        self.assertFalse(tab.page.locator("#find-outputs").is_visible())
+        tab.press("Enter", "Enter")
+        self.assertShows(count, "2 of 3")
+        tab.page.locator("#find-replacement").fill("cow")
+        tab.page.locator("#find [value=replace]").click()
+        editor = tab.page.locator("textarea.editor")
+        self.assertEqual(editor.input_value(), "cat = 1\ndog = 2\ncow = cat\n")
+        tab.page.locator("#find [value=replaceAll]").click()
+        self.assertShows(tab.page.locator(".notice"), "Replaced 2")
+        tab.press("Escape")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        self.assertEqual(editor.input_value(), "cow = 1\ndog = 2\ncow = cow\n")
+        tab.press("Control+z")
+        self.assertEqual(editor.input_value(), "cat = 1\ndog = 2\ncow = cat\n")
+        tab.save()
+
+    def test_the_editor_leads_back_to_the_preview_or_the_table_and_saves_before(self):
+        for name, label, page in (("n.md", "Preview", "preview"), ("n.csv", "Table", "table")):
+            (self.root / name).write_text("a,b\n1,2\n")
+            tab = self.visit(f"/edit/{name}")
+            tab.page.locator("textarea.editor").fill("new,word\n3,4\n")
+            tab.page.get_by_role("button", name=label, exact=True).click()
+            tab.page.wait_for_url(f"**/{page}/{name}")
+            self.assertShows(tab.page.locator("#main"), "new")
+            self.assertEqual((self.root / name).read_text(), "new,word\n3,4\n")
+        (self.root / "n.txt").write_text("a")
+        tab = self.visit("/edit/n.txt")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        self.assertCount(tab.page.locator("[data-command=view-file]"), 0)
+
     def test_an_empty_file_opens_in_the_editor(self):
         for name, page in (("e.csv", "table"), ("e.md", "preview")):
             (self.root / name).write_text("")
