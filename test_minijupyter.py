@@ -21856,6 +21856,37 @@ class PageMoves(PageCase):
         tab.save()
         self.assertEqual(list(self.saved()["cells"][0]["attachments"]), ["a b.png"])
 
+    def drop(self, tab, selector, name, data, kind):
+        tab.page.evaluate("""([selector, name, data, type]) => {
+            const dataTransfer = new DataTransfer();
+            const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0));
+            dataTransfer.items.add(new File([bytes], name, { type }));
+            document.querySelector(selector).dispatchEvent(new DragEvent('drop',
+                { dataTransfer, bubbles: true, cancelable: true }));
+        }""", [selector, name, base64.b64encode(data).decode(), kind])
+
+    def test_a_picture_dropped_on_a_markdown_cell_becomes_an_attachment(self):
+        tab = self.mixed(markdown("see:"))
+        self.drop(tab, ".cell .rendered", "a.png", one_red_pixel(), "image/png")
+        image = tab.cell(0).locator(".rendered img")
+        self.assertEqual(image.evaluate("i => i.decode().then(() => i.naturalWidth)"), 1)
+        self.assertEqual(tab.sources(), ["see:\n\n![a](attachment:a.png)"])
+        tab.save()
+        self.assertEqual(list(self.saved()["cells"][0]["attachments"]), ["a.png"])
+        self.assertFalse((self.root / "a.png").exists())
+
+    def test_another_file_dropped_on_a_notebook_is_uploaded_beside_it_and_never_over_another(self):
+        (self.root / "sub").mkdir()
+        tab = self.open("open('d.csv').read()", name="sub/drops.ipynb")
+        self.drop(tab, ".cell", "d.csv", b"a,b\n", "text/csv")
+        self.assertShows(tab.page.locator(".notice"), "“d.csv” is beside this notebook now")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "a,b")
+        self.drop(tab, "#main", "d.csv", b"new", "text/csv")
+        self.assertShows(tab.page.locator("dialog[open]"), "“d.csv” is already here")
+        tab.choose("Cancel")
+        self.assertEqual((self.root / "sub" / "d.csv").read_bytes(), b"a,b\n")
+
     def selected(self, tab):
         return "".join(source for source, is_selected in zip(tab.sources(), tab.page.evaluate(
             "view.cells.map(({ node }) => node.classList.contains('selected'))"), strict=True)
