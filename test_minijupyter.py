@@ -23935,6 +23935,14 @@ class PageWidgets(DrawnPage):
         }""")
         self.assertShows(tab.outputs(1), "[3, 4, 7]")
 
+    def test_what_waits_for_a_subshell_outlives_a_lost_connection(self):
+        tab = self.open("1")
+        tab.page.evaluate("""() => {
+            view.kernel.socket.close();
+            widgetShell.unsent.push(() => { document.title = 'sent'; });
+        }""")
+        tab.page.wait_for_function("() => document.title === 'sent'")
+
     def test_keys_of_the_page_work_in_controls_and_esc_leaves_them(self):
         tab = self.open("from ipywidgets import *\nText(description='name')")
         tab.run(0)
