@@ -21221,7 +21221,7 @@ class PageStaysFluid(PageCase):
         tab.select(0)
         tab.press("Control+Enter")
         tab.outputs(0).locator("[data-mime$='.stdout']").wait_for()
-        tab.page.get_by_role("button", name="Interrupt", exact=True).click()
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
         # Not by its text: asking for all of it, again and again, would keep the page busy.
         failure = tab.outputs(0).locator("[data-mime$='.error']")
         self.assertShows(failure, "KeyboardInterrupt")
