@@ -25566,6 +25566,28 @@ class PageInFirefox(ServerCase):
             'for i in range(2):\n    print(i, "ü")',
             'display({"text/html": "<script>document.body.append(6 * 7)</script>"}, raw=True)'])
 
+    @needs("ipywidgets")
+    def test_widgets_the_tools_at_a_cell_and_undo_work(self):
+        self.walk(notebook(INTERACT, "'second'"), """
+            const count = n => page.waitForFunction(
+                n => document.querySelectorAll('.cell').length === n, {}, n);
+            await page.keyboard.press('Escape');
+            await press('Shift', 'Enter');
+            await shows('the square is 9');
+            await page.focus('.widget input[type=range]');
+            await page.keyboard.press('ArrowRight');
+            await shows('the square is 16');
+            await page.keyboard.press('Escape');      // leaves the slider
+            await page.keyboard.press('d');
+            await page.keyboard.press('d');
+            await count(1);
+            await press('Control', 'z');
+            await count(2);
+            await page.hover('.cell:last-child .input');
+            await page.click('.cell:last-child [data-tool=duplicate-cells]');
+            await count(3);
+        """)
+
     def test_a_cell_far_away_is_reached(self):
         """Firefox does not make up for the guessed heights of the cells on the way."""
         long = "x = 1\n" * 40
