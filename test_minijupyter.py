@@ -18287,6 +18287,20 @@ class PageKeepsQuestions(PageCase):
                 self.assertAnswered(tab)
                 tab.page.close()
 
+    def test_a_question_below_much_text_is_in_sight_and_below_no_gap(self):
+        tab = self.open("for i in range(60): print(i)\nanswer = input('Q? ')")
+        for _ in range(2):      # the second run has the height of the first one's outputs
+            tab.select(0)
+            tab.press("Control+Enter")
+            field = tab.page.locator(".stdin input:focus")
+            field.wait_for()
+            tab.page.wait_for_function("isInSight(document.activeElement)")
+            text, form = tab.outputs(0), tab.page.locator(".stdin")
+            boxes = [each.bounding_box() for each in (text.locator("pre").last, form)]
+            self.assertLess(boxes[1]["y"] - boxes[0]["y"] - boxes[0]["height"], 40)
+            field.press("Enter")
+            tab.wait_until_done()
+
     def test_an_undone_step_leaves_a_cell_that_asks_running(self):
         tab = self.open_asking()
         tab.command("clear-output")
@@ -19333,6 +19347,31 @@ class PageKeys(PageCase):
         tab.press("z", "z")
         self.assertShows(notice, "Undone: delete a cell")
         self.assertCount(notice, 1)
+
+    def test_ctrl_z_outside_the_text_undoes_what_was_done_to_cells(self):
+        """The browser would undo what was typed last, in a cell that nobody looks at."""
+        tab = self.open("a", "b", "")
+        tab.cell(2).locator("textarea.editor").click()
+        tab.page.keyboard.type("typed")
+        tab.press("Escape", "ArrowUp", "d", "d")
+        self.assertEqual(tab.sources(), ["a", "typed"])
+        tab.press("Control+z")
+        self.assertEqual(tab.sources(), ["a", "b", "typed"])
+        tab.press("Control+Shift+z")
+        self.assertEqual(tab.sources(), ["a", "typed"])
+        tab.press("Control+z", "Control+z")      # there is no more to undo
+        self.context.new_cdp_session(tab.page).send("Input.dispatchKeyEvent", {
+            "type": "keyDown", "key": "Undo", "commands": ["undo"]})      # as the browser's menu
+        self.assertEqual(tab.sources(), ["a", "b", "typed"])
+
+    def test_a_cell_with_long_lines_that_is_left_shows_their_beginning(self):
+        tab = self.open("", "")
+        tab.cell(0).locator("textarea.editor").click()
+        tab.page.keyboard.insert_text("x = '" + "long " * 100 + "'")
+        tab.press("Home", "End")
+        tab.page.wait_for_function("() => document.querySelector('.cell .input').scrollLeft > 9")
+        tab.press("Shift+Enter")
+        tab.page.wait_for_function("() => !document.querySelector('.cell .input').scrollLeft")
 
     def test_undo_of_text_stays_in_its_cell(self):
         tab = self.open("a", "b")
@@ -21265,7 +21304,7 @@ class PageStaysFluid(PageCase):
         tab.select(0)
         tab.press("Control+Enter")
         tab.outputs(0).locator("[data-mime$='.stdout']").wait_for()
-        tab.page.get_by_role("button", name="Interrupt", exact=True).click()
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
         # Not by its text: asking for all of it, again and again, would keep the page busy.
         failure = tab.outputs(0).locator("[data-mime$='.error']")
         self.assertShows(failure, "KeyboardInterrupt")
@@ -22236,6 +22275,42 @@ class PageMouse(PageCase):
         self.assertCount(tab.cell(0).locator(".cell-run button:visible"), 0)
         tab.cell(0).get_by_label("Edit the cell").click()
         tab.wait_for(mode="edit")
+
+    def test_where_the_page_cannot_scroll_the_same_place_means_the_cell_that_was_moved(self):
+        tab = self.open("a", "b\n" * 5, "c", "d")
+        tab.cell(0).hover()
+        box = tab.cell(0).get_by_label("Move cells down").bounding_box()
+        tab.page.mouse.move(box["x"] + 9, box["y"] + 9)
+        for place in (1, 2, 3):
+            tab.page.mouse.down()
+            tab.page.mouse.up()
+            self.assertEqual(tab.sources().index("a"), place)
+        tab.wait_for(mode="command")
+        tab.page.mouse.move(box["x"] + 10, box["y"] + 9)      # now it means what is there
+        tab.cell(0).get_by_label("Run this cell").wait_for()
+
+    def test_a_double_click_on_the_bin_deletes_one_cell(self):
+        tab = self.open("a", "b", "c")
+        tab.cell(0).hover()
+        tab.cell(0).get_by_label("Delete cells").dblclick()
+        self.assertEqual(tab.sources(), ["b", "c"])
+
+    def test_a_cell_that_is_inserted_by_mouse_is_written_at_once_and_by_keys_not(self):
+        tab = self.open("a")
+        tab.page.locator("#toolbar").get_by_label("Insert cell below").click()
+        tab.page.keyboard.type("import math")
+        self.assertEqual(tab.sources(), ["a", "import math"])
+        tab.press("Escape", "a", "y")
+        self.assertEqual(tab.sources(), ["a", "", "import math"])
+
+    def test_all_selected_cells_are_dragged(self):
+        tab = self.open(*"abcde")
+        tab.select(1)
+        tab.press("Shift+ArrowDown")
+        tab.cell(1).locator(".prompt").drag_to(
+            tab.cell(4), target_position={"x": 200, "y": tab.cell(4).bounding_box()["height"] - 2})
+        self.assertEqual(tab.sources(), [*"adebc"])
+        self.assertCount(tab.page.locator(".cell.selected"), 2)
 
     def test_a_cell_that_is_moved_stays_under_the_mouse(self):
         tab = self.open(*[f"cell {i}\n" * 4 for i in range(12)])
@@ -24108,6 +24183,32 @@ class PageWidgets(DrawnPage):
         }""")
         self.assertShows(tab.outputs(1), "[3, 4, 7]")
 
+    def test_what_waits_for_a_subshell_outlives_a_lost_connection(self):
+        tab = self.open("1")
+        tab.page.evaluate("""() => {
+            view.kernel.socket.close();
+            widgetShell.unsent.push(() => { document.title = 'sent'; });
+        }""")
+        tab.page.wait_for_function("() => document.title === 'sent'")
+
+    def test_keys_of_the_page_work_in_controls_and_esc_leaves_them(self):
+        tab = self.open("from ipywidgets import *\nText(description='name')")
+        tab.run(0)
+        tab.save()
+        tab.cell(0).locator("textarea.editor").click()
+        tab.press("Control+End", "Space")
+        field = tab.page.get_by_label("name")
+        field.click()
+        tab.press("s", "Control+s")
+        tab.wait_for(saved="true")
+        tab.press("Control+f")
+        tab.page.locator("#find-text:focus").wait_for()
+        tab.press("Escape")
+        field.click()
+        tab.press("Escape")
+        tab.page.locator(".cell:focus").wait_for()
+        self.assertValue(field, "s")
+
     def test_widgets_answer_while_a_cell_runs(self):
         tab = self.open(INTERACT, STOPPABLE, "")
         tab.run(0)
@@ -25712,6 +25813,28 @@ class PageInFirefox(ServerCase):
         self.assertEqual(["".join(cell["source"]) for cell in nb["cells"]][:2], [
             'for i in range(2):\n    print(i, "ü")',
             'display({"text/html": "<script>document.body.append(6 * 7)</script>"}, raw=True)'])
+
+    @needs("ipywidgets")
+    def test_widgets_the_tools_at_a_cell_and_undo_work(self):
+        self.walk(notebook(INTERACT, "'second'"), """
+            const count = n => page.waitForFunction(
+                n => document.querySelectorAll('.cell').length === n, {}, n);
+            await page.keyboard.press('Escape');
+            await press('Shift', 'Enter');
+            await shows('the square is 9');
+            await page.focus('.widget input[type=range]');
+            await page.keyboard.press('ArrowRight');
+            await shows('the square is 16');
+            await page.keyboard.press('Escape');      // leaves the slider
+            await page.keyboard.press('d');
+            await page.keyboard.press('d');
+            await count(1);
+            await press('Control', 'z');
+            await count(2);
+            await page.hover('.cell:last-child .input');
+            await page.click('.cell:last-child [data-tool=duplicate-cells]');
+            await count(3);
+        """)
 
     def test_a_cell_far_away_is_reached(self):
         """Firefox does not make up for the guessed heights of the cells on the way."""
