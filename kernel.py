@@ -5455,6 +5455,8 @@ if json.encoder.c_make_encoder:
 #     path, items: [from, to]                 rows: a row for each thing in it, for a tree
 #     path, rows: [from, to], columns: [from, to], sort: [column, is_descending], at: [n, …],
 #     edition                                 cells: a table's; with the label of each row first
+#     the same, filter: text                  of those rows that have it, as far as they are found
+#                                             after SEARCH_SECONDS more; how many, of how many
 #     anything that cannot be answered        problem: in words
 #
 # A row is [label, type, size in words, how many, text, kind, is hidden], and a kind is what a click
@@ -5471,6 +5473,9 @@ if json.encoder.c_make_encoder:
 SLOW_SECONDS = 0.3      # for the text of one value
 NAMES_SECONDS = 1.5     # for all names; then no more `__repr__` of classes that we do not know
 TABLE_SECONDS = 5       # to sort a table, at most
+SEARCH_SECONDS = 0.25   # to look for a text, for one question
+SEARCHED_CELLS = 6_000  # that are looked at between two looks at the clock
+MOST_SEARCHES = 4       # that are kept: two pages may look for two texts
 MOST_BRIEF = 120        # characters of a value in its row
 MOST_CELL = 500         # characters of a table's cell
 MOST_WHOLE = 100_000    # characters of a text that was opened
@@ -5831,6 +5836,25 @@ def table_of(value, at=()):
     return None
 
 
+class RowSearch:
+    """The rows of a table that have a text in a cell, as it is shown, as far as it has looked."""
+
+    def __init__(self, text):
+        self.wanted = text.casefold()
+        self.rows, self.next, self.is_over = [], 0, False
+
+    def go_on(self, table):
+        until = monotonic() + SEARCH_SECONDS
+        width = min(table.width, MOST_COLUMNS)
+        block = SEARCHED_CELLS // max(1, width) + 1
+        while self.next < table.count and monotonic() < until:
+            lines = table.cells(slice(self.next, self.next + block), slice(0, width))
+            self.rows += [n for n, line in enumerate(lines, self.next)
+                          if self.wanted in "\0".join(line).casefold()]
+            self.next += block
+        self.is_over = self.next >= table.count
+
+
 # -- answers --
 
 class Variables:
@@ -5840,6 +5864,7 @@ class Variables:
         self.namespace = namespace
         self.slow = collections.Counter()   # (name, id of its value) -> how often it was too slow
         self.sorted = (None, None)   # (what for, the order) of the latest table that was sorted
+        self.searches = {}           # what for -> RowSearch, the latest last
 
     def answer(self, ask):
         try:
@@ -5898,8 +5923,11 @@ class Variables:
             found = itertools.islice(pairs, *ask["items"])
             return {"rows": [self.row(label, item) for label, item in found], "count": count}
         table = table_of(value, ask.get("at") or ())
+        if ask.get("filter"):
+            return self.found(table, ask)
         if "rows" in ask:
-            return {"cells": self.cells(table, ask), "count": table.count}
+            rows = self.order(table, ask) if ask.get("sort") else None
+            return {"cells": self.cells(table, rows, ask), "count": table.count}
         label, kind, size, count, text, opens, _ = self.row(ask["path"][-1], value)
         about = {"type": kind, "size": size, "count": count, "text": text, "opens": opens}
         if table:
@@ -5924,15 +5952,33 @@ class Variables:
             value = found[0][1]
         return value
 
-    def cells(self, table, ask):
-        start, end = ask["rows"]
-        rows = slice(start, end)
+    def order(self, table, ask):
+        """The numbers of all rows, in an order."""
+        key = [ask["edition"], ask["path"], ask.get("at"), ask["sort"]]
+        if self.sorted[0] != key:
+            self.sorted = key, table.order(*ask["sort"])
+        return self.sorted[1]
+
+    def found(self, table, ask):
+        """The rows with a text: those that were found, and those that are found in a moment."""
+        key = json.dumps([ask["edition"], ask["path"], ask.get("at"), ask["filter"]])
+        search = self.searches[key] = self.searches.pop(key, None) or RowSearch(ask["filter"])
+        if len(self.searches) > MOST_SEARCHES:
+            del self.searches[next(iter(self.searches))]
+        search.go_on(table)
+        rows = search.rows
         if ask.get("sort"):
-            key = [ask["edition"], ask["path"], ask.get("at"), ask["sort"]]
-            if self.sorted[0] != key:
-                self.sorted = key, table.order(*ask["sort"])
-            rows = [int(n) for n in self.sorted[1][start:end]]
-        return table.cells(rows, slice(*ask["columns"]))
+            wanted = {*rows}
+            rows = [n for n in map(int, self.order(table, ask)) if n in wanted]
+        return {"cells": self.cells(table, rows, ask), "count": len(rows), "of": table.count,
+                "is_whole": search.is_over, "looked": min(search.next, table.count)}
+
+    def cells(self, table, rows, ask):
+        """A page of rows: of those with these numbers, or of all."""
+        page = slice(*ask["rows"])
+        if rows is not None:
+            page = [int(n) for n in rows[page]]
+        return table.cells(page, slice(*ask["columns"]))
 
 
 def opens_as(value):

@@ -11098,6 +11098,7 @@ MOST_RECODED = 1 << 26          # bytes of a file in another encoding: it is rea
 MOST_FIELD = 500                # characters of a field in an answer
 FIELD_LIMIT = 1 << 24           # characters of a field: no quote has closed a longer one
 SEARCHED_AT_ONCE = 2_000        # rows that are looked through for a text
+MOST_SEARCHES = 4               # of a file that are kept: two pages may look for two texts
 GUESS_BYTES, GUESS_ROWS = 1 << 16, 200
 SEPARATORS = ",;\t|"
 NUMBER = re.compile(r"\s*[-+]?(?:[0-9][0-9.,'_ ]*|[.,][0-9]+)(?:[eE][-+]?[0-9]+)?\s*%?\s*")
@@ -11128,7 +11129,7 @@ class TextTable:
         self.skip = len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8)
         self.starts, self.position = array.array("Q"), self.skip
         self.is_whole, self.width, self.sorted = False, 0, (None, None)
-        self.search = None           # for the text that was asked for last
+        self.searches = {}           # text -> RowSearch, the latest last
         self.narrowed = None, None   # (the order, the text), and the rows with this text in it
         text = head[self.skip:].decode(self.encoding, "replace")
         self.separator = guessed_separator(self.csv, text, self.name)
@@ -11222,12 +11223,13 @@ class TextTable:
 
     def found(self, text, seconds=READ_SECONDS):
         """The numbers of rows that have a text in a field, as far as they are found in so long."""
-        if not self.search or self.search.text != text:
-            self.search = RowSearch(self, text)
+        search = self.searches[text] = self.searches.pop(text, None) or RowSearch(self, text)
+        if len(self.searches) > MOST_SEARCHES:
+            del self.searches[next(iter(self.searches))]
         deadline = time.monotonic() + seconds
-        while not self.search.is_over and time.monotonic() < deadline:
-            self.search.go_on()
-        return self.search.rows
+        while not search.is_over and time.monotonic() < deadline:
+            search.go_on()
+        return search.rows
 
     def page(self, *wish):
         """What is asked for, as the endpoint answers it. One question at a time."""
@@ -11274,7 +11276,7 @@ class TextTable:
         known = {"count": count, "is_whole": self.is_whole, "bytes": self.position}
         return {"cells": cells, "columns": heads, "of": count, "width": self.width,
                 "size": self.size, "separator": self.separator, "note": self.note,
-                **(self.search.known if text else known)}
+                **(self.searches[text].known if text else known)}
 
 
 class RowSearch:
@@ -11282,7 +11284,7 @@ class RowSearch:
 
     def __init__(self, table, text):
         import array
-        self.table, self.text, self.rows = table, text, array.array("Q")
+        self.table, self.rows = table, array.array("Q")
         self.next = table.has_head   # the row to look at next
         self.wanted = text.casefold()
         self.is_plain = '"' not in text and "\n" not in text   # such a text stands so in the file

@@ -4039,6 +4039,19 @@ class KernelVariables(KernelCase):
                 cells = self.tell(**page, sort=[0, True], edition=library)["cells"]
                 self.assertEqual([row[0] for row in cells], falling)
 
+    def test_the_rows_with_a_text_are_found_a_little_at_a_time_and_sorted(self):
+        self.run_cell("rows = [{'n': n, 'city': ('Oslo', 'Rome')[n % 2]} for n in range(90_000)]")
+
+        def found(text, **more):
+            ask = {"path": ["rows"], "rows": [0, 2], "columns": [0, 9], "edition": "e", **more}
+            return wait_until(lambda: (told := self.tell(**ask, filter=text))["is_whole"] and told)
+
+        told = found("rOME")
+        self.assertEqual((told["count"], told["of"]), (45_000, 90_000))
+        self.assertEqual(told["cells"], [["1", "1", "Rome"], ["3", "3", "Rome"]])
+        self.assertEqual(found("rome", sort=[0, True])["cells"][0], ["89999", "89999", "Rome"])
+        self.assertEqual(found("nowhere")["cells"], [])
+
     @needs("numpy")
     def test_of_an_array_with_many_dimensions_a_plane_is_told(self):
         self.run_cell("import numpy\ncube = numpy.arange(24).reshape(2, 3, 4)")
@@ -23022,6 +23035,29 @@ class PageVariables(PageCase):
         tab.press("Escape", "Escape")
         self.assertFalse(tab.page.locator("#variables").is_visible())
         self.assertTrue(tab.page.evaluate("document.activeElement.matches('.cell')"))
+
+    def test_a_filter_on_a_table_finds_its_rows_and_stays_when_a_cell_has_run(self):
+        tab = self.open("rows = [{'n': n, 'city': 'Oslo' if n % 10 else 'Rome'} "
+                        "for n in range(60_000)]", "rows.append(rows[0])", "other = rows[:5]")
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("rows").click()
+        self.assertShows(self.value, "Oslo")
+        tab.press("Control+f")
+        tab.page.locator("#value .row-filter:focus").wait_for()
+        tab.page.keyboard.type("rOME")
+        found = tab.page.locator("#value-found")
+        self.assertShows(found, "6,000 of 60,000 rows")
+        tab.press("ArrowDown", "Control+End")
+        self.assertShows(self.value.locator(".grid-row").last, "59990")
+        tab.run(1)
+        self.assertShows(found, "6,001 of 60,001 rows")
+        tab.run(2)
+        self.row("other").click()
+        self.assertCount(self.value.locator(".grid-row"), 5)
+        self.assertEqual(found.text_content(), "")
+        tab.press("Control+f", "Escape")
+        self.assertFalse(self.value.is_visible())
 
     def test_a_table_keeps_its_place_when_a_cell_has_run(self):
         tab = self.open("rows = [{'n': n} for n in range(5000)]", "rows[2500]['n'] = 'new'")
