@@ -4444,11 +4444,11 @@ class KernelMagics(WithoutIPython):
         self.assertIn("pip ", self.run_cell("%pip --version").text())
 
     def test_a_failed_pip_is_a_failed_cell(self):
-        self.assertFails(self.run_cell("%pip no-such-command"), "CalledProcessError")
+        self.assertFails(self.run_cell("%pip no-such-command"), "NotDone")
 
     def test_without_pip_uv_installs(self):
         folder = self.folder()
-        (folder / "uv").write_text("#!/bin/sh\necho uv: $@")
+        (folder / "uv").write_text("#!/bin/sh\necho uv: $@ >&2")
         (folder / "uv").chmod(0o755)
         self.run_cell("import os\nfrom importlib.machinery import PathFinder\n"
                       "path = os.environ['PATH']\n"
@@ -4457,7 +4457,27 @@ class KernelMagics(WithoutIPython):
                       "name != 'pip' and find(name, *where) or None")
         self.addCleanup(self.run_cell, "PathFinder.find_spec = find\nos.environ['PATH'] = path")
         self.assertIn(f"uv: pip install --python {sys.executable} thing",
-                      self.run_cell("%pip install thing").text())
+                      self.run_cell("%pip install thing").text("stdout"))
+
+    def test_why_nothing_was_installed_is_told_in_a_line(self):
+        spelling, offline = "no package is called seabron. Check", "no connection to the package"
+        for said, meaning in (
+                ("  × No solution found when resolving dependencies:\n  ╰─▶ Because seabron was "
+                 "not found in the package registry\n      and you require seabron", spelling),
+                ("ERROR: Could not find a version that satisfies the requirement seabron (from "
+                 "versions: none)\nERROR: No matching distribution found for seabron", spelling),
+                ("  ╰─▶ Because there is no version of\n      numpy==99, and", "numpy==99 that"),
+                ("ERROR: Could not find a version that satisfies the requirement numpy==99 (from "
+                 "versions: 1.0, 2.0)\nERROR: No matching distribution found for numpy==99",
+                 "the index has no numpy==99 that fits"),
+                ("error: Request failed after 3 retries\n  Caused by: dns error\n  Caused by: "
+                 "failed to lookup address information", offline),
+                ("WARNING: Retrying … Failed to establish a new connection: [Errno -2] Name or "
+                 "service\nERROR: No matching distribution found for seabron", offline),
+                ("error: Failed to build `x`", "pip has failed, and says above why")):
+            with self.subTest(said):
+                self.assertIn("Not installed: ", why := kernel.why_not("pip install seabron", said))
+                self.assertIn(meaning, why)
 
 
 class KernelAutomagic(WithoutIPython):
@@ -4537,15 +4557,25 @@ class KernelPackages(Case):
     def test_what_is_missing_is_brought_installed_and_what_is_in_memory_is_told(self):
         cell = self.run_cell("%pip install tinything==1.0\nimport tinything\ntinything.version", 60)
         self.assertEqual(cell.result, "'1.0'", cell)   # ensurepip has brought pip
+        self.assertIn("Installed: tinything 1.0. You can use it now.", cell.text("stdout"))
+        cell = self.run_cell("%pip install tinything")
+        self.assertIn("Already there: tinything 1.0.", cell.text())
         cell = self.run_cell("pip install tinything==2.0\ntinything.version")
         self.assertIn("Run as %pip install tinything==2.0", cell.text())
-        self.assertIn("Restart the kernel to use what is new of tinything", cell.text())
+        self.assertIn("Installed: tinything 2.0. Restart the kernel to use it: the old tinything "
+                      "is in memory.", cell.text())
         cell = self.run_cell("!pip uninstall tinything\nlines = !echo pip install x")
-        self.assertIn("Successfully uninstalled tinything", cell.text())
-        cell = self.run_cell("%env PIP_NO_INDEX=0\n!pip install --retries 0 "
+        self.assertIn("Removed: tinything 2.0.", cell.text())
+
+    def test_what_fails_is_told_plainly_and_fails_its_cell(self):
+        cell = self.run_cell("!pip install tinythink")
+        self.assertFails(cell, "NotDone")
+        self.assertEqual(cell.error["traceback"],
+                         ["Not installed: no package is called tinythink. Check the spelling."])
+        cell = self.run_cell("%env PIP_NO_INDEX=0\n!pip install --retries 1 "
                              "--index-url http://127.0.0.1:9 no-such-thing")
-        self.assertFails(cell, "CalledProcessError")
-        self.assertIn("/no-such-thing/", cell.text("stderr"))   # the address, and why
+        self.assertIn("no connection to the package index", cell.error["evalue"])
+        self.assertIn("/no-such-thing/", cell.text("stdout"))   # the address, and why
         cell = self.run_cell("%conda install x")
         self.assertIn("use %pip install", cell.error["evalue"])
 
