@@ -17601,7 +17601,7 @@ class PageFiles(PageCase):
 
     # what may be answered to a request -> what the page says of it
     REFUSALS = [
-        (403, "application/json", '{"message": "Forbidden"}', "You are not signed in"),
+        (403, "application/json", '{"message": "Forbidden"}', "This tab is not signed in any "),
         (403, "application/json", '{"message": "The disk is read-only"}', "The disk is read-only"),
         (403, "text/plain", "", "It is not allowed. (403 Forbidden)"),
         (401, "application/json", '{"message": ""}', "You are not signed in. (401 Unauthorized)"),
@@ -22555,6 +22555,31 @@ class PageComesBack(PageCase):
             self.assertEqual(tab.texts()[1], "")
             tab.save()
             tab.page.close(run_before_unload=False)
+
+    def test_a_server_that_is_stopped_and_started_again_is_told_with_what_leads_on(self):
+        folder, port = self.folder(), free_ports(1)[0]
+        self.server = self.own_server(folder, ["--port", port])
+        self.root = self.server.root
+        self.use_own_profile()
+        tab = self.open("1 + 1")
+        self.server.end()
+        notices = tab.page.locator("#notices")
+        self.assertShows(notices, "start it again in its terminal. Nothing you write here is lost.")
+        tab.write(0, "2 + 2")
+        self.server = self.own_server(folder, ["--port", port])
+        tab.page.get_by_role("button", name="Try now").click()
+        self.assertShows(notices, "in a second tab: this one then goes on by itself.")
+        self.assertCount(tab.page.locator(".notice"), 1)
+        self.visit(f"/tree?token={self.server.token}")
+        tab.page.evaluate("dispatchEvent(new Event('focus'))")
+        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone.")
+        self.assertCount(tab.page.locator(".notice"), 1)
+        tab.page.get_by_role("button", name="Start a kernel").click()
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        tab.save()
+        self.assertEqual(self.saved_sources(), ["2 + 2"])
+        self.problems.clear()      # the browser notes each request that failed
 
     def test_a_question_waits_for_a_page_that_comes_back(self):
         tab = self.open("name = input('Name? ')\nprint('Hello', name)")
