@@ -17803,6 +17803,25 @@ class PageRuns(PageCase):
                 self.assertShows(tab.outputs(0), "KeyboardInterrupt")
                 tab.wait_for(kernel="idle")
 
+    def test_an_interrupt_that_was_asked_for_is_a_quiet_line_and_an_error_in_the_file(self):
+        tab = self.open("import time\ntry:\n    print('go')\n    while True: time.sleep(9)\n"
+                        "finally:\n    print('told')\n    input()", *[f"# {i}" for i in range(40)])
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "go")
+        tab.select(40)
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
+        self.assertShows(tab.outputs(0), "told")
+        self.assertShows(tab.page.locator("#kernel-state"), "interrupting…")
+        tab.cell(0).locator(".stdin input").press("Enter")
+        self.assertShows(tab.outputs(0).locator("summary"), "You interrupted this cell, at line 4")
+        self.assertFalse(tab.outputs(0).get_by_text("----> ").is_visible())
+        tab.wait_for(kernel="idle")
+        self.assertShows(tab.page.locator("#kernel-state"), "idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["outputs"][-1]["ename"], "KeyboardInterrupt")
+
     def test_a_flood_of_output_leaves_the_page_alive(self):
         tab = self.open("i = 0\nwhile True:\n    i += 1\n    print(i)", "i > 1000")
         tab.select(0)
@@ -19625,6 +19644,7 @@ class PageManages(PageCase):
         self.assertTrue(tab.page.title().startswith("(0/3)"))
         tab.select(2)
         tab.press("i", "i")
+        self.assertShows(tab.cell(1).locator(".timer"), "not run")
         tab.wait_until_done()
         self.assertShows(tab.outputs(0), "KeyboardInterrupt")
         self.assertEqual(tab.texts()[1:], ["", ""])
