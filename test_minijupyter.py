@@ -18167,6 +18167,40 @@ class PageForBeginners(PageCase):
         self.assertShows(tab.outputs(2), "3")
         self.assertCount(tab.page.locator(".gone"), 0)
 
+    def restarted(self, *sources):
+        """A tab on these cells, which have all run, after a restart."""
+        tab = self.open(*sources)
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        return tab
+
+    def test_that_variables_are_gone_is_told_where_it_helps_and_nowhere_else(self):
+        tab = self.restarted("x = 1", "print('alone')", "import no_such_thing", "print(y)",
+                             "x + 0")
+        gone = tab.page.locator(".gone")
+        for i in (1, 2, 3):      # runs well; fails of itself; wants what no cell brings
+            tab.run(i)
+            self.assertCount(gone, 0)
+        tab.run(4)
+        self.assertShows(tab.cell(4).locator(".gone"), "Variables are gone")
+
+    def test_running_the_cells_above_again_tells_where_it_stopped(self):
+        tab = self.restarted("# leaves", "first = 1", "second = 2", "third = 3", "second")
+        tab.write(0, "exit()")      # is not run again
+        tab.write(1, "first = 1 / 0")
+        tab.run(4)
+        tab.page.get_by_role("button", name="Run them").click()
+        gone = tab.cell(4).locator(".gone")
+        self.assertShows(gone, "It stopped at cell [2], which failed. 2 cells have not run.")
+        tab.run(1, "first = 1")
+        self.assertShows(gone, "Variables are gone")
+        gone.get_by_role("button").click()
+        self.assertCount(gone, 0)
+        self.assertEqual(tab.states()[:4], ["idle"] * 4)
+
     def test_a_death_is_an_error_of_its_cell_and_in_the_file(self):
         tab = self.open("import os\nos._exit(3)")
         tab.run(0)
