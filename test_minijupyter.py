@@ -18348,7 +18348,7 @@ class PageKeepsQuestions(PageCase):
         tab = self.open_asking()
         tab.press("d", "d")
         tab.command("restart-clear")
-        tab.choose("Restart")
+        tab.choose("Restart and clear")
         tab.wait_for(kernel="idle")
         self.assertFalse(tab.page.is_visible("#stdin-bar"))
 
@@ -18794,6 +18794,22 @@ class PageAsksTheKernel(PageCase):
         tab = self.open("exit")
         tab.run(0)
         tab.wait_for(kernel="none")
+        notices = tab.page.locator("#notices")
+        self.assertShows(notices, "Python was ended by exit(). The next cell starts a new one.")
+        tab.run(0, "1 + 1")
+        self.assertShows(tab.outputs(0), "2")
+        self.assertCount(notices.locator(".notice"), 0)
+
+    def test_that_a_kernel_died_is_told_until_the_next_one_has_run_a_cell(self):
+        tab = self.open("import os; os.kill(os.getpid(), 9)", "1 / 0", "'good'")
+        tab.run(0)
+        notice = tab.page.get_by_text("The kernel died and was started again")
+        notice.wait_for()
+        tab.wait_for(kernel="idle")
+        tab.run(1)
+        self.assertCount(notice, 1)
+        tab.run(2)
+        self.assertCount(notice, 0)
 
     def test_tab_inserts_the_only_completion_at_once(self):
         tab = self.open("import collections")
@@ -19596,7 +19612,7 @@ class PageManages(PageCase):
         tab = self.open("x = 1", "x + 1", "x + 2")
         tab.select(1)
         tab.command("restart-run-above")
-        tab.choose("Restart")
+        tab.choose("Restart and run")
         self.assertShows(tab.outputs(1), "2")
         tab.wait_until_done()
         self.assertEqual(tab.texts()[2], "")
@@ -23195,7 +23211,7 @@ class PageUnderTheHood(PageCase):
         tab = self.look("6 * 7")
         tab.page.get_by_role("button", name="Delay iopub").click()
         tab.command("restart-run-all")
-        tab.choose("Restart")
+        tab.choose("Restart and run all")
         self.assertShows(tab.outputs(0), "42")
 
     def test_faults_are_told_and_mended(self):
@@ -28889,7 +28905,7 @@ WRONG_PAGES = {   # … and of index.html
               "this.isSaved = true;\n      return notify('The file has changed.');",
               "after a conflict")],
     "A kernel that dies": [
-        Wrong("notify(['The kernel died and was started again;", "notify(['A new kernel is there;",
+        Wrong("begin(['The kernel died and was started again;", "begin(['A new kernel is there;",
               "say that the kernel died"),
         Wrong("this.heardRestart?.();", "this.kernel.close();", "when the next process is there"),
         Wrong("if (execution_state === 'restarting') this.begunAnew(reason);", "",
