@@ -22920,6 +22920,37 @@ class PageVariables(PageCase):
         tab.run(1)
         self.assertShows(self.value, "new")
 
+    def test_the_chosen_variable_stays_chosen_wherever_its_row_is(self):
+        tab = self.open("b, c, d = [0] * 3, [0] * 2, [0]", "a = e = 1")
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("b").click()
+        chosen = self.list.locator("[aria-selected=true]")
+        tab.run(1)
+        self.row("e").wait_for()
+        self.assertShows(chosen, "b")
+        self.list.locator(".grid-head [data-column='2']").click()
+        self.assertShows(self.list.locator(".grid-row").last, "b")
+        self.assertShows(chosen, "b")
+
+    @needs("numpy", "pandas")
+    def test_sizes_are_shown_whole_and_floats_with_six_digits(self):
+        tab = self.open("import numpy, pandas\nwide = numpy.zeros((1_000_000, 8), 'u1')\n"
+                        "deep = numpy.zeros((10, 20, 30), 'u1')\nframe = pandas.DataFrame({'x': "
+                        "[-0.11784958036973, 1234567.891, 2.0], 'y': ['a', None, 'b']})")
+        self.open_panel(tab)
+        tab.run(0)
+        self.assertShows(self.row("wide"), "1 M × 8")
+        self.assertEqual(self.row("wide").locator(".number").get_attribute("title"), "1000000 × 8")
+        self.assertShows(self.row("deep"), "10×20×30")
+        self.row("frame").click()
+        cells = self.value.locator(".grid-row .number")
+        self.assertShows(cells.first, "-0.11785")
+        self.assertEqual(cells.all_inner_texts(), ["-0.11785", "1234568", "2.0"])
+        self.assertCount(self.value.locator(".missing"), 1)
+        cells.first.click()
+        self.assertShows(self.value.locator(".grid-said"), "-0.11784958036973")
+
     @needs("ipykernel")
     def test_other_kernels_of_python_are_sent_the_code_and_others_are_told_apart(self):
         metadata = {"kernelspec": {"name": "theirs", "display_name": "T", "language": "python"}}
