@@ -19480,6 +19480,28 @@ class PageKeys(PageCase):
         tab.press("d", "d")
         self.assertEqual(tab.sources(), ["a", "d"])
 
+    def test_the_palette_knows_what_else_people_call_a_command(self):
+        tab = self.open("1")
+        found = tab.page.evaluate("""text => text.split(' ').map(word =>
+            commandsFor(word).some(({ name }) => name in OTHER_WORDS
+                && ` ${OTHER_WORDS[name]} `.includes(` ${word} `))
+            || HOW.some(([pattern]) => pattern.test(word)) ? '' : word).filter(Boolean)""",
+            "stop cancel abort kill stuck remove trash undelete restore history version pdf print "
+            "export share upload install package pip python venv search join comment indent error "
+            "picture image text add quit exit reset zoom font shortcut")
+        self.assertEqual(found, [])
+        self.assertEqual(tab.page.evaluate(
+            "Object.keys(OTHER_WORDS).filter(name => !commandNamed(name))"), [])
+        tab.select(0)
+        tab.press("p")
+        field = tab.page.locator(".palette input")
+        field.fill("trash")
+        self.assertShows(tab.page.locator(".palette li").first, "Delete cells")
+        for text, words in (("pip", "Run %pip install"), ("xyzzy", "Try: run, interrupt, delete")):
+            field.fill(text)
+            self.assertIn(words, tab.page.eval_on_selector(
+                ".palette ul", "list => getComputedStyle(list, '::after').content"))
+
     def test_help_lists_every_key_and_the_palette_every_command(self):
         tab = self.open("1")
         tab.select(0)
