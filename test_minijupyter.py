@@ -18766,6 +18766,23 @@ class PageAsksTheKernel(PageCase):
         tab.press("Escape", "q")
         self.assertCount(pager, 0)
 
+    def test_the_pager_is_as_high_as_its_text_and_esc_closes_it_first(self):
+        tab = self.open("len?", "import os", "os??", "x")
+        tab.run(1)
+        pager, heights = tab.page.locator("#pager"), []
+        for i in (0, 2):
+            tab.run(i)
+            pager.wait_for()
+            heights.append(pager.bounding_box()["height"])
+        window = tab.page.viewport_size["height"]
+        self.assertLess(heights[0], window / 4)
+        self.assertAlmostEqual(heights[1], window / 3, delta=window / 50)
+        tab.cell(3).locator("textarea.editor").focus()
+        tab.press("Escape")
+        self.assertTrue(pager.is_visible())
+        tab.press("Escape")
+        self.assertFalse(pager.is_visible())
+
     def test_the_pager_grows_with_the_arrow_keys_on_its_edge(self):
         tab = self.open("print?")
         tab.run(0)
