@@ -17320,6 +17320,7 @@ class PageFiles(PageCase):
     def test_without_the_token_the_page_asks_for_it(self):
         self.context.clear_cookies()
         tab = self.visit("/tree")
+        self.assertShows(tab.page.locator("body"), "Copy the whole address with ?token=…")
         tab.page.locator("input").first.fill(self.server.token)
         tab.press("Enter")
         tab.page.wait_for_selector("body[data-page=tree]")
@@ -19539,6 +19540,20 @@ class PageKeys(PageCase):
         tab.press("Shift+Space")
         tab.page.wait_for_function("() => scrollY === 0")
 
+    def test_a_command_that_could_only_refuse_in_a_file_is_in_no_menu_of_it(self):
+        (self.root / "read.md").write_text("# Read")
+        (self.root / "plain.txt").write_text("plain")
+        for path, names in (("/notebooks/read.md", ["keep-outputs", "view-file"]),
+                            ("/edit/read.md", ["view-file"]), ("/edit/plain.txt", [])):
+            tab = self.visit(path)
+            tab.page.wait_for_selector("#menus button")
+            self.assertEqual(self.offered(tab), names)
+        self.assertEqual(self.offered(self.open("1")), [])
+
+    def offered(self, tab):
+        return tab.page.evaluate("""['keep-outputs', 'view-file'].filter(name =>
+            document.querySelector(`.menu [data-command=${name}]`))""")
+
     def test_menus_and_what_is_in_them_stand_in_their_order(self):
         """Whichever section comes first: a command says behind which other one it stands."""
         tab = self.open("")
@@ -19745,12 +19760,23 @@ class PageManages(PageCase):
                     lambda: tab.write(0, "1"), self.restart):
             act(*[tab] if act == self.restart else [])
             runs.append(tab.cell(0).get_attribute("data-run"))
-        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "never"])
+        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "gone"])
+
+    def test_the_number_of_a_kernel_that_is_gone_is_grey_and_what_was_edited_stays_marked(self):
+        tab = self.open("1", "1 / 0", "never")
+        for i in range(2):
+            tab.run(i)
+        tab.write(0, "2")
+        self.restart(tab)
+        self.assertEqual([tab.cell(i).get_attribute("data-run") for i in range(3)],
+                         ["gone edited", "gone", "never"])
+        self.assertEqual(*[tab.cell(i).locator(".prompt").evaluate(
+            "node => getComputedStyle(node).color") for i in (1, 2)])
 
     def restart(self, tab):
         tab.command("restart")
         tab.choose("Restart")
-        tab.page.wait_for_selector("[data-run=never]")
+        tab.page.wait_for_selector("[data-run~=gone]")
 
     def test_tags_and_metadata_are_edited_and_undone(self):
         tab = self.open("1")
