@@ -2139,6 +2139,8 @@ def format_error(error):
     file."""
     if isinstance(error, SystemExit):   # the user has asked for it
         return [EXIT_NOTE, f"{named(error)}\n"]
+    if render := getattr(type(error), "_render_traceback_", None):   # as in IPython
+        return [text_of(line) for line in render(error)]
     with own_imports():
         return [*chain_lines(error, set(), 0)]
 
@@ -6151,8 +6153,15 @@ def have_automagic(kernel):
 #     neither            python -m ensurepip, then the first
 #
 # A shell's `pip` may belong to another Python. So `!pip install X`, or `pip install X` alone, is
-# done by `%pip`, and a line says so. An installation that fails is an error of its cell. What was
-# imported before it was changed stays as it is in memory: then a line says that, too.
+# done by `%pip`, and a line says so. What the program prints is plain text, also on its stderr: uv
+# tells its progress there, and red would look like a failure. The last line is ours:
+#
+#     it has installed something     Installed: pandas 2.3.3, with 5 more that it needs. You can …
+#     it had nothing to do           Already there: pandas 2.3.3.
+#     it has removed something       Removed: pandas 2.3.3.
+#     it has failed                  an error of the cell: why, in one line (FAILURES)
+#
+# What was imported before it was changed stays as it is in memory: then the line says that.
 
 # `python -m pip` would import from the notebook's folder.
 RUN_PIP = ("import sys; sys.path[:] = filter(None, sys.path); import runpy; "
@@ -6161,6 +6170,18 @@ SHELL_PIP = re.compile(r"\s*(?:\"?[^\s\"]*python[\d.]*\"?\s+-m\s+|uv\s+)?pip[\d.
                        r"(?=(?:un)?install\s)")
 NO_PIP = ("{} has no pip, its ensurepip has failed, and there is no uv. Install uv "
           "(https://docs.astral.sh/uv/), or start the kernel from a virtual environment.")
+# What pip, uv or conda says, the first that is found -> what it means; {} is what its group holds
+FAILURES = (
+    (r"dns error|lookup address|name resolution|name or service not known|getaddrinfo failed|"
+     r"establish a new connection|error sending request|\(Connect\)|connection refused|"
+     r"connect(?:ion)? ?timed? ?out|network (?:is unreachable|was disabled)|CondaHTTPError",
+     "no connection to the package index. Is this computer online?"),
+    (r"requirement (\S+) .*?\(from versions: (?!none)|there is no version of (\S+)",
+     "the index has no {} that fits this Python. Try it without a version."),
+    (r"No matching distribution found for (\S+)|Because (\S+) was not found in|"
+     r"PackagesNotFoundError.*?- (\S+)", "no package is called {}. Check the spelling."),
+)
+NAMED = 5   # packages at most that the last line names
 CONDA_CHANGES = ("install", "update", "upgrade", "remove", "uninstall")
 NBFORMAT = "5.10.4"   # plotly and others look for nbformat's version, and for nothing else of it
 
@@ -6208,15 +6229,31 @@ class Installer:
         self.run(f"conda {line}", f'"{program}" {task} {arguments}')
 
     def run(self, name, command):
-        """Run it, then let Python find what is new. Raises CalledProcessError when it fails."""
+        """Run it, let Python find what is new, and tell what that is. Raises NotDone."""
         __tracebackhide__ = True   # so IPython leaves out frames of ours
         before = distributions()
-        self.magics.run_visibly(command)
+        said = self.show(command)
         self.find_new()
-        if code := self.magics.user_ns["_exit_code"]:
-            raise own("subprocess").CalledProcessError(code, name)
-        if changed := ", ".join(changed_in_memory(before)):
-            print(f"Restart the kernel to use what is new of {changed}: it was imported before.")
+        if self.magics.user_ns["_exit_code"]:
+            raise NotDone(why_not(name, said))
+        if news := news_in_words(name, before):
+            print(news)
+
+    def show(self, command):
+        """Run a command and show all that it prints as plain text. Returns the end of it."""
+        subprocess, last = own("subprocess"), collections.deque(maxlen=200)
+        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        try:
+            with io.TextIOWrapper(process.stdout, "utf-8", "replace", newline="") as lines:
+                for line in lines:
+                    print(line, end="", flush=True)
+                    last.append(line)
+            self.magics.user_ns["_exit_code"] = process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+            raise KeyboardInterrupt from None
+        return "".join(last)
 
     def find_new(self):
         """Python has remembered which folders had which files; and where only the user's own folder
@@ -6248,6 +6285,60 @@ def uv_program():
     return os.environ.get("UV") or own("shutil").which("uv")
 
 
+class NotDone(Exception):
+    """Packages were not changed. What the program said stands above, so that one line is enough."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+def why_not(name, said):
+    """Why a command like `pip install X` has failed, in one line for the user."""
+    what = "Not removed" if "uninstall" in name else "Not installed"
+    text = re.sub(r"[\s│]+", " ", said)   # uv breaks its lines
+    for pattern, meaning in FAILURES:
+        if match := re.search(pattern, text, re.I):
+            thing = next(filter(None, match.groups()), "")
+            return f"{what}: {meaning.format(thing.rstrip(',;:'))}"
+    return f"{what}: {name.split(None, 1)[0]} has failed, and says above why."
+
+
+def news_in_words(name, before):
+    """What a command like `pip install X` has changed since `before`; "" when that is nothing."""
+    after = distributions()
+    if gone := [each for each in before if each not in after and "uninstall" in name]:
+        return f"Removed: {named_some(gone)}."
+    asked = {normal(word) for word in re.findall(r"\w[\w.-]*", name.partition("install ")[2])}
+    new = [each for each in after if each not in before]
+    if not new:
+        there = [each for each in after if normal(each.partition("-")[0]) in asked]
+        return f"Already there: {named_some(there)}." if there else ""
+    wanted = [each for each in new if normal(each.partition("-")[0]) in asked] or new
+    others = len(new) - len(wanted)
+    it, needs = ("it", "it needs") if len(wanted) == 1 else ("them", "they need")
+    more = f", with {others} more that {needs}" if others else ""
+    old, stand_ins = changed_in_memory(before)
+    use = f"You can use {it} now." if not old else \
+        f"Restart the kernel to use {it}: the old {', '.join(old)} is in memory."
+    if stand_ins:
+        use += (f" Restart the kernel only if you want all of {', '.join(stand_ins)}: what is in "
+                "memory is a small stand-in, which is enough for most.")
+    return f"Installed: {named_some(wanted)}{more}. {use}"
+
+
+def normal(name):
+    """The name of a package as it is compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def named_some(distributions):
+    """`numpy 2.4.0, scikit-learn 1.8.0` of the names of dist-info folders; of many, the first."""
+    names = [each.removesuffix(".dist-info").replace("-", " ", 1).replace("_", "-")
+             for each in sorted(distributions, key=str.lower)]
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def distributions():
     """{`numpy-2.4.0.dist-info`: its path} of all that this Python finds."""
     return {name: os.path.join(entry, name) for entry in reversed(sys.path)
@@ -6256,15 +6347,18 @@ def distributions():
 
 
 def changed_in_memory(before):
-    """The modules that were imported, and belong to a distribution that has another version than
-    `before`, or was missing then, so that a stand-in took its place."""
-    known, changed = {name.partition("-")[0] for name in before}, set()
+    """Two lists of modules that were imported and are not what is installed now: those of another
+    version than `before`, and stand-ins for what was missing then."""
+    known, old, stand_ins = {name.partition("-")[0] for name in before}, set(), set()
     for name, path in distributions().items():
-        if name not in before:
-            has_version = name.partition("-")[0] in known
-            changed.update(module for module in modules_of(path) & sys.modules.keys()
-                           if has_version or is_stand_in(sys.modules[module]))
-    return sorted(changed)
+        if name in before:
+            continue
+        for module in modules_of(path) & sys.modules.keys():
+            if is_stand_in(sys.modules[module]):
+                stand_ins.add(module)
+            elif name.partition("-")[0] in known:
+                old.add(module)
+    return sorted(old), sorted(stand_ins)
 
 
 def modules_of(path):

@@ -5848,8 +5848,8 @@ def form_fields(handler):
         handler.body.decode("utf-8", "replace"), keep_blank_values=True).items()}
 
 
-def login_page(handler, why="Token or password. The terminal that started the server shows its "
-                            "address with the token.", status=200):
+def login_page(handler, why="Copy the whole address with ?token=… from the terminal into the "
+                            "address bar, or type the token or password here.", status=200):
     fields = LOGIN_FIELDS.format(why=why, next=html.escape(handler.asked("next", "")))
     form_page(handler, status, "login", fields, "Log in")
 
@@ -11632,7 +11632,10 @@ yours: change it, break it, delete it.
 - **`Esc`**: letters are commands. `A` adds a cell above, `B` below, `D` `D` deletes, `Z` brings
   back, `M` makes it text.
 
-`H` shows all keys. For the mouse there are tools at each cell, and *+ Code* between two."""),
+`H` shows all keys. For the mouse there are tools at each cell, and *+ Code* between two.
+
+The **kernel** is the Python that runs the cells and keeps their variables: ■ stops a cell, ↻ starts
+the kernel afresh, and it forgets all variables."""),
     ("code", """\
 import time
 

@@ -4457,11 +4457,11 @@ class KernelMagics(WithoutIPython):
         self.assertIn("pip ", self.run_cell("%pip --version").text())
 
     def test_a_failed_pip_is_a_failed_cell(self):
-        self.assertFails(self.run_cell("%pip no-such-command"), "CalledProcessError")
+        self.assertFails(self.run_cell("%pip no-such-command"), "NotDone")
 
     def test_without_pip_uv_installs(self):
         folder = self.folder()
-        (folder / "uv").write_text("#!/bin/sh\necho uv: $@")
+        (folder / "uv").write_text("#!/bin/sh\necho uv: $@ >&2")
         (folder / "uv").chmod(0o755)
         self.run_cell("import os\nfrom importlib.machinery import PathFinder\n"
                       "path = os.environ['PATH']\n"
@@ -4470,7 +4470,27 @@ class KernelMagics(WithoutIPython):
                       "name != 'pip' and find(name, *where) or None")
         self.addCleanup(self.run_cell, "PathFinder.find_spec = find\nos.environ['PATH'] = path")
         self.assertIn(f"uv: pip install --python {sys.executable} thing",
-                      self.run_cell("%pip install thing").text())
+                      self.run_cell("%pip install thing").text("stdout"))
+
+    def test_why_nothing_was_installed_is_told_in_a_line(self):
+        spelling, offline = "no package is called seabron. Check", "no connection to the package"
+        for said, meaning in (
+                ("  × No solution found when resolving dependencies:\n  ╰─▶ Because seabron was "
+                 "not found in the package registry\n      and you require seabron", spelling),
+                ("ERROR: Could not find a version that satisfies the requirement seabron (from "
+                 "versions: none)\nERROR: No matching distribution found for seabron", spelling),
+                ("  ╰─▶ Because there is no version of\n      numpy==99, and", "numpy==99 that"),
+                ("ERROR: Could not find a version that satisfies the requirement numpy==99 (from "
+                 "versions: 1.0, 2.0)\nERROR: No matching distribution found for numpy==99",
+                 "the index has no numpy==99 that fits"),
+                ("error: Request failed after 3 retries\n  Caused by: dns error\n  Caused by: "
+                 "failed to lookup address information", offline),
+                ("WARNING: Retrying … Failed to establish a new connection: [Errno -2] Name or "
+                 "service\nERROR: No matching distribution found for seabron", offline),
+                ("error: Failed to build `x`", "pip has failed, and says above why")):
+            with self.subTest(said):
+                self.assertIn("Not installed: ", why := kernel.why_not("pip install seabron", said))
+                self.assertIn(meaning, why)
 
 
 class KernelAutomagic(WithoutIPython):
@@ -4550,15 +4570,25 @@ class KernelPackages(Case):
     def test_what_is_missing_is_brought_installed_and_what_is_in_memory_is_told(self):
         cell = self.run_cell("%pip install tinything==1.0\nimport tinything\ntinything.version", 60)
         self.assertEqual(cell.result, "'1.0'", cell)   # ensurepip has brought pip
+        self.assertIn("Installed: tinything 1.0. You can use it now.", cell.text("stdout"))
+        cell = self.run_cell("%pip install tinything")
+        self.assertIn("Already there: tinything 1.0.", cell.text())
         cell = self.run_cell("pip install tinything==2.0\ntinything.version")
         self.assertIn("Run as %pip install tinything==2.0", cell.text())
-        self.assertIn("Restart the kernel to use what is new of tinything", cell.text())
+        self.assertIn("Installed: tinything 2.0. Restart the kernel to use it: the old tinything "
+                      "is in memory.", cell.text())
         cell = self.run_cell("!pip uninstall tinything\nlines = !echo pip install x")
-        self.assertIn("Successfully uninstalled tinything", cell.text())
-        cell = self.run_cell("%env PIP_NO_INDEX=0\n!pip install --retries 0 "
+        self.assertIn("Removed: tinything 2.0.", cell.text())
+
+    def test_what_fails_is_told_plainly_and_fails_its_cell(self):
+        cell = self.run_cell("!pip install tinythink")
+        self.assertFails(cell, "NotDone")
+        self.assertEqual(cell.error["traceback"],
+                         ["Not installed: no package is called tinythink. Check the spelling."])
+        cell = self.run_cell("%env PIP_NO_INDEX=0\n!pip install --retries 1 "
                              "--index-url http://127.0.0.1:9 no-such-thing")
-        self.assertFails(cell, "CalledProcessError")
-        self.assertIn("/no-such-thing/", cell.text("stderr"))   # the address, and why
+        self.assertIn("no connection to the package index", cell.error["evalue"])
+        self.assertIn("/no-such-thing/", cell.text("stdout"))   # the address, and why
         cell = self.run_cell("%conda install x")
         self.assertIn("use %pip install", cell.error["evalue"])
 
@@ -17376,6 +17406,7 @@ class PageFiles(PageCase):
     def test_without_the_token_the_page_asks_for_it(self):
         self.context.clear_cookies()
         tab = self.visit("/tree")
+        self.assertShows(tab.page.locator("body"), "Copy the whole address with ?token=…")
         tab.page.locator("input").first.fill(self.server.token)
         tab.press("Enter")
         tab.page.wait_for_selector("body[data-page=tree]")
@@ -17657,7 +17688,7 @@ class PageFiles(PageCase):
 
     # what may be answered to a request -> what the page says of it
     REFUSALS = [
-        (403, "application/json", '{"message": "Forbidden"}', "You are not signed in"),
+        (403, "application/json", '{"message": "Forbidden"}', "This tab is not signed in any "),
         (403, "application/json", '{"message": "The disk is read-only"}', "The disk is read-only"),
         (403, "text/plain", "", "It is not allowed. (403 Forbidden)"),
         (401, "application/json", '{"message": ""}', "You are not signed in. (401 Unauthorized)"),
@@ -17858,6 +17889,25 @@ class PageRuns(PageCase):
                     tab.page.locator("#toolbar [data-command=interrupt]").click()
                 self.assertShows(tab.outputs(0), "KeyboardInterrupt")
                 tab.wait_for(kernel="idle")
+
+    def test_an_interrupt_that_was_asked_for_is_a_quiet_line_and_an_error_in_the_file(self):
+        tab = self.open("import time\ntry:\n    print('go')\n    while True: time.sleep(9)\n"
+                        "finally:\n    print('told')\n    input()", *[f"# {i}" for i in range(40)])
+        tab.select(0)
+        tab.press("Control+Enter")
+        self.assertShows(tab.outputs(0), "go")
+        tab.select(40)
+        tab.page.locator("#toolbar [data-command=interrupt]").click()
+        self.assertShows(tab.outputs(0), "told")
+        self.assertShows(tab.page.locator("#kernel-state"), "interrupting…")
+        tab.cell(0).locator(".stdin input").press("Enter")
+        self.assertShows(tab.outputs(0).locator("summary"), "You interrupted this cell, at line 4")
+        self.assertFalse(tab.outputs(0).get_by_text("----> ").is_visible())
+        tab.wait_for(kernel="idle")
+        self.assertShows(tab.page.locator("#kernel-state"), "idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        tab.save()
+        self.assertEqual(self.saved()["cells"][0]["outputs"][-1]["ename"], "KeyboardInterrupt")
 
     def test_a_flood_of_output_leaves_the_page_alive(self):
         tab = self.open("i = 0\nwhile True:\n    i += 1\n    print(i)", "i > 1000")
@@ -18156,12 +18206,24 @@ class PageForBeginners(PageCase):
         tab.outputs(2).get_by_role("button", name="Install nothere").wait_for()
         self.assertCount(tab.page.locator(".install"), 2)
         tab.outputs(2).get_by_role("button", name="Install nothere").click()
+        tab.choose("Install")
         self.assertShows(tab.outputs(3), "It was not installed")
         tab.outputs(1).get_by_role("button", name="Install tinything").click()
-        tab.outputs(2).get_by_role("button", name="Run this cell again").click()
-        tab.wait_until_done()
+        tab.choose("Install")
+        self.assertShows(tab.outputs(1), "Installed: tinything 1.0. You can use it now.")
+        tab.page.wait_for_function("!view.pending.length && !view.cells[2].outputs.text")
         self.assertEqual(tab.sources()[1:3], ["%pip install tinything", "import tinything"])
-        self.assertEqual(tab.texts()[2], "")
+
+    def test_a_name_that_nobody_has_checked_is_asked_about_before_it_is_installed(self):
+        failing = "raise ModuleNotFoundError(\"No module named '{}'\")".format
+        tab = self.open(failing("sklearnn"), failing("seaborn"))
+        for i in range(2):
+            tab.run(i)
+        tab.outputs(1).get_by_role("button", name="Install seaborn", exact=True).wait_for()
+        tab.outputs(0).get_by_role("button", name="Install sklearnn…").click()
+        self.assertShows(tab.page.locator("dialog"), "Nobody has checked that “sklearnn”")
+        tab.choose("Cancel")
+        self.assertNotIn("%pip install sklearnn", tab.sources())
 
     def test_what_is_installed_has_the_name_that_the_index_knows(self):
         tab = self.open("")
@@ -18191,6 +18253,40 @@ class PageForBeginners(PageCase):
         tab.run(2)
         self.assertShows(tab.outputs(2), "3")
         self.assertCount(tab.page.locator(".gone"), 0)
+
+    def restarted(self, *sources):
+        """A tab on these cells, which have all run, after a restart."""
+        tab = self.open(*sources)
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        return tab
+
+    def test_that_variables_are_gone_is_told_where_it_helps_and_nowhere_else(self):
+        tab = self.restarted("x = 1", "print('alone')", "import no_such_thing", "print(y)",
+                             "x + 0")
+        gone = tab.page.locator(".gone")
+        for i in (1, 2, 3):      # runs well; fails of itself; wants what no cell brings
+            tab.run(i)
+            self.assertCount(gone, 0)
+        tab.run(4)
+        self.assertShows(tab.cell(4).locator(".gone"), "Variables are gone")
+
+    def test_running_the_cells_above_again_tells_where_it_stopped(self):
+        tab = self.restarted("# leaves", "first = 1", "second = 2", "third = 3", "second")
+        tab.write(0, "exit()")      # is not run again
+        tab.write(1, "first = 1 / 0")
+        tab.run(4)
+        tab.page.get_by_role("button", name="Run them").click()
+        gone = tab.cell(4).locator(".gone")
+        self.assertShows(gone, "It stopped at cell [2], which failed. 2 cells have not run.")
+        tab.run(1, "first = 1")
+        self.assertShows(gone, "Variables are gone")
+        gone.get_by_role("button").click()
+        self.assertCount(gone, 0)
+        self.assertEqual(tab.states()[:4], ["idle"] * 4)
 
     def test_a_death_is_an_error_of_its_cell_and_in_the_file(self):
         tab = self.open("import os\nos._exit(3)")
@@ -18353,7 +18449,7 @@ class PageKeepsQuestions(PageCase):
         tab = self.open_asking()
         tab.press("d", "d")
         tab.command("restart-clear")
-        tab.choose("Restart")
+        tab.choose("Restart and clear")
         tab.wait_for(kernel="idle")
         self.assertFalse(tab.page.is_visible("#stdin-bar"))
 
@@ -18771,6 +18867,23 @@ class PageAsksTheKernel(PageCase):
         tab.press("Escape", "q")
         self.assertCount(pager, 0)
 
+    def test_the_pager_is_as_high_as_its_text_and_esc_closes_it_first(self):
+        tab = self.open("len?", "import os", "os??", "x")
+        tab.run(1)
+        pager, heights = tab.page.locator("#pager"), []
+        for i in (0, 2):
+            tab.run(i)
+            pager.wait_for()
+            heights.append(pager.bounding_box()["height"])
+        window = tab.page.viewport_size["height"]
+        self.assertLess(heights[0], window / 4)
+        self.assertAlmostEqual(heights[1], window / 3, delta=window / 50)
+        tab.cell(3).locator("textarea.editor").focus()
+        tab.press("Escape")
+        self.assertTrue(pager.is_visible())
+        tab.press("Escape")
+        self.assertFalse(pager.is_visible())
+
     def test_the_pager_grows_with_the_arrow_keys_on_its_edge(self):
         tab = self.open("print?")
         tab.run(0)
@@ -18799,6 +18912,22 @@ class PageAsksTheKernel(PageCase):
         tab = self.open("exit")
         tab.run(0)
         tab.wait_for(kernel="none")
+        notices = tab.page.locator("#notices")
+        self.assertShows(notices, "Python was ended by exit(). The next cell starts a new one.")
+        tab.run(0, "1 + 1")
+        self.assertShows(tab.outputs(0), "2")
+        self.assertCount(notices.locator(".notice"), 0)
+
+    def test_that_a_kernel_died_is_told_until_the_next_one_has_run_a_cell(self):
+        tab = self.open("import os; os.kill(os.getpid(), 9)", "1 / 0", "'good'")
+        tab.run(0)
+        notice = tab.page.get_by_text("The kernel died and was started again")
+        notice.wait_for()
+        tab.wait_for(kernel="idle")
+        tab.run(1)
+        self.assertCount(notice, 1)
+        tab.run(2)
+        self.assertCount(notice, 0)
 
     def test_tab_inserts_the_only_completion_at_once(self):
         tab = self.open("import collections")
@@ -19494,6 +19623,28 @@ class PageKeys(PageCase):
         tab.press("d", "d")
         self.assertEqual(tab.sources(), ["a", "d"])
 
+    def test_the_palette_knows_what_else_people_call_a_command(self):
+        tab = self.open("1")
+        found = tab.page.evaluate("""text => text.split(' ').map(word =>
+            commandsFor(word).some(({ name }) => name in OTHER_WORDS
+                && ` ${OTHER_WORDS[name]} `.includes(` ${word} `))
+            || HOW.some(([pattern]) => pattern.test(word)) ? '' : word).filter(Boolean)""",
+            "stop cancel abort kill stuck remove trash undelete restore history version pdf print "
+            "export share upload install package pip python venv search join comment indent error "
+            "picture image text add quit exit reset zoom font shortcut")
+        self.assertEqual(found, [])
+        self.assertEqual(tab.page.evaluate(
+            "Object.keys(OTHER_WORDS).filter(name => !commandNamed(name))"), [])
+        tab.select(0)
+        tab.press("p")
+        field = tab.page.locator(".palette input")
+        field.fill("trash")
+        self.assertShows(tab.page.locator(".palette li").first, "Delete cells")
+        for text, words in (("pip", "Run %pip install"), ("xyzzy", "Try: run, interrupt, delete")):
+            field.fill(text)
+            self.assertIn(words, tab.page.eval_on_selector(
+                ".palette ul", "list => getComputedStyle(list, '::after').content"))
+
     def test_help_lists_every_key_and_the_palette_every_command(self):
         tab = self.open("1")
         tab.select(0)
@@ -19513,6 +19664,20 @@ class PageKeys(PageCase):
         tab.page.wait_for_function("() => scrollY > 300")
         tab.press("Shift+Space")
         tab.page.wait_for_function("() => scrollY === 0")
+
+    def test_a_command_that_could_only_refuse_in_a_file_is_in_no_menu_of_it(self):
+        (self.root / "read.md").write_text("# Read")
+        (self.root / "plain.txt").write_text("plain")
+        for path, names in (("/notebooks/read.md", ["keep-outputs", "view-file"]),
+                            ("/edit/read.md", ["view-file"]), ("/edit/plain.txt", [])):
+            tab = self.visit(path)
+            tab.page.wait_for_selector("#menus button")
+            self.assertEqual(self.offered(tab), names)
+        self.assertEqual(self.offered(self.open("1")), [])
+
+    def offered(self, tab):
+        return tab.page.evaluate("""['keep-outputs', 'view-file'].filter(name =>
+            document.querySelector(`.menu [data-command=${name}]`))""")
 
     def test_menus_and_what_is_in_them_stand_in_their_order(self):
         """Whichever section comes first: a command says behind which other one it stands."""
@@ -19626,7 +19791,7 @@ class PageManages(PageCase):
         tab = self.open("x = 1", "x + 1", "x + 2")
         tab.select(1)
         tab.command("restart-run-above")
-        tab.choose("Restart")
+        tab.choose("Restart and run")
         self.assertShows(tab.outputs(1), "2")
         tab.wait_until_done()
         self.assertEqual(tab.texts()[2], "")
@@ -19708,6 +19873,7 @@ class PageManages(PageCase):
         self.assertTrue(tab.page.title().startswith("(0/3)"))
         tab.select(2)
         tab.press("i", "i")
+        self.assertShows(tab.cell(1).locator(".timer"), "not run")
         tab.wait_until_done()
         self.assertShows(tab.outputs(0), "KeyboardInterrupt")
         self.assertEqual(tab.texts()[1:], ["", ""])
@@ -19719,12 +19885,23 @@ class PageManages(PageCase):
                     lambda: tab.write(0, "1"), self.restart):
             act(*[tab] if act == self.restart else [])
             runs.append(tab.cell(0).get_attribute("data-run"))
-        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "never"])
+        self.assertEqual(runs, ["never", "fresh", "edited", "fresh", "gone"])
+
+    def test_the_number_of_a_kernel_that_is_gone_is_grey_and_what_was_edited_stays_marked(self):
+        tab = self.open("1", "1 / 0", "never")
+        for i in range(2):
+            tab.run(i)
+        tab.write(0, "2")
+        self.restart(tab)
+        self.assertEqual([tab.cell(i).get_attribute("data-run") for i in range(3)],
+                         ["gone edited", "gone", "never"])
+        self.assertEqual(*[tab.cell(i).locator(".prompt").evaluate(
+            "node => getComputedStyle(node).color") for i in (1, 2)])
 
     def restart(self, tab):
         tab.command("restart")
         tab.choose("Restart")
-        tab.page.wait_for_selector("[data-run=never]")
+        tab.page.wait_for_selector("[data-run~=gone]")
 
     def test_tags_and_metadata_are_edited_and_undone(self):
         tab = self.open("1")
@@ -22778,6 +22955,31 @@ class PageComesBack(PageCase):
             tab.save()
             tab.page.close(run_before_unload=False)
 
+    def test_a_server_that_is_stopped_and_started_again_is_told_with_what_leads_on(self):
+        folder, port = self.folder(), free_ports(1)[0]
+        self.server = self.own_server(folder, ["--port", port])
+        self.root = self.server.root
+        self.use_own_profile()
+        tab = self.open("1 + 1")
+        self.server.end()
+        notices = tab.page.locator("#notices")
+        self.assertShows(notices, "start it again in its terminal. Nothing you write here is lost.")
+        tab.write(0, "2 + 2")
+        self.server = self.own_server(folder, ["--port", port])
+        tab.page.get_by_role("button", name="Try now").click()
+        self.assertShows(notices, "in a second tab: this one then goes on by itself.")
+        self.assertCount(tab.page.locator(".notice"), 1)
+        self.visit(f"/tree?token={self.server.token}")
+        tab.page.evaluate("dispatchEvent(new Event('focus'))")
+        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone.")
+        self.assertCount(tab.page.locator(".notice"), 1)
+        tab.page.get_by_role("button", name="Start a kernel").click()
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator(".notice"), 0)
+        tab.save()
+        self.assertEqual(self.saved_sources(), ["2 + 2"])
+        self.problems.clear()      # the browser notes each request that failed
+
     def test_a_question_waits_for_a_page_that_comes_back(self):
         tab = self.open("name = input('Name? ')\nprint('Hello', name)")
         tab.command("run-all")
@@ -23069,6 +23271,37 @@ class PageVariables(PageCase):
         self.assertShows(self.value.locator(".grid-said"), "2500")
         tab.run(1)
         self.assertShows(self.value, "new")
+
+    def test_the_chosen_variable_stays_chosen_wherever_its_row_is(self):
+        tab = self.open("b, c, d = [0] * 3, [0] * 2, [0]", "a = e = 1")
+        self.open_panel(tab)
+        tab.run(0)
+        self.row("b").click()
+        chosen = self.list.locator("[aria-selected=true]")
+        tab.run(1)
+        self.row("e").wait_for()
+        self.assertShows(chosen, "b")
+        self.list.locator(".grid-head [data-column='2']").click()
+        self.assertShows(self.list.locator(".grid-row").last, "b")
+        self.assertShows(chosen, "b")
+
+    @needs("numpy", "pandas")
+    def test_sizes_are_shown_whole_and_floats_with_six_digits(self):
+        tab = self.open("import numpy, pandas\nwide = numpy.zeros((1_000_000, 8), 'u1')\n"
+                        "deep = numpy.zeros((10, 20, 30), 'u1')\nframe = pandas.DataFrame({'x': "
+                        "[-0.11784958036973, 1234567.891, 2.0], 'y': ['a', None, 'b']})")
+        self.open_panel(tab)
+        tab.run(0)
+        self.assertShows(self.row("wide"), "1 M × 8")
+        self.assertEqual(self.row("wide").locator(".number").get_attribute("title"), "1000000 × 8")
+        self.assertShows(self.row("deep"), "10×20×30")
+        self.row("frame").click()
+        cells = self.value.locator(".grid-row .number")
+        self.assertShows(cells.first, "-0.11785")
+        self.assertEqual(cells.all_inner_texts(), ["-0.11785", "1234568", "2.0"])
+        self.assertCount(self.value.locator(".missing"), 1)
+        cells.first.click()
+        self.assertShows(self.value.locator(".grid-said"), "-0.11784958036973")
 
     @needs("ipykernel")
     def test_other_kernels_of_python_are_sent_the_code_and_others_are_told_apart(self):
@@ -23433,7 +23666,7 @@ class PageUnderTheHood(PageCase):
         tab = self.look("6 * 7")
         tab.page.get_by_role("button", name="Delay iopub").click()
         tab.command("restart-run-all")
-        tab.choose("Restart")
+        tab.choose("Restart and run all")
         self.assertShows(tab.outputs(0), "42")
 
     def test_faults_are_told_and_mended(self):
@@ -29175,7 +29408,7 @@ WRONG_PAGES = {   # … and of index.html
               "this.isSaved = true;\n      return notify('The file has changed.');",
               "after a conflict")],
     "A kernel that dies": [
-        Wrong("notify(['The kernel died and was started again;", "notify(['A new kernel is there;",
+        Wrong("begin(['The kernel died and was started again;", "begin(['A new kernel is there;",
               "say that the kernel died"),
         Wrong("this.heardRestart?.();", "this.kernel.close();", "when the next process is there"),
         Wrong("if (execution_state === 'restarting') this.begunAnew(reason);", "",
