@@ -24456,9 +24456,9 @@ class PageWidgets(DrawnPage):
         tab = self.open("1")
         tab.page.evaluate("""() => {
             view.kernel.socket.close();
-            widgetShell.unsent.push(() => { document.title = 'sent'; });
+            widgetShell.unsent.push(() => { document.body.dataset.sent = 'yes'; });
         }""")
-        tab.page.wait_for_function("() => document.title === 'sent'")
+        tab.wait_for(sent="yes")
 
     def test_keys_of_the_page_work_in_controls_and_esc_leaves_them(self):
         tab = self.open("from ipywidgets import *\nText(description='name')")
