@@ -20481,7 +20481,7 @@ class PageForEveryone(PageCase):
             tab.page.locator(f"#menu-{menu} button:focus").wait_for()
         tab.press("ArrowDown", "Enter")
         self.assertEqual(tab.sources(), ["a", "", "b"])
-        tab.press("d", "d")
+        tab.press("Escape", "d", "d")
         self.assertEqual(tab.sources(), ["a", "b"])
 
     def test_files_are_reached_renamed_and_deleted_by_keyboard(self):
