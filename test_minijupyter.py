@@ -68,8 +68,8 @@ Left out on purpose: assertions about time (the benchmark measures, it does not 
 anything that needs a network. Tests that need a package, Chromium or the sample notebooks
 are skipped with the reason; with REQUIRE_ALL=1 a missing package is a failure.
 
-Threads: two processes share the classes of tests; in each the tests run one after another in the
-main thread, and each Process has one more that reads its output. No test sleeps: it waits for a
+Threads: three processes share the classes of tests; in each the tests run one after another in
+the main thread, and each Process has one more that reads its output. No test sleeps: it waits for a
 message, a line or a file, with a deadline.
 Sources: the messaging specification, RFC 6455 with its own examples, nbformat's schema.
 """
@@ -138,7 +138,7 @@ REQUIRE_ALL = os.environ.get("REQUIRE_ALL") == "1"
 OURS = [sys.executable, str(HERE / "kernel.py"), "-f", "{connection_file}"]
 IPYKERNEL = [sys.executable, "-m", "ipykernel_launcher", "--log-level=50",
              "-f", "{connection_file}"]
-WORKERS = 2  # processes that share the tests
+WORKERS = 3  # processes that share the tests: on two cores, for they wait half of the time
 MOST_SECOND_TRIES = 3   # of a run; see Result.try_again
 MOST_SECONDS = 150  # a test that takes longer has failed
 SECONDS = 20  # how long a test waits for what must come; only a failing test takes so long
@@ -208,7 +208,7 @@ WALKS = {}   # process id -> numbers of ports, one after the other
 
 def own_ports(count):
     """Port numbers for a program that is about to start. Nobody else gets one of them meanwhile:
-    they are below those that a system gives to whoever asks for any (32768 and more), and two
+    they are below those that a system gives to whoever asks for any (32768 and more), and the
     processes that run tests walk through them from different places."""
     walk = WALKS.setdefault(os.getpid(), itertools.count(os.getpid() * 7_919))
     ports = []
@@ -32388,7 +32388,7 @@ class Result(unittest.TestResult):
         self.skips += skips
 
     def try_again(self, suites):
-        """Run what failed while two processes shared the machine once more, alone: a busy machine
+        """Run what failed while processes shared the machine once more, alone: a busy machine
         may have been too slow for a test's patience. The first failure is reported all the same,
         for it may be a race in the program. When many have failed, no machine is to blame."""
         tests = {str(test): test for suite in suites for test in suite}
@@ -32457,7 +32457,7 @@ def chosen_tests(names):
 
 
 def run_tests(suites):
-    """Run the suites, several in two processes; returns the Result."""
+    """Run the suites, several in WORKERS processes; returns the Result."""
     result, queue = Result(), Queue(suites)
     if len(suites) == 1 or not hasattr(os, "fork"):
         queue.run(result)
