@@ -20959,7 +20959,8 @@ class PageClusters(PageCase):
         cluster.get_by_role("button", name="Delete").click()
         self.assertCount(cluster, 0)
         tab.page.get_by_label("Kernel of new clusters").select_option("bare")
-        self.assertShows(tab.page.get_by_role("alert"), "not installed for the kernel bare. In a notebook")
+        self.assertShows(tab.page.get_by_role("alert"),
+                         "not installed for the kernel bare. In a notebook")
         self.problems.clear()      # the browser notes the 501
 
 
