@@ -9219,6 +9219,7 @@ def first_fault(lines):
     return None
 
 
+# For good: catch_warnings would change what other threads warn of.
 warnings.filterwarnings("ignore", module=re.escape(NOT_SHOWN))
 
 
@@ -10537,7 +10538,7 @@ AT_START.append(keep_trace)
 # blocks are in, of those for which there is a kernel (a shell only when there is no other), and
 # Python when there is none.
 #
-# As in section 53, outputs have no place in the file, and what was not changed stays byte for
+# As in section 54, outputs have no place in the file, and what was not changed stays byte for
 # byte. A cell that would be read as something else, if its text just stood there, is put between
 # jupytext's comments. Which blocks there are is found as CommonMark 0.31 has it.
 

@@ -34,7 +34,8 @@ Run:  python test_minijupyter.py              all tests; the last line counts th
       python test_minijupyter.py NAME...      the tests whose name contains NAME
       python test_minijupyter.py core         Part I alone, and with all of Part II but one section
       python test_minijupyter.py stage        build your own kernel, server, page: what, and checks
-      python test_minijupyter.py lab N        a student's work on a sheet of the README; --hint
+      python test_minijupyter.py lab N        a student's work on a sheet of the README; --hint,
+                                              --explain
       python test_minijupyter.py clinic N     a copy with one spoiled line; --answer FILE:LINE
       python test_minijupyter.py bench        how fast, beside the physical limit and the others
       python test_minijupyter.py bench quick  the same with few repetitions
