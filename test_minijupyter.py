@@ -21474,6 +21474,52 @@ class PageStaysFluid(PageCase):
         changes = tab.page.evaluate("changes")
         self.assertEqual(set(changes), {2})
 
+    def test_a_key_in_a_text_of_half_a_megabyte_does_not_take_all_of_it_to_pieces(self):
+        (self.root / "long.log").write_text("12:00:00 INFO a worker has done its job\n" * 15_000)
+        tab = self.visit("/edit/long.log")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        key, pieces = tab.page.evaluate("""() => {
+            const { editor } = view;
+            const quickest = does => Math.min(...Array.from({ length: 5 }, () => {
+                editor.area.setRangeText('a');
+                editor.input.getBoundingClientRect();      // laying it out is the browser's time
+                const began = performance.now();
+                does();
+                return performance.now() - began;
+            }));
+            return [quickest(() => editor.drawCode()),
+                    quickest(() => editor.value.split(/(?<=\\n)/))];
+        }""")
+        self.assertLess(key, 2 * pieces)      # it took five times as long
+
+    def test_colours_in_a_long_text_are_those_of_the_whole_text_whatever_is_edited_where(self):
+        tab = self.open("def f(x):  # one\n    return 'two' + x[3]\n" * 1000)
+        tab.select(0)
+        tab.press("Enter")
+        wrong = tab.page.evaluate("""async () => {
+            const { editor } = view.active;
+            const kindsOf = pieces =>
+                pieces.flatMap(([kind, text]) => Array(text.length).fill(kind));
+            const wrong = [];
+            const texts = ['\"\"\"', "'", '#', '\\n', 'def g', '%%bash\\n', '\"\"\"'];
+            for (let n = 0, at = 7; n < 60; n += 1) {
+                at = (at * 7919 + 12345) % editor.value.length;
+                if (n % 3 === 2) editor.undo();
+                const range = n % 10 ? [at, at + n % 4] : [0, 0];
+                if (n % 3 < 2) editor.replace(...range, texts[n % texts.length]);
+                editor.showCaret();
+                if (n % 2) await nextFrame();
+                const [from, to] = editor.coloured;
+                const shown = kindsOf([...editor.code.children].flatMap(({ pieces }) => pieces));
+                const whole = kindsOf([...piecesOf(editor.value + '\\n', 'python', [from, to])]);
+                const isWrong = (kind, at) => at >= from && at < to && kind !== whole[at];
+                if (editor.code.textContent !== editor.value + '\\n' || shown.some(isWrong))
+                    wrong.push(n);
+            }
+            return wrong;
+        }""")
+        self.assertEqual(wrong, [])
+
     def test_each_line_of_a_long_text_lies_under_that_of_the_text_field(self):
         for kind, text in (("code", "x = 1\n\n" * 200), ("markdown", "many words " * 50 + "\n\n")):
             with self.subTest(kind):
