@@ -19262,7 +19262,7 @@ class PageKeepsSettings(PageCase):
         tab.select(0)
         tab.press("Control+,")
         dialog = tab.page.get_by_role("dialog", name="Settings")
-        self.assertEqual(dialog.locator("select").count(), 5)
+        self.assertEqual(dialog.locator("select").count(), 8)
         for label, value in [("Width of the page", "wide"), ("Colours", "dark"),
                              ("Line numbers in notebooks", "on"), ("Autosave", "off")]:
             dialog.get_by_label(label).select_option(value)
@@ -19296,6 +19296,69 @@ class PageKeepsSettings(PageCase):
         self.assertGreater(tab.page.evaluate(f"{place}.width"), 1700)
         self.assertAlmostEqual(tab.at_rest(f"{place}.top"), top, delta=2)
         self.assertFalse(tab.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
+
+    def test_size_and_indentation_are_chosen_and_the_caret_stays_on_the_letters(self):
+        tab = self.open("print(1)\n\tx = 2\n" * 9)
+        tab.run(0)
+        tab.page.evaluate("chooseSetting('size', '18px'), chooseSetting('indentation', '2 spaces')")
+        looks = tab.page.eval_on_selector_all(
+            ".cell:first-child :is(.editor, .code, .output pre)",
+            "all => all.map(getComputedStyle).map(({ fontSize, tabSize }) => [fontSize, tabSize])")
+        self.assertEqual(looks, [["18px", "2"], ["18px", "2"], ["18px", "8"]])
+        self.assertEqual(*tab.page.evaluate(
+            "[view.active.editor.code.offsetHeight, view.active.editor.area.scrollHeight]"))
+        editor = tab.cell(0).locator("textarea.editor")
+        for before, keys, after in [
+                ("", ["Tab", "x"], "  x"), ("if x:", ["Enter", "y"], "if x:\n  y"),
+                ("  y", ["Control+["], "y"), ("if x:\n    ", ["Backspace"], "if x:\n  "),
+                ("if x:\n  pass", ["Enter", "z"], "if x:\n  pass\nz"),
+                ("if x:\n  y\n  else", [":"], "if x:\n  y\nelse:")]:
+            with self.subTest(before, keys=keys):
+                editor.fill(before)
+                tab.press(*keys)
+                self.assertEqual(editor.input_value(), after)
+
+    def test_long_lines_of_code_wrap_if_wished_and_the_numbers_stand_at_their_lines(self):
+        line = "words = ['" + "word " * 100 + "']"
+        (self.root / "wraps.py").write_text(f"{line}\ny = 2\n")
+        gap = """() => {
+            const { editor } = view.active ?? view;
+            const second = editor.value.indexOf('y = 2');
+            return [editor.code.offsetHeight - editor.area.scrollHeight,
+                    editor.input.scrollWidth - editor.input.clientWidth,
+                    placeOf(editor.numbers, editor.numbers.textContent.indexOf('2')).top
+                    - placeOf(editor.code, second).top];
+        }"""
+        for tab in (self.open(f"{line}\ny = 2"), self.visit("/edit/wraps.py")):
+            tab.page.locator("textarea.editor").first.focus()
+            tab.page.evaluate("['wrap', 'line-numbers', 'size'].map("
+                              "(name, n) => chooseSetting(name, ['soft', 'on', '15px'][n]))")
+            self.assertEqual(tab.page.evaluate(gap), [0, 0, 0])
+            tab.page.set_viewport_size({"width": 600, "height": 700})
+            tab.page.wait_for_function(f"() => ({gap})().every(it => it === 0)")
+            tab.page.evaluate("chooseSetting('wrap', 'off')")
+            apart, beyond, below = tab.page.evaluate(gap)
+            self.assertEqual([apart, below], [0, 0])
+            self.assertGreater(beyond, 0)
+            tab.page.evaluate("chooseSetting('wrap', 'soft')")
+            tab.page.reload()
+            tab.page.locator("textarea.editor").first.focus()
+            tab.page.wait_for_function(f"() => ({gap})().every(it => it === 0)")
+
+    def test_the_arrow_keys_go_through_all_rows_of_a_line_that_wraps(self):
+        tab = self.open("1", "2")
+        tab.select(0)
+        tab.press("b", "m", "Enter")
+        tab.page.keyboard.insert_text("many words " * 50)
+        caret = "() => [view.active.place, view.active.editor.caret]"
+        places = []
+        while not places or places[-1][0] == 1:
+            tab.press("ArrowUp")
+            places.append(tab.page.evaluate(caret))
+        self.assertGreater(len(places), 4)
+        self.assertEqual(places[-1], [0, 1])
+        tab.press("ArrowDown", "ArrowDown")
+        self.assertEqual(tab.page.evaluate(caret)[0], 1)
 
     def test_without_autosave_nothing_is_written_unasked_and_leaving_warns(self):
         tab = self.open("old")
