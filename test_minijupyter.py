@@ -19345,6 +19345,19 @@ class PageKeepsSettings(PageCase):
             tab.page.locator("textarea.editor").first.focus()
             tab.page.wait_for_function(f"() => ({gap})().every(it => it === 0)")
 
+    def test_the_key_that_deletes_a_line_says_so_the_first_time_and_how_it_comes_back(self):
+        for told, name in ((1, "first.ipynb"), (0, "again.ipynb")):
+            tab = self.open("one\ntwo\nthree", name=name)
+            tab.cell(0).locator("textarea.editor").focus()
+            tab.press("Control+Home", "Control+d")
+            self.assertEqual(tab.sources()[0], "two\nthree")
+            notice = tab.page.get_by_text(
+                "Ctrl+D deleted the line, as in JupyterLab. Ctrl+Z brings it back.")
+            self.assertEqual(notice.count(), told)
+            tab.press("Control+d", "Control+z", "Control+z")
+            self.assertEqual(tab.sources()[0], "one\ntwo\nthree")
+            self.assertEqual(notice.count(), told)
+
     def test_the_arrow_keys_go_through_all_rows_of_a_line_that_wraps(self):
         tab = self.open("1", "2")
         tab.select(0)
