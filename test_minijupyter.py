@@ -22711,11 +22711,57 @@ class PageMouse(PageCase):
         tab.page.locator("#toolbar").get_by_label("Run all", exact=True).click()
         self.assertShows(tab.outputs(1), "of them")
 
-    def test_on_a_touch_screen_the_selected_cell_has_the_tools(self):
+    def use_phone(self):
         phone = browser().new_context(has_touch=True, is_mobile=True,
-                                      viewport={"width": 390, "height": 700})
+                                      viewport={"width": 390, "height": 844})
         self.addCleanup(phone.close)
         self.use(phone)
+
+    def test_on_a_phone_what_is_to_be_touched_is_large_and_a_text_has_16_pixels(self):
+        self.use_phone()
+        tab = self.open("1", "2")
+        tab.cell(1).locator("textarea.editor").tap()
+        (self.root / "touched").mkdir(exist_ok=True)
+        (self.root / "touched" / "a.txt").touch()
+        files = self.visit("/tree/touched")
+        files.page.get_by_label("Select a.txt").tap()
+        for page in (tab.page, files.page):
+            small = page.evaluate("""() => {
+                const isSmall = node => {
+                    const { x, y, width, height } = node.getBoundingClientRect();
+                    return [-17, 17].some(by => {
+                        const hit = document.elementFromPoint(x + width / 2, y + height / 2 + by);
+                        return hit && !node.contains(hit);      // none is out of sight
+                    });
+                };
+                const touched = '#main button, #main a, #top button:not(#title)';
+                return [...document.querySelectorAll(touched)].filter(node =>
+                    node.checkVisibility() && isSmall(node)).map(node => node.outerHTML);
+            }""")
+            self.assertEqual(small, [])
+            sizes = page.eval_on_selector_all(
+                "textarea, .code, input", "all => all.map(one => getComputedStyle(one).fontSize)")
+            self.assertEqual(set(sizes), {"16px"})
+        table, tabs = (files.page.locator(name).bounding_box() for name in ("table", ".tabs"))
+        self.assertLess(table["y"] - tabs["y"] - tabs["height"], 70)      # one row of buttons
+
+    def test_on_a_phone_dates_in_a_table_and_bars_of_text_stay_in_one_line(self):
+        self.use_phone()
+        cells = "<td>2026-01-01 10:00:01<td>San Francisco" * 4
+        bar = "\\r 99%|" + "#" * 60 + "| 4/4 [00:01<00:00]"
+        table = f'<table class="dataframe"><tr>{cells}</table>'
+        tab = self.open(f"display({{'text/html': '{table}'}}, raw=True)",
+                        f"print('{bar}{bar}')", "print('long ' * 40)")
+        heights = []
+        for i in range(3):
+            tab.run(i)
+            heights.append(tab.outputs(i).bounding_box()["height"])
+        self.assertLess(max(heights[:2]), 40)
+        self.assertGreater(heights[2], 60)      # other text wraps
+        self.assertEqual(tab.page.evaluate("document.documentElement.scrollWidth"), 390)
+
+    def test_on_a_touch_screen_the_selected_cell_has_the_tools(self):
+        self.use_phone()
         tab = self.open("print('a')", "print('touched')")
         tab.cell(1).locator("textarea.editor").tap()
         tab.cell(1).get_by_label("Run this cell").tap()
