@@ -18482,6 +18482,21 @@ class PageKeepsQuestions(PageCase):
 
 
 class PageEdits(PageCase):
+    def test_an_empty_markdown_cell_says_what_it_is_and_the_file_has_nothing_of_it(self):
+        tab = self.open("1")
+        tab.select(0)
+        tab.press("b", "m", "Enter")
+        editor = tab.cell(1).locator("textarea.editor")
+        self.assertEqual(editor.get_attribute("placeholder"),
+                         "Markdown: # Heading, **bold**, $x^2$")
+        tab.press("Shift+Enter")
+        self.assertShows(tab.cell(1), "Empty Markdown cell: double click, or press Enter, to w")
+        tab.save()
+        self.assertEqual(self.saved_sources()[1], "")
+        tab.cell(1).locator(".rendered").click()
+        tab.press("y")
+        self.assertEqual(editor.get_attribute("placeholder"), "")
+
     def test_cells_are_inserted_deleted_and_brought_back(self):
         tab = self.open("first", "second")
         tab.select(0)
@@ -21121,6 +21136,13 @@ class PageDownloads(PageCase):
         self.assertIn("x = 1", Path(download.value.path()).read_text())
         tab.page.evaluate("void downloadAs(view, 'nothing')")
         self.assertShows(tab.page.locator(".notice.bad"), "There is no format nothing")
+
+    def test_a_downloaded_page_says_nothing_about_a_markdown_cell_without_text(self):
+        page = self.page_of(markdown("", id="nothing"), markdown("something", id="some"))
+        page.locator(".rendered p").wait_for()
+        self.assertNotIn("Empty Markdown", page.locator("#main").inner_text())
+        hints = page.eval_on_selector_all("textarea", "all => all.map(one => one.placeholder)")
+        self.assertEqual(set(hints), {""})
 
     def test_the_tools_of_a_downloaded_page_stand_side_by_side_in_its_bar(self):
         page = self.page("1")
