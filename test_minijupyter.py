@@ -18193,6 +18193,36 @@ class PageForBeginners(PageCase):
                                      "----> 2 df['b']", "One frame in pandas"])
         self.assertEqual(len(shown), 4)
 
+    def test_below_an_error_that_beginners_make_a_quiet_line_says_what_to_do(self):
+        number = "input() gives text: int(…) or float(…) makes a number of it."
+        own = "A cell has given the name list another meaning."
+        tab = self.open("age = input('Age? ')")
+        tab.select(0)
+        tab.press("Shift+Enter")
+        tab.page.locator(".stdin input").fill("7")
+        tab.press("Enter")
+        tab.wait_until_done()
+        for source, advice in [
+                ("age + 1", number), ("years = 3\nif years < age:\n    1", number),
+                ("range(age)", number), ("'7' + 1", None), ("int(age) + '1'", None),
+                ("print('age' + 1)", None), ("age = int(age)\nage + '1'", None),
+                ("list = [1]\nlist('ab')", own), ("del list\nlist('ab')()", None),
+                ("n = 2\nn(3)", None), ("for i in '12'\n    print(i)", "ends with a colon"),
+                ("if age:\nprint(1)", "further in: Tab"), ("print(“hi”)", "straight quotes only"),
+                ("x = 'abc", "quote that ends this text"), ("1 / 0", None)]:
+            with self.subTest(source):
+                tab.run(1, source)
+                shown = tab.outputs(1).locator(".advice")
+                self.assertEqual(shown.count(), int(advice is not None))
+                if advice:
+                    self.assertIn(advice, shown.text_content())
+        lines = ['1 + input("n? ")', 'float(input("n? ")) + "1"', "x.input('n') + 1"]
+        self.assertEqual(tab.page.evaluate("lines => lines.map(line => wasInput(line, ''))", lines),
+                         [True, False, False])
+        tab.run(1, "if 1\n    2")
+        tab.save()
+        self.assertNotIn("ends with a colon", (self.root / self.name).read_text("utf-8"))
+
     def test_a_missing_package_is_installed_by_a_button_and_the_cell_runs_again(self):
         folder = self.folder()
         wheel(folder, "tinything", "1.0")
@@ -20617,8 +20647,11 @@ class PageForEveryone(PageCase):
         tab.run(1)
         self.assertShows(spoken, "Cell [2] failed: ZeroDivisionError: division by zero")
 
-    def test_on_a_phone_nothing_is_wider_than_the_screen(self):
+    def test_on_a_tablet_or_a_phone_nothing_is_wider_than_the_screen(self):
         tab = self.open("x = 'a' * 300; print(x)  # " + "long " * 40, "1")
+        for width in (960, 768):
+            tab.page.set_viewport_size({"width": width, "height": 700})
+            self.assertEqual(tab.page.evaluate("document.documentElement.scrollWidth"), width)
         tab.page.set_viewport_size({"width": 360, "height": 700})
         tab.run(0)
         width = tab.page.evaluate("document.documentElement.scrollWidth")
