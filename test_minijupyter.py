@@ -17499,7 +17499,7 @@ class PageFiles(PageCase):
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
     def test_a_program_has_line_numbers_and_prose_wraps(self):
-        for name, numbers in (("program.py", "1\n2\n3"), ("prose.md", None)):
+        for name, numbers in (("program.py", "1\n2\n3\n"), ("prose.md", None)):
             (self.root / name).write_text("word = 1\n" + "word " * 1000 + "\n")
             tab = self.visit(f"/edit/{name}")
             tab.page.wait_for_selector("textarea.editor:focus")
@@ -19650,7 +19650,7 @@ class PageKeys(PageCase):
         tab = self.open("1\n2", "3")
         tab.select(0)
         tab.press("l")
-        self.assertEqual(tab.page.locator(".numbers:visible").all_text_contents(), ["1\n2"])
+        self.assertEqual(tab.page.locator(".numbers:visible").all_text_contents(), ["1\n2\n"])
         tab.press("Shift+L", "Shift+L")
         self.assertCount(tab.page.locator(".numbers:visible"), 2)
 
@@ -21622,6 +21622,29 @@ class PageStaysFluid(PageCase):
                     quickest(() => editor.value.split(/(?<=\\n)/))];
         }""")
         self.assertLess(key, 2 * pieces)      # it took five times as long
+
+    def test_enter_and_brackets_in_a_long_text_are_typed_and_do_not_replace_the_whole(self):
+        (self.root / "long.py").write_text("x = f(1)\n" * 9_000)
+        tab = self.visit("/edit/long.py")
+        tab.page.wait_for_selector("textarea.editor:focus")
+        tab.page.evaluate("""() => {
+            window.kinds = [];
+            for (const name of ['beforeinput', 'input']) document.addEventListener(name,
+                ({ inputType }) => { kinds.push(inputType); }, true);
+        }""")
+        first = "view.editor.value.split('\\n').slice(0, 4)"
+        tab.press("End", "Enter", "(")
+        self.assertEqual(set(tab.page.evaluate("kinds")), {"insertText"})
+        tab.press("Enter", "y", "Control+d")
+        self.assertEqual(tab.page.evaluate(first), ["x = f(1)", "(", ")", "x = f(1)"])
+        tab.press(*["Control+z"] * 5)
+        self.assertEqual(tab.page.evaluate("view.editor.value"), "x = f(1)\n" * 9_000)
+        tab.press("Control+y", "Control+y")
+        self.assertIn("deleteContentBackward", tab.page.evaluate("kinds"))
+        self.assertEqual(tab.page.evaluate(first), ["x = f(1)", "()", "x = f(1)", "x = f(1)"])
+        tab.save()
+        self.assertEqual((self.root / "long.py").read_text(),
+                         "x = f(1)\n()\n" + "x = f(1)\n" * 8_999)
 
     def test_colours_in_a_long_text_are_those_of_the_whole_text_whatever_is_edited_where(self):
         tab = self.open("def f(x):  # one\n    return 'two' + x[3]\n" * 1000)
