@@ -20348,6 +20348,27 @@ class PageForEveryone(PageCase):
         tab.command("contents")
         self.assertAxeFindsNothing(tab)
 
+    def test_what_is_too_wide_for_its_box_is_reached_by_keys(self):
+        wide = "wide " * 99
+        tab = self.open(f"'{wide}'.split()[0]",
+                        "class Wide:\n    def _repr_html_(self):\n        cell = '<td>wide' * 99\n"
+                        "        return f'<table><tr><th>{cell}</table>'\nWide()",
+                        "from IPython.display import *\n"
+                        f"display(Latex('$${'x + ' * 99}y$$'))\n"
+                        f"display(Markdown('| a |\\n|---|\\n| {'w' * 300} |'))\n"
+                        "print('\\033[32mgreen \\033[38;5;28mof IPython \\033[38;5;208morange')\n"
+                        "raise ValueError('\\033[38;5;28mgreen')")
+        for i in range(3):
+            tab.run(i)
+        boxes = tab.page.locator(".cell [tabindex='0']")
+        self.assertCount(boxes, 5)      # two texts, HTML, a formula, a table of Markdown
+        self.assertAxeFindsNothing(tab)
+        tab.select(0)
+        tab.press("Tab", "ArrowRight", "ArrowRight")
+        tab.page.wait_for_function("() => document.querySelector('.input').scrollLeft > 0")
+        tab.write(0, "'narrow'")
+        self.assertCount(boxes, 4)
+
     @needs("ipywidgets")
     def test_a_notebook_with_widgets(self):
         tab = self.open("from ipywidgets import *\nimport ipywidgets\n"
@@ -20398,7 +20419,8 @@ class PageForEveryone(PageCase):
 
     def test_the_variables_a_table_a_tree_and_files_to_read(self):
         (self.root / "data.csv").write_text("a,b\n1,2\n")
-        (self.root / "text.md").write_text("---\na: 1\n---\n# Title\n\n[link](x)\n")
+        (self.root / "text.md").write_text(
+            f"---\na: 1\n---\n# Title\n\n[link](x)\n\n    {'wide ' * 99}\n")
         tab = self.open("rows = [{'n': n} for n in range(500)]\ntree = {'a': {'b': 1}}")
         tab.run(0)
         tab.command("variables")
