@@ -20367,6 +20367,7 @@ class PageForEveryone(PageCase):
         tab.press("Tab", "ArrowRight", "ArrowRight")
         tab.page.wait_for_function("() => document.querySelector('.input').scrollLeft > 0")
         tab.write(0, "'narrow'")
+        tab.press("Escape")
         self.assertCount(boxes, 4)
 
     @needs("ipywidgets")
