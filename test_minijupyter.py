@@ -23798,8 +23798,11 @@ class PageUnderTheHood(PageCase):
         tab = self.look("1", "2")
         self.run_cell(tab, 0)
         tab.page.locator("#ladder").focus()
-        tab.press("ArrowDown", "ArrowDown")
         chosen = tab.page.locator("#ladder-rows [aria-selected=true]")
+        for steps in range(1, 5):      # what came late of the start may stand above it
+            tab.press("ArrowDown")
+            if "execute_request" in chosen.inner_text() and steps > 1:
+                break
         self.assertShows(chosen, "execute_request")
         self.assertShows(tab.page.locator("#hood-detail"), "The server sends it on")
         tab.press("x", "b", "End")
