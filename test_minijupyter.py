@@ -10333,6 +10333,37 @@ class Trash(ServerCase):
         (self.root / "itself").symlink_to(self.root)
         self.assertReply(self.to_trash("itself"), 400)
 
+    def from_trash(self, path):
+        return self.server.put(f"/api/trash/{quote(path)}", None)
+
+    def test_what_was_put_there_last_comes_back_to_its_place(self):
+        for text in ("first", "last"):
+            (self.root / "ü twice.txt").write_text(text)
+            self.assertReply(self.to_trash("ü twice.txt"), 204)
+        back = self.assertReply(self.from_trash("ü twice.txt"), 200)
+        self.assertEqual((back.json["path"], back.json["type"]), ("ü twice.txt", "file"))
+        self.assertEqual((self.root / "ü twice.txt").read_text(), "last")
+        self.assertFalse((self.trash / "files" / "ü twice 2.txt").exists())
+        self.assertFalse((self.trash / "info" / "ü twice 2.txt.trashinfo").exists())
+        self.assertReply(self.from_trash("ü twice.txt"), 409)
+        (self.root / "ü twice.txt").unlink()
+        self.assertReply(self.from_trash("ü twice.txt"), 200)
+        self.assertEqual((self.root / "ü twice.txt").read_text(), "first")
+
+    def test_what_cannot_come_back_to_its_place_stays_in_the_trash(self):
+        (self.root / "gone").mkdir()
+        (self.root / "gone" / "a.txt").write_text("a")
+        self.assertReply(self.to_trash("gone/a.txt"), 204)
+        self.assertReply(self.to_trash("gone"), 204)
+        self.assertReply(self.from_trash("gone/a.txt"), 404)
+        self.assertReply(self.from_trash("never there.txt"), 404)
+        self.assertReply(self.from_trash("../gone"), 404)
+        self.assertReply(self.from_trash(".gone"), 404)
+        self.assertTrue((self.trash / "files" / "a.txt").exists())
+        self.assertReply(self.from_trash("gone"), 200)
+        self.assertReply(self.from_trash("gone/a.txt"), 200)
+        self.assertEqual((self.root / "gone" / "a.txt").read_text(), "a")
+
     def test_without_a_desktop_there_is_none_and_nothing_is_lost(self):
         server = self.own_server()
         (server.root / "kept.txt").write_text("x")
@@ -22742,6 +22773,97 @@ class PageMovesFiles(PageCase):
         self.assertCount(self.row(tab, "full"), 0)
         trash = Path(self.server.folder.name, "xdg_data_home", "Trash", "files")
         self.assertTrue((trash / "full" / "inside.txt").exists())
+
+    def menu_at(self, tab, name):
+        self.row(tab, name).locator("td.name").click(button="right")
+        return tab.page.locator("#file-list .menu")
+
+    def test_a_right_click_on_a_row_checks_it_and_has_what_can_be_done_with_it(self):
+        tab = self.folder_with("into/", "one.txt", "two.py")
+        tab.page.get_by_label("Select two.py").check()
+        menu = self.menu_at(tab, "one.txt")
+        labels = menu.locator("button > span:first-child")
+        self.assertEqual(labels.all_text_contents(), [
+            "Open", "Rename", "Duplicate", "Move…", "Download", "Delete"])
+        self.assertEqual(tab.page.evaluate("view.checked.map(file => file.name)"), ["one.txt"])
+        tab.press("Escape")
+        self.assertCount(menu, 0)
+        self.assertShows(tab.page.locator(":focus"), "one.txt")
+        menu = self.menu_at(tab, "into")
+        self.assertEqual(labels.all_text_contents(), [
+            "Open", "Open in a new tab", "Rename", "Move…", "Delete"])
+        menu.get_by_text("Rename").click()
+        tab.page.get_by_label("Name of into").fill("to")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "to")
+        tab.page.get_by_label("Select two.py").check()
+        self.menu_at(tab, "two.py").get_by_text("Delete").first.click()
+        self.assertShows(tab.page.locator("dialog[open]"), "Move 2 files to the trash?")
+
+    def test_the_menu_of_a_row_opens_by_key_and_lies_inside_the_window(self):
+        tab = self.folder_with("a.txt", *(f"b{n:02}.txt" for n in range(40)))
+        last = self.row(tab, "b39.txt").locator("a")
+        last.focus()
+        tab.press("ContextMenu")
+        menu = tab.page.locator("#file-list .menu:popover-open")
+        self.assertShows(menu.locator(":focus"), "Open")
+        box = menu.bounding_box()
+        self.assertLessEqual(box["y"] + box["height"], tab.page.evaluate("innerHeight"))
+        with self.context.expect_page() as opened:
+            tab.press("Enter")
+        opened.value.wait_for_url("**/edit/**/b39.txt")
+        self.assertFalse(tab.page.evaluate("""() => {   // the browser's own
+            const click = new MouseEvent('contextmenu', {
+                shiftKey: true, button: 2, bubbles: true, cancelable: true });
+            return !document.querySelector('tbody td').dispatchEvent(click); }"""))
+
+    def test_ctrl_z_undoes_what_was_done_to_files_in_another_folder_too(self):
+        tab = self.folder_with("into/", "one.txt", "two.txt")
+        self.row(tab, "one.txt").locator("a").drag_to(self.row(tab, "into"))
+        self.assertCount(self.row(tab, "one.txt"), 0)
+        self.row(tab, "two.txt").locator("a").focus()
+        tab.press("F2")
+        tab.page.get_by_label("Name of two.txt").fill("2.txt")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "2.txt")
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertShows(tab.page.locator(".notice"), "Moved “2.txt” to the trash")
+        tab.page.locator(".notice").get_by_role("button", name="Undo").click()
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "2.txt")
+        self.row(tab, "into").locator("a").click()
+        self.assertShows(tab.page.locator("tbody"), "one.txt")
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice"), "Renamed “two.txt”: undone")
+        self.menu_at(tab, "into/one.txt").get_by_text("Undo").click()
+        self.assertShows(tab.page.locator(".notice"), "Moved “one.txt” to “into”: undone")
+        self.assertEqual(sorted(path.name for path in self.place.iterdir()),
+                         ["into", "one.txt", "two.txt"])
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice"), "Nothing to undo")
+
+    def test_what_cannot_come_back_is_told(self):
+        tab = self.folder_with("mine.txt")
+        self.row(tab, "mine.txt").locator("a").focus()
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertCount(self.row(tab, "mine.txt"), 0)
+        (self.place / "mine.txt").write_text("another")
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice.bad"), "“mine.txt” did not come back")
+        self.assertShows(tab.page.locator(".notice.bad"), "exists already")
+        self.assertEqual((self.place / "mine.txt").read_text(), "another")
+
+    def test_each_kind_of_file_has_its_picture(self):
+        tab = self.folder_with("folder/", "a.py", "b.CSV", "c.png", "d.json", "e.md", "f.xyz",
+                               "no ending", "g.ipynb")
+        kinds = tab.page.locator("tbody [data-kind]")
+        self.assertEqual(
+            kinds.evaluate_all("all => all.map(icon => icon.dataset.kind)"),
+            ["directory", "program", "table", "picture", "data", "text", "file", "notebook",
+             "file"])
+        pictures = kinds.evaluate_all("all => all.map(icon => icon.innerHTML)")
+        self.assertEqual(len({*pictures}), 8)
 
     def test_what_the_trash_does_not_take_is_deleted_after_one_more_question(self):
         tab = self.folder_with("other disk.txt")
