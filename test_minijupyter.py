@@ -19328,6 +19328,26 @@ class PageKeepsSettings(PageCase):
         self.assertAlmostEqual(tab.at_rest(f"{place}.top"), top, delta=2)
         self.assertFalse(tab.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
 
+    def test_the_menu_view_tells_which_colours_there_are_and_what_is_switched_on(self):
+        tab = self.open("1")
+        view = tab.page.locator("#menu-view")
+
+        def shown(name):
+            tab.page.locator("[popovertarget=menu-view]").click()
+            item = view.locator(f"[data-command={name}]")
+            text = item.locator("span").first.text_content()
+            said = text, item.get_attribute("aria-checked")
+            item.click()
+            return said
+
+        self.assertEqual([shown("theme"), shown("theme")], [
+            ("Light or dark coloursas the system", None), ("Light or dark coloursdark", None)])
+        for name, label in (("width", "Wide page"), ("line-numbers", "Line numbers"),
+                            ("contents", "Table of contents"), ("variables", "Variables")):
+            with self.subTest(name):
+                self.assertEqual([shown(name), shown(name), shown(name)], [
+                    (label, "false"), (label + "✓", "true"), (label, "false")])
+
     def test_without_autosave_nothing_is_written_unasked_and_leaving_warns(self):
         tab = self.open("old")
         tab.page.evaluate("chooseSetting('autosave', 'off')")
@@ -22525,6 +22545,12 @@ class PageMouse(PageCase):
         self.assertEqual(tab.sources(), ["a", "import math"])
         tab.press("Escape", "a", "y")
         self.assertEqual(tab.sources(), ["a", "", "import math"])
+        for name in ("insert-markdown-below", "insert-markdown-above"):
+            tab.page.locator("[popovertarget=menu-insert]").click()
+            tab.page.locator(f"#menu-insert [data-command={name}]").click()
+            tab.page.keyboard.type(name[16:])
+        self.assertEqual(tab.sources(), ["a", "", "above", "below", "import math"])
+        self.assertEqual(tab.types()[2:4], ["markdown", "markdown"])
 
     def test_all_selected_cells_are_dragged(self):
         tab = self.open(*"abcde")
@@ -22578,6 +22604,9 @@ class PageMouse(PageCase):
         self.assertEqual(tab.sources()[:2], ["first", "a"])
         tab.cell(0).hover(position={"x": 300, "y": 15})
         self.assertFalse(tab.page.locator("#between").is_visible())
+        lefts = [place.get_by_text("+ Code").first.bounding_box()["x"]
+                 for place in (self.edge(tab, 1), tab.page.locator("#below"))]
+        self.assertEqual(lefts[0], lefts[1])
 
     def test_a_click_below_the_last_cell_adds_one_that_is_needed(self):
         tab = self.open("a")
