@@ -22090,6 +22090,26 @@ class PageMoves(PageCase):
         entries.nth(1).click()
         self.assertEqual(self.active(tab), 2)
 
+    def test_the_table_of_contents_marks_the_section_that_one_has_scrolled_to(self):
+        sections = [cell for n in range(1, 13)
+                    for cell in (markdown(f"# Part {n}\n\nWords\n\n## Inner {n}"), "x\n" * 30)]
+        tab = self.mixed(*sections)
+        tab.page.set_viewport_size({"width": 1280, "height": 600})
+        tab.select(1)
+        tab.command("contents")
+        marked = tab.page.locator("#contents [aria-current=location]")
+        self.assertShows(marked, "Inner 1")
+        for part in (6, 12, 2):
+            tab.page.evaluate(f"bringIntoView(view.cells[{2 * part - 1}].node)")
+            with self.subTest(part):
+                self.assertShows(marked, f"Inner {part}")
+        self.assertTrue(tab.page.evaluate("isInSight(document.querySelector('[aria-current]'))"))
+        tab.page.evaluate("scrollTo(0, 0)")
+        self.assertShows(marked, "Inner 1")      # the active cell is in sight
+        tab.page.locator("#contents a").nth(23).click()
+        self.assertShows(marked, "Inner 12")
+        self.assertEqual(tab.page.evaluate("view.active.place"), 22)
+
     def test_sections_close_and_open_and_stay_so_in_the_file(self):
         tab = self.mixed(markdown("# One"), "1", markdown("## Inner"), "2", markdown("# Two"))
         tab.cell(0).click()
