@@ -23112,6 +23112,30 @@ class PageComesBack(PageCase):
         }""")
         self.assertShows(tab.cell(0).locator(".timer"), "5.0 s")
 
+    def test_how_long_cells_ran_and_when_is_there_after_a_reload_and_not_in_the_file(self):
+        tab = self.open("import time; time.sleep(0.4)", "2")
+        tab.command("run-all")
+        tab.wait_until_done()
+        clocks = "[...document.querySelectorAll('.timer')].map(t => [t.textContent, t.title])"
+        told = tab.page.evaluate(clocks)
+        self.assertRegex(told[0][0], r"^0\.[4-9] s$")
+        self.assertRegex(told[0][1], r"^Ended .*\d\d")
+        tab.write(1, "3")
+        tab.save()
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.page.evaluate(clocks), told)
+        self.assertNotIn("execution", self.saved()["cells"][0]["metadata"])
+
+    def test_times_that_the_file_has_are_shown(self):
+        nb = notebook("1")
+        nb["cells"][0].update(execution_count=3, metadata={"execution": {
+            "iopub.status.busy": "2020-01-01T00:00:00Z",
+            "iopub.status.idle": "2020-01-01T00:01:02.5Z"}})
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        self.assertShows(tab.cell(0).locator(".timer"), "1 min 2 s")
+
     def test_what_ended_while_no_tab_was_open_is_there_and_only_once(self):
         tab = self.open("import time; time.sleep(0.3); print('was', 'there')\n1 / 0", "print('no')")
         tab.command("run-all")
