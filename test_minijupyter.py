@@ -24784,6 +24784,27 @@ class PageWidgets(DrawnPage):
         self.assertIn("IntSliderModel", page)
         self.problems.clear()      # two bytes are no picture
 
+    def test_a_slider_that_is_moved_marks_the_notebook_unsaved_and_one_that_moves_does_not(self):
+        tab = self.open("from ipywidgets import *\nslider = IntSlider(7)\nslider",
+                        "import threading\nmoves = threading.Event()\n"
+                        "threading.Thread(target=lambda: moves.wait() and "
+                        "setattr(slider, 'value', 20)).start()")
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.save()
+        slider = self.widget(tab, "IntSlider").locator("[type=range]")
+        slider.focus()
+        tab.press("ArrowRight")
+        tab.wait_for(saved="false")
+        tab.save()
+        kept = self.saved()["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]
+        self.assertEqual([model["state"]["value"] for model in kept["state"].values()
+                          if model["model_name"] == "IntSliderModel"], [8])
+        tab.page.evaluate("""() => view.kernel.send('shell', 'execute_request',
+            { code: 'moves.set()', silent: true })""")
+        self.assertValue(slider, "20")
+        self.assertTrue(tab.page.evaluate("view.file.isSaved"))
+
 
 SCHEMA = NODE / "@jupyter-widgets" / "schema" / "jupyterwidgetmodels.latest.json"
 HTML_MANAGER = NODE / "@jupyter-widgets" / "html-manager" / "dist" / "embed.js"
