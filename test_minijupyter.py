@@ -22914,6 +22914,44 @@ class PageMovesFiles(PageCase):
         pictures = kinds.evaluate_all("all => all.map(icon => icon.innerHTML)")
         self.assertEqual(len({*pictures}), 8)
 
+    def test_an_open_notebook_goes_along_when_its_file_is_renamed_and_the_console_stays_empty(self):
+        said = []
+        self.context.on("console", lambda message: message.type == "error"
+                        and said.append(f"{message.text} {message.location['url']}"))
+        tab = self.folder_with("into/", "data.csv", "text.md")
+        (self.place / "book.ipynb").write_bytes(jupyter_bytes(notebook("1")))
+        tab.page.locator("[data-command=new]").click()
+        with self.context.expect_page() as opened:
+            tab.page.locator("[data-command=new-notebook]").first.click()
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        self.row(tab, "Untitled.ipynb").locator("a").focus()
+        tab.press("F2")
+        tab.page.get_by_label("Name of Untitled.ipynb").fill("new.ipynb")
+        tab.press("Enter")
+        new.page.wait_for_url("**/new.ipynb")
+        self.row(tab, "new.ipynb").locator("a").drag_to(self.row(tab, "into"))
+        new.page.wait_for_url("**/into/new.ipynb")
+        new.write(0, "'moved'")
+        new.save()
+        self.assertIn("moved", (self.place / "into" / "new.ipynb").read_text())
+        with self.context.expect_page():
+            new.command("new-notebook")
+        for name, shown in (("text.md", ".preview, .rendered"), ("data.csv", ".grid"),
+                            ("book.ipynb", "body[data-kernel=idle]")):
+            with self.context.expect_page() as opened:
+                self.row(tab, name).locator("a").click()
+            opened.value.locator(shown).first.wait_for()
+        self.reopen(f"{self.place.name}/text.md")
+        for name in ("data.csv", "text.md"):
+            self.row(tab, name).locator("a").focus()
+            tab.press("Delete")
+            tab.choose("Move to trash")
+            self.assertCount(self.row(tab, name), 0)
+        tab.command("welcome")
+        tab.command("welcome")
+        self.assertEqual(said, [])
+
     def test_what_the_trash_does_not_take_is_deleted_after_one_more_question(self):
         tab = self.folder_with("other disk.txt")
         answer = json.dumps({"message": "no", "reason": "no trash"})
