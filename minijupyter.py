@@ -6354,7 +6354,15 @@ def path_below_root(handler, path):
     return None
 
 
+def own_file(handler, path):
+    """Whether this very server runs from that file: then an editor tells when a change acts."""
+    absolute, own = handler.server.contents.existing(path), os.path.join(
+        HERE, os.path.basename(path))
+    return {"is_own": os.path.exists(own) and os.path.samefile(absolute, own)}
+
+
 ROUTES += [("GET", r"/view/(.+)", view),
+           ("GET", r"/api/own/(.+)", own_file),
            ("GET", r"/api/status", status),
            ("GET", r"/api/kernelspecs/([^/]+)", get_kernelspec),
            ("GET", r"/api/me", me),

@@ -17529,6 +17529,28 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
+    def test_a_file_of_the_program_that_serves_it_says_when_a_change_acts(self):
+        def program(root, port, token):
+            for name in FILES[:3]:
+                shutil.copy(HERE / name, root)
+            return [sys.executable, root / "minijupyter.py", root, "--token", token,
+                    "--no-browser", "--port", port]
+
+        self.server = self.own_server(program=program)
+        self.context.add_cookies([self.cookie()])
+        (self.server.root / "copy").mkdir()
+        shutil.copy(HERE / "kernel.py", self.server.root / "copy")
+        for name, is_own in (("index.html", True), ("kernel.py", True), ("copy/kernel.py", False)):
+            answer = self.assertReply(self.server.get(f"/api/own/{name}"), 200)
+            self.assertEqual(answer.json, {"is_own": is_own})
+        tab = self.visit("/edit/kernel.py")
+        self.assertShows(tab.page.locator("#main > .note"), "This is MiniJupyter itself: a change "
+                         "acts in each kernel that starts from then on.")
+        tab = self.visit("/edit/copy/kernel.py")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        tab.page.wait_for_load_state("networkidle")
+        self.assertCount(tab.page.locator("#main > .note"), 0)
+
     def test_a_program_has_line_numbers_and_prose_wraps(self):
         for name, numbers in (("program.py", "1\n2\n3"), ("prose.md", None)):
             (self.root / name).write_text("word = 1\n" + "word " * 1000 + "\n")
