@@ -23620,6 +23620,56 @@ class PageReadsFiles(PageCase):
         self.assertTrue(tab.page.locator(".grid").evaluate(
             "grid => grid === document.activeElement"))
 
+    def test_a_column_is_dragged_wider_and_fitted_and_stays_so(self):
+        (self.root / "wide.csv").write_text("text,n\n" + "".join(
+            f"{'word ' * 20}{n},{n}\n" for n in range(900)))
+        tab = self.visit("/table/wide.csv")
+        self.assertShows(tab.page.locator(".grid-row").first, "word")
+        grid = tab.page.locator(".grid")
+
+        def width(column=0):
+            """The same in the head and in each row."""
+            (found,) = {*grid.locator(f"[data-column='{column}']").evaluate_all(
+                "all => all.map(node => node.getBoundingClientRect().width)")}
+            return found
+
+        before, other = width(), width(1)
+        edge = grid.locator("[data-column='0'] .grid-edge")
+        box = edge.bounding_box()
+        tab.page.mouse.move(box["x"] + 4, box["y"] + 9)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + 60, box["y"] + 40)
+        tab.page.mouse.move(box["x"] + 104, box["y"] + 40)
+        tab.page.mouse.up()
+        self.assertAlmostEqual(tab.at_rest("view.grid.widths[0]"), before + 100, delta=1)
+        self.assertAlmostEqual(width(), before + 100, delta=1)
+        self.assertEqual((width(1), tab.page.evaluate("view.grid.sort")), (other, None))
+        edge.dblclick()
+        tab.at_rest("view.grid.widths[0]")
+        cell = grid.locator(".grid-row [data-column='0']").first
+        self.assertTrue(cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"))
+        self.assertGreater(width(), before + 100)
+        self.assertIsNone(tab.page.evaluate("view.grid.sort"))
+        fitted = width()
+        grid.locator("[data-column='1']").first.click()
+        self.assertShows(grid.locator(".grid-head"), "↑")
+        self.assertShows(grid.locator(".grid-row").first, "word 0")
+        self.assertEqual(width(), fitted)
+        cell.click()
+        tab.press("Shift+ArrowLeft")
+        tab.at_rest("view.grid.widths[0]")
+        self.assertEqual(width(), fitted - 20)
+
+    def test_columns_far_to_the_right_are_as_wide_as_their_texts(self):
+        (self.root / "many.csv").write_text(",".join(f"c{n}" for n in range(100)) + "\n"
+                                            + ",".join(["a rather long text"] * 100) + "\n")
+        tab = self.visit("/table/many.csv")
+        tab.page.locator(".grid").focus()
+        tab.press("End")
+        cell = tab.page.locator(".grid-row [data-column='99']", has_text="long text")
+        cell.wait_for()
+        self.assertTrue(cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"))
+
     def test_the_numbers_of_rows_are_whole_when_the_file_grows_under_them(self):
         (self.root / "grows.csv").write_text("n,text\n" + "".join(
             f"{n},{'x' * 60}\n" for n in range(1_200_000)))
