@@ -6354,7 +6354,15 @@ def path_below_root(handler, path):
     return None
 
 
+def own_file(handler, path):
+    """Whether this very server runs from that file: then an editor tells when a change acts."""
+    absolute, own = handler.server.contents.existing(path), os.path.join(
+        HERE, os.path.basename(path))
+    return {"is_own": os.path.exists(own) and os.path.samefile(absolute, own)}
+
+
 ROUTES += [("GET", r"/view/(.+)", view),
+           ("GET", r"/api/own/(.+)", own_file),
            ("GET", r"/api/status", status),
            ("GET", r"/api/kernelspecs/([^/]+)", get_kernelspec),
            ("GET", r"/api/me", me),
@@ -11521,8 +11529,9 @@ AT_START.append(offer_environments)
 # ---- 64. The trash: what a page deletes can come back -------------------------------------------
 #
 # `GET /api/trash/FOLDER` tells whether files in it can go to the desktop's trash, and what that is
-# called there ("" for no); `POST /api/trash/PATH` moves one. `DELETE /api/contents/PATH` deletes
-# for good: programs ask for that, too, and what they clean up is of no use in a trash.
+# called there ("" for no); `POST /api/trash/PATH` moves one, and `PUT /api/trash/PATH` takes back
+# what was put there last of what lay at this path. `DELETE /api/contents/PATH` deletes for good:
+# programs ask for that, too, and what they clean up is of no use in a trash.
 #
 #     the server runs on                     the file is             it goes
 #     Linux or the like, without a desktop   anywhere                for good: nobody would look
@@ -11531,7 +11540,8 @@ AT_START.append(offer_environments)
 #     Windows, macOS                         anywhere                where send2trash takes it
 #
 # Without send2trash (`pip install send2trash`) its rows are "for good". Moving to the trash is one
-# rename; a trash on another file system would be a copy, of any size.
+# rename; a trash on another file system would be a copy, of any size. Only the desktop gives back
+# what send2trash has taken.
 
 TRASH_NAMES = {"win32": "Recycle Bin", "darwin": "Trash"}   # sys.platform -> what users call it
 
@@ -11608,8 +11618,44 @@ def move_to_trash(handler, path):
     return 204, None
 
 
+def latest_in(trash, absolute):
+    """(what tells of it, where it lies) of what lay at this path and was put into the trash last;
+    None when nothing is there."""
+    info, stem = os.path.join(trash, "info"), os.path.splitext(os.path.basename(absolute))[0]
+    told = [os.path.join(info, name) for name in (os.listdir(info) if os.path.isdir(info) else ())
+            if name.startswith(stem) and name.endswith(".trashinfo")]
+    for path in sorted(told, key=os.path.getmtime, reverse=True):
+        name = os.path.basename(path).removesuffix(".trashinfo")
+        place = os.path.join(trash, "files", name)
+        with open(path, encoding="ascii", errors="replace") as file:
+            lay_at = re.search("(?m)^Path=(.*)$", file.read())
+        is_it = lay_at and unquote(lay_at[1], errors="surrogateescape") == absolute
+        if is_it and os.path.lexists(place):
+            return path, place
+    return None
+
+
+def take_from_trash(handler, path):
+    """Back to its place, if that is free. Its folder must be there, as for a new file."""
+    contents, trash = handler.server.contents, home_trash()
+    absolute = contents.resolve(path)
+    found = latest_in(trash, absolute) if trash and sys.platform not in TRASH_NAMES else None
+    if found is None:
+        raise Problem(404, f"{path} can be taken back only where it lies now: in the desktop's "
+                           f"{TRASH_NAMES.get(sys.platform, 'trash')}")
+    if os.path.lexists(absolute):
+        raise Problem(409, f"{path} exists already")
+    if not os.path.isdir(os.path.dirname(absolute)):
+        raise Problem(404, f"No such folder: {os.path.dirname(path)}")
+    told, place = found
+    os.rename(place, absolute)
+    os.remove(told)
+    return contents.model(path, absolute)
+
+
 ROUTES += [("GET", "/api/trash(?:/(.*))?", tell_trash),
-           ("POST", "/api/trash/(.+)", move_to_trash)]
+           ("POST", "/api/trash/(.+)", move_to_trash),
+           ("PUT", "/api/trash/(.+)", take_from_trash)]
 
 
 # ---- 65. Welcome: a notebook that shows what one can do -----------------------------------------

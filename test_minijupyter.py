@@ -10333,6 +10333,37 @@ class Trash(ServerCase):
         (self.root / "itself").symlink_to(self.root)
         self.assertReply(self.to_trash("itself"), 400)
 
+    def from_trash(self, path):
+        return self.server.put(f"/api/trash/{quote(path)}", None)
+
+    def test_what_was_put_there_last_comes_back_to_its_place(self):
+        for text in ("first", "last"):
+            (self.root / "ü twice.txt").write_text(text)
+            self.assertReply(self.to_trash("ü twice.txt"), 204)
+        back = self.assertReply(self.from_trash("ü twice.txt"), 200)
+        self.assertEqual((back.json["path"], back.json["type"]), ("ü twice.txt", "file"))
+        self.assertEqual((self.root / "ü twice.txt").read_text(), "last")
+        self.assertFalse((self.trash / "files" / "ü twice 2.txt").exists())
+        self.assertFalse((self.trash / "info" / "ü twice 2.txt.trashinfo").exists())
+        self.assertReply(self.from_trash("ü twice.txt"), 409)
+        (self.root / "ü twice.txt").unlink()
+        self.assertReply(self.from_trash("ü twice.txt"), 200)
+        self.assertEqual((self.root / "ü twice.txt").read_text(), "first")
+
+    def test_what_cannot_come_back_to_its_place_stays_in_the_trash(self):
+        (self.root / "gone").mkdir()
+        (self.root / "gone" / "a.txt").write_text("a")
+        self.assertReply(self.to_trash("gone/a.txt"), 204)
+        self.assertReply(self.to_trash("gone"), 204)
+        self.assertReply(self.from_trash("gone/a.txt"), 404)
+        self.assertReply(self.from_trash("never there.txt"), 404)
+        self.assertReply(self.from_trash("../gone"), 404)
+        self.assertReply(self.from_trash(".gone"), 404)
+        self.assertTrue((self.trash / "files" / "a.txt").exists())
+        self.assertReply(self.from_trash("gone"), 200)
+        self.assertReply(self.from_trash("gone/a.txt"), 200)
+        self.assertEqual((self.root / "gone" / "a.txt").read_text(), "a")
+
     def test_without_a_desktop_there_is_none_and_nothing_is_lost(self):
         server = self.own_server()
         (server.root / "kept.txt").write_text("x")
@@ -17498,6 +17529,28 @@ class PageFiles(PageCase):
         tab.save()
         self.assertEqual((self.root / "notes.txt").read_text("utf-8"), "new ☃\n")
 
+    def test_a_file_of_the_program_that_serves_it_says_when_a_change_acts(self):
+        def program(root, port, token):
+            for name in FILES[:3]:
+                shutil.copy(HERE / name, root)
+            return [sys.executable, root / "minijupyter.py", root, "--token", token,
+                    "--no-browser", "--port", port]
+
+        self.server = self.own_server(program=program)
+        self.context.add_cookies([self.cookie()])
+        (self.server.root / "copy").mkdir()
+        shutil.copy(HERE / "kernel.py", self.server.root / "copy")
+        for name, is_own in (("index.html", True), ("kernel.py", True), ("copy/kernel.py", False)):
+            answer = self.assertReply(self.server.get(f"/api/own/{name}"), 200)
+            self.assertEqual(answer.json, {"is_own": is_own})
+        tab = self.visit("/edit/kernel.py")
+        self.assertShows(tab.page.locator("#main > .note"), "This is MiniJupyter itself: a change "
+                         "acts in each kernel that starts from then on.")
+        tab = self.visit("/edit/copy/kernel.py")
+        tab.page.locator("textarea.editor:focus").wait_for()
+        tab.page.wait_for_load_state("networkidle")
+        self.assertCount(tab.page.locator("#main > .note"), 0)
+
     def test_a_program_has_line_numbers_and_prose_wraps(self):
         for name, numbers in (("program.py", "1\n2\n3\n"), ("prose.md", None)):
             (self.root / name).write_text("word = 1\n" + "word " * 1000 + "\n")
@@ -19417,6 +19470,25 @@ class PageKeepsSettings(PageCase):
         self.assertEqual(places[-1], [0, 1])
         tab.press("ArrowDown", "ArrowDown")
         self.assertEqual(tab.page.evaluate(caret)[0], 1)
+    def test_the_menu_view_tells_which_colours_there_are_and_what_is_switched_on(self):
+        tab = self.open("1")
+        view = tab.page.locator("#menu-view")
+
+        def shown(name):
+            tab.page.locator("[popovertarget=menu-view]").click()
+            item = view.locator(f"[data-command={name}]")
+            text = item.locator("span").first.text_content()
+            said = text, item.get_attribute("aria-checked")
+            item.click()
+            return said
+
+        self.assertEqual([shown("theme"), shown("theme")], [
+            ("Light or dark coloursas the system", None), ("Light or dark coloursdark", None)])
+        for name, label in (("width", "Wide page"), ("line-numbers", "Line numbers"),
+                            ("contents", "Table of contents"), ("variables", "Variables")):
+            with self.subTest(name):
+                self.assertEqual([shown(name), shown(name), shown(name)], [
+                    (label, "false"), (label + "✓", "true"), (label, "false")])
 
     def test_without_autosave_nothing_is_written_unasked_and_leaving_warns(self):
         tab = self.open("old")
@@ -20469,6 +20541,28 @@ class PageForEveryone(PageCase):
         tab.command("contents")
         self.assertAxeFindsNothing(tab)
 
+    def test_what_is_too_wide_for_its_box_is_reached_by_keys(self):
+        wide = "wide " * 99
+        tab = self.open(f"'{wide}'.split()[0]",
+                        "class Wide:\n    def _repr_html_(self):\n        cell = '<td>wide' * 99\n"
+                        "        return f'<table><tr><th>{cell}</table>'\nWide()",
+                        "from IPython.display import *\n"
+                        f"display(Latex('$${'x + ' * 99}y$$'))\n"
+                        f"display(Markdown('| a |\\n|---|\\n| {'w' * 300} |'))\n"
+                        "print('\\033[32mgreen \\033[38;5;28mof IPython \\033[38;5;208morange')\n"
+                        "raise ValueError('\\033[38;5;28mgreen')")
+        for i in range(3):
+            tab.run(i)
+        boxes = tab.page.locator(".cell [tabindex='0']")
+        self.assertCount(boxes, 5)      # two texts, HTML, a formula, a table of Markdown
+        self.assertAxeFindsNothing(tab)
+        tab.select(0)
+        tab.press("Tab", "ArrowRight", "ArrowRight")
+        tab.page.wait_for_function("() => document.querySelector('.input').scrollLeft > 0")
+        tab.write(0, "'narrow'")
+        tab.press("Escape")
+        self.assertCount(boxes, 4)
+
     @needs("ipywidgets")
     def test_a_notebook_with_widgets(self):
         tab = self.open("from ipywidgets import *\nimport ipywidgets\n"
@@ -20519,7 +20613,8 @@ class PageForEveryone(PageCase):
 
     def test_the_variables_a_table_a_tree_and_files_to_read(self):
         (self.root / "data.csv").write_text("a,b\n1,2\n")
-        (self.root / "text.md").write_text("---\na: 1\n---\n# Title\n\n[link](x)\n")
+        (self.root / "text.md").write_text(
+            f"---\na: 1\n---\n# Title\n\n[link](x)\n\n    {'wide ' * 99}\n")
         tab = self.open("rows = [{'n': n} for n in range(500)]\ntree = {'a': {'b': 1}}")
         tab.run(0)
         tab.command("variables")
@@ -22239,6 +22334,26 @@ class PageMoves(PageCase):
         entries.nth(1).click()
         self.assertEqual(self.active(tab), 2)
 
+    def test_the_table_of_contents_marks_the_section_that_one_has_scrolled_to(self):
+        sections = [cell for n in range(1, 13)
+                    for cell in (markdown(f"# Part {n}\n\nWords\n\n## Inner {n}"), "x\n" * 30)]
+        tab = self.mixed(*sections)
+        tab.page.set_viewport_size({"width": 1280, "height": 600})
+        tab.select(1)
+        tab.command("contents")
+        marked = tab.page.locator("#contents [aria-current=location]")
+        self.assertShows(marked, "Inner 1")
+        for part in (6, 12, 2):
+            tab.page.evaluate(f"bringIntoView(view.cells[{2 * part - 1}].node)")
+            with self.subTest(part):
+                self.assertShows(marked, f"Inner {part}")
+        self.assertTrue(tab.page.evaluate("isInSight(document.querySelector('[aria-current]'))"))
+        tab.page.evaluate("scrollTo(0, 0)")
+        self.assertShows(marked, "Inner 1")      # the active cell is in sight
+        tab.page.locator("#contents a").nth(23).click()
+        self.assertShows(marked, "Inner 12")
+        self.assertEqual(tab.page.evaluate("view.active.place"), 22)
+
     def test_sections_close_and_open_and_stay_so_in_the_file(self):
         tab = self.mixed(markdown("# One"), "1", markdown("## Inner"), "2", markdown("# Two"))
         tab.cell(0).click()
@@ -22694,6 +22809,12 @@ class PageMouse(PageCase):
         self.assertEqual(tab.sources(), ["a", "import math"])
         tab.press("Escape", "a", "y")
         self.assertEqual(tab.sources(), ["a", "", "import math"])
+        for name in ("insert-markdown-below", "insert-markdown-above"):
+            tab.page.locator("[popovertarget=menu-insert]").click()
+            tab.page.locator(f"#menu-insert [data-command={name}]").click()
+            tab.page.keyboard.type(name[16:])
+        self.assertEqual(tab.sources(), ["a", "", "above", "below", "import math"])
+        self.assertEqual(tab.types()[2:4], ["markdown", "markdown"])
 
     def test_all_selected_cells_are_dragged(self):
         tab = self.open(*"abcde")
@@ -22747,6 +22868,9 @@ class PageMouse(PageCase):
         self.assertEqual(tab.sources()[:2], ["first", "a"])
         tab.cell(0).hover(position={"x": 300, "y": 15})
         self.assertFalse(tab.page.locator("#between").is_visible())
+        lefts = [place.get_by_text("+ Code").first.bounding_box()["x"]
+                 for place in (self.edge(tab, 1), tab.page.locator("#below"))]
+        self.assertEqual(lefts[0], lefts[1])
 
     def test_a_click_below_the_last_cell_adds_one_that_is_needed(self):
         tab = self.open("a")
@@ -22989,6 +23113,135 @@ class PageMovesFiles(PageCase):
         trash = Path(self.server.folder.name, "xdg_data_home", "Trash", "files")
         self.assertTrue((trash / "full" / "inside.txt").exists())
 
+    def menu_at(self, tab, name):
+        self.row(tab, name).locator("td.name").click(button="right")
+        return tab.page.locator("#file-list .menu")
+
+    def test_a_right_click_on_a_row_checks_it_and_has_what_can_be_done_with_it(self):
+        tab = self.folder_with("into/", "one.txt", "two.py")
+        tab.page.get_by_label("Select two.py").check()
+        menu = self.menu_at(tab, "one.txt")
+        labels = menu.locator("button > span:first-child")
+        self.assertEqual(labels.all_text_contents(), [
+            "Open", "Rename", "Duplicate", "Move…", "Download", "Delete"])
+        self.assertEqual(tab.page.evaluate("view.checked.map(file => file.name)"), ["one.txt"])
+        tab.press("Escape")
+        self.assertCount(menu, 0)
+        self.assertShows(tab.page.locator(":focus"), "one.txt")
+        menu = self.menu_at(tab, "into")
+        self.assertEqual(labels.all_text_contents(), [
+            "Open", "Open in a new tab", "Rename", "Move…", "Delete"])
+        menu.get_by_text("Rename").click()
+        tab.page.get_by_label("Name of into").fill("to")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "to")
+        tab.page.get_by_label("Select two.py").check()
+        self.menu_at(tab, "two.py").get_by_text("Delete").first.click()
+        self.assertShows(tab.page.locator("dialog[open]"), "Move 2 files to the trash?")
+
+    def test_the_menu_of_a_row_opens_by_key_and_lies_inside_the_window(self):
+        tab = self.folder_with("a.txt", *(f"b{n:02}.txt" for n in range(40)))
+        last = self.row(tab, "b39.txt").locator("a")
+        last.focus()
+        tab.press("ContextMenu")
+        menu = tab.page.locator("#file-list .menu:popover-open")
+        self.assertShows(menu.locator(":focus"), "Open")
+        box = menu.bounding_box()
+        self.assertLessEqual(box["y"] + box["height"], tab.page.evaluate("innerHeight"))
+        with self.context.expect_page() as opened:
+            tab.press("Enter")
+        opened.value.wait_for_url("**/edit/**/b39.txt")
+        self.assertFalse(tab.page.evaluate("""() => {   // the browser's own
+            const click = new MouseEvent('contextmenu', {
+                shiftKey: true, button: 2, bubbles: true, cancelable: true });
+            return !document.querySelector('tbody td').dispatchEvent(click); }"""))
+
+    def test_ctrl_z_undoes_what_was_done_to_files_in_another_folder_too(self):
+        tab = self.folder_with("into/", "one.txt", "two.txt")
+        self.row(tab, "one.txt").locator("a").drag_to(self.row(tab, "into"))
+        self.assertCount(self.row(tab, "one.txt"), 0)
+        self.row(tab, "two.txt").locator("a").focus()
+        tab.press("F2")
+        tab.page.get_by_label("Name of two.txt").fill("2.txt")
+        tab.press("Enter")
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "2.txt")
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertShows(tab.page.locator(".notice"), "Moved “2.txt” to the trash")
+        tab.page.locator(".notice").get_by_role("button", name="Undo").click()
+        self.assertShows(tab.page.locator("tbody tr:has(:checked)"), "2.txt")
+        self.row(tab, "into").locator("a").click()
+        self.assertShows(tab.page.locator("tbody"), "one.txt")
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice"), "Renamed “two.txt”: undone")
+        self.menu_at(tab, "into/one.txt").get_by_text("Undo").click()
+        self.assertShows(tab.page.locator(".notice"), "Moved “one.txt” to “into”: undone")
+        self.assertEqual(sorted(path.name for path in self.place.iterdir()),
+                         ["into", "one.txt", "two.txt"])
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice"), "Nothing to undo")
+
+    def test_what_cannot_come_back_is_told(self):
+        tab = self.folder_with("mine.txt")
+        self.row(tab, "mine.txt").locator("a").focus()
+        tab.press("Delete")
+        tab.choose("Move to trash")
+        self.assertCount(self.row(tab, "mine.txt"), 0)
+        (self.place / "mine.txt").write_text("another")
+        tab.press("Control+z")
+        self.assertShows(tab.page.locator(".notice.bad"), "“mine.txt” did not come back")
+        self.assertShows(tab.page.locator(".notice.bad"), "exists already")
+        self.assertEqual((self.place / "mine.txt").read_text(), "another")
+
+    def test_each_kind_of_file_has_its_picture(self):
+        tab = self.folder_with("folder/", "a.py", "b.CSV", "c.png", "d.json", "e.md", "f.xyz",
+                               "no ending", "g.ipynb")
+        kinds = tab.page.locator("tbody [data-kind]")
+        self.assertEqual(
+            kinds.evaluate_all("all => all.map(icon => icon.dataset.kind)"),
+            ["directory", "program", "table", "picture", "data", "text", "file", "notebook",
+             "file"])
+        pictures = kinds.evaluate_all("all => all.map(icon => icon.innerHTML)")
+        self.assertEqual(len({*pictures}), 8)
+
+    def test_an_open_notebook_goes_along_when_its_file_is_renamed_and_the_console_stays_empty(self):
+        said = []
+        self.context.on("console", lambda message: message.type == "error"
+                        and said.append(f"{message.text} {message.location['url']}"))
+        tab = self.folder_with("into/", "data.csv", "text.md")
+        (self.place / "book.ipynb").write_bytes(jupyter_bytes(notebook("1")))
+        tab.page.locator("[data-command=new]").click()
+        with self.context.expect_page() as opened:
+            tab.page.locator("[data-command=new-notebook]").first.click()
+        new = Tab(opened.value)
+        new.wait_for(kernel="idle")
+        self.row(tab, "Untitled.ipynb").locator("a").focus()
+        tab.press("F2")
+        tab.page.get_by_label("Name of Untitled.ipynb").fill("new.ipynb")
+        tab.press("Enter")
+        new.page.wait_for_url("**/new.ipynb")
+        self.row(tab, "new.ipynb").locator("a").drag_to(self.row(tab, "into"))
+        new.page.wait_for_url("**/into/new.ipynb")
+        new.write(0, "'moved'")
+        new.save()
+        self.assertIn("moved", (self.place / "into" / "new.ipynb").read_text())
+        with self.context.expect_page():
+            new.command("new-notebook")
+        for name, shown in (("text.md", ".preview, .rendered"), ("data.csv", ".grid"),
+                            ("book.ipynb", "body[data-kernel=idle]")):
+            with self.context.expect_page() as opened:
+                self.row(tab, name).locator("a").click()
+            opened.value.locator(shown).first.wait_for()
+        self.reopen(f"{self.place.name}/text.md")
+        for name in ("data.csv", "text.md"):
+            self.row(tab, name).locator("a").focus()
+            tab.press("Delete")
+            tab.choose("Move to trash")
+            self.assertCount(self.row(tab, name), 0)
+        tab.command("welcome")
+        tab.command("welcome")
+        self.assertEqual(said, [])
+
     def test_what_the_trash_does_not_take_is_deleted_after_one_more_question(self):
         tab = self.folder_with("other disk.txt")
         answer = json.dumps({"message": "no", "reason": "no trash"})
@@ -23186,6 +23439,30 @@ class PageComesBack(PageCase):
             execution.execute_reply({ status: 'ok', execution_count: 1 });
         }""")
         self.assertShows(tab.cell(0).locator(".timer"), "5.0 s")
+
+    def test_how_long_cells_ran_and_when_is_there_after_a_reload_and_not_in_the_file(self):
+        tab = self.open("import time; time.sleep(0.4)", "2")
+        tab.command("run-all")
+        tab.wait_until_done()
+        clocks = "[...document.querySelectorAll('.timer')].map(t => [t.textContent, t.title])"
+        told = tab.page.evaluate(clocks)
+        self.assertRegex(told[0][0], r"^0\.[4-9] s$")
+        self.assertRegex(told[0][1], r"^Ended .*\d\d")
+        tab.write(1, "3")
+        tab.save()
+        tab.page.reload()
+        tab.wait_for(kernel="idle")
+        self.assertEqual(tab.page.evaluate(clocks), told)
+        self.assertNotIn("execution", self.saved()["cells"][0]["metadata"])
+
+    def test_times_that_the_file_has_are_shown(self):
+        nb = notebook("1")
+        nb["cells"][0].update(execution_count=3, metadata={"execution": {
+            "iopub.status.busy": "2020-01-01T00:00:00Z",
+            "iopub.status.idle": "2020-01-01T00:01:02.5Z"}})
+        (self.root / self.name).write_bytes(jupyter_bytes(nb))
+        tab = self.reopen(self.name)
+        self.assertShows(tab.cell(0).locator(".timer"), "1 min 2 s")
 
     def test_what_ended_while_no_tab_was_open_is_there_and_only_once(self):
         tab = self.open("import time; time.sleep(0.3); print('was', 'there')\n1 / 0", "print('no')")
@@ -23611,6 +23888,56 @@ class PageReadsFiles(PageCase):
         self.assertTrue(tab.page.locator(".grid").evaluate(
             "grid => grid === document.activeElement"))
 
+    def test_a_column_is_dragged_wider_and_fitted_and_stays_so(self):
+        (self.root / "wide.csv").write_text("text,n\n" + "".join(
+            f"{'word ' * 20}{n},{n}\n" for n in range(900)))
+        tab = self.visit("/table/wide.csv")
+        self.assertShows(tab.page.locator(".grid-row").first, "word")
+        grid = tab.page.locator(".grid")
+
+        def width(column=0):
+            """The same in the head and in each row."""
+            (found,) = {*grid.locator(f"[data-column='{column}']").evaluate_all(
+                "all => all.map(node => node.getBoundingClientRect().width)")}
+            return found
+
+        before, other = width(), width(1)
+        edge = grid.locator("[data-column='0'] .grid-edge")
+        box = edge.bounding_box()
+        tab.page.mouse.move(box["x"] + 4, box["y"] + 9)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + 60, box["y"] + 40)
+        tab.page.mouse.move(box["x"] + 104, box["y"] + 40)
+        tab.page.mouse.up()
+        self.assertAlmostEqual(tab.at_rest("view.grid.widths[0]"), before + 100, delta=1)
+        self.assertAlmostEqual(width(), before + 100, delta=1)
+        self.assertEqual((width(1), tab.page.evaluate("view.grid.sort")), (other, None))
+        edge.dblclick()
+        tab.at_rest("view.grid.widths[0]")
+        cell = grid.locator(".grid-row [data-column='0']").first
+        self.assertTrue(cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"))
+        self.assertGreater(width(), before + 100)
+        self.assertIsNone(tab.page.evaluate("view.grid.sort"))
+        fitted = width()
+        grid.locator("[data-column='1']").first.click()
+        self.assertShows(grid.locator(".grid-head"), "↑")
+        self.assertShows(grid.locator(".grid-row").first, "word 0")
+        self.assertEqual(width(), fitted)
+        cell.click()
+        tab.press("Shift+ArrowLeft")
+        tab.at_rest("view.grid.widths[0]")
+        self.assertEqual(width(), fitted - 20)
+
+    def test_columns_far_to_the_right_are_as_wide_as_their_texts(self):
+        (self.root / "many.csv").write_text(",".join(f"c{n}" for n in range(100)) + "\n"
+                                            + ",".join(["a rather long text"] * 100) + "\n")
+        tab = self.visit("/table/many.csv")
+        tab.page.locator(".grid").focus()
+        tab.press("End")
+        cell = tab.page.locator(".grid-row [data-column='99']", has_text="long text")
+        cell.wait_for()
+        self.assertTrue(cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth"))
+
     def test_the_numbers_of_rows_are_whole_when_the_file_grows_under_them(self):
         (self.root / "grows.csv").write_text("n,text\n" + "".join(
             f"{n},{'x' * 60}\n" for n in range(1_200_000)))
@@ -24021,8 +24348,11 @@ class PageUnderTheHood(PageCase):
         tab = self.look("1", "2")
         self.run_cell(tab, 0)
         tab.page.locator("#ladder").focus()
-        tab.press("ArrowDown", "ArrowDown")
         chosen = tab.page.locator("#ladder-rows [aria-selected=true]")
+        for steps in range(1, 5):      # what came late of the start may stand above it
+            tab.press("ArrowDown")
+            if "execute_request" in chosen.inner_text() and steps > 1:
+                break
         self.assertShows(chosen, "execute_request")
         self.assertShows(tab.page.locator("#hood-detail"), "The server sends it on")
         tab.press("x", "b", "End")
@@ -24834,6 +25164,27 @@ class PageWidgets(DrawnPage):
         page, _ = nbconvert.HTMLExporter().from_filename(str(self.root / self.name))
         self.assertIn("IntSliderModel", page)
         self.problems.clear()      # two bytes are no picture
+
+    def test_a_slider_that_is_moved_marks_the_notebook_unsaved_and_one_that_moves_does_not(self):
+        tab = self.open("from ipywidgets import *\nslider = IntSlider(7)\nslider",
+                        "import threading\nmoves = threading.Event()\n"
+                        "threading.Thread(target=lambda: moves.wait() and "
+                        "setattr(slider, 'value', 20)).start()")
+        tab.command("run-all")
+        tab.wait_until_done()
+        tab.save()
+        slider = self.widget(tab, "IntSlider").locator("[type=range]")
+        slider.focus()
+        tab.press("ArrowRight")
+        tab.wait_for(saved="false")
+        tab.save()
+        kept = self.saved()["metadata"]["widgets"]["application/vnd.jupyter.widget-state+json"]
+        self.assertEqual([model["state"]["value"] for model in kept["state"].values()
+                          if model["model_name"] == "IntSliderModel"], [8])
+        tab.page.evaluate("""() => view.kernel.send('shell', 'execute_request',
+            { code: 'moves.set()', silent: true })""")
+        self.assertValue(slider, "20")
+        self.assertTrue(tab.page.evaluate("view.file.isSaved"))
 
 
 SCHEMA = NODE / "@jupyter-widgets" / "schema" / "jupyterwidgetmodels.latest.json"
