@@ -17573,7 +17573,7 @@ class PageFiles(PageCase):
         (self.root / "long.txt").write_text("line\n" * 500)
         tab = self.visit("/edit/long.txt")
         tab.page.wait_for_selector("textarea.editor:focus")
-        self.assertEqual(tab.page.evaluate("scrollY"), 0)
+        self.assertEqual(tab.page.evaluate("[scrollY, view.editor.caret]"), [0, 0])
 
     def test_shift_and_a_click_check_all_files_between(self):
         for name in "abcd":
