@@ -20142,6 +20142,23 @@ class PageManages(PageCase):
         self.assertEqual(tab.page.evaluate("navigator.clipboard.readText()"), "red\n\n42")
 
 
+# A browser whose database is opened when the test says so
+SLOW_STORE = """(() => {
+    const { open } = IDBFactory.prototype;
+    IDBFactory.prototype.open = function (...parts) {
+        const late = {};
+        window.answer = () => {
+            const real = open.apply(this, parts);
+            real.onsuccess = () => {
+                late.result = real.result;
+                late.onsuccess();
+            };
+        };
+        return late;
+    };
+})()"""
+
+
 class PageLosesNothing(PageCase):
     """Crashes, other writers, other tabs, and a server that goes away."""
 
@@ -20186,11 +20203,51 @@ class PageLosesNothing(PageCase):
         self.assertCount(tab.page.locator("dialog"), 0)
 
     def test_a_draft_that_is_neither_restored_nor_discarded_is_offered_again(self):
+        """However much is written and saved meanwhile."""
         tab = self.crashed()
         tab.choose("Cancel")
         tab.wait_for(kernel="idle")
+        tab.write(0, "written since")
+        tab.save()
+        self.wait_for_draft(tab, is_there=False)
+        tab.page.get_by_role("button", name="Compare…").click()
+        self.assertShows(tab.page.locator("dialog del"), "- written since")
+        self.assertShows(tab.page.locator("dialog ins"), "+ typed before the crash")
+        tab.choose("Restore them")
+        wait_until(lambda: self.saved_sources() == ["typed before the crash"])
         tab.page.reload()
-        self.assertShows(tab.page.locator("dialog ins"), "typed before the crash")
+        tab.wait_for(kernel="idle")
+        self.assertCount(tab.page.locator("dialog, .notice"), 0)
+
+    def test_what_is_typed_until_a_page_is_left_is_in_the_draft(self):
+        tab = self.open("saved")
+        tab.write(0, "first")
+        self.wait_for_draft(tab)
+        self.refuse_saves()
+        tab.page.on("dialog", lambda dialog: dialog.accept())
+        tab.page.keyboard.type(" and last")
+        tab.page.reload()
+        self.context.unroute_all()
+        self.problems.clear()      # the browser may note a save that failed
+        self.assertShows(tab.page.locator("dialog ins"), "+ first and last")
+
+    def test_a_store_of_drafts_that_is_slow_keeps_no_file_from_being_shown(self):
+        self.use_own_profile()
+        self.context.clock.install()
+        tab = self.open("saved")
+        self.refuse_saves()
+        tab.write(0, "typed before")
+        self.wait_for_draft(tab)
+        tab.page.close()
+        self.context.unroute_all()
+        self.problems.clear()
+        self.context.add_init_script(SLOW_STORE)
+        tab = self.visit("/notebooks/" + quote(self.name))
+        tab.page.wait_for_function("() => window.answer")
+        tab.page.clock.fast_forward(5_000)
+        self.assertShows(tab.cell(0).locator(".code"), "saved")
+        tab.page.evaluate("() => answer()")
+        self.assertShows(tab.page.locator(".notice"), "What was not saved before is kept")
 
     def test_outputs_alone_come_back_without_a_question(self):
         self.use_own_profile()
