@@ -23922,6 +23922,15 @@ class PageReadsFiles(PageCase):
         table.page.get_by_role("link", name="Edit").click()
         self.assertShows(table.page.locator(".plain .code"), 'name;n')
 
+    def test_a_click_on_a_head_counts_although_the_head_is_drawn_anew_meanwhile(self):
+        (self.root / "two.csv").write_text("n\n1\n2\n")
+        tab = self.visit("/table/two.csv")
+        tab.page.locator(".grid-head [data-column='0']").hover()
+        tab.page.mouse.down()
+        tab.page.evaluate("() => { view.grid.lastColumns = ''; view.grid.draw(); }")
+        tab.page.mouse.up()
+        self.assertShows(tab.page.locator(".grid-head"), "↑")
+
     def test_a_filter_on_a_table_shows_the_rows_with_a_text_and_ctrl_f_goes_to_it(self):
         (self.root / "cities.csv").write_text("city,n\n" + "".join(
             f"{city} {n},{n}\n" for n in range(9000) for city in ("Oslo", "Rome")))
