@@ -20742,6 +20742,17 @@ class PageForEveryone(PageCase):
         tab.run(1)
         self.assertShows(spoken, "Cell [2] failed: ZeroDivisionError: division by zero")
 
+    def test_screen_readers_hear_which_cell_failed_and_how_many_have_not_run(self):
+        tab = self.open("'one'", "raise ValueError('stop here')", "'three'", "input('old')")
+        tab.run(2)
+        tab.command("run-all")
+        spoken = tab.page.locator("#spoken")
+        self.assertShows(spoken, "failed: ValueError: stop here. 2 cells have not run.")
+        tab.write(3, "'four'")
+        tab.write(1, "2")
+        tab.command("run-all")
+        self.assertShows(spoken, "Cell [7] done: 'four'")
+
     def test_on_a_tablet_or_a_phone_nothing_is_wider_than_the_screen(self):
         tab = self.open("x = 'a' * 300; print(x)  # " + "long " * 40, "1")
         for width in (960, 768):
