@@ -23505,15 +23505,18 @@ class PageComesBack(PageCase):
         tab.page.get_by_role("button", name="Try now").click()
         self.assertShows(notices, "in a second tab: this one then goes on by itself.")
         self.assertCount(tab.page.locator(".notice"), 1)
+        tab.command("run-all")
         self.visit(f"/tree?token={self.server.token}")
-        tab.page.evaluate("dispatchEvent(new Event('focus'))")
-        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone.")
+        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone. "
+                                  "It has not run a cell that waited.")
         self.assertCount(tab.page.locator(".notice"), 1)
-        tab.page.get_by_role("button", name="Start a kernel").click()
-        tab.wait_for(kernel="idle")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["2 + 2"])
+        tab.page.get_by_role("button", name="Start a kernel and run them").click()
+        self.assertShows(tab.outputs(0), "4")
+        tab.wait_until_done()
         self.assertCount(tab.page.locator(".notice"), 0)
         tab.save()
-        self.assertEqual(self.saved_sources(), ["2 + 2"])
         self.problems.clear()      # the browser notes each request that failed
 
     def test_a_question_waits_for_a_page_that_comes_back(self):
