@@ -18352,25 +18352,43 @@ class PageForBeginners(PageCase):
         tab = self.restarted("x = 1", "print('alone')", "import no_such_thing", "print(y)",
                              "x + 0")
         gone = tab.page.locator(".gone")
-        for i in (1, 2, 3):      # runs well; fails of itself; wants what no cell brings
+        tab.write(1, "input()")
+        tab.select(1)
+        tab.press("Control+Enter")
+        tab.page.locator("form.stdin input").wait_for()
+        self.assertCount(gone, 0)
+        tab.press("Enter")
+        tab.wait_until_done()
+        for i in (2, 3):      # fails of itself; wants what no cell brings
             tab.run(i)
             self.assertCount(gone, 0)
         tab.run(4)
         self.assertShows(tab.cell(4).locator(".gone"), "Variables are gone")
 
     def test_running_the_cells_above_again_tells_where_it_stopped(self):
-        tab = self.restarted("# leaves", "first = 1", "second = 2", "third = 3", "second")
-        tab.write(0, "exit()")      # is not run again
+        tab = self.open("# leaves", "first = 1", "second = 2", "third = 3", "second",
+                        "second = 2; import time; time.sleep(99)", "second")
+        tab.select(5)
+        tab.press("Control+Enter")
+        tab.page.wait_for_function("() => view.cells[5].execution.count")
+        tab.command("interrupt")      # so this one is not run again
+        tab.wait_until_done()
+        for i in range(5):
+            tab.run(i)
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.write(0, "exit()")      # nor is this one
         tab.write(1, "first = 1 / 0")
-        tab.run(4)
+        tab.run(6)
         tab.page.get_by_role("button", name="Run them").click()
-        gone = tab.cell(4).locator(".gone")
-        self.assertShows(gone, "It stopped at cell [2], which failed. 2 cells have not run.")
+        gone = tab.cell(6).locator(".gone")
+        self.assertShows(gone, "It stopped at cell [2], which failed. 3 cells have not run.")
         tab.run(1, "first = 1")
         self.assertShows(gone, "Variables are gone")
         gone.get_by_role("button").click()
         self.assertCount(gone, 0)
-        self.assertEqual(tab.states()[:4], ["idle"] * 4)
+        self.assertEqual(tab.states()[:5], ["idle"] * 5)
 
     def test_a_death_is_an_error_of_its_cell_and_in_the_file(self):
         tab = self.open("import os\nos._exit(3)")
