@@ -19001,6 +19001,20 @@ class PageAsksTheKernel(PageCase):
         tab.press("Escape")
         self.assertFalse(pager.is_visible())
 
+    def test_the_pager_closes_when_another_cell_is_run_unless_somebody_reads_it(self):
+        tab = self.open("len?", "1")
+        pager = tab.page.locator("#pager")
+        tab.run(0)
+        pager.wait_for()
+        tab.page.locator("#pager-text").hover()
+        tab.run(1)
+        self.assertTrue(pager.is_visible())
+        tab.page.locator("#title").hover()
+        tab.run(0)
+        self.assertTrue(pager.is_visible())
+        tab.run(1)
+        self.assertFalse(pager.is_visible())
+
     def test_the_pager_grows_with_the_arrow_keys_on_its_edge(self):
         tab = self.open("print?")
         tab.run(0)
