@@ -22337,9 +22337,43 @@ class PageMoves(PageCase):
         self.assertShows(count, "2")
         tab.page.get_by_label(".*").check()
         tab.page.locator("#find-text").fill("^app|(")
-        self.assertShows(count, "No whole pattern")
+        self.assertShows(count, "Not a valid pattern")
         tab.page.locator("#find-text").fill("^app")
         self.assertShows(count, "1")
+
+    def test_find_knows_whole_words_and_the_cells_that_were_selected(self):
+        tab = self.mixed("cat concat café", "cat cats", "cat")
+        count = self.find(tab, "ca")
+        self.assertShows(count, "6")
+        self.assertFalse(tab.page.locator("#find-selected").is_visible())
+        tab.page.get_by_label("word").check()
+        self.assertShows(count, "None")
+        tab.page.locator("#find-text").fill("caf")
+        self.assertShows(count, "None")
+        tab.page.locator("#find-text").fill("cat")
+        self.assertShows(count, "3")
+        tab.press("Escape")
+        tab.select(1)
+        tab.press("Shift+ArrowDown", "f")
+        self.assertShows(count, "2")
+        tab.press("Enter", "Enter")
+        self.assertShows(count, "2 of 2")
+        tab.page.get_by_label("Replace with").fill("dog")
+        tab.page.get_by_role("button", name="Replace all").click()
+        self.assertEqual(tab.sources(), ["cat concat café", "dog cats", "dog"])
+        tab.page.get_by_label("in 2 cells").uncheck()
+        self.assertShows(count, "1")
+
+    def test_enter_replaces_a_hit_and_goes_on_to_the_next(self):
+        tab = self.mixed("a a", "a")
+        count = self.find(tab, "a")
+        self.assertShows(count, "3")
+        tab.page.get_by_label("Replace with").fill("b")
+        for sources in (["a a", "a"], ["b a", "a"], ["b b", "a"]):
+            tab.press("Enter")      # the first one goes to the first hit
+            self.assertEqual(tab.sources(), sources)
+        tab.press("Shift+Enter")
+        self.assertEqual(tab.sources(), ["b b", "a"])
 
     def test_replace_one_is_undone_in_its_cell(self):
         tab = self.mixed("a1 a2", "a3")
