@@ -23945,6 +23945,18 @@ class PageReadsFiles(PageCase):
         table.page.get_by_role("link", name="Edit").click()
         self.assertShows(table.page.locator(".plain .code"), 'name;n')
 
+    def test_a_table_has_the_focus_fits_into_the_window_and_can_be_downloaded(self):
+        (self.root / "far.csv").write_text("n\n" + "".join(f"{n}\n" for n in range(3000)))
+        tab = self.visit("/table/far.csv")
+        self.assertShows(tab.page.locator(".grid-row").first, "0")
+        tab.press("Control+End")
+        self.assertShows(tab.page.locator(".grid-row").last, "2999")
+        self.assertEqual(*tab.page.evaluate("[document.documentElement.scrollHeight, innerHeight]"))
+        with tab.page.expect_download() as got:
+            tab.page.get_by_role("link", name="Download").click()
+        self.assertEqual((got.value.suggested_filename, Path(got.value.path()).read_bytes()),
+                         ("far.csv", (self.root / "far.csv").read_bytes()))
+
     def test_a_filter_on_a_table_shows_the_rows_with_a_text_and_ctrl_f_goes_to_it(self):
         (self.root / "cities.csv").write_text("city,n\n" + "".join(
             f"{city} {n},{n}\n" for n in range(9000) for city in ("Oslo", "Rome")))
