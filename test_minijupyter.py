@@ -19925,6 +19925,20 @@ class PageKeys(PageCase):
                          "close-section open-section | hide-code collapse-output "
                          "scroll-output | hood theme width settings")
         self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
+        self.assertEqual(menus[5], "Kernel interrupt restart restart-run-all | restart-run-above "
+                         "restart-clear unqueue | change-kernel shut-down | connect-client "
+                         "toggle-strip | connect-cluster")
+
+    def test_hints_tell_what_the_names_of_commands_do_not(self):
+        tab = self.open("")
+        for place in ("#toolbar", "#menu-view"):
+            hint = tab.page.locator(f"{place} [data-command=hood]").get_attribute("title")
+            self.assertIn("Watch the messages", hint)
+        tab.select(0)
+        tab.press("p")
+        tab.page.keyboard.type("install")
+        answer = tab.page.locator(".palette ul[data-none^='Run %pip']")
+        self.assertTrue(answer.evaluate("list => list.scrollHeight <= list.clientHeight"))
 
     def test_match_case_and_type_are_keywords_where_nothing_else_is_meant(self):
         page = self.open("").page
