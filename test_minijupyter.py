@@ -23600,7 +23600,7 @@ class PageComesBack(PageCase):
         self.assertCount(tab.page.locator(".notice"), 1)
         tab.wait_for(saved="true")
         self.assertEqual(self.saved_sources(), ["2 + 2"])
-        tab.page.get_by_role("button", name="Start a kernel and run them").click()
+        tab.page.get_by_role("button", name="Start a kernel and run it").click()
         self.assertShows(tab.outputs(0), "4")
         tab.wait_until_done()
         self.assertCount(tab.page.locator(".notice"), 0)
