@@ -18352,25 +18352,43 @@ class PageForBeginners(PageCase):
         tab = self.restarted("x = 1", "print('alone')", "import no_such_thing", "print(y)",
                              "x + 0")
         gone = tab.page.locator(".gone")
-        for i in (1, 2, 3):      # runs well; fails of itself; wants what no cell brings
+        tab.write(1, "input()")
+        tab.select(1)
+        tab.press("Control+Enter")
+        tab.page.locator("form.stdin input").wait_for()
+        self.assertCount(gone, 0)
+        tab.press("Enter")
+        tab.wait_until_done()
+        for i in (2, 3):      # fails of itself; wants what no cell brings
             tab.run(i)
             self.assertCount(gone, 0)
         tab.run(4)
         self.assertShows(tab.cell(4).locator(".gone"), "Variables are gone")
 
     def test_running_the_cells_above_again_tells_where_it_stopped(self):
-        tab = self.restarted("# leaves", "first = 1", "second = 2", "third = 3", "second")
-        tab.write(0, "exit()")      # is not run again
+        tab = self.open("# leaves", "first = 1", "second = 2", "third = 3", "second",
+                        "second = 2; import time; time.sleep(99)", "second")
+        tab.select(5)
+        tab.press("Control+Enter")
+        tab.page.wait_for_function("() => view.cells[5].execution.count")
+        tab.command("interrupt")      # so this one is not run again
+        tab.wait_until_done()
+        for i in range(5):
+            tab.run(i)
+        tab.command("restart")
+        tab.choose("Restart")
+        tab.wait_for(kernel="idle")
+        tab.write(0, "exit()")      # nor is this one
         tab.write(1, "first = 1 / 0")
-        tab.run(4)
+        tab.run(6)
         tab.page.get_by_role("button", name="Run them").click()
-        gone = tab.cell(4).locator(".gone")
-        self.assertShows(gone, "It stopped at cell [2], which failed. 2 cells have not run.")
+        gone = tab.cell(6).locator(".gone")
+        self.assertShows(gone, "It stopped at cell [2], which failed. 3 cells have not run.")
         tab.run(1, "first = 1")
         self.assertShows(gone, "Variables are gone")
         gone.get_by_role("button").click()
         self.assertCount(gone, 0)
-        self.assertEqual(tab.states()[:4], ["idle"] * 4)
+        self.assertEqual(tab.states()[:5], ["idle"] * 5)
 
     def test_a_death_is_an_error_of_its_cell_and_in_the_file(self):
         tab = self.open("import os\nos._exit(3)")
@@ -18983,6 +19001,20 @@ class PageAsksTheKernel(PageCase):
         tab.press("Escape")
         self.assertFalse(pager.is_visible())
 
+    def test_the_pager_closes_when_another_cell_is_run_unless_somebody_reads_it(self):
+        tab = self.open("len?", "1")
+        pager = tab.page.locator("#pager")
+        tab.run(0)
+        pager.wait_for()
+        tab.page.locator("#pager-text").hover()
+        tab.run(1)
+        self.assertTrue(pager.is_visible())
+        tab.page.locator("#title").hover()
+        tab.run(0)
+        self.assertTrue(pager.is_visible())
+        tab.run(1)
+        self.assertFalse(pager.is_visible())
+
     def test_the_pager_grows_with_the_arrow_keys_on_its_edge(self):
         tab = self.open("print?")
         tab.run(0)
@@ -19137,6 +19169,8 @@ COMMAND_KEYS = [
     ("Shift+ArrowDown c ArrowUp ArrowUp v", ["a", "b", "c", "b", "c"]),
     ("Shift+K x", ["c"]),
     ("Shift+J d d", ["a"]),
+    ("j Shift+Home d d", [""]),
+    ("k Shift+End x", [""]),
     ("Control+a d d", [""]),
     ("d d z", ["a", "b", "c"]),
     ("d d z Shift+Z", ["a", "c"]),
@@ -19178,6 +19212,12 @@ EDIT_KEYS = [
     ("a\nb|b\nc", "Alt+ArrowUp", "b|b\na\nc"),
     ("a|\nb|\nc", "Alt+ArrowDown", "c\na|\nb|"),
     ("a\nb|", "Alt+ArrowDown", "a\nb|"),
+    ("a\nb|b\nc", "Shift+Alt+ArrowDown", "a\nbb\nb|b\nc"),
+    ("|a\nb|", "Shift+Alt+ArrowUp", "|a\nb|\na\nb"),
+    ("one\ntw|o\nthree", "Control+Shift+K", "one\n|three"),
+    ("f|(g(1), ')')", "Control+Shift+Backslash", "f(g(1), ')')|"),
+    ("f(g(1), ')')|", "Control+Shift+Backslash", "f(|g(1), ')')"),
+    ("a|b", "Control+Shift+Backslash", "a|b"),
     ("a\n  b c|", "Home", "a\n  |b c"),
     ("a\n  |b c", "Home", "a\n|  b c"),
     ("  a|", "Shift+Home", "  |a|"),
@@ -19885,6 +19925,20 @@ class PageKeys(PageCase):
                          "close-section open-section | hide-code collapse-output "
                          "scroll-output | hood theme width settings")
         self.assertTrue(menus[1].endswith("merge | metadata notebook-metadata | find"))
+        self.assertEqual(menus[5], "Kernel interrupt restart restart-run-all | restart-run-above "
+                         "restart-clear unqueue | change-kernel shut-down | connect-client "
+                         "toggle-strip | connect-cluster")
+
+    def test_hints_tell_what_the_names_of_commands_do_not(self):
+        tab = self.open("")
+        for place in ("#toolbar", "#menu-view"):
+            hint = tab.page.locator(f"{place} [data-command=hood]").get_attribute("title")
+            self.assertIn("Watch the messages", hint)
+        tab.select(0)
+        tab.press("p")
+        tab.page.keyboard.type("install")
+        answer = tab.page.locator(".palette ul[data-none^='Run %pip']")
+        self.assertTrue(answer.evaluate("list => list.scrollHeight <= list.clientHeight"))
 
     def test_match_case_and_type_are_keywords_where_nothing_else_is_meant(self):
         page = self.open("").page
@@ -20798,6 +20852,17 @@ class PageForEveryone(PageCase):
         self.assertShows(spoken, "Cell [1] done: all is well")
         tab.run(1)
         self.assertShows(spoken, "Cell [2] failed: ZeroDivisionError: division by zero")
+
+    def test_screen_readers_hear_which_cell_failed_and_how_many_have_not_run(self):
+        tab = self.open("'one'", "raise ValueError('stop here')", "'three'", "input('old')")
+        tab.run(2)
+        tab.command("run-all")
+        spoken = tab.page.locator("#spoken")
+        self.assertShows(spoken, "failed: ValueError: stop here. 2 cells have not run.")
+        tab.write(3, "'four'")
+        tab.write(1, "2")
+        tab.command("run-all")
+        self.assertShows(spoken, "Cell [7] done: 'four'")
 
     def test_on_a_tablet_or_a_phone_nothing_is_wider_than_the_screen(self):
         tab = self.open("x = 'a' * 300; print(x)  # " + "long " * 40, "1")
@@ -22351,9 +22416,43 @@ class PageMoves(PageCase):
         self.assertShows(count, "2")
         tab.page.get_by_label(".*").check()
         tab.page.locator("#find-text").fill("^app|(")
-        self.assertShows(count, "No whole pattern")
+        self.assertShows(count, "Not a valid pattern")
         tab.page.locator("#find-text").fill("^app")
         self.assertShows(count, "1")
+
+    def test_find_knows_whole_words_and_the_cells_that_were_selected(self):
+        tab = self.mixed("cat concat café", "cat cats", "cat")
+        count = self.find(tab, "ca")
+        self.assertShows(count, "6")
+        self.assertFalse(tab.page.locator("#find-selected").is_visible())
+        tab.page.get_by_label("word").check()
+        self.assertShows(count, "None")
+        tab.page.locator("#find-text").fill("caf")
+        self.assertShows(count, "None")
+        tab.page.locator("#find-text").fill("cat")
+        self.assertShows(count, "3")
+        tab.press("Escape")
+        tab.select(1)
+        tab.press("Shift+ArrowDown", "f")
+        self.assertShows(count, "2")
+        tab.press("Enter", "Enter")
+        self.assertShows(count, "2 of 2")
+        tab.page.get_by_label("Replace with").fill("dog")
+        tab.page.get_by_role("button", name="Replace all").click()
+        self.assertEqual(tab.sources(), ["cat concat café", "dog cats", "dog"])
+        tab.page.get_by_label("in 2 cells").uncheck()
+        self.assertShows(count, "1")
+
+    def test_enter_replaces_a_hit_and_goes_on_to_the_next(self):
+        tab = self.mixed("a a", "a")
+        count = self.find(tab, "a")
+        self.assertShows(count, "3")
+        tab.page.get_by_label("Replace with").fill("b")
+        for sources in (["a a", "a"], ["b a", "a"], ["b b", "a"]):
+            tab.press("Enter")      # the first one goes to the first hit
+            self.assertEqual(tab.sources(), sources)
+        tab.press("Shift+Enter")
+        self.assertEqual(tab.sources(), ["b b", "a"])
 
     def test_replace_one_is_undone_in_its_cell(self):
         tab = self.mixed("a1 a2", "a3")
@@ -23551,15 +23650,18 @@ class PageComesBack(PageCase):
         tab.page.get_by_role("button", name="Try now").click()
         self.assertShows(notices, "in a second tab: this one then goes on by itself.")
         self.assertCount(tab.page.locator(".notice"), 1)
+        tab.command("run-all")
         self.visit(f"/tree?token={self.server.token}")
-        tab.page.evaluate("dispatchEvent(new Event('focus'))")
-        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone.")
+        self.assertShows(notices, "The kernel was stopped with the server; all variables are gone. "
+                                  "It has not run a cell that waited.")
         self.assertCount(tab.page.locator(".notice"), 1)
-        tab.page.get_by_role("button", name="Start a kernel").click()
-        tab.wait_for(kernel="idle")
+        tab.wait_for(saved="true")
+        self.assertEqual(self.saved_sources(), ["2 + 2"])
+        tab.page.get_by_role("button", name="Start a kernel and run it").click()
+        self.assertShows(tab.outputs(0), "4")
+        tab.wait_until_done()
         self.assertCount(tab.page.locator(".notice"), 0)
         tab.save()
-        self.assertEqual(self.saved_sources(), ["2 + 2"])
         self.problems.clear()      # the browser notes each request that failed
 
     def test_a_question_waits_for_a_page_that_comes_back(self):
@@ -23930,6 +24032,18 @@ class PageReadsFiles(PageCase):
         tab.page.evaluate("() => { view.grid.lastColumns = ''; view.grid.draw(); }")
         tab.page.mouse.up()
         self.assertShows(tab.page.locator(".grid-head"), "↑")
+
+    def test_a_table_has_the_focus_fits_into_the_window_and_can_be_downloaded(self):
+        (self.root / "far.csv").write_text("n\n" + "".join(f"{n}\n" for n in range(3000)))
+        tab = self.visit("/table/far.csv")
+        self.assertShows(tab.page.locator(".grid-row").first, "0")
+        tab.press("Control+End")
+        self.assertShows(tab.page.locator(".grid-row").last, "2999")
+        self.assertEqual(*tab.page.evaluate("[document.documentElement.scrollHeight, innerHeight]"))
+        with tab.page.expect_download() as got:
+            tab.page.get_by_role("link", name="Download").click()
+        self.assertEqual((got.value.suggested_filename, Path(got.value.path()).read_bytes()),
+                         ("far.csv", (self.root / "far.csv").read_bytes()))
 
     def test_a_filter_on_a_table_shows_the_rows_with_a_text_and_ctrl_f_goes_to_it(self):
         (self.root / "cities.csv").write_text("city,n\n" + "".join(
