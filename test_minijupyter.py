@@ -21407,12 +21407,45 @@ class PageDownloads(PageCase):
         self.assertShows(page.locator("#main"), "deep")
         self.assertGreater(len(page.pdf()), 10_000)
 
-    def test_the_page_says_why_the_scripts_of_an_output_do_not_run(self):
+    def test_outputs_with_scripts_run_in_frames_of_the_page(self):
         page = self.page("from IPython.display import HTML, Javascript\n"
-                         "HTML('<script>document.title = 1</script>')",
-                         "Javascript('element.append(1)')")
-        for i in (0, 1):
-            self.assertShows(page.locator(".outputs").nth(i), "runs no scripts but its own")
+                         "HTML('<table><tr><td>kept</table><script>document.body.append(6 * 7, "
+                         "eval(`1 + 1`))</script>')", "Javascript('element.append(7 * 8)')")
+        for i, shown in ((0, "kept"), (0, "422"), (1, "56")):
+            self.assertShows(page.frame_locator(".script-frame").nth(i).locator("body"), shown)
+        page.wait_for_function("""() => [...document.querySelectorAll('.script-frame')].every(
+            ({ style }) => parseFloat(style.height) > 10)""")
+
+    def test_a_button_of_an_output_is_heard_though_it_has_a_handler_in_its_tag(self):
+        page = self.page_of(self.html("<button onclick='this.textContent = next()'>more</button>"
+                                      "<script>next = () => 'heard'</script>"))
+        button = page.frame_locator(".script-frame").locator("button")
+        button.click()
+        self.assertShows(button, "heard")
+        self.problems.clear()      # the browser notes the handler that the policy refused
+
+    def test_scripts_of_an_output_reach_no_other_computer_and_not_the_page(self):
+        page = self.page_of(self.html("""<img src="https://far.example/a.png">
+            <script src="https://cdn.example/library.js"></script><script>
+            const said = text => document.body.append(`${text}; `);
+            const { nonce } = document.currentScript;
+            fetch('https://far.example/').catch(() => said('no fetch'));
+            const late = Object.assign(document.createElement('script'),
+              { nonce, src: 'https://far.example/b.js', onerror: () => said('no script') });
+            document.body.append(late);
+            try { parent.document.title = 'owned'; } catch { said('no page'); }
+            said(typeof RTCPeerConnection);
+            </script>"""))
+        body = page.frame_locator(".script-frame").locator("body")
+        for words in ("no fetch", "no script", "no page", "undefined", "cdn.example",
+                      "far.example", "A copy to read asks no other computer"):
+            self.assertShows(body, words)
+        with page.expect_console_message(lambda said: "Framing 'https://far" in said.text):
+            body.evaluate("() => { location = 'https://far.example/left'; }")
+        asked = [text.split()[1] for text in self.problems if text.startswith("asks")]
+        for address in asked:      # the browser notes what the policy has refused, too
+            self.assertTrue(any(f"'{address}' violates" in text for text in self.problems), address)
+        self.problems.clear()
 
 
 class PageOpensPrograms(PageCase):
