@@ -7036,6 +7036,17 @@ class KernelHolds(KernelCase):
 
 class KernelHoldsTheSwitch(Case):
     @needs("IPython")
+    def test_the_cell_that_brings_ipython_and_those_before_have_their_names_in_tracebacks(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        frontend.finish(frontend.start("def f():\n    1/0"))
+        cell = frontend.finish(frontend.start("x = 1\nfrom IPython.display import HTML\nf()"))
+        self.assertEqual(re.findall(r"(?:Cell|File) .*", cell.traceback), [
+            "Cell In[2], line 3", "Cell In[1], line 2, in f()"])
+
+    @needs("IPython")
     def test_an_interrupt_while_ipython_comes_in_leaves_the_next_try_whole(self):
         own = KernelProcess()
         self.addCleanup(own.end)
@@ -18245,6 +18256,21 @@ class PageForBeginners(PageCase):
         self.assertEqual(shown[:3], ["KeyError: 'b'", "Cell In[5], line 2\n      1 x = 1\n"
                                      "----> 2 df['b']", "One frame in pandas"])
         self.assertEqual(len(shown), 4)
+
+    def test_of_a_recursion_without_end_each_frame_and_each_way_is_there_once(self):
+        tab = self.open("def f(n):\n    return f(n + 1)\nf(0)", "def a(n):\n    return b(n)\n"
+                        "def b(n):\n    return a(n)\na(0)", "import IPython")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "more of this frame …… 9")
+        tab.run(2)
+        for i, ends, ways in ((0, "more of this frame …", ["[3] line 3", "[3] line 2"]),
+                              (1, "more of these 2 frames …",
+                               ["[4] line 5", "[4] line 2", "[4] line 4"])):
+            tab.run(i)
+            shown = tab.outputs(i)
+            self.assertShows(shown, ends)
+            self.assertEqual(shown.locator(".note button").all_text_contents(), ways)
+            self.assertLess(shown.bounding_box()["height"], 600)
 
     def test_below_an_error_that_beginners_make_a_quiet_line_says_what_to_do(self):
         number = "input() gives text: int(…) or float(…) makes a number of it."
