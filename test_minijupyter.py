@@ -19801,6 +19801,37 @@ class PageKeys(PageCase):
         self.assertTrue(tab.outputs(0).evaluate(
             "box => box.scrollTop > 0 && box.scrollHeight - box.scrollTop - box.clientHeight < 9"))
 
+    def test_a_folded_box_stands_at_the_head_of_a_high_table_or_else_at_its_end(self):
+        log = "for i in range(300): print(i, 'x' * 150)"
+        table = "from IPython.display import HTML\nHTML('<table>' + '<tr><td>cell</td></tr>' * 99)"
+        tab = self.open(f"{log}\n{table}", log, f"{table}\ndisplay(_)\n1/0".replace(
+            "\nHTML", "\n_ = HTML"))
+        for i, place in enumerate(("topOf('.host')", "end", "end")):
+            tab.run(i)
+            tab.page.wait_for_function(f"""() => {{
+                const {{ outputsNode: box, isPlacing }} = view.cells[{i}];
+                const end = box.scrollHeight - box.clientHeight;
+                const topOf = of => box.scrollTop - 3 + box.querySelector(of)
+                    ?.getBoundingClientRect().top - box.getBoundingClientRect().top;
+                return !isPlacing && end && Math.abs(box.scrollTop - {place}) < 4;
+            }}""")
+
+    def test_a_folded_box_that_is_moved_stays_there_though_more_is_printed(self):
+        tab = self.open("for i in range(200): print(i)\ninput('?')\nfor i in range(200): print(i)")
+        tab.select(0)
+        tab.press("Control+Enter")
+        box = tab.page.locator(".outputs.folded")
+        box.hover()
+        tab.page.wait_for_function("() => isAtEnd(document.querySelector('.outputs.folded'))")
+        tab.page.mouse.wheel(0, -300)
+        tab.page.wait_for_function("() => !isAtEnd(document.querySelector('.outputs.folded'))"
+                                   " && !view.cells[0].isPlacing")
+        place = box.evaluate("box => box.scrollTop")
+        tab.page.locator(".stdin input").press("Enter")
+        tab.wait_until_done()
+        self.assertShows(tab.page.get_by_role("button", name="Show all"), "401 lines")
+        self.assertLess(box.evaluate("box => box.scrollTop"), place + 9)
+
     def test_the_active_cell_stays_in_sight_when_the_output_above_it_grows(self):
         tab = self.open("from IPython.display import HTML\n"
                         "HTML('<p style=\"height: 500px\">' + 'x' * 9)", "")
