@@ -21464,6 +21464,33 @@ class PageDownloads(PageCase):
         self.assertShows(page.locator("#main"), "deep")
         self.assertGreater(len(page.pdf()), 10_000)
 
+    def test_on_paper_no_number_breaks_code_has_no_bar_and_an_empty_cell_is_not_there(self):
+        row = "".join(f"<td>-{i}23.456789</td>" for i in range(30))
+        page = self.page_of(self.html(f"<table>{f'<tr>{row}</tr>' * 9}</table>"),
+                            code("x = 1"), code(" "), markdown("end"))
+        self.assertCount(page.locator(".output table"), 1)
+        page.set_viewport_size({"width": 700, "height": 900})
+        before = page.locator(".output table").evaluate("table => table.offsetHeight")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        self.assertEqual(page.locator(".output table").evaluate("t => t.offsetHeight"), before)
+        page.emulate_media(media="print")
+        broken, beyond, bars = page.evaluate("""() => {
+            const { shadowRoot } = document.querySelector('.output .host');
+            const linesOf = cell => {
+                const range = document.createRange();
+                range.selectNodeContents(cell);
+                return range.getClientRects().length;
+            };
+            const cells = [...shadowRoot.querySelectorAll('td')];
+            return [cells.filter(cell => linesOf(cell) > 1).length,
+                cells.filter(cell => cell.getBoundingClientRect().right > innerWidth).length,
+                [...document.querySelectorAll('.input')].map(
+                    input => getComputedStyle(input).overflow)];
+        }""")
+        self.assertEqual((broken, beyond, set(bars)), (0, 0, {"visible"}))
+        self.assertEqual(page.eval_on_selector_all(
+            ".cell", "all => all.map(cell => cell.checkVisibility())"), [True, True, False, True])
+
     def test_outputs_with_scripts_run_in_frames_of_the_page(self):
         page = self.page("from IPython.display import HTML, Javascript\n"
                          "HTML('<table><tr><td>kept</table><script>document.body.append(6 * 7, "
