@@ -21378,6 +21378,13 @@ class PageDownloads(PageCase):
             self.assertIn("data:image/png", shown.locator(tag).evaluate(
                 "node => getComputedStyle(node).backgroundImage"))
 
+    def test_no_cell_of_the_page_is_selected_before_a_key_or_a_click(self):
+        page = self.page_of(code("a"), code("b"))
+        self.assertCount(page.locator(".cell"), 2)
+        self.assertCount(page.locator(".selected, [aria-selected=true], .cell:focus"), 0)
+        page.keyboard.press("ArrowDown")
+        self.assertCount(page.locator(".cell:nth-child(2).selected"), 1)
+
     def test_the_page_can_be_read_but_not_changed(self):
         page = self.page("text = 1", "2")
         tab = Tab(page)
