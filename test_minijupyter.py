@@ -20125,6 +20125,9 @@ class PageManages(PageCase):
         tab.select(2)
         tab.press("i", "i")
         self.assertShows(tab.cell(1).locator(".timer"), "not run")
+        bottoms = [tab.cell(1).locator(part).evaluate("part => part.getBoundingClientRect().bottom")
+                   for part in (":scope", ".timer")]
+        self.assertGreater(bottoms[0], bottoms[1] + 2)      # the next cell does not cover it
         tab.wait_until_done()
         self.assertShows(tab.outputs(0), "KeyboardInterrupt")
         self.assertEqual(tab.texts()[1:], ["", ""])
@@ -23894,6 +23897,7 @@ class PageVariables(PageCase):
         tab.run(0)
         self.row("rows").click()
         self.assertShows(self.value, "Oslo")
+        self.assertShows(tab.page.locator("#value-about"), "list, 60,000")
         tab.press("Control+f")
         tab.page.locator("#value .row-filter:focus").wait_for()
         tab.page.keyboard.type("rOME")
