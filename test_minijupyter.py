@@ -18913,6 +18913,14 @@ class PageShows(PageCase):
             return top >= place?.top - 1 && top < place.bottom - 100;
         }""")
 
+    @needs("IPython")
+    def test_code_that_ipython_displays_has_its_colours(self):
+        tab = self.open("from IPython.display import Code\nCode('def f(): 1', language='python')")
+        tab.run(0)
+        colours = [tab.outputs(0).locator(part).evaluate("part => getComputedStyle(part).color")
+                   for part in (".k", "pre")]
+        self.assertNotEqual(*colours)
+
     def test_a_long_table_shows_its_head_while_its_cell_runs(self):
         self.assertTableShowsItsHead("")
 
