@@ -4513,6 +4513,11 @@ def output_classes(interpreter):
         def get_code_name(self, raw_code, transformed_code, number):
             return cell_file(number, next(interpreter.serial))
 
+        def format_code_name(self, name):
+            """As tracebacks call a cell, also one that ran before IPython came."""
+            cell = CELL_FILE.match(name)
+            return ("Cell", f"In[{cell[1]}]") if cell else None
+
     class DisplayHook(displayhook.DisplayHook):
         prompt_count = property(lambda self: interpreter.count.get())   # a subshell has its own
         is_showing = False

@@ -9072,10 +9072,45 @@ NOT_FOR_READING = (
 PAGE_SECTIONS = re.compile(r"(?m)^(?=// ---- \d|/\* (?:\d\d [A-Z]|Narrow))")
 NO_READING = re.compile(rf"(?:// ---- \d+\.|/\*) ?(?:\d\d )?(?:{'|'.join(NOT_FOR_READING)})"
                         r"(?:[:;.]| -| \*/)")
-READING_POLICY = (
-    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
-    "media-src data:; font-src data:; base-uri 'none'; form-action 'none'; "
-    "require-trusted-types-for 'script'; trusted-types inert")
+READING_POLICIES = (   # what both allow is allowed: no script from an address, whatever its nonce
+    "default-src 'none'; script-src {scripts} 'nonce-{nonce}' 'unsafe-eval'; style-src "
+    "'unsafe-inline'; img-src data:; media-src data:; font-src data:; base-uri 'none'; "
+    "form-action 'none'; require-trusted-types-for 'script'; trusted-types inert default",
+    "script-src 'unsafe-inline' 'unsafe-eval' data:")
+READING_FRAME = (
+    '<template id="enclosed-frame"><iframe class="script-frame" title="Output with scripts" '
+    'loading="lazy" sandbox="allow-scripts" srcdoc="{page}"></iframe></template>\n')
+# Goes before FRAME's script. `prepare` runs in the output's page, before anything else there.
+FRAME_IN_COPY = """<!doctype html><script>
+{      // so that the output's scripts find no names of ours
+globalThis.trustedTypes?.createPolicy('default', {
+  createHTML: text => text, createScript: text => text, createScriptURL: text => text });
+const prepare = () => {
+  delete globalThis.RTCPeerConnection;      // the one way out that no policy closes
+  const hosts = new Set(), note = document.createElement('p');
+  note.style = 'margin: 0 0 .5em; color: #666';
+  addEventListener('securitypolicyviolation', ({ blockedURI }) => {
+    if (!/^https?:/.test(blockedURI)) return;
+    hosts.add(new URL(blockedURI).host);
+    note.textContent = `This output needs ${[...hosts].join(', ')}. A copy to read asks no other `
+      + 'computer: the output is complete where the notebook is opened.';
+    document.body?.prepend(note);
+  });
+  addEventListener('DOMContentLoaded', () => {
+    if (hosts.size) document.body.prepend(note);
+    // A policy with a nonce refuses handlers in attributes; `new Function` makes them anew.
+    for (const element of document.querySelectorAll('*'))
+      for (const { name, value } of element.attributes)
+        if (/^on/.test(name)) element[name] = new Function('event', value);
+  });
+};
+const { nonce } = document.currentScript;
+addEventListener('message', ({ data }) => {
+  data.html = `<script nonce="${nonce}">(${prepare})()</` + 'script>'
+    + data.html.replace(/<script(?=[\\s>])/gi, `$& nonce="${nonce}"`);
+});
+}
+</script>"""
 
 
 class Export:
@@ -9353,9 +9388,10 @@ def export_html(notebook, path, contents=None, with_code=True):
 
 
 def page_with(export):
-    """The page, {path, content, files} in it. Its policy travels with it: its scripts by their
-    hashes, and no address but data: URLs. `<` is escaped, so that no text of the notebook can end
-    the element that it is in."""
+    """The page, {path, content, files} in it, and the frame in which an output with scripts runs.
+    Its policies travel with it, and a frame inherits them: no address but data: URLs, and no script
+    but the page's, by their hashes, and those with a nonce. Only a script of the frame knows the
+    nonce. `<` is escaped, so that no text of the notebook can end the element that it is in."""
     files = {path: f"data:{kind};base64,{base64.b64encode(data).decode()}"
              for path, (kind, data) in export.pictures().items()}
     enclosed = to_json({"path": export.path, "files": files,
@@ -9364,11 +9400,14 @@ def page_with(export):
     scripts = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.S)
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
                       for script in scripts)
-    policy = READING_POLICY.format(scripts=hashes).encode()
-    meta = b'<meta http-equiv="Content-Security-Policy" content="%b">\n<title>' % policy
-    notebook = b'<script type="application/json" id="enclosed">%b</script>\n<div id="no-start"'
-    return page.replace(b"<title>", meta, 1).replace(
-        b'<div id="no-start"', notebook % enclosed.replace(b"<", rb"\u003c"), 1)
+    nonce = secrets.token_urlsafe(16)
+    metas = "".join(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+                    for policy in READING_POLICIES).format(scripts=hashes, nonce=nonce).encode()
+    frame = (FRAME_IN_COPY + FRAME.decode()).replace("<script>", f'<script nonce="{nonce}">')
+    notebook = b'<script type="application/json" id="enclosed">%b</script>\n%b<div id="no-start"'
+    return page.replace(b"<title>", metas + b"<title>", 1).replace(
+        b'<div id="no-start"', notebook % (enclosed.replace(b"<", rb"\u003c"),
+            READING_FRAME.format(page=html.escape(frame)).encode()), 1)
 
 
 def reading_page():

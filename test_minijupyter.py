@@ -7036,6 +7036,17 @@ class KernelHolds(KernelCase):
 
 class KernelHoldsTheSwitch(Case):
     @needs("IPython")
+    def test_the_cell_that_brings_ipython_and_those_before_have_their_names_in_tracebacks(self):
+        own = KernelProcess()
+        self.addCleanup(own.end)
+        frontend = own.connect()
+        self.addCleanup(frontend.wire.close)
+        frontend.finish(frontend.start("def f():\n    1/0"))
+        cell = frontend.finish(frontend.start("x = 1\nfrom IPython.display import HTML\nf()"))
+        self.assertEqual(re.findall(r"(?:Cell|File) .*", cell.traceback), [
+            "Cell In[2], line 3", "Cell In[1], line 2, in f()"])
+
+    @needs("IPython")
     def test_an_interrupt_while_ipython_comes_in_leaves_the_next_try_whole(self):
         own = KernelProcess()
         self.addCleanup(own.end)
@@ -18246,6 +18257,21 @@ class PageForBeginners(PageCase):
                                      "----> 2 df['b']", "One frame in pandas"])
         self.assertEqual(len(shown), 4)
 
+    def test_of_a_recursion_without_end_each_frame_and_each_way_is_there_once(self):
+        tab = self.open("def f(n):\n    return f(n + 1)\nf(0)", "def a(n):\n    return b(n)\n"
+                        "def b(n):\n    return a(n)\na(0)", "import IPython")
+        tab.run(0)
+        self.assertShows(tab.outputs(0), "more of this frame …… 9")
+        tab.run(2)
+        for i, ends, ways in ((0, "more of this frame …", ["[3] line 3", "[3] line 2"]),
+                              (1, "more of these 2 frames …",
+                               ["[4] line 5", "[4] line 2", "[4] line 4"])):
+            tab.run(i)
+            shown = tab.outputs(i)
+            self.assertShows(shown, ends)
+            self.assertEqual(shown.locator(".note button").all_text_contents(), ways)
+            self.assertLess(shown.bounding_box()["height"], 600)
+
     def test_below_an_error_that_beginners_make_a_quiet_line_says_what_to_do(self):
         number = "input() gives text: int(…) or float(…) makes a number of it."
         own = "A cell has given the name list another meaning."
@@ -18904,6 +18930,14 @@ class PageShows(PageCase):
             const place = box?.getBoundingClientRect();
             return top >= place?.top - 1 && top < place.bottom - 100;
         }""")
+
+    @needs("IPython")
+    def test_code_that_ipython_displays_has_its_colours(self):
+        tab = self.open("from IPython.display import Code\nCode('def f(): 1', language='python')")
+        tab.run(0)
+        colours = [tab.outputs(0).locator(part).evaluate("part => getComputedStyle(part).color")
+                   for part in (".k", "pre")]
+        self.assertNotEqual(*colours)
 
     def test_a_long_table_shows_its_head_while_its_cell_runs(self):
         self.assertTableShowsItsHead("")
@@ -19815,6 +19849,37 @@ class PageKeys(PageCase):
         self.assertTrue(tab.outputs(0).evaluate(
             "box => box.scrollTop > 0 && box.scrollHeight - box.scrollTop - box.clientHeight < 9"))
 
+    def test_a_folded_box_stands_at_the_head_of_a_high_table_or_else_at_its_end(self):
+        log = "for i in range(300): print(i, 'x' * 150)"
+        table = "from IPython.display import HTML\nHTML('<table>' + '<tr><td>cell</td></tr>' * 99)"
+        tab = self.open(f"{log}\n{table}", log, f"{table}\ndisplay(_)\n1/0".replace(
+            "\nHTML", "\n_ = HTML"))
+        for i, place in enumerate(("topOf('.host')", "end", "end")):
+            tab.run(i)
+            tab.page.wait_for_function(f"""() => {{
+                const {{ outputsNode: box, isPlacing }} = view.cells[{i}];
+                const end = box.scrollHeight - box.clientHeight;
+                const topOf = of => box.scrollTop - 3 + box.querySelector(of)
+                    ?.getBoundingClientRect().top - box.getBoundingClientRect().top;
+                return !isPlacing && end && Math.abs(box.scrollTop - {place}) < 4;
+            }}""")
+
+    def test_a_folded_box_that_is_moved_stays_there_though_more_is_printed(self):
+        tab = self.open("for i in range(200): print(i)\ninput('?')\nfor i in range(200): print(i)")
+        tab.select(0)
+        tab.press("Control+Enter")
+        box = tab.page.locator(".outputs.folded")
+        box.hover()
+        tab.page.wait_for_function("() => isAtEnd(document.querySelector('.outputs.folded'))")
+        tab.page.mouse.wheel(0, -300)
+        tab.page.wait_for_function("() => !isAtEnd(document.querySelector('.outputs.folded'))"
+                                   " && !view.cells[0].isPlacing")
+        place = box.evaluate("box => box.scrollTop")
+        tab.page.locator(".stdin input").press("Enter")
+        tab.wait_until_done()
+        self.assertShows(tab.page.get_by_role("button", name="Show all"), "401 lines")
+        self.assertLess(box.evaluate("box => box.scrollTop"), place + 9)
+
     def test_the_active_cell_stays_in_sight_when_the_output_above_it_grows(self):
         tab = self.open("from IPython.display import HTML\n"
                         "HTML('<p style=\"height: 500px\">' + 'x' * 9)", "")
@@ -20122,6 +20187,9 @@ class PageManages(PageCase):
         tab.select(2)
         tab.press("i", "i")
         self.assertShows(tab.cell(1).locator(".timer"), "not run")
+        bottoms = [tab.cell(1).locator(part).evaluate("part => part.getBoundingClientRect().bottom")
+                   for part in (":scope", ".timer")]
+        self.assertGreater(bottoms[0], bottoms[1] + 2)      # the next cell does not cover it
         tab.wait_until_done()
         self.assertShows(tab.outputs(0), "KeyboardInterrupt")
         self.assertEqual(tab.texts()[1:], ["", ""])
@@ -21443,6 +21511,13 @@ class PageDownloads(PageCase):
             self.assertIn("data:image/png", shown.locator(tag).evaluate(
                 "node => getComputedStyle(node).backgroundImage"))
 
+    def test_no_cell_of_the_page_is_selected_before_a_key_or_a_click(self):
+        page = self.page_of(code("a"), code("b"))
+        self.assertCount(page.locator(".cell"), 2)
+        self.assertCount(page.locator(".selected, [aria-selected=true], .cell:focus"), 0)
+        page.keyboard.press("ArrowDown")
+        self.assertCount(page.locator(".cell:nth-child(2).selected"), 1)
+
     def test_the_page_can_be_read_but_not_changed(self):
         page = self.page("text = 1", "2")
         tab = Tab(page)
@@ -21529,12 +21604,72 @@ class PageDownloads(PageCase):
         self.assertShows(page.locator("#main"), "deep")
         self.assertGreater(len(page.pdf()), 10_000)
 
-    def test_the_page_says_why_the_scripts_of_an_output_do_not_run(self):
+    def test_on_paper_no_number_breaks_code_has_no_bar_and_an_empty_cell_is_not_there(self):
+        row = "".join(f"<td>-{i}23.456789</td>" for i in range(30))
+        page = self.page_of(self.html(f"<table>{f'<tr>{row}</tr>' * 9}</table>"),
+                            code("x = 1"), code(" "), markdown("end"))
+        self.assertCount(page.locator(".output table"), 1)
+        page.set_viewport_size({"width": 700, "height": 900})
+        before = page.locator(".output table").evaluate("table => table.offsetHeight")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        self.assertEqual(page.locator(".output table").evaluate("t => t.offsetHeight"), before)
+        page.emulate_media(media="print")
+        broken, beyond, bars = page.evaluate("""() => {
+            const { shadowRoot } = document.querySelector('.output .host');
+            const linesOf = cell => {
+                const range = document.createRange();
+                range.selectNodeContents(cell);
+                return range.getClientRects().length;
+            };
+            const cells = [...shadowRoot.querySelectorAll('td')];
+            return [cells.filter(cell => linesOf(cell) > 1).length,
+                cells.filter(cell => cell.getBoundingClientRect().right > innerWidth).length,
+                [...document.querySelectorAll('.input')].map(
+                    input => getComputedStyle(input).overflow)];
+        }""")
+        self.assertEqual((broken, beyond, set(bars)), (0, 0, {"visible"}))
+        self.assertEqual(page.eval_on_selector_all(
+            ".cell", "all => all.map(cell => cell.checkVisibility())"), [True, True, False, True])
+
+    def test_outputs_with_scripts_run_in_frames_of_the_page(self):
         page = self.page("from IPython.display import HTML, Javascript\n"
-                         "HTML('<script>document.title = 1</script>')",
-                         "Javascript('element.append(1)')")
-        for i in (0, 1):
-            self.assertShows(page.locator(".outputs").nth(i), "runs no scripts but its own")
+                         "HTML('<table><tr><td>kept</table><script>document.body.append(6 * 7, "
+                         "eval(`1 + 1`))</script>')", "Javascript('element.append(7 * 8)')")
+        for i, shown in ((0, "kept"), (0, "422"), (1, "56")):
+            self.assertShows(page.frame_locator(".script-frame").nth(i).locator("body"), shown)
+        page.wait_for_function("""() => [...document.querySelectorAll('.script-frame')].every(
+            ({ style }) => parseFloat(style.height) > 10)""")
+
+    def test_a_button_of_an_output_is_heard_though_it_has_a_handler_in_its_tag(self):
+        page = self.page_of(self.html("<button onclick='this.textContent = next()'>more</button>"
+                                      "<script>next = () => 'heard'</script>"))
+        button = page.frame_locator(".script-frame").locator("button")
+        button.click()
+        self.assertShows(button, "heard")
+        self.problems.clear()      # the browser notes the handler that the policy refused
+
+    def test_scripts_of_an_output_reach_no_other_computer_and_not_the_page(self):
+        page = self.page_of(self.html("""<img src="https://far.example/a.png">
+            <script src="https://cdn.example/library.js"></script><script>
+            const said = text => document.body.append(`${text}; `);
+            const { nonce } = document.currentScript;
+            fetch('https://far.example/').catch(() => said('no fetch'));
+            const late = Object.assign(document.createElement('script'),
+              { nonce, src: 'https://far.example/b.js', onerror: () => said('no script') });
+            document.body.append(late);
+            try { parent.document.title = 'owned'; } catch { said('no page'); }
+            said(typeof RTCPeerConnection);
+            </script>"""))
+        body = page.frame_locator(".script-frame").locator("body")
+        for words in ("no fetch", "no script", "no page", "undefined", "cdn.example",
+                      "far.example", "A copy to read asks no other computer"):
+            self.assertShows(body, words)
+        with page.expect_console_message(lambda said: "Framing 'https://far" in said.text):
+            body.evaluate("() => { location = 'https://far.example/left'; }")
+        asked = [text.split()[1] for text in self.problems if text.startswith("asks")]
+        for address in asked:      # the browser notes what the policy has refused, too
+            self.assertTrue(any(f"'{address}' violates" in text for text in self.problems), address)
+        self.problems.clear()
 
 
 class PageOpensPrograms(PageCase):
@@ -23929,6 +24064,7 @@ class PageVariables(PageCase):
         tab.run(0)
         self.row("rows").click()
         self.assertShows(self.value, "Oslo")
+        self.assertShows(tab.page.locator("#value-about"), "list, 60,000")
         tab.press("Control+f")
         tab.page.locator("#value .row-filter:focus").wait_for()
         tab.page.keyboard.type("rOME")
