@@ -9088,12 +9088,12 @@ globalThis.trustedTypes?.createPolicy('default', {
 const prepare = () => {
   delete globalThis.RTCPeerConnection;      // the one way out that no policy closes
   const hosts = new Set(), note = document.createElement('p');
-  note.style = 'margin: 0 0 .5em; color: #666';
+  note.style = 'margin: 0; font-size: 12px; color: #666';
   addEventListener('securitypolicyviolation', ({ blockedURI }) => {
     if (!/^https?:/.test(blockedURI)) return;
     hosts.add(new URL(blockedURI).host);
-    note.textContent = `This output needs ${[...hosts].join(', ')}. A copy to read asks no other `
-      + 'computer: the output is complete where the notebook is opened.';
+    note.textContent = `Shown without what it loads from ${[...hosts].join(', ')}: a copy to read `
+      + 'asks no other computer. It is complete where the notebook is opened.';
     document.body?.prepend(note);
   });
   addEventListener('DOMContentLoaded', () => {

@@ -21662,7 +21662,7 @@ class PageDownloads(PageCase):
             </script>"""))
         body = page.frame_locator(".script-frame").locator("body")
         for words in ("no fetch", "no script", "no page", "undefined", "cdn.example",
-                      "far.example", "A copy to read asks no other computer"):
+                      "far.example", "a copy to read asks no other computer"):
             self.assertShows(body, words)
         with page.expect_console_message(lambda said: "Framing 'https://far" in said.text):
             body.evaluate("() => { location = 'https://far.example/left'; }")
