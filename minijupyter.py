@@ -9089,15 +9089,21 @@ const prepare = () => {
   delete globalThis.RTCPeerConnection;      // the one way out that no policy closes
   const hosts = new Set(), note = document.createElement('p');
   note.style = 'margin: 0; font-size: 12px; color: #666';
+  let hasFailed = false;
+  // A figure may ask for more than it needs, as plotly does for MathJax: what was drawn is no loss.
+  const tellSoon = () => setTimeout(() => {
+    if (hasFailed || !document.querySelector('svg, canvas')) document.body.prepend(note);
+  }, 1000);
   addEventListener('securitypolicyviolation', ({ blockedURI }) => {
     if (!/^https?:/.test(blockedURI)) return;
     hosts.add(new URL(blockedURI).host);
     note.textContent = `Shown without what it loads from ${[...hosts].join(', ')}: a copy to read `
       + 'asks no other computer. It is complete where the notebook is opened.';
-    document.body?.prepend(note);
+    if (document.readyState === 'complete') tellSoon();
   });
+  addEventListener('error', () => { hasFailed = true; });
+  addEventListener('load', () => hosts.size && tellSoon());
   addEventListener('DOMContentLoaded', () => {
-    if (hosts.size) document.body.prepend(note);
     // A policy with a nonce refuses handlers in attributes; `new Function` makes them anew.
     for (const element of document.querySelectorAll('*'))
       for (const { name, value } of element.attributes)

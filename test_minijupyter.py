@@ -21648,6 +21648,15 @@ class PageDownloads(PageCase):
         self.assertShows(button, "heard")
         self.problems.clear()      # the browser notes the handler that the policy refused
 
+    def test_a_figure_that_was_drawn_is_not_said_to_lack_anything(self):
+        """plotly's figures ask for MathJax, which most of them do not need."""
+        asks = '<script src="https://cdn.example/library.js"></script>'
+        page = self.page_of(self.html(f"{asks}<svg></svg>"), self.html(asks))
+        figure, lost = (page.frame_locator(".script-frame").nth(i).locator("p") for i in (0, 1))
+        self.assertShows(lost, "Shown without what it loads from cdn.example")
+        self.assertCount(figure, 0)
+        self.problems.clear()      # the browser notes what the policy has refused
+
     def test_scripts_of_an_output_reach_no_other_computer_and_not_the_page(self):
         page = self.page_of(self.html("""<img src="https://far.example/a.png">
             <script src="https://cdn.example/library.js"></script><script>
