@@ -9101,7 +9101,8 @@ const prepare = () => {
       + 'asks no other computer. It is complete where the notebook is opened.';
     if (document.readyState === 'complete') tellSoon();
   });
-  addEventListener('error', () => { hasFailed = true; });
+  for (const failing of ['error', 'unhandledrejection'])
+    addEventListener(failing, () => { hasFailed = true; });
   addEventListener('load', () => hosts.size && tellSoon());
   addEventListener('DOMContentLoaded', () => {
     // A policy with a nonce refuses handlers in attributes; `new Function` makes them anew.
