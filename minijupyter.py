@@ -6356,8 +6356,8 @@ def path_below_root(handler, path):
 
 def own_file(handler, path):
     """Whether this very server runs from that file: then an editor tells when a change acts."""
-    absolute, own = handler.server.contents.existing(path), os.path.join(
-        HERE, os.path.basename(path))
+    absolute = handler.server.contents.existing(path)
+    own = os.path.join(HERE, os.path.basename(path))
     return {"is_own": os.path.exists(own) and os.path.samefile(absolute, own)}
 
 
