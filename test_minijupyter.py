@@ -25317,7 +25317,7 @@ class PageWidgets(DrawnPage):
         tab.save()
         second = self.reopen(self.name)
         self.assertShows(second.outputs(0), "the square is 16")
-        self.widget(second, "IntSlider").get_by_label("x").press("ArrowRight")
+        self.widget(second, "IntSlider").locator("input:enabled").first.press("ArrowRight")
         self.assertShows(tab.outputs(0), "the square is 25")      # both pages show one model
         self.assertValue(slider, "5")
         self.assertSays(second, 1, "seen", "[3, 4, 5]")
