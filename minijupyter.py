@@ -2638,6 +2638,14 @@ def routes_at(path):
             for method, endpoint, match in matches if match}
 
 
+def hashes_of_scripts(page):
+    """How a policy names the scripts in a page's bytes (CSP 3, 2.3.1)."""
+    scripts = [re.split(rb"<script[^>]*>", piece, maxsplit=1)[1]
+               for piece in page.split(b"</script>")[:-1]]
+    digests = (base64.b64encode(hashlib.sha256(script).digest()) for script in scripts)
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+
 class Headers:
     """The fields of a header section; their names have no case (RFC 9110 5.1)."""
 
@@ -2971,11 +2979,8 @@ class Handler(BaseHTTPRequestHandler):
         """index.html, for every page; its scripts are named in the policy by their hashes."""
         with open(os.path.join(HERE, "index.html"), "rb") as file:
             data = file.read()
-        scripts = [hashlib.sha256(script).digest()
-                   for script in re.findall(rb"<script[^>]*>(.*?)</script>", data, re.S)]
-        hashes = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in scripts)
-        self.send(200, data, "text/html; charset=utf-8",
-                  {"Content-Security-Policy": PAGE_POLICY.format(scripts=hashes)})
+        self.send(200, data, "text/html; charset=utf-8", {
+            "Content-Security-Policy": PAGE_POLICY.format(scripts=hashes_of_scripts(data))})
 
     def frame(self):
         """The empty page in which outputs with scripts run; its policy makes it a stranger here."""
@@ -9404,9 +9409,7 @@ def page_with(export):
     enclosed = to_json({"path": export.path, "files": files,
                         "content": {**export.notebook, "cells": export.cells}})
     page = reading_page()
-    scripts = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.S)
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
-                      for script in scripts)
+    hashes = hashes_of_scripts(page)
     nonce = secrets.token_urlsafe(16)
     metas = "".join(f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
                     for policy in READING_POLICIES).format(scripts=hashes, nonce=nonce).encode()
