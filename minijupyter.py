@@ -5252,6 +5252,15 @@ class Record:
         self.size += entry.size
         self.due.discard("idle" if entry.is_idle else entry.msg_type)
 
+    def outputs_after(self, msg_id):
+        """The output that came behind a message."""
+        late = []
+        for entry in reversed(self.entries):
+            if entry.header["msg_id"] == msg_id:
+                break
+            late.append(entry)
+        return [entry for entry in reversed(late) if entry.msg_type not in STORY]
+
     def shorten(self, session):
         """Drop the older half of the output, leave a note; returns how many bytes that freed.
 
@@ -5427,12 +5436,15 @@ class Journal:
         if not freed:   # it is not the output that is large
             self.forget([largest.request.header["msg_id"]])
 
-    def forget(self, ids):
-        """The outputs of these requests are in the file now."""
+    def forget(self, ids, last=None):
+        """The outputs of these requests are in the file now. `last`, {request's msg_id: msg_id of
+        its last message that is}, tells which are not: they came while the file was written."""
         for id in ids:
             if record := self.records.pop(id, None):
                 self.size -= record.size
                 self.outline_size += sum(entry.size for entry in self.outlines[id][0])
+                for entry in record.outputs_after(last[id]) if last and last.get(id) else ():
+                    self.file(self.record_for(id, entry), entry)
         while self.outline_size > MOST_OUTLINES:
             self.drop_outline(next(id for id in self.outlines if id not in self.records))
 
@@ -5470,7 +5482,7 @@ class Follower(PageMailbox):
     """Of a page that follows the kernel's whole conversation (`?journal=1`). On connecting it gets
     what no file holds yet, afterwards also the requests, replies, questions and answers of other
     pages; it says what it has saved by `{"channel": "journal", "content": {"forget": [msg_ids of
-    execute_requests]}}`."""
+    execute_requests], "last": {msg_id: msg_id of its last message that is saved}}}`."""
 
     def __init__(self, session_id, websocket):
         super().__init__(session_id, websocket)
@@ -5489,7 +5501,7 @@ class Follower(PageMailbox):
 def forget(kernel, entry):
     """A follower has saved these outputs."""
     with kernel.pages_lock:
-        kernel.journal.forget(entry.content["forget"])
+        kernel.journal.forget(entry.content["forget"], entry.content.get("last"))
 
 
 KERNEL_EXTRAS.append(Journal)

@@ -571,10 +571,11 @@ class Page(Frontend):
         else:
             self.file(channel, message)
 
-    def forget(self, *answers):
-        """Say that the file holds these answers' outputs."""
-        self.wire.send("journal", self.session.message(
-            "forget", {"forget": [answer.request["header"]["msg_id"] for answer in answers]}))
+    def forget(self, *answers, last=None):
+        """Say that the file holds these answers' outputs; of one, as far as the message `last`."""
+        ids = [answer.request["header"]["msg_id"] for answer in answers]
+        more = {"last": {ids[0]: last}} if last else {}
+        self.wire.send("journal", self.session.message("forget", {"forget": ids, **more}))
 
     def forget_all(self):
         self.forget(*self.cells.values())
@@ -13047,6 +13048,28 @@ class Journal(ServerCase):
         again.until(lambda: "a" in again.cells and "late" in again.cells["a"].text())
         self.assertEqual((again.cells["a"].text(), again.cells["a"].is_done), ("late\n", True))
 
+    def test_what_comes_while_the_file_is_written_is_kept(self):
+        """The page names the last message whose output the file holds."""
+        page = self.follow()
+        cell = page.start("import asyncio; go = asyncio.Event()\n"
+                          "async def late(): await go.wait(); print('late')\n"
+                          "task = asyncio.create_task(late()); print('early')", cell="a")
+        page.until(lambda: cell.is_done)
+        last = cell.messages[-1]["header"]["msg_id"]
+        other = page.start("go.set()", cell="b")
+        page.until(lambda: other.is_done and "late" in cell.text())
+        for _ in range(2):   # the second time, nothing of what the server has is saved
+            page.forget(cell, last=last)
+            page.request("kernel_info_request")
+            again = self.follow()
+            again.until(lambda seen=again: "a" in seen.cells and "late" in seen.cells["a"].text())
+            self.assertEqual((again.cells["a"].text(), again.cells["a"].is_done), ("late\n", True))
+        page.forget(cell, last=cell.messages[-1]["header"]["msg_id"])
+        page.request("kernel_info_request")
+        again = self.follow()
+        again.until(lambda: "b" in again.cells and again.cells["b"].is_done)
+        self.assertNotIn("a", again.cells)
+
     def test_too_much_output_loses_its_beginning_and_says_so(self):
         page = self.follow()
         cell = page.start("for i in range(60): print(f'<{i}>' + 'x' * 1_000_000)\n'end'", cell="a")
@@ -23891,6 +23914,33 @@ class PageComesBack(PageCase):
         self.release()
         self.assertShows(tab.outputs(0), "late 1")
         self.assertEqual(tab.texts()[0], "early\nlate 0\nlate 1")
+
+    def test_what_a_task_prints_while_the_file_is_saved_is_not_taken_for_saved(self):
+        tab = self.open(*self.LATE)
+        tab.run(0)
+        held = []      # the first save; there is no other
+
+        def hold(route):
+            if route.request.method != "PUT":
+                route.continue_()
+            elif held:
+                route.abort()
+            else:
+                held.append(route)
+
+        self.context.route("**/api/contents/**", hold)
+        tab.select(0)
+        tab.press("Control+s")
+        wait_until(lambda: tab.page.title() and held)
+        self.release()
+        self.assertShows(tab.outputs(0), "late 0")
+        held[0].continue_()
+        tab.page.wait_for_function("() => !view.file.saving")
+        self.use_own_profile()   # another browser: it has no draft
+        other = self.visit("/notebooks/" + quote(self.name))
+        self.assertShows(other.outputs(0), "late 0")
+        self.assertEqual(other.texts()[0], "early\nlate 0")
+        self.problems.clear()      # the browser notes the saves that failed
 
     def test_what_a_task_printed_before_a_crash_is_there_only_once(self):
         tab = self.open(*self.LATE)
