@@ -20824,7 +20824,8 @@ class PageForEveryone(PageCase):
             tab.page.locator("#variables-list .grid-row", has_text=name).click()
             tab.page.locator(f"#value {place}").first.wait_for()
             self.assertAxeFindsNothing(tab)
-        for address, place in (("/table/data.csv", ".grid-row"), ("/preview/text.md", "h1")):
+        for address, place in (("/table/data.csv", ".grid-row"),
+                               ("/preview/text.md", "pre[tabindex]")):
             tab = self.visit(address)
             tab.page.locator(f"main {place}").first.wait_for()
             self.assertAxeFindsNothing(tab)
@@ -24392,8 +24393,9 @@ class PageUnderTheHood(PageCase):
     """The panel that shows what passes between browser, server and kernel."""
 
     def look(self, *sources):
-        """A tab on a notebook, with the panel open."""
+        """A tab on a notebook, with the panel open. What the page asks at its start is over."""
         tab = self.open(*sources)
+        tab.page.wait_for_function("() => widgetsKnownOf === view.kernel && !view.requests.size")
         tab.page.evaluate("document.activeElement.blur()")
         tab.press("u")
         tab.page.wait_for_function("() => hood.socket.readyState === WebSocket.OPEN")
