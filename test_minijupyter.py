@@ -195,15 +195,6 @@ def fastest(function, times=5):
     return min(seconds), value
 
 
-def free_ports(count):
-    """Port numbers that were free a moment ago on the loopback interface."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 WALKS = {}   # process id -> numbers of ports, one after the other
 
 
@@ -609,7 +600,7 @@ class Server:
         self.root = Path(root or self.folder.name) / "root"
         self.root.mkdir(exist_ok=True)
         self.token = secrets.token_hex(8)
-        port = free_ports(1)[0]
+        port = own_ports(1)[0]
         ours = [sys.executable, HERE / "minijupyter.py", self.root, "--token", self.token,
                 "--no-browser", *(["--port", port] if options is None else options)]
         self.process = Process(
@@ -1615,7 +1606,7 @@ class KernelStdin(KernelCase):
         self.assertEqual(cell.result, "['a', '', 'c']")
 
     def test_a_question_waits_for_a_frontend_that_connects_late(self):
-        nowhere = free_ports(1)[0]
+        nowhere = own_ports(1)[0]
         wire = ZeroMQWire({**self.kernel.connection, "stdin_port": nowhere})
         self.addCleanup(wire.close)
         frontend = Frontend(wire)
@@ -4899,7 +4890,7 @@ class KernelEnds(KernelLife):
     def test_the_kernel_ends_with_the_process_that_started_it(self):
         folder = self.folder()
         connection = {**dict(zip(("shell_port", "iopub_port", "stdin_port", "control_port",
-                                  "hb_port"), free_ports(5), strict=True)), "key": "k"}
+                                  "hb_port"), own_ports(5), strict=True)), "key": "k"}
         (folder / "c.json").write_text(json.dumps(connection))
         parent = Process([sys.executable, "-c",
                           "import os, subprocess, sys, time\n"
@@ -10280,7 +10271,7 @@ class HttpRequests(ServerCase):
                 self.assertRegex(raw.recv(1000), rb"^HTTP/1.1 201 ")
 
     def test_the_log_commands_no_terminal(self):
-        loud = self.own_server(options=["--port", free_ports(1)[0], "--log-level", "info"])
+        loud = self.own_server(options=["--port", own_ports(1)[0], "--log-level", "info"])
         for path in ("/\x9b31m", "/\u2028\u202e", "/\x85"):
             with socket.create_connection(("127.0.0.1", loud.port), SECONDS) as raw:
                 raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -10508,7 +10499,7 @@ class OddTokens(ServerCase):
     """A token may have any printable characters, and opens the server by every way in."""
 
     def with_token(self, token, *options):
-        server = self.own_server(options=["--port", free_ports(1)[0], "--token", token, *options])
+        server = self.own_server(options=["--port", own_ports(1)[0], "--token", token, *options])
         server.token = token
         return server
 
@@ -10539,7 +10530,7 @@ class OddTokens(ServerCase):
         self.assertEqual(server.get("/api/kernels", Authorization="token x").status, 403)
 
     def test_it_is_found_by_list_and_stop(self):
-        server = self.own_server(options=["--port", free_ports(1)[0], "--token", ODD_TOKENS[4]])
+        server = self.own_server(options=["--port", own_ports(1)[0], "--token", ODD_TOKENS[4]])
         env = clean_environment(server.folder.name)
         command = [sys.executable, HERE / "minijupyter.py"]
         shown = subprocess.run([*command, "list"], env=env, capture_output=True, text=True).stdout
@@ -10579,7 +10570,7 @@ class Login(ServerCase):
     @classmethod
     def setUpClass(cls):
         cls.hash = minijupyter.hash_password("correct horse")
-        cls.options = {"options": ["--port", free_ports(1)[0], "--password", cls.hash]}
+        cls.options = {"options": ["--port", own_ports(1)[0], "--password", cls.hash]}
         super().setUpClass()
 
     @property
@@ -10770,7 +10761,7 @@ class BaseUrl(ServerCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.options = {"options": ["--port", free_ports(1)[0], "--base-url", "user/ada"]}
+        cls.options = {"options": ["--port", own_ports(1)[0], "--base-url", "user/ada"]}
         super().setUpClass()
 
     def test_everything_is_below_the_path_and_nothing_beside_it(self):
@@ -10808,7 +10799,7 @@ class Tls(ServerCase):
         public = Path(folder.name, "public.pem").read_text()
         cls.certificate.write_text(cls.certificate.read_text() + public)
         cls.context = ssl.create_default_context(cafile=Path(folder.name, "public.pem"))
-        cls.options = {"options": ["--port", free_ports(1)[0], "--certfile", cls.certificate]}
+        cls.options = {"options": ["--port", own_ports(1)[0], "--certfile", cls.certificate]}
         super().setUpClass()
 
     def request(self, method, path, body=None, **headers):
@@ -10849,7 +10840,7 @@ class Tls(ServerCase):
 
     def test_a_stranger_on_tls_is_cut_off_like_any_other(self):
         server = self.own_server(
-            options=["--port", free_ports(1)[0], "--certfile", self.certificate],
+            options=["--port", own_ports(1)[0], "--certfile", self.certificate],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
         for number in range(60):
             raw = self.enterContext(socket.create_connection(("127.0.0.1", server.port), SECONDS))
@@ -11073,7 +11064,7 @@ class Kernels(ServerCase):
         wait_until(lambda: "reason" not in self.server.get(path).json)
 
     def test_an_idle_kernel_that_nobody_uses_is_culled_when_asked(self):
-        server = self.own_server(options=["--port", free_ports(1)[0], "--cull-idle", "1"])
+        server = self.own_server(options=["--port", own_ports(1)[0], "--cull-idle", "1"])
         used, frontend, _ = self.start_kernel(server)
         frontend.finish(frontend.start("import time; time.sleep(2)"))
         left = self.assertReply(server.post("/api/kernels", {}), 201).json["id"]
@@ -11338,7 +11329,7 @@ class ManyKernels(ServerCase):
         self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
 
     def test_the_same_over_ports(self):
-        server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
+        server = self.own_server(options=["--port", own_ports(1)[0], "--transport", "tcp"])
         self.assertEqual(self.results(server), [str(n + 1) for n in range(self.COUNT)])
 
 
@@ -11507,7 +11498,7 @@ class LocalSockets(ServerCase):
         self.assertEqual(frontend.finish(frontend.start("6 * 7")).result, "42")
 
     def test_ports_can_be_asked_for(self):
-        server = self.own_server(options=["--port", free_ports(1)[0], "--transport", "tcp"])
+        server = self.own_server(options=["--port", own_ports(1)[0], "--transport", "tcp"])
         kernel_id, _, _ = self.start_kernel(server)
         self.assertEqual(self.connection(kernel_id, server)["transport"], "tcp")
 
@@ -12146,7 +12137,7 @@ class ServerLife(ServerCase):
                 "", "{", "[]", "null", "1", '"x"', "{}", "[" * 100_000, "\xff\xfe", '{"url": 1}',
                 *(json.dumps({**info, **changed}) for changed in (
                     {"url": "http://[::1"}, {"url": "file:///etc/passwd"}, {"url": "x y"},
-                    {"url": f"http://127.0.0.1:{free_ports(1)[0]}/"}, {"url": silent},
+                    {"url": f"http://127.0.0.1:{own_ports(1)[0]}/"}, {"url": silent},
                     {"url": "http://\n/"}, {"url": "http://é..x/"}, {"token": None},
                     {"port": "8888"}, {"url": "http+unix://%2Fx/"})))):
             (runtime / f"jpserver-{number}.json").write_text(text, "latin-1")
@@ -12263,7 +12254,7 @@ class ServerLife(ServerCase):
 
     def test_requests_are_logged_only_when_asked_and_without_the_token(self):
         self.assertNotIn("GET", self.server.process.output)
-        loud = self.own_server(options=["--port", free_ports(1)[0], "--log-level", "info"])
+        loud = self.own_server(options=["--port", own_ports(1)[0], "--log-level", "info"])
         before = loud.process.output.count(loud.token)
         loud.get(f"/api/status?token={loud.token}")
         loud.process.wait_for("200 GET /api/status\n")
@@ -12489,7 +12480,7 @@ class ClustersOfIpyparallel(ServerCase):
         for options, end, is_kept in (([], signal.SIGINT, False), ([], signal.SIGKILL, False),
                                       (["--keep-clusters"], signal.SIGTERM, True)):
             with self.subTest(options, end=end):
-                port = free_ports(1)[0]
+                port = own_ports(1)[0]
                 server = self.own_server(options=["--port", str(port), *options])
                 made = server.post("/ipyparallel/clusters", {**QUICK, "n": 1}).json
                 path = f"/ipyparallel/clusters/{made['id']}"
@@ -14489,7 +14480,7 @@ class VsCode(ServerCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.options = {"options": ["--port", free_ports(1)[0], "--password",
+        cls.options = {"options": ["--port", own_ports(1)[0], "--password",
                                    minijupyter.hash_password("correct horse")]}
         super().setUpClass()
 
@@ -14623,7 +14614,7 @@ class ConsoleInAPipe(Case):
         install_kernelspec(folder, "ends", [sys.executable, "-c", "raise SystemExit('no luck')"])
         (folder / "text.json").write_text("[]")
         connection = {f"{channel}_port": port for channel, port in zip(
-            ("shell", "iopub", "stdin", "control", "hb"), free_ports(5), strict=True)}
+            ("shell", "iopub", "stdin", "control", "hb"), own_ports(5), strict=True)}
         (folder / "stale.json").write_text(json.dumps(connection))
         for words, code, sentence in (
                 (["--kernel", "nope"], 1, "no kernel called nope; there are: python3, "),
@@ -14965,7 +14956,7 @@ class ReadmesProgram(ServerCase):
         (program,) = re.findall(r"(?s)## Drive it from Python.*?```python\n(.*?)```",
                                 text_of("README.md"))
         for options in ([], ["--transport", "tcp"]):
-            server = self.own_server(options=["--port", free_ports(1)[0], *options])
+            server = self.own_server(options=["--port", own_ports(1)[0], *options])
             _, frontend, _ = self.start_kernel(server)
             done = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True,
                                   env=clean_environment(server.folder.name), timeout=SECONDS,
@@ -23805,7 +23796,7 @@ class PageComesBack(PageCase):
             tab.page.close(run_before_unload=False)
 
     def test_a_server_that_is_stopped_and_started_again_is_told_with_what_leads_on(self):
-        folder, port = self.folder(), free_ports(1)[0]
+        folder, port = self.folder(), own_ports(1)[0]
         self.server = self.own_server(folder, ["--port", port])
         self.root = self.server.root
         self.use_own_profile()
@@ -27426,7 +27417,7 @@ class PageLecture(PageCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.options = {"options": ["--port", free_ports(1)[0], "--lecture"]}
+        cls.options = {"options": ["--port", own_ports(1)[0], "--lecture"]}
         super().setUpClass()
 
     def begin(self):
@@ -27459,7 +27450,7 @@ class PageLecture(PageCase):
         other = self.folder() / "root"
         other.mkdir()
         (other / "Lecture.ipynb").write_text("mine")
-        server = self.own_server(other.parent, ["--port", free_ports(1)[0], "--lecture"])
+        server = self.own_server(other.parent, ["--port", own_ports(1)[0], "--lecture"])
         self.assertIn("/notebooks/Lecture1.ipynb?lecture=1", server.process.output)
         self.assertEqual((other / "Lecture.ipynb").read_text(), "mine")
         self.assertIn(b"lecture-hello", before)
@@ -27738,7 +27729,7 @@ class OtherSites(ServerCase):
             cls.addClassCleanup(end)
         cls.allowed, cls.stranger = (
             f"http://{host}:{site.server_port}" for host in ("localhost", "127.0.0.1"))
-        cls.options = {"options": ["--port", free_ports(1)[0], "--allow-origin", cls.allowed,
+        cls.options = {"options": ["--port", own_ports(1)[0], "--allow-origin", cls.allowed,
                                    "--allow-origin", "https://Example.org:443/"]}
         super().setUpClass()
         cls.address = f"http://127.0.0.1:{cls.server.port}/"
